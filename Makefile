@@ -1,0 +1,40 @@
+# mtnrec: every target makes the environment that it needs.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-all check format clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## Create .venv with the exact versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@if [ -d .git ]; then $(BIN)/pre-commit install; fi
+	@touch $@
+
+train: $(STAMP)  ## Train ESMM with MTN on a click log that it makes itself
+	$(BIN)/python -m mtnrec.train model=esmm mtn.enabled=true
+
+test: $(STAMP)  ## Run the test suite
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)  ## Run the test suite and the slow tests
+	$(BIN)/python -m pytest -m ''
+
+check: $(STAMP)  ## Lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Sort imports and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove the environment and the caches
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache

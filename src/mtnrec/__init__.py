@@ -1,0 +1,23 @@
+"""Multi-task recommendation models trained with the multi-layer tensor trace norm (MTN).
+
+Notation used in every docstring:
+
+======  =====================================================================
+``B``   rows in a batch
+``F``   categorical fields
+``N``   numerical features
+``D``   embedding width
+``T``   tasks, or towers: one for each label
+``E``   experts
+``O``   outputs of a linear layer
+``I``   inputs of a linear layer
+``L``   depths that the penalty acts on
+``S``   distinct unfoldings of a stack; three for a stack of matrices
+======  =====================================================================
+
+``y`` is the click label and ``z`` the conversion label, with ``z <= y`` on a funnel.
+``||M||_*`` is the trace norm (sum of singular values), ``||M||_F`` the Frobenius norm.
+
+"MTN" and "the paper": B. Dai et al., *Enhancing Multi-Task Models for Recommendation with Tensor
+Trace Norm*; equation numbers are its own.
+"""

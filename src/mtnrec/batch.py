@@ -1,0 +1,50 @@
+"""What passes between data, network and metrics."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a data set.
+
+    Args:
+        categorical: Vocabulary indices, int32 ``(B, F)``.
+        numerical: float32 ``(B, N)``.
+        labels: Zeros and ones, float32 ``(B, T)``; None where the rows are only scored.
+        group: Search or user id, int64 ``(B,)``; None where the data has none.
+    """
+
+    categorical: Tensor
+    numerical: Tensor
+    labels: Tensor | None = None
+    group: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.categorical.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """Move every tensor to ``device``."""
+        tensors = (self.categorical, self.numerical, self.labels, self.group)
+        return Batch(*(t if t is None else t.to(device, non_blocking=non_blocking) for t in tensors))
+
+    def pin_memory(self) -> "Batch":
+        """Copy every tensor to page-locked memory, for an asynchronous move to a GPU."""
+        tensors = (self.categorical, self.numerical, self.labels, self.group)
+        return Batch(*(t if t is None else t.pin_memory() for t in tensors))
+
+
+class LogProbabilities(NamedTuple):
+    """What a network says of each label, in log space.
+
+    Args:
+        positive: ``log P(label = 1)``, ``(B, T)``.
+        negative: ``log P(label = 0)``, ``(B, T)``; kept beside ``positive`` because it cannot be
+            had from it without cancellation.
+    """
+
+    positive: Tensor
+    negative: Tensor

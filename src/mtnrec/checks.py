@@ -1,0 +1,65 @@
+"""The error of the user's input, and the checks that several constructors share."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+class InputError(ValueError):
+    """The user's input breaks a rule; the message says rule, value and remedy.
+
+    The entry points print it without a traceback and end with exit status 1.
+    """
+
+
+def check_integer(name: str, value: Any, *, minimum: int) -> None:
+    """Refuse anything but an integer of at least ``minimum``.
+
+    >>> check_integer("batch_size", 0, minimum=1)
+    Traceback (most recent call last):
+    mtnrec.checks.InputError: batch_size must be an integer >= 1, got 0
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InputError(f"{name} must be an integer >= {minimum}, got {value!r}")
+
+
+def check_number(
+    name: str, value: Any, *, minimum: float, maximum: float = math.inf, open_maximum: bool = False
+) -> None:
+    """Refuse anything but a finite number in ``[minimum, maximum]`` (or ``[minimum, maximum)``).
+
+    >>> check_number("dropout", 1.0, minimum=0, maximum=1, open_maximum=True)
+    Traceback (most recent call last):
+    mtnrec.checks.InputError: dropout must be a number in [0, 1), got 1.0
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if (
+        not is_number
+        or not math.isfinite(value)
+        or not minimum <= value <= maximum
+        or (open_maximum and value == maximum)
+    ):
+        upper = f"{maximum:g}{')' if open_maximum else ']'}" if maximum < math.inf else "inf)"
+        raise InputError(f"{name} must be a number in [{minimum:g}, {upper}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse anything but one of ``choices``.
+
+    >>> check_choice("coupling", "both", ["gradient", "decoupled"])
+    Traceback (most recent call last):
+    mtnrec.checks.InputError: coupling must be one of gradient, decoupled; got 'both'
+    """
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse anything but true or false.
+
+    >>> check_flag("frobenius", "yes")
+    Traceback (most recent call last):
+    mtnrec.checks.InputError: frobenius must be true or false, got 'yes'
+    """
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be true or false, got {value!r}")

@@ -1,0 +1,231 @@
+"""The LightningDataModule of every prepared data set: splits, batches, counts."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mtnrec.batch import Batch
+from mtnrec.checks import InputError, check_flag, check_integer, check_number
+from mtnrec.data.store import Arrays, Manifest, NotPreparedError, open_prepared, verify_prepared
+from mtnrec.schema import Schema
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class DataModule(L.LightningDataModule, ABC):
+    """Feeds the splits of a prepared data set; a subclass knows how to prepare one.
+
+    A share of the training rows, drawn at random, is the validation set (paper, section 3.1).
+
+    Args:
+        name: Name of the data set, as in the config group ``data``.
+        dir: Folder of the prepared data set.
+        batch_size: Rows of a batch in each process.
+        validation_share: Share of the training rows that validate, in (0, 1).
+        split_seed: Seed of that draw.
+        seed: Seed of the order of the training rows, which is a function of (seed, epoch, rank).
+        verify: Whether to compare every file with its checksum before training; reads all bytes.
+    """
+
+    origin: ClassVar[str] = ""
+
+    name: str
+    dir: str | Path
+    batch_size: int
+    validation_share: float
+    split_seed: int
+    seed: int
+    verify: bool
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        check_integer("data.batch_size", self.batch_size, minimum=1)
+        check_number(
+            "data.validation_share", self.validation_share, minimum=0, maximum=1, open_maximum=True
+        )
+        if self.validation_share == 0:
+            raise InputError("data.validation_share must be above 0: validation chooses the epoch")
+        check_integer("data.split_seed", self.split_seed, minimum=0)
+        check_integer("data.seed", self.seed, minimum=0)
+        check_flag("data.verify", self.verify)
+        self.dir = Path(self.dir)
+        self._verified = False
+        self._arrays: dict[str, Arrays] | None = None
+
+    @abstractmethod
+    def prepare(self) -> Manifest:
+        """Make the prepared data set from its raw files."""
+
+    def prepare_data(self) -> None:
+        """Check that the prepared data set is there and whole.
+
+        Raises:
+            InputError: If it is missing (the message says where it comes from and which command
+                prepares it) or damaged.
+        """
+        try:
+            manifest, _ = open_prepared(Path(self.dir))
+        except NotPreparedError as error:
+            raise NotPreparedError(f"{error}\n{self.origin}{self._how_to_prepare()}") from error
+        if self.verify and not self._verified:
+            verify_prepared(Path(self.dir), manifest)
+            self._verified = True
+
+    def _how_to_prepare(self) -> str:
+        return f"\nThen: python -m mtnrec.prepare data={self.name} data.raw_dir=DIR"
+
+    def setup(self, stage: str | None = None) -> None:
+        """Map the arrays and draw the validation rows."""
+        if self._arrays is not None:
+            return
+        self.manifest, arrays = open_prepared(Path(self.dir))
+        train_rows = self.manifest.rows["train"]
+        validation_rows = round(self.validation_share * train_rows)
+        if not 0 < validation_rows < train_rows or not self.manifest.rows["test"]:
+            raise InputError(
+                f"{self.dir} has {train_rows} training and {self.manifest.rows['test']} test rows: "
+                f"too few to train, validate on a share of {self.validation_share} and test"
+            )
+        order = np.random.default_rng(self.split_seed).permutation(train_rows)
+        self._rows: dict[str, Rows] = {
+            "train": np.sort(order[validation_rows:]),
+            "val": np.sort(order[:validation_rows]),
+            "test": np.arange(self.manifest.rows["test"]),
+        }
+        self._arrays = {"train": arrays["train"], "val": arrays["train"], "test": arrays["test"]}
+
+    @property
+    def schema(self) -> Schema:
+        """Fields and labels; known after ``setup``."""
+        return self.manifest.schema
+
+    @property
+    def split_rows(self) -> dict[str, int]:
+        """Rows of train, val and test; known after ``setup``."""
+        return {split: len(rows) for split, rows in self._rows.items()}
+
+    def column(self, split: str, stem: str) -> npt.NDArray[Any] | None:
+        """One array of a split (``labels``, say), in the order of evaluation; None if absent."""
+        if self._arrays is None:
+            raise RuntimeError("call setup() first")
+        array = self._arrays[split].get(stem)
+        return None if array is None else np.asarray(array)[self._rows[split]]
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        rank, world_size = self._rank_and_world_size()
+        rows = len(self._rows["train"])
+        if rows < world_size:
+            raise InputError(f"{rows} training rows cannot feed {world_size} processes")
+        sampler = TrainSampler(rows, self.batch_size, self.seed, rank, world_size)
+        return self._loader("train", sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
+        rank, world_size = self._rank_and_world_size()
+        rows = len(self._rows[split])
+        return self._loader(split, EvaluationSampler(rows, self.batch_size, rank, world_size))
+
+    def _loader(self, split: str, sampler: "Sampler[Rows]") -> DataLoader[Batch]:
+        if self._arrays is None:
+            raise RuntimeError("call setup() first")
+        rows = RowGatherer(self._arrays[split], self._rows[split])
+        # batch_size=None: the sampler's items are batches, each gathered by one index.
+        return DataLoader(
+            rows, batch_size=None, sampler=sampler, pin_memory=torch.cuda.is_available()
+        )
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+
+class RowGatherer(Dataset[Batch]):
+    """Turns positions into a batch, by one fancy index on each array.
+
+    Args:
+        arrays: Arrays of a prepared split, of equal length.
+        rows: The rows of those arrays that belong here, ``(rows,)``.
+    """
+
+    def __init__(self, arrays: Arrays, rows: Rows) -> None:
+        self._arrays = {stem: np.asarray(array) for stem, array in arrays.items()}
+        self._rows = rows
+
+    def __getitem__(self, positions: Rows) -> Batch:
+        rows = self._rows[positions]
+        group = self._arrays.get("group")
+        return Batch(
+            categorical=torch.from_numpy(self._arrays["categorical"][rows]),
+            numerical=torch.from_numpy(self._arrays["numerical"][rows]),
+            labels=torch.from_numpy(self._arrays["labels"][rows]).float(),
+            group=None if group is None else torch.from_numpy(group[rows]),
+        )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+class TrainSampler(Sampler[Rows]):
+    """Random batches of one rank; their order is a function of (seed, epoch, rank).
+
+    Each global batch of ``batch_size * world_size`` rows is dealt to the ranks in turn. All ranks
+    get equally many rows, so that the mean of their gradients is the gradient of the global mean;
+    for that the last ``rows % world_size`` rows of an epoch's order are left out.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self._rows = rows - rows % world_size
+        self._all_rows = rows
+        self._global_batch = batch_size * world_size
+        self._seed = seed
+        self._rank, self._world_size = rank, world_size
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; Lightning calls it at the start of each epoch."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[Rows]:
+        order = np.random.default_rng([self._seed, self._epoch]).permutation(self._all_rows)
+        for start in range(0, self._rows, self._global_batch):
+            end = min(start + self._global_batch, self._rows)
+            yield order[start + self._rank : end : self._world_size]
+
+    def __len__(self) -> int:
+        return -(-self._rows // self._global_batch)
+
+
+class EvaluationSampler(Sampler[Rows]):
+    """Every row once and in order: each global batch is cut into one piece for each rank.
+
+    All ranks get equally many batches (the last ones may be empty), since a rank that evaluates
+    longer than the others would wait for them for ever.
+    """
+
+    def __init__(self, rows: int, batch_size: int, rank: int, world_size: int) -> None:
+        self._rows = rows
+        self._batch_size = batch_size
+        self._rank, self._world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[Rows]:
+        for batch in range(len(self)):
+            start = (batch * self._world_size + self._rank) * self._batch_size
+            yield np.arange(min(start, self._rows), min(start + self._batch_size, self._rows))
+
+    def __len__(self) -> int:
+        return -(-self._rows // (self._batch_size * self._world_size))

@@ -1,0 +1,290 @@
+"""A click log with known probabilities, drawn from a planted low-rank funnel.
+
+Each categorical value and each numerical feature has a vector in ``R^K`` (``K`` is ``rank``). A
+user's and an item's vectors add up to ``u`` and ``v``, and ``h = (u + v, u * v)`` is all that the
+labels depend on::
+
+    P(click)               = sigmoid(b_1 + c_1 <w_1, h>)
+    P(conversion | click)  = sigmoid(b_2 + c_2 <w_2, h>)
+
+``w_1`` and ``w_2`` are unit vectors with inner product ``task_correlation`` and squared length
+``interaction`` on ``u * v``; ``c`` is the standard deviation of the logits, and ``b`` fits the rates. Both probabilities are kept beside the labels, so
+that the AUC of the best possible scores (the Bayes AUC) is known for each task.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mtnrec.checks import InputError, check_integer, check_number
+from mtnrec.data.datamodule import DataModule
+from mtnrec.data.store import Arrays, Manifest, open_prepared, write_prepared
+from mtnrec.data.vocabulary import Vocabulary, encode_in_place
+from mtnrec.schema import Schema
+
+_SEARCHES_PER_CHUNK = 8192
+_CALIBRATION_CHUNK = 2**32 - 1  # a chunk that no log reaches
+_SPLITS = ("train", "test")
+_UNSCALED_SIZE = 100
+_INTEGER_COLUMNS = 3  # as in AliExpress: three of the numerical features are counts
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Synthetic(DataModule):
+    """A synthetic funnel log; prepares itself when its folder is absent.
+
+    Rows come in searches: the rows of one search share their user fields. The last searches are
+    the test split.
+
+    Args:
+        rows: Rows of the log, test rows included.
+        rows_per_search: Rows that share a user.
+        test_share: Share of the searches that test, in (0, 1).
+        vocabulary_sizes: Values of each categorical field, user fields first.
+        vocabulary_scale: Factor in (0, 1] on the sizes above 100; none falls below 100 by it.
+        user_fields: How many of the categorical fields describe the user.
+        numerical_features: Numerical features, user features first.
+        user_numerical_features: How many of them describe the user.
+        skew: Value ``k`` of a field has a probability proportional to ``(k + 1) ** -skew``.
+        rank: ``K``, the dimension of the planted vectors.
+        click_rate: Mean of P(click), in (0, 1).
+        conversion_rate: Mean of P(conversion | click) over clicks, in (0, 1).
+        click_spread: Standard deviation of the click logits.
+        conversion_spread: Standard deviation of the conversion logits.
+        task_correlation: Inner product of the two task vectors, in [0, 1].
+        interaction: Share of the logits' variance that comes from products of user and item.
+        generator_seed: Seed of the log, apart from the seed of the training.
+    """
+
+    rows: int
+    rows_per_search: int
+    test_share: float
+    vocabulary_sizes: list[int]
+    vocabulary_scale: float
+    user_fields: int
+    numerical_features: int
+    user_numerical_features: int
+    skew: float
+    rank: int
+    click_rate: float
+    conversion_rate: float
+    click_spread: float
+    conversion_spread: float
+    task_correlation: float
+    interaction: float
+    generator_seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rows", "rows_per_search"):
+            check_integer(f"data.{name}", getattr(self, name), minimum=1)
+        check_integer("data.rank", self.rank, minimum=2)
+        for name in ("user_fields", "user_numerical_features", "numerical_features"):
+            check_integer(f"data.{name}", getattr(self, name), minimum=0)
+        check_integer("data.generator_seed", self.generator_seed, minimum=0)
+        for size in self.vocabulary_sizes:
+            check_integer("data.vocabulary_sizes", size, minimum=1)
+        check_number("data.vocabulary_scale", self.vocabulary_scale, minimum=1e-9, maximum=1)
+        for name in ("skew", "click_spread", "conversion_spread"):
+            check_number(f"data.{name}", getattr(self, name), minimum=0)
+        for name in ("test_share", "click_rate", "conversion_rate"):
+            check_number(f"data.{name}", getattr(self, name), minimum=1e-9, maximum=1 - 1e-9)
+        for name in ("task_correlation", "interaction"):
+            check_number(f"data.{name}", getattr(self, name), minimum=0, maximum=1)
+        if (
+            self.user_fields > len(self.vocabulary_sizes)
+            or self.user_numerical_features > self.numerical_features
+        ):
+            raise InputError(
+                "data.user_fields and data.user_numerical_features must not exceed the number of "
+                f"fields and features, got {self.user_fields} of {len(self.vocabulary_sizes)} and "
+                f"{self.user_numerical_features} of {self.numerical_features}"
+            )
+        self.vocabulary_sizes = list(self.vocabulary_sizes)
+        self.sizes = [
+            min(size, max(_UNSCALED_SIZE, int(np.ceil(size * self.vocabulary_scale))))
+            for size in self.vocabulary_sizes
+        ]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What determines the log."""
+        return {name: getattr(self, name) for name in Synthetic.__annotations__}
+
+    def prepare_data(self) -> None:
+        """Generate the log if its folder is absent.
+
+        Raises:
+            InputError: If the folder holds a log of other settings.
+        """
+        directory = Path(self.dir)
+        if not directory.exists():
+            self.prepare()
+        super().prepare_data()
+        manifest, _ = open_prepared(directory)
+        if manifest.parameters != self.parameters:
+            differing = sorted(
+                name
+                for name, value in self.parameters.items()
+                if manifest.parameters.get(name) != value
+            )
+            raise InputError(
+                f"{directory} holds a synthetic log of other settings ({', '.join(differing)}): "
+                "choose another data.dir, or run `python -m mtnrec.prepare` with these settings"
+            )
+
+    def prepare(self) -> Manifest:
+        """Generate the log and write it as a prepared data set."""
+        searches = -(-self.rows // self.rows_per_search)
+        test_from = self.rows_per_search * round(searches * (1 - self.test_share))
+        vocabularies = [Vocabulary() for _ in self.sizes]
+        with write_prepared(Path(self.dir), _SPLITS) as writer:
+            for chunk, first in enumerate(range(0, searches, _SEARCHES_PER_CHUNK)):
+                last = min(first + _SEARCHES_PER_CHUNK, searches)
+                rows = min(last * self.rows_per_search, self.rows) - first * self.rows_per_search
+                arrays = self._draw(chunk, last - first)
+                arrays["group"] += first
+                train = int(np.clip(test_from - first * self.rows_per_search, 0, rows))
+                for column, vocabulary in enumerate(vocabularies):
+                    vocabulary.update(arrays["categorical"][:train, column])
+                for split, part in zip(_SPLITS, (slice(train), slice(train, rows)), strict=True):
+                    writer.append(split, {stem: array[part] for stem, array in arrays.items()})
+            names = tuple(f"categorical_{i + 1}" for i in range(len(self.sizes)))
+            fields = encode_in_place(writer, _SPLITS, names, vocabularies)
+            numerical = tuple(f"numerical_{i + 1}" for i in range(self.numerical_features))
+            schema = Schema(fields, numerical, ("click", "conversion"), funnel=True)
+            return writer.finish(
+                source=self.name, parameters=self.parameters, schema=schema, report={}
+            )
+
+    def _draw(self, chunk: int, searches: int) -> Arrays:
+        rng = np.random.default_rng([self.generator_seed, 1, chunk])
+        categorical, numerical, group = self.draw_features(rng, searches)
+        click_logit, conversion_logit = self._funnel.logits(categorical, numerical)
+        click_probability, conversion_probability = _sigmoid(click_logit), _sigmoid(conversion_logit)
+        click = rng.random(len(group)) < click_probability
+        conversion = click & (rng.random(len(group)) < conversion_probability)
+        probabilities = np.stack(
+            [click_probability, click_probability * conversion_probability], axis=1
+        )
+        return {
+            "categorical": categorical.astype(np.int32),
+            "numerical": numerical.astype(np.float32),
+            "labels": np.stack([click, conversion], axis=1),
+            "group": group,
+            "probabilities": probabilities,
+        }
+
+    def draw_features(
+        self, rng: np.random.Generator, searches: int
+    ) -> tuple[Integers, Floats, Integers]:
+        """Draw ``(rows, F)`` raw values, ``(rows, N)`` features and ``(rows,)`` search numbers."""
+        group = np.repeat(np.arange(searches), self.rows_per_search)
+        categorical = np.empty((len(group), len(self.sizes)), np.int64)
+        for field, size in enumerate(self.sizes):
+            weights = np.arange(1, size + 1) ** -float(self.skew)
+            cumulative = np.cumsum(weights / weights.sum())
+            of_user = field < self.user_fields
+            draws = rng.random(searches if of_user else len(group))
+            values = np.searchsorted(cumulative, draws).clip(max=size - 1)
+            categorical[:, field] = values[group] if of_user else values
+        numerical = np.empty((len(group), self.numerical_features))
+        users = self.user_numerical_features
+        numerical[:, :users] = _draw_numerical(rng, searches, users)[group]
+        numerical[:, users:] = _draw_numerical(rng, len(group), self.numerical_features - users)
+        if self.numerical_features - users > _INTEGER_COLUMNS:
+            numerical[:, -_INTEGER_COLUMNS:] = rng.poisson(0.3, (len(group), _INTEGER_COLUMNS))
+        return categorical, numerical, group
+
+    @cached_property
+    def _funnel(self) -> "_Funnel":
+        return _Funnel(self)
+
+
+class _Funnel:
+    """The planted vectors, calibrated on a sample of their own."""
+
+    def __init__(self, log: Synthetic) -> None:
+        rng = np.random.default_rng([log.generator_seed, 0])
+        self._user_fields = log.user_fields
+        self._user_numerical = log.user_numerical_features
+        self._tables = [rng.standard_normal((size, log.rank)) for size in log.sizes]
+        self._loadings = 2 * rng.standard_normal((log.numerical_features, log.rank))
+        sums, products = (_task_vectors(rng, log.rank, log.task_correlation) for _ in range(2))
+        self._tasks = np.concatenate(
+            [np.sqrt(1 - log.interaction) * sums, np.sqrt(log.interaction) * products]
+        )
+
+        sample_rng = np.random.default_rng([log.generator_seed, 1, _CALIBRATION_CHUNK])
+        categorical, numerical, _ = log.draw_features(sample_rng, _SEARCHES_PER_CHUNK)
+        user, item = self._sides(categorical, numerical)
+        self._user_mean, self._item_mean = user.mean(axis=0), item.mean(axis=0)
+        latent = self._latent(categorical, numerical)
+        self._latent_mean, self._latent_scale = latent.mean(axis=0), _positive(latent.std(axis=0))
+        scores = self._scores(categorical, numerical)
+        self._slopes = [log.click_spread, log.conversion_spread] / _positive(scores.std(axis=0))
+        click, conversion = (scores * self._slopes).T
+        click_bias = _fit_bias(click, np.ones(len(click)), log.click_rate)
+        clicks = _sigmoid(click + click_bias)
+        self._biases = [click_bias, _fit_bias(conversion, clicks, log.conversion_rate)]
+
+    def logits(self, categorical: Integers, numerical: Floats) -> Floats:
+        """Logits of click and of conversion given click, ``(2, rows)``."""
+        return (self._scores(categorical, numerical) * self._slopes + self._biases).T
+
+    def _scores(self, categorical: Integers, numerical: Floats) -> Floats:
+        latent = (self._latent(categorical, numerical) - self._latent_mean) / self._latent_scale
+        return latent @ self._tasks
+
+    def _latent(self, categorical: Integers, numerical: Floats) -> Floats:
+        user, item = self._sides(categorical, numerical)
+        # Centred, so that their product is an interaction and not one more sum.
+        product = (user - self._user_mean) * (item - self._item_mean)
+        return np.concatenate([user + item, product], axis=1)
+
+    def _sides(self, categorical: Integers, numerical: Floats) -> tuple[Floats, Floats]:
+        user = numerical[:, : self._user_numerical] @ self._loadings[: self._user_numerical]
+        item = numerical[:, self._user_numerical :] @ self._loadings[self._user_numerical :]
+        for field, table in enumerate(self._tables):
+            side = user if field < self._user_fields else item
+            side += table[categorical[:, field]]
+        return user, item
+
+
+def _task_vectors(rng: np.random.Generator, rank: int, correlation: float) -> Floats:
+    """Draw two unit vectors with inner product ``correlation``, ``(rank, 2)``."""
+    directions, _ = np.linalg.qr(rng.standard_normal((rank, 2)))
+    return directions @ np.array([[1.0, correlation], [0.0, np.sqrt(1 - correlation**2)]])
+
+
+def _positive(deviation: Floats) -> Floats:
+    # A log whose features are all constant has no spread to divide by.
+    return np.where(deviation > 0, deviation, 1.0)
+
+
+def _draw_numerical(rng: np.random.Generator, rows: int, columns: int) -> Floats:
+    # In [0, 1], many zeros, 6 decimals: the look of AliExpress.
+    values = rng.random((rows, columns)) ** 2
+    values[rng.random((rows, columns)) < 0.2] = 0
+    return values.round(6)
+
+
+def _sigmoid(logits: Floats) -> Floats:
+    return 1 / (1 + np.exp(-logits))
+
+
+def _fit_bias(slopes: Floats, weights: Floats, rate: float) -> float:
+    """Bisect for the bias at which the weighted mean of the probabilities is ``rate``."""
+    low, high = -60.0, 60.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        mean = np.average(_sigmoid(slopes + middle), weights=weights)
+        low, high = (middle, high) if mean < rate else (low, middle)
+    return (low + high) / 2

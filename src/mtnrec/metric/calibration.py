@@ -1,0 +1,52 @@
+"""How well predicted probabilities agree with the labels."""
+
+import torch
+from torch import Tensor
+
+
+def log_loss(positive: Tensor, negative: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross entropy, in nats.
+
+    Args:
+        positive: ``log P(label = 1)``, ``(n,)``.
+        negative: ``log P(label = 0)``, ``(n,)``.
+        labels: 0 or 1, ``(n,)``.
+
+    Returns:
+        float64 scalar; NaN if there are no rows.
+    """
+    return -torch.where(labels > 0, positive, negative).double().mean()
+
+
+def calibration(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return predicted over observed positives, ``sum(p) / sum(y)``; 1 is calibrated.
+
+    Returns:
+        float64 scalar; NaN if there are no positives.
+    """
+    positives = labels.double().sum()
+    return torch.where(positives > 0, probabilities.double().sum() / positives, torch.nan)
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 20) -> Tensor:
+    """Return the mean distance of predicted and observed rates over bins of equal mass.
+
+    Rows are binned by the rank of their probability, equal probabilities into one bin, so that
+    the result does not depend on the order of the rows.
+
+    Args:
+        probabilities: ``(n,)``.
+        labels: 0 or 1, ``(n,)``.
+        bins: Number of bins.
+
+    Returns:
+        float64 scalar in [0, 1]; NaN if there are no rows.
+    """
+    if not len(probabilities):
+        return probabilities.new_full((), torch.nan, dtype=torch.float64)
+    ordered, order = probabilities.sort()
+    _, tie, size = ordered.unique_consecutive(return_inverse=True, return_counts=True)
+    middle = size.cumsum(0) - (size + 1) / 2  # mean rank of a tie, from 0
+    bin_of_row = (middle * bins / len(ordered)).long()[tie]
+    excess = ordered.double() - labels[order].double()
+    return excess.new_zeros(bins).index_add_(0, bin_of_row, excess).abs().sum() / len(ordered)

@@ -1,0 +1,146 @@
+"""The metrics of every task, over a whole split."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from mtnrec.batch import LogProbabilities
+from mtnrec.metric.calibration import calibration, expected_calibration_error, log_loss
+from mtnrec.metric.ranking import auc, grouped_auc
+from mtnrec.schema import Schema, Task
+
+# Where CVR is a quotient it can exceed 1; its log loss takes it to be this instead.
+_LARGEST_QUOTIENT = 1 - 1e-7
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The rows, scores and labels that a task is measured on, all ``(n,)``.
+
+    Args:
+        positive: ``log P(label = 1)``.
+        negative: ``log P(label = 0)``.
+        labels: 0 or 1.
+        groups: Group ids; None where the data has none.
+    """
+
+    positive: Tensor
+    negative: Tensor
+    labels: Tensor
+    groups: Tensor | None
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return AUC, log loss, calibration, expected calibration error, grouped AUC."""
+        probabilities = self.positive.double().exp()
+        values = {
+            "auc": auc(self.positive, self.labels),
+            "log_loss": log_loss(self.positive, self.negative, self.labels),
+            "calibration": calibration(probabilities, self.labels),
+            "ece": expected_calibration_error(probabilities, self.labels),
+        }
+        if self.groups is not None:
+            values["grouped_auc"] = grouped_auc(self.positive, self.labels, self.groups)
+        return values
+
+
+def rows_of_task(
+    task: Task, output: LogProbabilities, labels: Tensor, groups: Tensor | None
+) -> TaskRows:
+    """Pick the rows, scores and labels that a task is measured on.
+
+    CVR is measured on the clicked rows, with ``log pCVR = log pCTCVR - log pCTR`` (paper, eq. 1):
+    a difference ranks as the quotient does and never divides by zero.
+
+    Args:
+        task: The task.
+        output: Log-probabilities of the labels, ``(n, T)`` each.
+        labels: 0 or 1, ``(n, T)``.
+        groups: ``(n,)`` or None.
+    """
+    positive, negative = output.positive[:, task.label], output.negative[:, task.label]
+    if task.given is None:
+        return TaskRows(positive, negative, labels[:, task.label], groups)
+    chosen = labels[:, task.given] > 0
+    quotient = (positive - output.positive[:, task.given])[chosen]
+    ceiling = math.log(_LARGEST_QUOTIENT)
+    complement = (-quotient.double().clamp(max=ceiling).expm1()).log()
+    chosen_groups = None if groups is None else groups[chosen]
+    return TaskRows(quotient, complement, labels[chosen, task.label], chosen_groups)
+
+
+def bayes_aucs(
+    schema: Schema, probabilities: npt.NDArray[np.float64], labels: npt.NDArray[np.uint8]
+) -> dict[str, float]:
+    """Return the AUC of the true probabilities for each task, as ``task_bayes_auc``.
+
+    No scores have a larger AUC in expectation; on the same rows it is what a model is held against.
+
+    Args:
+        schema: The tasks.
+        probabilities: True ``P(label = 1)``, ``(n, T)``.
+        labels: 0 or 1, ``(n, T)``.
+    """
+    true = torch.from_numpy(probabilities)
+    output = LogProbabilities(true.log(), (-true).log1p())
+    rows = {t.name: rows_of_task(t, output, torch.from_numpy(labels), None) for t in schema.tasks}
+    return {f"{name}_bayes_auc": auc(r.positive, r.labels).item() for name, r in rows.items()}
+
+
+class TaskMetrics(Metric):
+    """Collects the predictions of a split and measures every task on all of them at once.
+
+    Never an average over batches; under DDP the predictions of all ranks come together first.
+    Keeps ``9 T + 8`` bytes a row.
+
+    Args:
+        schema: Fields and labels of the data.
+    """
+
+    full_state_update = False
+    positive: list[Tensor]
+    negative: list[Tensor]
+    labels: list[Tensor]
+    groups: list[Tensor]
+
+    def __init__(self, schema: Schema) -> None:
+        super().__init__()
+        self._schema = schema
+        for state in ("positive", "negative", "labels", "groups"):
+            self.add_state(state, default=[], dist_reduce_fx="cat")
+
+    def update(self, output: LogProbabilities, labels: Tensor, group: Tensor | None) -> None:
+        """Add a batch.
+
+        Args:
+            output: Log-probabilities of the labels, ``(B, T)`` each.
+            labels: 0 or 1, ``(B, T)``.
+            group: Group ids, ``(B,)``, or None.
+        """
+        self.positive.append(output.positive.detach())
+        self.negative.append(output.negative.detach())
+        self.labels.append(labels.to(torch.uint8))
+        if group is not None:
+            self.groups.append(group)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return every metric as ``task_metric``, float64 scalars, and the counts.
+
+        ``task_rows`` and ``task_positives`` are int64 scalars.
+        """
+        output = LogProbabilities(dim_zero_cat(self.positive), dim_zero_cat(self.negative))
+        groups = dim_zero_cat(self.groups) if len(self.groups) else None
+        labels = dim_zero_cat(self.labels)
+        values = {}
+        for task in self._schema.tasks:
+            rows = rows_of_task(task, output, labels, groups)
+            metrics = rows.metrics()
+            values |= {f"{task.name}_{metric}": value for metric, value in metrics.items()}
+            values[f"{task.name}_rows"] = torch.tensor(len(rows.labels))
+            values[f"{task.name}_positives"] = rows.labels.long().sum()
+        return values

@@ -1,0 +1,77 @@
+"""ESMM (X. Ma et al., Entire Space Multi-Task Model, SIGIR 2018)."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from mtnrec.batch import Batch, LogProbabilities
+from mtnrec.checks import InputError
+from mtnrec.model.layer import (
+    MLP,
+    FeatureInput,
+    check_sizes,
+    funnel_log_probabilities,
+    layers_by_depth,
+)
+from mtnrec.schema import Schema
+
+
+class ESMM(nn.Module):
+    """Shared embeddings, a CTR tower and a CVR tower; ``pCTCVR = pCTR * pCVR``.
+
+    CVR has no loss of its own: both losses are over all impressions.
+
+    Args:
+        schema: Fields and labels of the data, which must be a funnel.
+        embedding_dim: ``D``.
+        tower_widths: Outputs of each tower's hidden layers; they hold the widths of what other
+            models call bottom and tower.
+        dropout: In [0, 1); the paper uses 0.
+        batch_norm: The paper uses none.
+
+    Raises:
+        InputError: If the labels are no funnel.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        embedding_dim: int,
+        tower_widths: Sequence[int],
+        dropout: float,
+        batch_norm: bool,
+    ) -> None:
+        super().__init__()
+        if not schema.funnel:
+            raise InputError(
+                f"ESMM needs a funnel of two labels, click and conversion; the labels "
+                f"{', '.join(schema.labels)} are independent: choose model=shared_bottom or "
+                "model=mmoe"
+            )
+        check_sizes(dropout=dropout, batch_norm=batch_norm, tower_widths=tower_widths)
+        self.input = FeatureInput(schema, embedding_dim)
+        self.towers = nn.ModuleList(
+            MLP(
+                self.input.out_features,
+                tower_widths,
+                dropout=dropout,
+                batch_norm=batch_norm,
+                head=True,
+            )
+            for _ in schema.labels
+        )
+
+    def forward(self, batch: Batch) -> LogProbabilities:
+        """Return the log-probabilities of click and conversion, ``(B, 2)`` each."""
+        firsts = self.input.feed(batch, [tower.first for tower in self.towers])
+        click, conversion = (t.rest(x) for t, x in zip(self.towers, firsts, strict=True))
+        return funnel_log_probabilities(click, conversion)
+
+    def task_layers(self) -> list[list[nn.Linear]]:
+        """Return, for each depth of the towers, the two linear layers."""
+        return layers_by_depth(list(self.towers))
+
+    def shared_layers(self) -> list[list[nn.Linear]]:
+        """Return nothing: only the embeddings are shared."""
+        return []

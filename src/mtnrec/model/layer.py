@@ -1,0 +1,194 @@
+"""The layers that the networks share, and label probabilities in log space."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtnrec.batch import Batch, LogProbabilities
+from mtnrec.checks import InputError, check_flag, check_integer, check_number
+from mtnrec.schema import Schema
+
+
+class FeatureInput(nn.Module):
+    """The features of a batch, one dense row each, as MTReclib lays them out.
+
+    Every categorical field looks up a ``D``-wide vector; all numerical features pass through one
+    linear map to one more. The vectors side by side are the row.
+
+    Args:
+        schema: The fields.
+        embedding_dim: ``D``.
+    """
+
+    def __init__(self, schema: Schema, embedding_dim: int) -> None:
+        super().__init__()
+        check_integer("model.embedding_dim", embedding_dim, minimum=1)
+        if not schema.categorical and not schema.numerical:
+            raise InputError("the data set has no features: a model needs at least one")
+        sizes = [field.vocabulary_size for field in schema.categorical]
+        self.tables = nn.ModuleList(nn.Embedding(size, embedding_dim) for size in sizes)
+        for table in self.tables:
+            nn.init.xavier_uniform_(table.weight)
+            with torch.no_grad():
+                table.weight[0] = 0  # missing or unseen: rare in training, so start it neutral
+        self.numerical = (
+            nn.Linear(len(schema.numerical), embedding_dim) if schema.numerical else None
+        )
+        self.out_features = embedding_dim * (len(sizes) + bool(schema.numerical))
+        self._embedding_dim = embedding_dim
+        # A one-hot vector no wider than the embedding makes a product no dearer.
+        self._small = [field for field, size in enumerate(sizes) if size <= embedding_dim]
+        self._large = [field for field, size in enumerate(sizes) if size > embedding_dim]
+        starts = list(itertools.accumulate((sizes[field] for field in self._small), initial=0))
+        self._one_hot_width = starts.pop()
+        self.register_buffer("_one_hot_starts", torch.tensor(starts), persistent=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the rows, ``(B, (F + 1) * D)``; without numerical features ``(B, F * D)``."""
+        columns = batch.categorical.unbind(dim=1)
+        vectors = [table(column) for table, column in zip(self.tables, columns, strict=True)]
+        if self.numerical is not None:
+            vectors.append(self.numerical(batch.numerical))
+        return torch.cat(vectors, dim=1)
+
+    def feed(self, batch: Batch, layers: Sequence[nn.Linear]) -> list[Tensor]:
+        """Return ``layer(self(batch))`` for each layer, without making the wide rows.
+
+        With ``E_f`` the table of a field and ``W_f`` the columns of a layer that it meets, the
+        field's share of the output is ``onehot @ (E_f W_f^T)``. For a small vocabulary that product
+        is far narrower than ``D`` columns, and its table is made once a batch. Likewise the map of
+        the numerical features folds into the layer. Fields with a large vocabulary look up their
+        vectors as usual. All shares are one matrix product; parameters, function and gradients are
+        those of the wide rows up to rounding.
+
+        Args:
+            batch: ``B`` rows.
+            layers: Linear layers with ``out_features`` of this module as their inputs.
+
+        Returns:
+            ``(B, O)`` for each layer.
+        """
+        weights = torch.cat([layer.weight for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers])
+        blocks = weights.split(self._embedding_dim, dim=1)
+        columns, maps = [], []
+        if self._small:
+            columns.append(self._one_hot(batch))
+            maps += [blocks[field] @ self.tables[field].weight.T for field in self._small]
+        if self.numerical is not None:
+            columns.append(batch.numerical)
+            maps.append(blocks[-1] @ self.numerical.weight)
+            bias = bias + blocks[-1] @ self.numerical.bias
+        columns += [self.tables[field](batch.categorical[:, field]) for field in self._large]
+        maps += [blocks[field] for field in self._large]
+        outputs = F.linear(torch.cat(columns, dim=1), torch.cat(maps, dim=1), bias)
+        return list(outputs.split([layer.out_features for layer in layers], dim=1))
+
+    def _one_hot(self, batch: Batch) -> Tensor:
+        """Return the small fields as ones among zeros, ``(B, sum of their vocabularies)``."""
+        positions = batch.categorical[:, self._small] + self.get_buffer("_one_hot_starts")
+        zeros = self.tables[0].weight.new_zeros(len(batch), self._one_hot_width)
+        return zeros.scatter_(1, positions, 1)
+
+
+class MLP(nn.Sequential):
+    """Linear, batch norm, ReLU and dropout for each width.
+
+    Args:
+        in_features: Columns of the input.
+        widths: Outputs of each linear layer.
+        dropout: Probability that an output is dropped while training, in [0, 1).
+        batch_norm: Whether a batch norm follows each linear layer.
+        head: Whether one more linear layer follows, with a single output (a logit).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        widths: Sequence[int],
+        *,
+        dropout: float,
+        batch_norm: bool,
+        head: bool = False,
+    ) -> None:
+        layers: list[nn.Module] = []
+        sizes = [in_features, *widths]
+        for inputs, outputs in itertools.pairwise(sizes):
+            layers.append(nn.Linear(inputs, outputs))
+            if batch_norm:
+                layers.append(nn.BatchNorm1d(outputs))
+            layers.append(nn.ReLU())
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+        if head:
+            layers.append(nn.Linear(sizes[-1], 1))
+        super().__init__(*layers)
+        self.out_features = 1 if head else sizes[-1]
+
+    @property
+    def first(self) -> nn.Linear:
+        """The first linear layer."""
+        return self.linear_layers()[0]
+
+    def rest(self, hidden: Tensor) -> Tensor:
+        """Apply all that follows the first linear layer to its output."""
+        for layer in itertools.islice(self, 1, None):
+            hidden = layer(hidden)
+        return hidden
+
+    def linear_layers(self) -> list[nn.Linear]:
+        """Return the linear layers, from the input on."""
+        return [layer for layer in self if isinstance(layer, nn.Linear)]
+
+
+def check_sizes(*, dropout: float, batch_norm: bool, **widths: Sequence[int]) -> None:
+    """Check the keys that all networks have; ``widths`` by the name of their key.
+
+    Raises:
+        InputError: If a list of widths is empty, a width is below 1, or ``dropout`` is no
+            probability below 1.
+    """
+    check_number("model.dropout", dropout, minimum=0, maximum=1, open_maximum=True)
+    check_flag("model.batch_norm", batch_norm)
+    for name, sizes in widths.items():
+        if isinstance(sizes, str | int) or not len(sizes):
+            raise InputError(f"model.{name} must be a list of at least one width, got {sizes!r}")
+        for size in sizes:
+            check_integer(f"model.{name}", size, minimum=1)
+
+
+def layers_by_depth(networks: Sequence[MLP]) -> list[list[nn.Linear]]:
+    """Return the linear layers of networks alike, one list for each depth."""
+    return [list(depth) for depth in zip(*(n.linear_layers() for n in networks), strict=True)]
+
+
+def label_log_probabilities(logits: Sequence[Tensor]) -> LogProbabilities:
+    """Read the logit of each tower, ``(B, 1)``, as the log-odds of its own label."""
+    joined = _at_least_float32(torch.cat(list(logits), dim=1))
+    return LogProbabilities(F.logsigmoid(joined), F.logsigmoid(-joined))
+
+
+def funnel_log_probabilities(click_logit: Tensor, conversion_logit: Tensor) -> LogProbabilities:
+    """Read two logits ``(B, 1)`` as a funnel: ``P(y) = s(a)``, ``P(z) = s(a) s(b)`` (ESMM).
+
+    ``1 - s(a) s(b) = s(-a) + s(a) s(-b)``, a sum of positive terms, so nothing cancels.
+
+    >>> click, conversion = torch.tensor([[60.0]]), torch.tensor([[-60.0]])
+    >>> funnel_log_probabilities(click, conversion).positive
+    tensor([[-8.7565e-27, -6.0000e+01]])
+    """
+    click_logit, conversion_logit = map(_at_least_float32, (click_logit, conversion_logit))
+    click, no_click = F.logsigmoid(click_logit), F.logsigmoid(-click_logit)
+    conversion = click + F.logsigmoid(conversion_logit)
+    no_conversion = torch.logaddexp(no_click, click + F.logsigmoid(-conversion_logit))
+    return LogProbabilities(
+        torch.cat([click, conversion], dim=1), torch.cat([no_click, no_conversion], dim=1)
+    )
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    # Half-precision logits would round probabilities near 0 and 1 before the loss sees them.
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

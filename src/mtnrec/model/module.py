@@ -1,0 +1,93 @@
+"""The LightningModule that trains any network."""
+
+from collections.abc import Callable, Iterable
+
+import lightning as L
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mtnrec.batch import Batch, LogProbabilities
+from mtnrec.checks import InputError
+from mtnrec.metric.task_metrics import TaskMetrics
+from mtnrec.schema import Schema
+
+
+def cross_entropies(output: LogProbabilities, labels: Tensor) -> Tensor:
+    """Return the mean cross entropy of each label, ``(T,)``; the loss is their sum (eq. 5).
+
+    Args:
+        output: Log-probabilities, ``(B, T)`` each.
+        labels: 0 or 1, ``(B, T)``.
+    """
+    return -(labels * output.positive + (1 - labels) * output.negative).mean(dim=0)
+
+
+class MultiTaskModule(L.LightningModule):
+    """Trains a network on the sum of its labels' cross entropies.
+
+    Each epoch logs ``train/loss`` (without any penalty) and ``val/task_metric``; the test logs
+    ``test/task_metric``. ``results`` keeps the last values of each split in full precision.
+
+    Args:
+        network: Called with a :class:`Batch`, returns :class:`LogProbabilities`. It offers
+            ``task_layers()`` (for each depth, the ``T`` linear layers of the towers) and
+            ``shared_layers()`` (for each depth, the layers that stand side by side below them).
+        schema: Fields and labels of the data.
+        optimizer: Makes the optimiser from the parameters.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        schema: Schema,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self._optimizer = optimizer
+        self.metrics = nn.ModuleDict({split: TaskMetrics(schema) for split in ("val", "test")})
+        self.results: dict[str, dict[str, float]] = {}
+
+    def forward(self, batch: Batch) -> LogProbabilities:
+        """Return the log-probabilities of the labels, ``(B, T)`` each."""
+        return self.network(batch)
+
+    def training_step(self, batch: Batch) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Batch) -> None:
+        self._step(batch, "val")
+
+    def test_step(self, batch: Batch) -> None:
+        self._step(batch, "test")
+
+    def _step(self, batch: Batch, split: str) -> Tensor:
+        if batch.labels is None:
+            raise InputError("the batch has no labels: they are needed to train and to evaluate")
+        output = self(batch)
+        loss = cross_entropies(output, batch.labels).sum()
+        if split == "train":
+            self.log(
+                "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch)
+            )
+        else:
+            self.metrics[split].update(output, batch.labels, batch.group)
+        return loss
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def _log_metrics(self, split: str) -> None:
+        values = self.metrics[split].compute()
+        self.metrics[split].reset()
+        self.results[split] = {f"{split}/{name}": value.item() for name, value in values.items()}
+        for name, value in self.results[split].items():
+            if not name.endswith(("_rows", "_positives")):
+                self.log(name, value, prog_bar=name.endswith("_auc") and "grouped" not in name)
+
+    def configure_optimizers(self) -> Optimizer:
+        return self._optimizer(self.network.parameters())

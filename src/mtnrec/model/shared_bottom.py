@@ -1,0 +1,70 @@
+"""Shared-bottom (R. Caruana, Multitask Learning, 1997): one bottom network, one tower a label."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from mtnrec.batch import Batch, LogProbabilities
+from mtnrec.model.layer import (
+    MLP,
+    FeatureInput,
+    check_sizes,
+    label_log_probabilities,
+    layers_by_depth,
+)
+from mtnrec.schema import Schema
+
+
+class SharedBottom(nn.Module):
+    """A bottom network that all towers share.
+
+    On a funnel the towers are CTR and CTCVR; CVR is their quotient (paper, eq. 1).
+
+    Args:
+        schema: Fields and labels of the data; one tower a label.
+        embedding_dim: ``D``.
+        bottom_widths: Outputs of the bottom's layers.
+        tower_widths: Outputs of each tower's hidden layers.
+        dropout: In [0, 1); the paper uses 0.
+        batch_norm: The paper uses none.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        embedding_dim: int,
+        bottom_widths: Sequence[int],
+        tower_widths: Sequence[int],
+        dropout: float,
+        batch_norm: bool,
+    ) -> None:
+        super().__init__()
+        check_sizes(
+            dropout=dropout,
+            batch_norm=batch_norm,
+            bottom_widths=bottom_widths,
+            tower_widths=tower_widths,
+        )
+        self.input = FeatureInput(schema, embedding_dim)
+        self.bottom = MLP(
+            self.input.out_features, bottom_widths, dropout=dropout, batch_norm=batch_norm
+        )
+        self.towers = nn.ModuleList(
+            MLP(bottom_widths[-1], tower_widths, dropout=dropout, batch_norm=batch_norm, head=True)
+            for _ in schema.labels
+        )
+
+    def forward(self, batch: Batch) -> LogProbabilities:
+        """Return the log-probabilities of the labels, ``(B, T)`` each."""
+        (first,) = self.input.feed(batch, [self.bottom.first])
+        hidden = self.bottom.rest(first)
+        return label_log_probabilities([tower(hidden) for tower in self.towers])
+
+    def task_layers(self) -> list[list[nn.Linear]]:
+        """Return, for each depth of the towers, the ``T`` linear layers."""
+        return layers_by_depth(list(self.towers))
+
+    def shared_layers(self) -> list[list[nn.Linear]]:
+        """Return nothing: the bottom is one network, so no layers stand side by side."""
+        return []

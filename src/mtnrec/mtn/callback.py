@@ -1,0 +1,357 @@
+"""The callback that trains a model under the multi-layer tensor trace norm."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
+from mtnrec.mtn.penalty import Penalty, mean_distance
+from mtnrec.mtn.trace_norm import effective_rank
+from mtnrec.mtn.weights import LAYER_WEIGHTINGS, PenaltyWeights
+
+COLLAPSED_ALPHA = 0.99
+UNFOLDINGS = ("task", "output", "input")  # the rows of the three distinct unfoldings
+
+_logger = logging.getLogger(__name__)
+
+
+class MTN(L.Callback):
+    """Adds ``lam * sum_i w_i R_i`` to the objective (eq. 5).
+
+    The gradient is added once an optimiser step, after accumulation, all-reduce and unscaling and
+    before clipping. The learned weights and their optimiser belong to the callback and to its part
+    of a checkpoint: the model, its ``state_dict`` and its inference are the same with and without
+    it. ``train/loss`` is the cross entropy alone.
+
+    Each epoch it logs, under ``mtn/``: ``norm`` (``sum_i w_i R_i``), ``penalty`` (``lam`` times
+    that), ``loss_share`` (penalty over loss plus penalty), ``zero_gradient_share`` (share of the
+    penalised weights without a data gradient, which Adam moves at full rate whatever ``lam``); and
+    for each layer its ``norm``, ``weight``, ``alpha_*``, ``effective_rank_*``, ``distance`` (mean
+    distance of two towers over their mean norm) and ``gap`` (largest relative error of the norm
+    before a refresh). The spectra are written to ``spectra/epoch_*.npz`` in the run's folder.
+
+    Args:
+        enabled: Whether it does anything.
+        lam: ``lambda``; the paper uses 1e-5. With 0 it measures and leaves the training alone.
+        target: Penalise the task ``towers``, or the ``shared`` layers side by side (experts).
+        layers: ``all``, or the depths to penalise, counted from 0 next to the input.
+        alpha: ``learned``, ``uniform``, or the fixed weights of the task, output and input
+            unfolding.
+        alpha_sharing: One alpha ``per_layer``, or ``shared`` by all layers.
+        layer_weighting: ``mean`` (the paper's), ``exponential_decay``, ``learned`` or ``gated``.
+        decay: Ratio of ``exponential_decay``, in [0, 1].
+        frobenius: Whether ``R_i`` has its Frobenius term.
+        biases: Whether a bias counts as one more input of its layer.
+        coupling: Add to the ``gradient`` (the paper's), or move the weights beside the optimiser's
+            step by ``lr * lam * dR/dW``, ``decoupled``, as AdamW does with weight decay.
+        refresh_every: Steps between two decompositions; 1 is the exact method. In between the
+            norm is replaced by its lower bound from the last factor.
+        alpha_optimizer: Makes the optimiser of what is learned.
+
+    Raises:
+        InputError: If a value is out of range; when fit starts, if the model has no such layers or
+            they differ in shape.
+    """
+
+    def __init__(
+        self,
+        *,
+        enabled: bool,
+        lam: float,
+        target: str,
+        layers: str | Sequence[int],
+        alpha: str | Sequence[float],
+        alpha_sharing: str,
+        layer_weighting: str,
+        decay: float,
+        frobenius: bool,
+        biases: bool,
+        coupling: str,
+        refresh_every: int,
+        alpha_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+    ) -> None:
+        check_flag("mtn.enabled", enabled)
+        check_number("mtn.lam", lam, minimum=0)
+        check_choice("mtn.target", target, ["towers", "shared"])
+        _check_layers(layers)
+        _check_alpha(alpha)
+        check_choice("mtn.alpha_sharing", alpha_sharing, ["per_layer", "shared"])
+        check_choice("mtn.layer_weighting", layer_weighting, LAYER_WEIGHTINGS)
+        check_number("mtn.decay", decay, minimum=0, maximum=1)
+        check_flag("mtn.frobenius", frobenius)
+        check_flag("mtn.biases", biases)
+        check_choice("mtn.coupling", coupling, ["gradient", "decoupled"])
+        check_integer("mtn.refresh_every", refresh_every, minimum=1)
+        self.enabled = enabled
+        self.lam = lam
+        self.target = target
+        self.layers = layers
+        self.alpha = alpha
+        self.alpha_sharing = alpha_sharing
+        self.layer_weighting = layer_weighting
+        self.decay = decay
+        self.frobenius = frobenius
+        self.biases = biases
+        self.coupling = coupling
+        self.refresh_every = refresh_every
+        self.alpha_optimizer = alpha_optimizer
+
+        self._penalty: Penalty | None = None
+        self._optimizer: Optimizer | None = None
+        self._restored: dict[str, Any] = {}
+        self._zero_gradient_shares: list[Tensor] = []
+        self._collapsed: set[int] = set()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not self.enabled or stage != "fit":
+            return
+        depths = self._choose(self._find_depths(pl_module.network))
+        for depth, layers in depths.items():
+            self._check_depth(depth, layers)
+        weights = PenaltyWeights(
+            layers=len(depths),
+            unfoldings=len(UNFOLDINGS),
+            alpha=self.alpha,
+            alpha_sharing=self.alpha_sharing,
+            layer_weighting=self.layer_weighting,
+            decay=self.decay,
+        )
+        self._penalty = Penalty(
+            depths,
+            weights,
+            frobenius=self.frobenius,
+            biases=self.biases,
+            refresh_every=self.refresh_every,
+        )
+
+    def _find_depths(self, network: Any) -> list[list[nn.Linear]]:
+        method = "task_layers" if self.target == "towers" else "shared_layers"
+        name = type(network).__name__
+        if not hasattr(network, method):
+            raise InputError(
+                f"{name} has no {method}(), so MTN has nothing to act on: add the method, or train "
+                "with mtn.enabled=false"
+            )
+        depths: list[list[nn.Linear]] = getattr(network, method)()
+        if not depths:
+            raise InputError(
+                f"{name} has no shared layers that stand side by side (experts): choose "
+                "mtn.target=towers, or model=mmoe"
+            )
+        return depths
+
+    def _choose(self, depths: list[list[nn.Linear]]) -> dict[int, list[nn.Linear]]:
+        if isinstance(self.layers, str):
+            return dict(enumerate(depths))
+        if max(self.layers) >= len(depths):
+            raise InputError(
+                f"mtn.layers={list(self.layers)} names a layer that does not exist: the "
+                f"{self.target} have the layers 0 to {len(depths) - 1}"
+            )
+        return {depth: depths[depth] for depth in self.layers}
+
+    def _check_depth(self, depth: int, layers: list[nn.Linear]) -> None:
+        shapes = {tuple(layer.weight.shape) for layer in layers}
+        if len(shapes) > 1:
+            raise InputError(
+                f"MTN stacks the layers of a depth, so they must agree in shape; at layer {depth} "
+                f"they are {' and '.join(map(str, sorted(shapes)))}: give the towers equal widths, "
+                "or leave this layer out of mtn.layers"
+            )
+        if len(layers) < 2:
+            raise InputError(
+                f"MTN needs at least two {self.target} side by side, layer {depth} has one"
+            )
+        if self.biases and any(layer.bias is None for layer in layers):
+            raise InputError(f"mtn.biases=true, but layer {depth} has no bias: set it to false")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._penalty is None:
+            return
+        weights = self._penalty.weights.to(pl_module.device)
+        learned = list(weights.parameters())
+        self._optimizer = self.alpha_optimizer(learned) if learned else None
+        if self._restored:
+            weights.load_state_dict(self._restored["weights"])
+            if self._optimizer is not None:
+                self._optimizer.load_state_dict(self._restored["optimizer"])
+        # A run that resumes at the start of an epoch takes the factors that an uninterrupted one
+        # took at the end of the epoch before: the same bits.
+        self._penalty.refresh()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._penalty is None:
+            return {}
+        return {
+            "weights": self._penalty.weights.state_dict(),
+            "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._penalty is None:
+            return
+        self._penalty.refresh_if_due()
+        parameters = self._penalty.parameters()
+        if self._penalty.age == 0:
+            self._zero_gradient_shares.append(_zero_gradient_share(parameters))
+        self._penalty.age += 1
+        if self.lam == 0:
+            return
+        learned = list(self._penalty.weights.parameters())
+        with torch.enable_grad():
+            objective = self.lam * self._penalty.value()
+            gradients = torch.autograd.grad(objective, [*parameters, *learned])
+        if self.coupling == "gradient":
+            add_to_gradients(parameters, gradients, scale=gradient_scale(trainer, optimizer))
+        else:
+            move_parameters(parameters, gradients, optimizer)
+        if self._optimizer is not None:
+            for weight, gradient in zip(learned, gradients[len(parameters) :], strict=True):
+                weight.grad = gradient
+            self._optimizer.step()
+
+    @torch.no_grad()
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._penalty is None:
+            return
+        self._penalty.refresh()
+        norms = self._penalty.layer_norms()
+        layer_weights = self._penalty.weights.layer_weights(norms)
+        alpha = self._penalty.weights.alpha()
+        penalty = self.lam * (layer_weights @ norms)
+        values = {"norm": layer_weights @ norms, "penalty": penalty}
+        loss = trainer.callback_metrics.get("train/loss")
+        if loss is not None:
+            values["loss_share"] = penalty / (loss + penalty)
+        if self._zero_gradient_shares:
+            shares = torch.stack(self._zero_gradient_shares)
+            values["zero_gradient_share"] = shares.mean()
+        gaps = torch.stack(self._penalty.gaps).amax(dim=0) if self._penalty.gaps else None
+        names = self._unfolding_names()
+        stacks = self._penalty.stacks()
+        for row, depth in enumerate(self._penalty.depths):
+            layer = f"layer_{depth}"
+            values[f"{layer}/norm"] = norms[row]
+            values[f"{layer}/weight"] = layer_weights[row]
+            values[f"{layer}/distance"] = mean_distance(stacks[row])
+            if gaps is not None:
+                values[f"{layer}/gap"] = gaps[row]
+            for column, name in enumerate(names):
+                spectrum = self._penalty.factors[row][column].singular_values
+                values[f"{layer}/alpha_{name}"] = alpha[row, column]
+                values[f"{layer}/effective_rank_{name}"] = effective_rank(spectrum)
+            self._warn_of_collapse(depth, alpha[row])
+        pl_module.log_dict({f"mtn/{name}": value.float() for name, value in values.items()})
+        self._penalty.gaps.clear()
+        self._zero_gradient_shares.clear()
+        if trainer.is_global_zero:
+            self._write_spectra(Path(trainer.default_root_dir), trainer.current_epoch)
+
+    def _unfolding_names(self) -> tuple[str, ...]:
+        return UNFOLDINGS if self.target == "towers" else ("expert", *UNFOLDINGS[1:])
+
+    def _warn_of_collapse(self, depth: int, alpha: Tensor) -> None:
+        largest = alpha.max().item()
+        if self.alpha != "learned" or largest <= COLLAPSED_ALPHA or depth in self._collapsed:
+            return
+        self._collapsed.add(depth)
+        name = self._unfolding_names()[int(alpha.argmax())]
+        _logger.warning(
+            "alpha of layer %d has collapsed: the %s unfolding has weight %.4f, so the tensor trace "
+            "norm is nearly that of one matrix; mtn.alpha=uniform keeps all unfoldings",
+            depth,
+            name,
+            largest,
+        )
+
+    def _write_spectra(self, directory: Path, epoch: int) -> None:
+        if self._penalty is None:
+            return
+        spectra = {
+            f"layer_{depth}/{name}": polar.singular_values.cpu().numpy()
+            for depth, polars in zip(self._penalty.depths, self._penalty.factors, strict=True)
+            for name, polar in zip(self._unfolding_names(), polars, strict=True)
+        }
+        folder = directory / "spectra"
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / f"epoch_{epoch:03d}.npz", **spectra)
+
+
+def add_to_gradients(
+    parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], *, scale: float
+) -> None:
+    """Add ``scale`` times the penalty's gradients to those of the loss."""
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        if parameter.grad is None:
+            parameter.grad = scale * gradient
+        else:
+            parameter.grad.add_(gradient, alpha=scale)
+
+
+@torch.no_grad()
+def move_parameters(
+    parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], optimizer: Optimizer
+) -> None:
+    """Step against the penalty's gradients, at the learning rate of each parameter's group."""
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        parameter.sub_(rates[id(parameter)] * gradient)
+
+
+def gradient_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:
+    """Return what the gradients are multiplied by when ``on_before_optimizer_step`` is called.
+
+    It is 1 but for fused optimisers in fp16: those unscale inside their step, after the hook.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return scaler.get_scale()
+
+
+def _zero_gradient_share(parameters: Sequence[nn.Parameter]) -> Tensor:
+    zeros = [(p.grad == 0).sum() for p in parameters if p.grad is not None]
+    without = sum(p.numel() for p in parameters if p.grad is None)
+    return (torch.stack(zeros).sum() if zeros else torch.tensor(0)).add(without) / sum(
+        p.numel() for p in parameters
+    )
+
+
+def _check_layers(layers: Any) -> None:
+    if isinstance(layers, str):
+        check_choice("mtn.layers", layers, ["all"])
+        return
+    if not isinstance(layers, Sequence) or not len(layers) or len(set(layers)) < len(layers):
+        raise InputError(
+            f"mtn.layers must be `all` or a list of different depths, [0, 2] say; got {layers!r}"
+        )
+    for layer in layers:
+        check_integer("mtn.layers", layer, minimum=0)
+
+
+def _check_alpha(alpha: Any) -> None:
+    if isinstance(alpha, str):
+        check_choice("mtn.alpha", alpha, ["learned", "uniform"])
+        return
+    if not isinstance(alpha, Sequence) or len(alpha) != len(UNFOLDINGS):
+        raise InputError(
+            "mtn.alpha must be `learned`, `uniform` or three weights (of the task, output and "
+            f"input unfolding), got {alpha!r}"
+        )
+    for weight in alpha:
+        check_number("mtn.alpha", weight, minimum=0, maximum=1)
+    if not math.isclose(sum(alpha), 1, abs_tol=1e-6):
+        raise InputError(f"mtn.alpha must sum to 1, got {list(alpha)} with sum {sum(alpha):g}")

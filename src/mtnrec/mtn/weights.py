@@ -1,0 +1,76 @@
+"""The weights of the penalty: alpha of the unfoldings, and the weights of the layers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+LAYER_WEIGHTINGS = ("mean", "exponential_decay", "learned", "gated")
+
+
+class PenaltyWeights(nn.Module):
+    """Alpha (eq. 2) and layer weights, learned or fixed; all start uniform and sum to 1.
+
+    What is learned is a softmax of parameters that start at zero, so no random number is drawn.
+    On the loss that it weights, a learned alpha drifts to the smallest norm, since the loss is
+    linear in it.
+
+    Args:
+        layers: ``L``.
+        unfoldings: ``S``.
+        alpha: ``learned``, ``uniform``, or ``S`` fixed weights.
+        alpha_sharing: One alpha ``per_layer``, or ``shared`` by all layers.
+        layer_weighting: ``mean``; ``exponential_decay``, weights proportional to ``decay ** i``
+            with ``i = 0`` next to the input; ``learned``; ``gated``, a softmax of an affine map of
+            the layers' shares of the norm (the shares are taken as given, not differentiated).
+        decay: Ratio of one layer's weight to the one before it.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        unfoldings: int,
+        alpha: str | Sequence[float],
+        alpha_sharing: str,
+        layer_weighting: str,
+        decay: float,
+    ) -> None:
+        super().__init__()
+        self._layers = layers
+        self._layer_weighting = layer_weighting
+        rows = layers if alpha_sharing == "per_layer" else 1
+        logits = torch.zeros(rows, unfoldings)
+        self.alpha_logits = nn.Parameter(logits) if alpha == "learned" else None
+        fixed = logits.softmax(dim=1) if isinstance(alpha, str) else torch.tensor([list(alpha)])
+        self.register_buffer("fixed_alpha", fixed, persistent=False)
+
+        learns_layers = layer_weighting in ("learned", "gated")
+        self.layer_logits = nn.Parameter(torch.zeros(layers)) if learns_layers else None
+        is_gated = layer_weighting == "gated"
+        self.gate = nn.Parameter(torch.zeros(layers, layers)) if is_gated else None
+        ratio = decay if layer_weighting == "exponential_decay" else 1.0
+        decayed = ratio ** torch.arange(layers, dtype=torch.float64)
+        fixed_layers = (decayed / decayed.sum()).float()
+        self.register_buffer("fixed_layer_weights", fixed_layers, persistent=False)
+
+    def alpha(self) -> Tensor:
+        """Return alpha, ``(L, S)``; rows sum to 1."""
+        learned = self.alpha_logits
+        alpha = self.get_buffer("fixed_alpha") if learned is None else learned.softmax(dim=1)
+        return alpha.expand(self._layers, -1)
+
+    def layer_weights(self, norms: Tensor) -> Tensor:
+        """Return the weight of each layer, ``(L,)``, summing to 1.
+
+        Args:
+            norms: ``R_i``, ``(L,)``; only ``gated`` looks at them.
+        """
+        if self.layer_logits is None:
+            return self.get_buffer("fixed_layer_weights").to(norms.dtype)
+        logits = self.layer_logits
+        if self.gate is not None:
+            norms = norms.detach()
+            total = norms.sum().clamp(min=torch.finfo(norms.dtype).tiny)
+            logits = logits + self.gate @ (norms / total).to(self.gate.dtype)
+        return logits.softmax(dim=0)

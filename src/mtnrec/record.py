@@ -1,0 +1,195 @@
+"""The run record ``result.json``: what was run, on what, and what came out."""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich import box
+from rich.table import Table
+
+from mtnrec.batch import Batch
+from mtnrec.schema import Schema
+
+RECORD_FILE = "result.json"
+# Keys of the config that say where and how a run is shown, not what comes out.
+_NOT_OF_THE_CELL = ("logger", "output_dir", "data_root")
+_PACKAGES = ("mtnrec", "torch", "lightning", "torchmetrics", "numpy", "hydra-core")
+
+_logger = logging.getLogger(__name__)
+
+
+class RunRecorder(L.Callback):
+    """Times a run, keeps the validation metrics of each epoch and logs a line on each."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._stage_started = 0.0
+        self.seconds: dict[str, float] = {}
+        self.history: list[dict[str, float]] = []
+        self._rows = {"train": 0, "evaluate": 0}
+        self._spent = {"train": 0.0, "evaluate": 0.0}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seconds["setup"] = time.perf_counter() - self._started
+        self._stage_started = time.perf_counter()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seconds["fit"] = time.perf_counter() - self._stage_started
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stage_started = time.perf_counter()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seconds["test"] = time.perf_counter() - self._stage_started
+        self._spent["evaluate"] += self.seconds["test"]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._spent["train"] -= time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._spent["train"] += time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Validation runs inside the training epoch.
+        self._spent["train"] += time.perf_counter()
+        self._spent["evaluate"] -= time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._spent["evaluate"] += time.perf_counter()
+        self._spent["train"] -= time.perf_counter()
+        values = pl_module.results["val"]
+        self.history.append(values)
+        aucs = ", ".join(
+            f"{name.removeprefix('val/').removesuffix('_auc')} {value:.4f}"
+            for name, value in values.items()
+            if name.endswith("_auc") and not name.endswith("_grouped_auc")
+        )
+        _logger.info("epoch %d, validation AUC: %s", trainer.current_epoch, aucs)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._rows["train"] += len(batch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._rows["evaluate"] += len(batch)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def samples_per_second(self) -> dict[str, float]:
+        """Return rows a second of this process, loading included, for ``train`` and ``evaluate``."""
+        return {what: self._rows[what] / self._spent[what] for what in self._rows if self._spent[what]}
+
+
+def cell_of(config: Mapping[str, Any], checksum: str) -> str:
+    """Return the hash of what determines a result: the settings and the data set's checksum."""
+    content = {key: value for key, value in config.items() if key not in _NOT_OF_THE_CELL}
+    text = json.dumps([content, checksum], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result may depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # a checkout that is not installed
+            found[package] = "not installed"
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident memory of this process so far, GPU memory added."""
+    # Linux counts kibibytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + gpu
+
+
+def split_counts(results: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split ``split/task_metric`` values into metrics and, by ``split/task``, counts."""
+    metrics: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+    for name, value in results.items():
+        task, _, last = name.rpartition("_")
+        if last in ("rows", "positives"):
+            counts.setdefault(task, {})[last] = int(value)
+        else:
+            metrics[name] = value
+    return metrics, counts
+
+
+def write_record(directory: Path, record: Mapping[str, Any]) -> None:
+    """Write ``result.json``, whole or not at all; NaN becomes null."""
+    text = json.dumps(_without_nan(record), indent=2, sort_keys=True, allow_nan=False) + "\n"
+    temporary = directory / f".{RECORD_FILE}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(directory / RECORD_FILE)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def closing_table(schema: Schema, record: Mapping[str, Any]) -> Table:
+    """Lay the results out: a row for each task.
+
+    Args:
+        schema: The tasks.
+        record: Content of ``result.json``.
+    """
+    metrics, counts = record["metrics"], record["counts"]
+    test_metrics = {"test\nAUC": "auc", "log\nloss": "log_loss", "Bayes\nAUC": "bayes_auc"}
+    table = Table(
+        title=f"Best epoch {record['best_epoch']}, chosen on validation",
+        caption="rows, positives and log loss: test set",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    if not any(name.endswith("_bayes_auc") for name in metrics):
+        del test_metrics["Bayes\nAUC"]
+    else:
+        table.caption = f"{table.caption}; Bayes AUC: of the true probabilities on its rows"
+    table.add_column("task")
+    table.add_column("definition")
+    for header in ("rows", "positives", "val\nAUC", *test_metrics):
+        table.add_column(header, justify="right")
+    for task in schema.tasks:
+        count = counts[f"test/{task.name}"]
+        names = [f"test/{task.name}_{metric}" for metric in test_metrics.values()]
+        table.add_row(
+            task.name.upper() if schema.funnel else task.name,
+            schema.definition(task),
+            f"{count['rows']:,}",
+            f"{count['positives']:,}",
+            *(f"{metrics[name]:.4f}" for name in (f"val/{task.name}_auc", *names)),
+        )
+    return table

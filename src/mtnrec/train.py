@@ -1,0 +1,93 @@
+"""Train a model, test its best epoch once, and write the record of the run.
+
+``python -m mtnrec.train model=esmm mtn.enabled=true``
+"""
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import RichProgressBar
+from omegaconf import DictConfig, OmegaConf
+from rich import get_console
+
+from mtnrec.config import entry_point
+from mtnrec.metric.task_metrics import bayes_aucs
+from mtnrec.model.module import MultiTaskModule
+from mtnrec.protocol import make_callbacks
+from mtnrec.record import (
+    RunRecorder,
+    cell_of,
+    closing_table,
+    peak_memory_bytes,
+    split_counts,
+    versions,
+    write_record,
+)
+
+
+@entry_point("train")
+def main(cfg: DictConfig) -> None:
+    """Train a model, test its best epoch once, and write ``result.json``."""
+    recorder = RunRecorder()
+    output_dir = Path(cfg.output_dir)
+    datamodule = instantiate(cfg.data, _convert_="all")
+    mtn = instantiate(cfg.mtn, _convert_="all")
+    datamodule.prepare_data()
+    datamodule.setup()
+    schema = datamodule.schema
+
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    # In two steps, since Hydra would take the schema, a dataclass, for a part of the config.
+    network = instantiate(cfg.model, _partial_=True, _convert_="all")(schema=schema)
+    module = MultiTaskModule(network, schema=schema, optimizer=instantiate(cfg.optimizer))
+
+    validation_labels = datamodule.column("val", "labels")
+    checkpoint, followers = make_callbacks(
+        cfg.monitor, cfg.patience, output_dir, schema=schema, validation_labels=validation_labels
+    )
+    callbacks = [recorder, mtn, *followers, RichProgressBar()]
+    trainer: L.Trainer = instantiate(
+        cfg.trainer, callbacks=callbacks, logger=instantiate(cfg.logger), default_root_dir=output_dir
+    )
+    config = OmegaConf.to_container(cfg, resolve=True)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(config)
+    trainer.fit(module, datamodule=datamodule)
+    best = checkpoint.best_model_path
+    trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
+    if not trainer.is_global_zero:
+        return
+
+    best_epoch = torch.load(best, weights_only=True, mmap=True)["epoch"]
+    results = recorder.history[best_epoch] | module.results["test"]
+    metrics, counts = split_counts(results)
+    for split in ("val", "test"):
+        probabilities = datamodule.column(split, "probabilities")
+        if probabilities is not None:
+            bayes = bayes_aucs(schema, probabilities, datamodule.column(split, "labels"))
+            metrics |= {f"{split}/{name}": value for name, value in bayes.items()}
+    manifest = datamodule.manifest
+    record = {
+        "status": "finished",
+        "cell": cell_of(config, manifest.checksum),
+        "seed": cfg.seed,
+        "config": config,
+        "versions": versions(),
+        "data": {"name": manifest.source, "checksum": manifest.checksum, "rows": datamodule.split_rows},
+        "mtn": config["mtn"],
+        "best_epoch": best_epoch,
+        "metrics": metrics,
+        "counts": counts,
+        "seconds": recorder.seconds,
+        "samples_per_second": recorder.samples_per_second(),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    write_record(output_dir, record)
+    get_console().print(closing_table(schema, record))
+    get_console().print(f"The record of the run is {output_dir / 'result.json'}")
+
+
+if __name__ == "__main__":
+    main()
