@@ -1,5 +1,6 @@
 """What passes between data, network and metrics."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,13 +29,16 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Move every tensor to ``device``."""
-        tensors = (self.categorical, self.numerical, self.labels, self.group)
-        return Batch(*(t if t is None else t.to(device, non_blocking=non_blocking) for t in tensors))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """Copy every tensor to page-locked memory, for an asynchronous move to a GPU."""
-        tensors = (self.categorical, self.numerical, self.labels, self.group)
-        return Batch(*(t if t is None else t.pin_memory() for t in tensors))
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        labels = None if self.labels is None else change(self.labels)
+        group = None if self.group is None else change(self.group)
+        return Batch(change(self.categorical), change(self.numerical), labels, group)
 
 
 class LogProbabilities(NamedTuple):

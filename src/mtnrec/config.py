@@ -103,5 +103,7 @@ def _quiet() -> None:
     # Lightning asks for worker processes; batches are gathered by one index, in this process.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # Lightning 2.6 on torch 2.13; https://github.com/Lightning-AI/pytorch-lightning/issues/21326
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=".*isinstance.treespec, LeafSpec", category=FutureWarning
+    )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)

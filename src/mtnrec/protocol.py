@@ -28,7 +28,9 @@ def monitor_mode(monitor: str, schema: Schema) -> str:
             f"monitor={monitor} would choose the epoch on the test set, whose result then is no "
             f"estimate of anything: choose monitor=val/{monitor.removeprefix('test/')}"
         )
-    modes = {f"val/{t.name}_{metric}": mode for t in schema.tasks for metric, mode in _MODES.items()}
+    modes = {
+        f"val/{t.name}_{metric}": mode for t in schema.tasks for metric, mode in _MODES.items()
+    }
     if monitor not in modes:
         raise InputError(f"monitor must be one of {', '.join(modes)}; got {monitor!r}")
     return modes[monitor]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -69,7 +69,7 @@ class RunRecorder(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._spent["evaluate"] += time.perf_counter()
         self._spent["train"] -= time.perf_counter()
-        values = pl_module.results["val"]
+        values = cast(dict[str, dict[str, float]], pl_module.results)["val"]
         self.history.append(values)
         aucs = ", ".join(
             f"{name.removeprefix('val/').removesuffix('_auc')} {value:.4f}"
@@ -79,7 +79,12 @@ class RunRecorder(L.Callback):
         _logger.info("epoch %d, validation AUC: %s", trainer.current_epoch, aucs)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         self._rows["train"] += len(batch)
 
@@ -97,8 +102,10 @@ class RunRecorder(L.Callback):
     on_test_batch_end = on_validation_batch_end
 
     def samples_per_second(self) -> dict[str, float]:
-        """Return rows a second of this process, loading included, for ``train`` and ``evaluate``."""
-        return {what: self._rows[what] / self._spent[what] for what in self._rows if self._spent[what]}
+        """Return rows a second of this process, loading included: ``train``, ``evaluate``."""
+        return {
+            what: self._rows[what] / self._spent[what] for what in self._rows if self._spent[what]
+        }
 
 
 def cell_of(config: Mapping[str, Any], checksum: str) -> str:

@@ -4,6 +4,7 @@
 """
 
 from pathlib import Path
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -49,9 +50,12 @@ def main(cfg: DictConfig) -> None:
     )
     callbacks = [recorder, mtn, *followers, RichProgressBar()]
     trainer: L.Trainer = instantiate(
-        cfg.trainer, callbacks=callbacks, logger=instantiate(cfg.logger), default_root_dir=output_dir
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=instantiate(cfg.logger),
+        default_root_dir=output_dir,
     )
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
     trainer.fit(module, datamodule=datamodule)
@@ -75,7 +79,11 @@ def main(cfg: DictConfig) -> None:
         "seed": cfg.seed,
         "config": config,
         "versions": versions(),
-        "data": {"name": manifest.source, "checksum": manifest.checksum, "rows": datamodule.split_rows},
+        "data": {
+            "name": manifest.source,
+            "checksum": manifest.checksum,
+            "rows": datamodule.split_rows,
+        },
         "mtn": config["mtn"],
         "best_epoch": best_epoch,
         "metrics": metrics,

@@ -49,7 +49,11 @@ def read_delimited(path: Path, types: Types) -> Iterator[tuple[int, pl.DataFrame
 
 
 def refuse_rows(
-    path: Path, first_line: int, bad: npt.NDArray[np.bool_], rule: str, values: npt.NDArray[np.generic]
+    path: Path,
+    first_line: int,
+    bad: npt.NDArray[np.bool_],
+    rule: str,
+    values: npt.NDArray[np.generic],
 ) -> None:
     """Raise for the first row that ``bad`` marks.
 
@@ -74,7 +78,9 @@ def _read_header(path: Path, types: Types) -> list[str]:
         raise InputError(f"{path} is empty or starts with an empty line: a header is expected")
     header = first.split(",")
     if missing := [name for name in types if name not in header]:
-        raise InputError(f"{path} lacks the column {_some(missing)}; its header has {_some(header)}")
+        raise InputError(
+            f"{path} lacks the column {_some(missing)}; its header has {_some(header)}"
+        )
     if unknown := [name for name in header if name not in types]:
         raise InputError(f"{path} has an unknown column {_some(unknown)}: remove it")
     if len(set(header)) < len(header):

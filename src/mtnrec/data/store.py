@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ from mtnrec.schema import CategoricalField, Schema
 
 FORMAT_VERSION = 1
 SCHEMA_FILE = "schema.json"
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "categorical": np.dtype(np.int32),
     "numerical": np.dtype(np.float32),
     "labels": np.dtype(np.uint8),
@@ -135,7 +135,7 @@ def open_prepared(directory: Path) -> tuple[Manifest, dict[str, Arrays]]:
 
 
 def _open_array(
-    path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]
+    path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], mode: Literal["r", "r+"] = "r"
 ) -> npt.NDArray[Any]:
     remedy = "prepare the data set again"
     try:
@@ -156,7 +156,7 @@ def _open_array(
         raise InputError(f"{path} has {size} bytes, its header says {expected}: {remedy}")
     if 0 in shape:  # nothing can be mapped there: no numerical features, say
         return np.empty(shape, dtype)
-    return np.memmap(path, dtype, mode="r", offset=offset, shape=shape)
+    return np.memmap(path, dtype, mode=mode, offset=offset, shape=shape)
 
 
 def _row_shape(stem: str, schema: Schema) -> tuple[int, ...]:
@@ -232,7 +232,9 @@ class Writer:
 
     def rewrite(self, split: str, stem: str) -> npt.NDArray[Any]:
         """Open a finished array for changes in place."""
-        return np.load(self.directory / split / f"{stem}.npy", mmap_mode="r+", allow_pickle=False)
+        path = self.directory / split / f"{stem}.npy"
+        shape = self._shapes[f"{split}/{stem}.npy"]
+        return _open_array(path, DTYPES[stem], shape, mode="r+")
 
     def finish(
         self, *, source: str, parameters: dict[str, Any], schema: Schema, report: dict[str, int]

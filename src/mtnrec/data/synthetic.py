@@ -8,8 +8,9 @@ labels depend on::
     P(conversion | click)  = sigmoid(b_2 + c_2 <w_2, h>)
 
 ``w_1`` and ``w_2`` are unit vectors with inner product ``task_correlation`` and squared length
-``interaction`` on ``u * v``; ``c`` is the standard deviation of the logits, and ``b`` fits the rates. Both probabilities are kept beside the labels, so
-that the AUC of the best possible scores (the Bayes AUC) is known for each task.
+``interaction`` on ``u * v``; ``c`` is the standard deviation of the logits, and ``b`` fits the
+rates. Both probabilities are kept beside the labels, so that the AUC of the best possible scores
+(the Bayes AUC) is known for each task.
 """
 
 from dataclasses import dataclass
@@ -168,7 +169,10 @@ class Synthetic(DataModule):
         rng = np.random.default_rng([self.generator_seed, 1, chunk])
         categorical, numerical, group = self.draw_features(rng, searches)
         click_logit, conversion_logit = self._funnel.logits(categorical, numerical)
-        click_probability, conversion_probability = _sigmoid(click_logit), _sigmoid(conversion_logit)
+        click_probability, conversion_probability = (
+            _sigmoid(click_logit),
+            _sigmoid(conversion_logit),
+        )
         click = rng.random(len(group)) < click_probability
         conversion = click & (rng.random(len(group)) < conversion_probability)
         probabilities = np.stack(

@@ -56,7 +56,6 @@ def encode_in_place(
             chunk = array[start : start + _ROWS_PER_CHUNK]
             for column, vocabulary in enumerate(vocabularies):
                 chunk[:, column] = vocabulary.encode(chunk[:, column])
-        array.flush()
     folder = writer.directory / "vocabulary"
     folder.mkdir()
     for name, vocabulary in zip(names, vocabularies, strict=True):

@@ -136,7 +136,7 @@ class TaskMetrics(Metric):
         output = LogProbabilities(dim_zero_cat(self.positive), dim_zero_cat(self.negative))
         groups = dim_zero_cat(self.groups) if len(self.groups) else None
         labels = dim_zero_cat(self.labels)
-        values = {}
+        values: dict[str, Tensor] = {}
         for task in self._schema.tasks:
             rows = rows_of_task(task, output, labels, groups)
             metrics = rows.metrics()

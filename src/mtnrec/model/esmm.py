@@ -7,11 +7,10 @@ from torch import nn
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError
 from mtnrec.model.layer import (
-    MLP,
     FeatureInput,
+    ParallelMLPs,
     check_sizes,
     funnel_log_probabilities,
-    layers_by_depth,
 )
 from mtnrec.schema import Schema
 
@@ -51,26 +50,23 @@ class ESMM(nn.Module):
             )
         check_sizes(dropout=dropout, batch_norm=batch_norm, tower_widths=tower_widths)
         self.input = FeatureInput(schema, embedding_dim)
-        self.towers = nn.ModuleList(
-            MLP(
-                self.input.out_features,
-                tower_widths,
-                dropout=dropout,
-                batch_norm=batch_norm,
-                head=True,
-            )
-            for _ in schema.labels
+        self.towers = ParallelMLPs(
+            len(schema.labels),
+            self.input.out_features,
+            tower_widths,
+            dropout=dropout,
+            batch_norm=batch_norm,
+            head=True,
         )
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of click and conversion, ``(B, 2)`` each."""
-        firsts = self.input.feed(batch, [tower.first for tower in self.towers])
-        click, conversion = (t.rest(x) for t, x in zip(self.towers, firsts, strict=True))
+        click, conversion = self.towers.rest(self.input.feed(batch, self.towers.first_layers()))
         return funnel_log_probabilities(click, conversion)
 
     def task_layers(self) -> list[list[nn.Linear]]:
         """Return, for each depth of the towers, the two linear layers."""
-        return layers_by_depth(list(self.towers))
+        return self.towers.by_depth()
 
     def shared_layers(self) -> list[list[nn.Linear]]:
         """Return nothing: only the embeddings are shared."""

@@ -30,7 +30,7 @@ class FeatureInput(nn.Module):
             raise InputError("the data set has no features: a model needs at least one")
         sizes = [field.vocabulary_size for field in schema.categorical]
         self.tables = nn.ModuleList(nn.Embedding(size, embedding_dim) for size in sizes)
-        for table in self.tables:
+        for table in self._embeddings():
             nn.init.xavier_uniform_(table.weight)
             with torch.no_grad():
                 table.weight[0] = 0  # missing or unseen: rare in training, so start it neutral
@@ -49,7 +49,7 @@ class FeatureInput(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return the rows, ``(B, (F + 1) * D)``; without numerical features ``(B, F * D)``."""
         columns = batch.categorical.unbind(dim=1)
-        vectors = [table(column) for table, column in zip(self.tables, columns, strict=True)]
+        vectors = [table(column) for table, column in zip(self._embeddings(), columns, strict=True)]
         if self.numerical is not None:
             vectors.append(self.numerical(batch.numerical))
         return torch.cat(vectors, dim=1)
@@ -75,14 +75,15 @@ class FeatureInput(nn.Module):
         bias = torch.cat([layer.bias for layer in layers])
         blocks = weights.split(self._embedding_dim, dim=1)
         columns, maps = [], []
+        tables = self._embeddings()
         if self._small:
             columns.append(self._one_hot(batch))
-            maps += [blocks[field] @ self.tables[field].weight.T for field in self._small]
+            maps += [blocks[field] @ tables[field].weight.T for field in self._small]
         if self.numerical is not None:
             columns.append(batch.numerical)
             maps.append(blocks[-1] @ self.numerical.weight)
             bias = bias + blocks[-1] @ self.numerical.bias
-        columns += [self.tables[field](batch.categorical[:, field]) for field in self._large]
+        columns += [tables[field](batch.categorical[:, field]) for field in self._large]
         maps += [blocks[field] for field in self._large]
         outputs = F.linear(torch.cat(columns, dim=1), torch.cat(maps, dim=1), bias)
         return list(outputs.split([layer.out_features for layer in layers], dim=1))
@@ -90,8 +91,12 @@ class FeatureInput(nn.Module):
     def _one_hot(self, batch: Batch) -> Tensor:
         """Return the small fields as ones among zeros, ``(B, sum of their vocabularies)``."""
         positions = batch.categorical[:, self._small] + self.get_buffer("_one_hot_starts")
-        zeros = self.tables[0].weight.new_zeros(len(batch), self._one_hot_width)
+        dtype = self._embeddings()[0].weight.dtype
+        zeros = torch.zeros(len(batch), self._one_hot_width, dtype=dtype, device=positions.device)
         return zeros.scatter_(1, positions, 1)
+
+    def _embeddings(self) -> list[nn.Embedding]:
+        return [table for table in self.tables if isinstance(table, nn.Embedding)]
 
 
 class MLP(nn.Sequential):
@@ -144,6 +149,56 @@ class MLP(nn.Sequential):
         return [layer for layer in self if isinstance(layer, nn.Linear)]
 
 
+class ParallelMLPs(nn.ModuleList):
+    """MLPs alike that stand side by side: the towers of the tasks, or experts.
+
+    Args:
+        count: Number of MLPs.
+        in_features: Columns of the input of each.
+        widths: Outputs of each linear layer.
+        dropout: In [0, 1).
+        batch_norm: Whether a batch norm follows each linear layer.
+        head: Whether each ends in a logit.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        in_features: int,
+        widths: Sequence[int],
+        *,
+        dropout: float,
+        batch_norm: bool,
+        head: bool = False,
+    ) -> None:
+        super().__init__(
+            MLP(in_features, widths, dropout=dropout, batch_norm=batch_norm, head=head)
+            for _ in range(count)
+        )
+
+    def mlps(self) -> list[MLP]:
+        """Return the MLPs."""
+        return [mlp for mlp in self if isinstance(mlp, MLP)]
+
+    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Apply each MLP to an input of its own."""
+        return [mlp(x) for mlp, x in zip(self.mlps(), inputs, strict=True)]
+
+    def first_layers(self) -> list[nn.Linear]:
+        """Return the first linear layer of each."""
+        return [mlp.first for mlp in self.mlps()]
+
+    def rest(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """Apply what follows the first linear layers to their outputs."""
+        return [mlp.rest(x) for mlp, x in zip(self.mlps(), hidden, strict=True)]
+
+    def by_depth(self) -> list[list[nn.Linear]]:
+        """Return the linear layers, one list for each depth."""
+        return [
+            list(depth) for depth in zip(*(mlp.linear_layers() for mlp in self.mlps()), strict=True)
+        ]
+
+
 def check_sizes(*, dropout: float, batch_norm: bool, **widths: Sequence[int]) -> None:
     """Check the keys that all networks have; ``widths`` by the name of their key.
 
@@ -158,11 +213,6 @@ def check_sizes(*, dropout: float, batch_norm: bool, **widths: Sequence[int]) ->
             raise InputError(f"model.{name} must be a list of at least one width, got {sizes!r}")
         for size in sizes:
             check_integer(f"model.{name}", size, minimum=1)
-
-
-def layers_by_depth(networks: Sequence[MLP]) -> list[list[nn.Linear]]:
-    """Return the linear layers of networks alike, one list for each depth."""
-    return [list(depth) for depth in zip(*(n.linear_layers() for n in networks), strict=True)]
 
 
 def label_log_probabilities(logits: Sequence[Tensor]) -> LogProbabilities:

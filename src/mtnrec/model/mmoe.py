@@ -8,11 +8,10 @@ from torch import nn
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import check_integer
 from mtnrec.model.layer import (
-    MLP,
     FeatureInput,
+    ParallelMLPs,
     check_sizes,
     label_log_probabilities,
-    layers_by_depth,
 )
 from mtnrec.schema import Schema
 
@@ -53,32 +52,34 @@ class MMoE(nn.Module):
         )
         self.input = FeatureInput(schema, embedding_dim)
         width = self.input.out_features
-        self.experts = nn.ModuleList(
-            MLP(width, expert_widths, dropout=dropout, batch_norm=batch_norm)
-            for _ in range(experts)
+        self.experts = ParallelMLPs(
+            experts, width, expert_widths, dropout=dropout, batch_norm=batch_norm
         )
         self.gates = nn.ModuleList(nn.Linear(width, experts) for _ in schema.labels)
-        self.towers = nn.ModuleList(
-            MLP(expert_widths[-1], tower_widths, dropout=dropout, batch_norm=batch_norm, head=True)
-            for _ in schema.labels
+        self.towers = ParallelMLPs(
+            len(schema.labels),
+            expert_widths[-1],
+            tower_widths,
+            dropout=dropout,
+            batch_norm=batch_norm,
+            head=True,
         )
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
-        first_layers = [expert.first for expert in self.experts]
-        firsts = self.input.feed(batch, [*first_layers, *self.gates])
-        experts = [e.rest(x) for e, x in zip(self.experts, firsts, strict=False)]
-        outputs = torch.stack(experts, dim=1)
-        logits = [
-            tower(torch.einsum("be,beo->bo", gate.softmax(dim=1), outputs))
-            for tower, gate in zip(self.towers, firsts[len(experts) :], strict=True)
+        gate_layers = [gate for gate in self.gates if isinstance(gate, nn.Linear)]
+        firsts = self.input.feed(batch, [*self.experts.first_layers(), *gate_layers])
+        experts = torch.stack(self.experts.rest(firsts[: len(self.experts)]), dim=1)
+        mixtures = [
+            torch.einsum("be,beo->bo", gate.softmax(dim=1), experts)
+            for gate in firsts[len(self.experts) :]
         ]
-        return label_log_probabilities(logits)
+        return label_log_probabilities(self.towers(mixtures))
 
     def task_layers(self) -> list[list[nn.Linear]]:
         """Return, for each depth of the towers, the ``T`` linear layers."""
-        return layers_by_depth(list(self.towers))
+        return self.towers.by_depth()
 
     def shared_layers(self) -> list[list[nn.Linear]]:
         """Return, for each depth of the experts, the ``E`` linear layers."""
-        return layers_by_depth(list(self.experts))
+        return self.experts.by_depth()

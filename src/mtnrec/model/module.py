@@ -46,7 +46,8 @@ class MultiTaskModule(L.LightningModule):
         super().__init__()
         self.network = network
         self._optimizer = optimizer
-        self.metrics = nn.ModuleDict({split: TaskMetrics(schema) for split in ("val", "test")})
+        self.val_metrics = TaskMetrics(schema)
+        self.test_metrics = TaskMetrics(schema)
         self.results: dict[str, dict[str, float]] = {}
 
     def forward(self, batch: Batch) -> LogProbabilities:
@@ -54,40 +55,37 @@ class MultiTaskModule(L.LightningModule):
         return self.network(batch)
 
     def training_step(self, batch: Batch) -> Tensor:
-        return self._step(batch, "train")
-
-    def validation_step(self, batch: Batch) -> None:
-        self._step(batch, "val")
-
-    def test_step(self, batch: Batch) -> None:
-        self._step(batch, "test")
-
-    def _step(self, batch: Batch, split: str) -> Tensor:
-        if batch.labels is None:
-            raise InputError("the batch has no labels: they are needed to train and to evaluate")
-        output = self(batch)
-        loss = cross_entropies(output, batch.labels).sum()
-        if split == "train":
-            self.log(
-                "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch)
-            )
-        else:
-            self.metrics[split].update(output, batch.labels, batch.group)
+        loss = cross_entropies(self(batch), _labels_of(batch)).sum()
+        self.log(
+            "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch)
+        )
         return loss
 
+    def validation_step(self, batch: Batch) -> None:
+        self.val_metrics.update(self(batch), _labels_of(batch), batch.group)
+
+    def test_step(self, batch: Batch) -> None:
+        self.test_metrics.update(self(batch), _labels_of(batch), batch.group)
+
     def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val")
+        self._log_metrics("val", self.val_metrics)
 
     def on_test_epoch_end(self) -> None:
-        self._log_metrics("test")
+        self._log_metrics("test", self.test_metrics)
 
-    def _log_metrics(self, split: str) -> None:
-        values = self.metrics[split].compute()
-        self.metrics[split].reset()
-        self.results[split] = {f"{split}/{name}": value.item() for name, value in values.items()}
-        for name, value in self.results[split].items():
+    def _log_metrics(self, split: str, metrics: TaskMetrics) -> None:
+        values = {f"{split}/{name}": value.item() for name, value in metrics.compute().items()}
+        metrics.reset()
+        self.results[split] = values
+        for name, value in values.items():
             if not name.endswith(("_rows", "_positives")):
                 self.log(name, value, prog_bar=name.endswith("_auc") and "grouped" not in name)
 
     def configure_optimizers(self) -> Optimizer:
         return self._optimizer(self.network.parameters())
+
+
+def _labels_of(batch: Batch) -> Tensor:
+    if batch.labels is None:
+        raise InputError("the batch has no labels: they are needed to train and to evaluate")
+    return batch.labels

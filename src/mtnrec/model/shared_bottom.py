@@ -8,9 +8,9 @@ from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.model.layer import (
     MLP,
     FeatureInput,
+    ParallelMLPs,
     check_sizes,
     label_log_probabilities,
-    layers_by_depth,
 )
 from mtnrec.schema import Schema
 
@@ -50,20 +50,24 @@ class SharedBottom(nn.Module):
         self.bottom = MLP(
             self.input.out_features, bottom_widths, dropout=dropout, batch_norm=batch_norm
         )
-        self.towers = nn.ModuleList(
-            MLP(bottom_widths[-1], tower_widths, dropout=dropout, batch_norm=batch_norm, head=True)
-            for _ in schema.labels
+        self.towers = ParallelMLPs(
+            len(schema.labels),
+            bottom_widths[-1],
+            tower_widths,
+            dropout=dropout,
+            batch_norm=batch_norm,
+            head=True,
         )
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
         (first,) = self.input.feed(batch, [self.bottom.first])
         hidden = self.bottom.rest(first)
-        return label_log_probabilities([tower(hidden) for tower in self.towers])
+        return label_log_probabilities(self.towers([hidden] * len(self.towers)))
 
     def task_layers(self) -> list[list[nn.Linear]]:
         """Return, for each depth of the towers, the ``T`` linear layers."""
-        return layers_by_depth(list(self.towers))
+        return self.towers.by_depth()
 
     def shared_layers(self) -> list[list[nn.Linear]]:
         """Return nothing: the bottom is one network, so no layers stand side by side."""

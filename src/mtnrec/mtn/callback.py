@@ -258,7 +258,9 @@ class MTN(L.Callback):
         self._penalty.gaps.clear()
         self._zero_gradient_shares.clear()
         if trainer.is_global_zero:
-            self._write_spectra(Path(trainer.default_root_dir), trainer.current_epoch)
+            self._write_spectra(
+                self._penalty, Path(trainer.default_root_dir), trainer.current_epoch
+            )
 
     def _unfolding_names(self) -> tuple[str, ...]:
         return UNFOLDINGS if self.target == "towers" else ("expert", *UNFOLDINGS[1:])
@@ -270,19 +272,17 @@ class MTN(L.Callback):
         self._collapsed.add(depth)
         name = self._unfolding_names()[int(alpha.argmax())]
         _logger.warning(
-            "alpha of layer %d has collapsed: the %s unfolding has weight %.4f, so the tensor trace "
-            "norm is nearly that of one matrix; mtn.alpha=uniform keeps all unfoldings",
+            "alpha of layer %d has collapsed: the %s unfolding has weight %.4f, so the tensor "
+            "trace norm is nearly that of one matrix; mtn.alpha=uniform keeps all unfoldings",
             depth,
             name,
             largest,
         )
 
-    def _write_spectra(self, directory: Path, epoch: int) -> None:
-        if self._penalty is None:
-            return
-        spectra = {
+    def _write_spectra(self, penalty: Penalty, directory: Path, epoch: int) -> None:
+        spectra: dict[str, Any] = {
             f"layer_{depth}/{name}": polar.singular_values.cpu().numpy()
-            for depth, polars in zip(self._penalty.depths, self._penalty.factors, strict=True)
+            for depth, polars in zip(penalty.depths, penalty.factors, strict=True)
             for name, polar in zip(self._unfolding_names(), polars, strict=True)
         }
         folder = directory / "spectra"

@@ -41,9 +41,10 @@ class Penalty:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the model's parameters that the penalty acts on; frozen ones are left alone."""
+        names = ("weight", "bias") if self._biases else ("weight",)
         layers = [layer for depth in self.depths.values() for layer in depth]
-        biases = [layer.bias for layer in layers] if self._biases else []
-        return [p for p in (*(layer.weight for layer in layers), *biases) if p.requires_grad]
+        found = [layer.get_parameter(name) for layer in layers for name in names]
+        return [parameter for parameter in found if parameter.requires_grad]
 
     def stacks(self) -> list[Tensor]:
         """Return the stack of each depth, ``(T, O, I)``, at least in float32."""

@@ -2,9 +2,10 @@
 
 A matrix ``M`` has the trace norm ``||M||_* = <P, M>``, where ``P`` is its polar factor on its range
 (``U V^T`` of the thin SVD). ``P`` is also the gradient, and where ``M`` loses rank it is a
-subgradient. So one factor gives value and gradient, and no graph through a decomposition is needed.
-The norm is convex and ``P`` has spectral norm 1: at a later ``M'`` the same ``P`` gives a lower bound
-``<P, M'> <= ||M'||_*``, whose gap can be measured. All of the penalty is built on that product.
+subgradient. So one factor gives value and gradient, and no graph through a decomposition is
+needed. The norm is convex and ``P`` has spectral norm 1: at a later ``M'`` the same ``P`` gives a
+lower bound ``<P, M'> <= ||M'||_*``, whose gap can be measured. All of the penalty is built on that
+product.
 """
 
 import math
@@ -137,9 +138,9 @@ def tensor_trace_norm(stack: Tensor, alpha: Tensor) -> Tensor:
         stack: ``(T, O, I)``.
         alpha: Non-negative weights of the distinct unfoldings, ``(S,)``, that sum to 1.
 
-    >>> stack = torch.ones(2, 3, 4)
-    >>> tensor_trace_norm(stack, torch.tensor([0.2, 0.3, 0.5])).item()  # rank one: sqrt(2 * 3 * 4)
-    4.898979...
+    >>> stack = torch.ones(2, 3, 4)  # rank one, so every norm is sqrt(24)
+    >>> round(tensor_trace_norm(stack, torch.tensor([0.2, 0.3, 0.5])).item(), 4)
+    4.899
     """
     return alpha @ norms_along(polar_factors(stack), stack)
 
@@ -161,7 +162,7 @@ def effective_rank(singular_values: Tensor) -> Tensor:
     Between 1 (rank one) and the number of singular values (all equal); NaN for a zero matrix.
 
     >>> effective_rank(torch.tensor([2.0, 2.0, 0.0]))
-    tensor(2.0000)
+    tensor(2.)
     """
     shares = singular_values / singular_values.sum()
     return torch.special.entr(shares).sum().exp()

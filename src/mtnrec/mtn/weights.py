@@ -68,7 +68,7 @@ class PenaltyWeights(nn.Module):
         """
         if self.layer_logits is None:
             return self.get_buffer("fixed_layer_weights").to(norms.dtype)
-        logits = self.layer_logits
+        logits: Tensor = self.layer_logits
         if self.gate is not None:
             norms = norms.detach()
             total = norms.sum().clamp(min=torch.finfo(norms.dtype).tiny)
