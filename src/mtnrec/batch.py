@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning's precision plugins convert a batch field by field
 class Batch:
     """Rows of a data set.
 

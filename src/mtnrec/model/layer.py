@@ -224,16 +224,24 @@ def label_log_probabilities(logits: Sequence[Tensor]) -> LogProbabilities:
 def funnel_log_probabilities(click_logit: Tensor, conversion_logit: Tensor) -> LogProbabilities:
     """Read two logits ``(B, 1)`` as a funnel: ``P(y) = s(a)``, ``P(z) = s(a) s(b)`` (ESMM).
 
-    ``1 - s(a) s(b) = s(-a) + s(a) s(-b)``, a sum of positive terms, so nothing cancels.
+    Accurate to the last bits at any logit, and so is the gradient.
 
     >>> click, conversion = torch.tensor([[60.0]]), torch.tensor([[-60.0]])
     >>> funnel_log_probabilities(click, conversion).positive
     tensor([[-8.7565e-27, -6.0000e+01]])
     """
-    click_logit, conversion_logit = map(_at_least_float32, (click_logit, conversion_logit))
-    click, no_click = F.logsigmoid(click_logit), F.logsigmoid(-click_logit)
-    conversion = click + F.logsigmoid(conversion_logit)
-    no_conversion = torch.logaddexp(no_click, click + F.logsigmoid(-conversion_logit))
+    a, b = map(_at_least_float32, (click_logit, conversion_logit))
+    click, no_click = F.logsigmoid(a), F.logsigmoid(-a)
+    conversion = click + F.logsigmoid(b)
+    # log P(z = 0). Where P(z = 1) is small, log1p; else 1 - s(a) s(b) = s(-a) + s(a) s(-b), which
+    # would cancel there. The constant keeps the gradient of the branch not taken finite.
+    product = a.sigmoid() * b.sigmoid()
+    is_small = product < 0.5
+    no_conversion = torch.where(
+        is_small,
+        torch.where(is_small, -product, -0.5).log1p(),
+        torch.logaddexp(no_click, click + F.logsigmoid(-b)),
+    )
     return LogProbabilities(
         torch.cat([click, conversion], dim=1), torch.cat([no_click, no_conversion], dim=1)
     )

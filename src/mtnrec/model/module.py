@@ -57,7 +57,13 @@ class MultiTaskModule(L.LightningModule):
     def training_step(self, batch: Batch) -> Tensor:
         loss = cross_entropies(self(batch), _labels_of(batch)).sum()
         self.log(
-            "train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch)
+            "train/loss",
+            loss,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            sync_dist=True,
+            batch_size=len(batch),
         )
         return loss
 
@@ -79,7 +85,8 @@ class MultiTaskModule(L.LightningModule):
         self.results[split] = values
         for name, value in values.items():
             if not name.endswith(("_rows", "_positives")):
-                self.log(name, value, prog_bar=name.endswith("_auc") and "grouped" not in name)
+                shown = name.endswith("_auc") and "grouped" not in name
+                self.log(name, value, prog_bar=shown, sync_dist=True)
 
     def configure_optimizers(self) -> Optimizer:
         return self._optimizer(self.network.parameters())

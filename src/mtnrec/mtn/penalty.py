@@ -69,30 +69,30 @@ class Penalty:
         old, self.factors = self.factors, [polar_factors(stack) for stack in stacks]
         if old and self.age:
             exact, bounds = (_norms(factors, stacks) for factors in (self.factors, old))
-            alpha = self.weights.alpha().to(exact.dtype)
+            alpha = self.weights.alpha()
             total = (alpha * exact).sum(dim=1)
             missed = total - (alpha * bounds).sum(dim=1)
             self.gaps.append(missed / total.clamp(min=torch.finfo(total.dtype).tiny))
         self.age = 0
 
     def layer_norms(self) -> Tensor:
-        """Return ``R_i`` by the factors at hand, ``(L,)``, differentiable in all parameters."""
+        """Return ``R_i`` by the factors at hand, float64 ``(L,)``, differentiable throughout."""
         stacks = self.stacks()
         norms = _norms(self.factors, stacks)
-        frobenius = torch.stack([torch.linalg.vector_norm(stack) for stack in stacks])
+        frobenius = torch.stack([torch.linalg.vector_norm(stack) for stack in stacks]).double()
         if not self._frobenius:
             frobenius = torch.zeros_like(frobenius)
-        return layer_norms(norms, self.weights.alpha().to(norms.dtype), frobenius)
+        return layer_norms(norms, self.weights.alpha(), frobenius)
 
     def value(self) -> Tensor:
-        """Return ``sum_i w_i R_i`` by the factors at hand, differentiable in all parameters."""
+        """Return ``sum_i w_i R_i`` by the factors at hand, a float64 scalar."""
         norms = self.layer_norms()
         return self.weights.layer_weights(norms) @ norms
 
 
 def _norms(factors: list[list[PolarFactor]], stacks: list[Tensor]) -> Tensor:
     pairs = zip(factors, stacks, strict=True)
-    return torch.stack([norms_along(layer, stack) for layer, stack in pairs])
+    return torch.stack([norms_along(layer, stack) for layer, stack in pairs]).double()
 
 
 def mean_distance(stack: Tensor) -> Tensor:

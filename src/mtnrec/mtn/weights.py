@@ -12,6 +12,7 @@ class PenaltyWeights(nn.Module):
     """Alpha (eq. 2) and layer weights, learned or fixed; all start uniform and sum to 1.
 
     What is learned is a softmax of parameters that start at zero, so no random number is drawn.
+    All weights are float64, whatever the precision of the model.
     On the loss that it weights, a learned alpha drifts to the smallest norm, since the loss is
     linear in it.
 
@@ -38,21 +39,19 @@ class PenaltyWeights(nn.Module):
     ) -> None:
         super().__init__()
         self._layers = layers
-        self._layer_weighting = layer_weighting
         rows = layers if alpha_sharing == "per_layer" else 1
-        logits = torch.zeros(rows, unfoldings)
-        self.alpha_logits = nn.Parameter(logits) if alpha == "learned" else None
-        fixed = logits.softmax(dim=1) if isinstance(alpha, str) else torch.tensor([list(alpha)])
-        self.register_buffer("fixed_alpha", fixed, persistent=False)
+        self.alpha_logits = _zero_parameter(rows, unfoldings) if alpha == "learned" else None
+        fixed = [1 / unfoldings] * unfoldings if isinstance(alpha, str) else list(alpha)
+        fixed_alpha = torch.tensor([fixed], dtype=torch.float64)
+        self.register_buffer("fixed_alpha", fixed_alpha, persistent=False)
 
-        learns_layers = layer_weighting in ("learned", "gated")
-        self.layer_logits = nn.Parameter(torch.zeros(layers)) if learns_layers else None
         is_gated = layer_weighting == "gated"
-        self.gate = nn.Parameter(torch.zeros(layers, layers)) if is_gated else None
+        is_learned = layer_weighting == "learned" or is_gated
+        self.layer_logits = _zero_parameter(layers) if is_learned else None
+        self.gate = _zero_parameter(layers, layers) if is_gated else None
         ratio = decay if layer_weighting == "exponential_decay" else 1.0
         decayed = ratio ** torch.arange(layers, dtype=torch.float64)
-        fixed_layers = (decayed / decayed.sum()).float()
-        self.register_buffer("fixed_layer_weights", fixed_layers, persistent=False)
+        self.register_buffer("fixed_layer_weights", decayed / decayed.sum(), persistent=False)
 
     def alpha(self) -> Tensor:
         """Return alpha, ``(L, S)``; rows sum to 1."""
@@ -67,10 +66,14 @@ class PenaltyWeights(nn.Module):
             norms: ``R_i``, ``(L,)``; only ``gated`` looks at them.
         """
         if self.layer_logits is None:
-            return self.get_buffer("fixed_layer_weights").to(norms.dtype)
+            return self.get_buffer("fixed_layer_weights")
         logits: Tensor = self.layer_logits
         if self.gate is not None:
             norms = norms.detach()
             total = norms.sum().clamp(min=torch.finfo(norms.dtype).tiny)
-            logits = logits + self.gate @ (norms / total).to(self.gate.dtype)
+            logits = logits + self.gate @ (norms / total)
         return logits.softmax(dim=0)
+
+
+def _zero_parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=torch.float64))

@@ -1,0 +1,235 @@
+"""The networks against the formulas, written out layer by layer in float64."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from mtnrec.batch import Batch
+from mtnrec.checks import InputError
+from mtnrec.model.esmm import ESMM
+from mtnrec.model.mmoe import MMoE
+from mtnrec.model.module import cross_entropies
+from mtnrec.model.shared_bottom import SharedBottom
+from mtnrec.schema import CategoricalField, Schema
+
+BUILD = {
+    "shared_bottom": lambda schema, **keys: SharedBottom(
+        schema, embedding_dim=5, bottom_widths=[7, 6], tower_widths=[4, 3], **keys
+    ),
+    "esmm": lambda schema, **keys: ESMM(schema, embedding_dim=5, tower_widths=[7, 6, 4], **keys),
+    "mmoe": lambda schema, **keys: MMoE(
+        schema, embedding_dim=5, experts=3, expert_widths=[7, 6], tower_widths=[4, 3], **keys
+    ),
+}
+PLAIN = {"dropout": 0.0, "batch_norm": False}
+INDEPENDENT = Schema(
+    (CategoricalField("a", 4), CategoricalField("b", 30)), ("x",), ("like", "share", "buy"), False
+)
+
+
+def fields(*sizes):
+    return tuple(CategoricalField(f"c{i}", size) for i, size in enumerate(sizes))
+
+
+def wide_row(weights, batch):
+    columns = []
+    for field in range(batch.categorical.shape[1]):
+        columns.append(weights[f"input.tables.{field}.weight"][batch.categorical[:, field].long()])
+    if "input.numerical.weight" in weights:
+        bias = weights["input.numerical.bias"]
+        columns.append(batch.numerical @ weights["input.numerical.weight"].T + bias)
+    return torch.cat(columns, dim=1)
+
+
+def dense(weights, name, x):
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def mlp(weights, name, x, hidden_layers):
+    for layer in range(hidden_layers):
+        x = dense(weights, f"{name}.{2 * layer}", x).clamp(min=0)
+    return x
+
+
+def tower_probability(weights, name, x, hidden_layers):
+    hidden = mlp(weights, name, x, hidden_layers)
+    return torch.sigmoid(dense(weights, f"{name}.{2 * hidden_layers}", hidden)[:, 0])
+
+
+def reference(model, weights, batch, labels):
+    """Probabilities of the labels, ``(B, T)``."""
+    x = wide_row(weights, batch)
+    if model == "esmm":
+        click, conversion = (tower_probability(weights, f"towers.{t}", x, 3) for t in range(2))
+        return torch.stack([click, click * conversion], dim=1)
+    if model == "shared_bottom":
+        inputs = [mlp(weights, "bottom", x, 2)] * labels
+    else:
+        experts = [mlp(weights, f"experts.{e}", x, 2) for e in range(3)]
+        inputs = []
+        for task in range(labels):
+            gate = torch.exp(dense(weights, f"gates.{task}", x))
+            shares = gate / gate.sum(dim=1, keepdim=True)
+            inputs.append(sum(shares[:, e : e + 1] * experts[e] for e in range(3)))
+    towers = [tower_probability(weights, f"towers.{t}", x, 2) for t, x in enumerate(inputs)]
+    return torch.stack(towers, dim=1)
+
+
+def in_float64(network, batch):
+    return network.double(), dataclasses.replace(
+        batch, numerical=batch.numerical.double(), labels=batch.labels.double()
+    )
+
+
+SCHEMAS = {
+    "mixed": Schema(fields(3, 40, 2, 1), ("x", "y"), ("click", "conversion"), funnel=True),
+    "all_large": Schema(fields(40, 60), ("x",), ("click", "conversion"), funnel=True),
+    "no_numerical": Schema(fields(3, 40), (), ("click", "conversion"), funnel=True),
+    "no_categorical": Schema((), ("x", "y"), ("click", "conversion"), funnel=True),
+    "all_small": Schema(fields(3, 2), ("x",), ("click", "conversion"), funnel=True),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("schema", SCHEMAS)
+@pytest.mark.parametrize("model", BUILD)
+def test_outputs_and_gradients_equal_the_formulas(model, schema, rows, make_batch):
+    schema = SCHEMAS[schema]
+    torch.manual_seed(1)
+    network, batch = in_float64(BUILD[model](schema, **PLAIN), make_batch(schema, rows))
+    weights = {n: p.detach().clone().requires_grad_() for n, p in network.named_parameters()}
+
+    output = network(batch)
+    cross_entropies(output, batch.labels).sum().backward()
+    p = reference(model, weights, batch, len(schema.labels))
+    y = batch.labels
+    (-(y * p.log() + (1 - y) * (1 - p).log()).mean(dim=0).sum()).backward()
+
+    torch.testing.assert_close(output.positive.exp(), p, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(output.negative.exp(), 1 - p, rtol=1e-10, atol=1e-12)
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, weights[name].grad, rtol=1e-10, atol=1e-13, msg=name
+        )
+
+
+@pytest.mark.parametrize("model", ["shared_bottom", "mmoe"])
+def test_three_independent_labels_have_a_tower_each(model, make_batch):
+    network, batch = in_float64(BUILD[model](INDEPENDENT, **PLAIN), make_batch(INDEPENDENT))
+
+    output = network(batch)
+
+    expected = reference(model, dict(network.named_parameters()), batch, 3)
+    torch.testing.assert_close(output.positive.exp(), expected, rtol=1e-10, atol=1e-12)
+    assert [len(depth) for depth in network.task_layers()] == [3, 3, 3]
+
+
+def test_esmm_demands_a_funnel():
+    with pytest.raises(InputError, match="ESMM needs a funnel.*like, share, buy.*shared_bottom"):
+        BUILD["esmm"](INDEPENDENT, **PLAIN)
+
+
+@pytest.mark.parametrize("model", BUILD)
+def test_fp32_agrees_with_fp64(model, funnel_schema, make_batch):
+    network = BUILD[model](funnel_schema, **PLAIN)
+    batch = make_batch(funnel_schema)
+
+    single = network(batch).positive
+    double = network.double()(in_float64(network, batch)[1]).positive
+
+    torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", BUILD)
+def test_half_precision_outputs_are_float32(model, funnel_schema, make_batch):
+    network = BUILD[model](funnel_schema, **PLAIN)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        output = network(make_batch(funnel_schema))
+
+    assert output.positive.dtype == output.negative.dtype == torch.float32
+    reference_output = network(make_batch(funnel_schema))
+    torch.testing.assert_close(output.positive, reference_output.positive, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("model", BUILD)
+def test_task_layers_are_the_towers_linear_layers_in_order(model, funnel_schema):
+    network = BUILD[model](funnel_schema, **PLAIN)
+
+    depths = network.task_layers()
+
+    widths = [7, 6, 4, 1] if model == "esmm" else [4, 3, 1]
+    assert [depth[0].out_features for depth in depths] == widths
+    tower_parameters = {id(p) for p in network.towers.parameters()}
+    found = {id(p) for depth in depths for layer in depth for p in layer.parameters()}
+    assert found == tower_parameters
+
+
+def test_only_mmoe_has_shared_layers_side_by_side(funnel_schema):
+    shared = {name: build(funnel_schema, **PLAIN).shared_layers() for name, build in BUILD.items()}
+
+    assert shared["shared_bottom"] == shared["esmm"] == []
+    assert [len(depth) for depth in shared["mmoe"]] == [3, 3]
+
+
+def test_dropout_acts_in_training_only(funnel_schema, make_batch):
+    network = BUILD["mmoe"](funnel_schema, dropout=0.5, batch_norm=False)
+    batch = make_batch(funnel_schema)
+
+    training = [network(batch).positive for _ in range(2)]
+    network.eval()
+    evaluating = [network(batch).positive for _ in range(2)]
+
+    assert not torch.equal(*training)
+    assert torch.equal(*evaluating)
+
+
+def test_batch_norm_follows_each_hidden_linear_layer(funnel_schema, make_batch):
+    network = BUILD["esmm"](funnel_schema, dropout=0.0, batch_norm=True)
+
+    pairs = itertools.pairwise(network.towers[0])
+    after_linear = [type(b).__name__ for a, b in pairs if isinstance(a, torch.nn.Linear)]
+    assert after_linear == ["BatchNorm1d"] * 3
+    assert network(make_batch(funnel_schema)).positive.isfinite().all()
+
+
+def test_missing_values_start_neutral(funnel_schema):
+    network = BUILD["esmm"](funnel_schema, **PLAIN)
+
+    assert all(table.weight[0].eq(0).all() for table in network.input.tables)
+    assert all(table.weight[1:].ne(0).any() for table in network.input.tables)
+
+
+def test_a_data_set_without_features_is_refused():
+    with pytest.raises(InputError, match="no features"):
+        BUILD["esmm"](Schema((), (), ("click", "conversion"), funnel=True), **PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"embedding_dim": 0}, "model.embedding_dim must be an integer >= 1, got 0"),
+        ({"tower_widths": []}, "model.tower_widths must be a list of at least one width"),
+        ({"tower_widths": [8, -1]}, "model.tower_widths must be an integer >= 1, got -1"),
+        ({"tower_widths": 8}, "model.tower_widths must be a list"),
+        ({"bottom_widths": ["a"]}, "model.bottom_widths must be an integer >= 1, got 'a'"),
+        ({"dropout": 1.0}, r"model.dropout must be a number in \[0, 1\), got 1.0"),
+        ({"batch_norm": 1}, "model.batch_norm must be true or false, got 1"),
+    ],
+)
+def test_sizes_out_of_range_are_refused(keys, message, funnel_schema):
+    sizes = {"embedding_dim": 4, "bottom_widths": [4], "tower_widths": [4], **PLAIN, **keys}
+
+    with pytest.raises(InputError, match=message):
+        SharedBottom(funnel_schema, **sizes)
+
+
+def test_scoring_needs_no_labels(funnel_schema, make_batch):
+    batch = make_batch(funnel_schema)
+    unlabelled = Batch(batch.categorical, batch.numerical)
+
+    network = BUILD["esmm"](funnel_schema, **PLAIN)
+
+    assert torch.equal(network(unlabelled).positive, network(batch).positive)

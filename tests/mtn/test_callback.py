@@ -1,0 +1,521 @@
+"""The callback against the same penalty written inside the loss."""
+
+import dataclasses
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mtnrec.batch import Batch
+from mtnrec.checks import InputError
+from mtnrec.model.esmm import ESMM
+from mtnrec.model.mmoe import MMoE
+from mtnrec.model.module import MultiTaskModule, cross_entropies
+from mtnrec.model.shared_bottom import SharedBottom
+from mtnrec.mtn.callback import MTN, add_to_gradients, gradient_scale
+
+ADAM = partial(torch.optim.Adam, lr=1e-2)
+SGD = partial(torch.optim.SGD, lr=1e-1)
+OPTIMIZERS = {"adam": ADAM, "sgd": SGD}
+LAM = 0.05
+
+
+def make_mtn(**keys):
+    defaults = {
+        "enabled": True,
+        "lam": LAM,
+        "target": "towers",
+        "layers": "all",
+        "alpha": "learned",
+        "alpha_sharing": "per_layer",
+        "layer_weighting": "mean",
+        "decay": 0.5,
+        "frobenius": True,
+        "biases": False,
+        "coupling": "gradient",
+        "refresh_every": 1,
+        "alpha_optimizer": ADAM,
+    }
+    return MTN(**{**defaults, **keys})
+
+
+def make_network(schema, build=SharedBottom, seed=0):
+    torch.manual_seed(seed)
+    keys = {"embedding_dim": 4, "dropout": 0.0, "batch_norm": False}
+    if build is ESMM:
+        return ESMM(schema, tower_widths=[6, 5], **keys)
+    if build is MMoE:
+        return MMoE(schema, experts=3, expert_widths=[6, 5], tower_widths=[5, 4], **keys)
+    return SharedBottom(schema, bottom_widths=[6], tower_widths=[5, 4], **keys)
+
+
+class PenaltyInTheLoss(MultiTaskModule):
+    """Adds ``lam * mean_i (sum_s alpha_s ||W_{s}||_* + ||W_i||_F)`` to the loss, by autograd."""
+
+    def __init__(self, network, *, learn_alpha, biases, **keys):
+        super().__init__(network, **keys)
+        self.theta = nn.Parameter(torch.zeros(3, 3, dtype=torch.float64))
+        self.theta.requires_grad_(learn_alpha)
+        self.biases = biases
+
+    def training_step(self, batch):
+        terms = []
+        for theta, layers in zip(self.theta, self.network.task_layers(), strict=True):
+            stack = torch.stack([layer.weight for layer in layers])
+            if self.biases:
+                stack = torch.cat([stack, torch.stack([x.bias for x in layers])[..., None]], 2)
+            matrices = [stack.movedim(mode, 0).flatten(1) for mode in range(3)]
+            norms = torch.stack([torch.linalg.svdvals(m).sum() for m in matrices])
+            terms.append(theta.softmax(0) @ norms + torch.linalg.vector_norm(stack))
+        loss = cross_entropies(self(batch), batch.labels).sum()
+        return loss + LAM * torch.stack(terms).mean()
+
+    def configure_optimizers(self):
+        return self._optimizer([*self.network.parameters(), self.theta])
+
+
+@pytest.fixture
+def fit(funnel_schema, make_batch, tmp_path):
+    """Train on eight fixed batches; returns the module and its trainer."""
+
+    def run(network, *callbacks, module=MultiTaskModule, optimizer=SGD, keys=None, **trainer_keys):
+        batches = [make_batch(funnel_schema, 32, seed) for seed in range(8)]
+        if trainer_keys.get("precision", "64-true") == "64-true":
+            batches = [
+                dataclasses.replace(b, numerical=b.numerical.double(), labels=b.labels.double())
+                for b in batches
+            ]
+        model = module(network, schema=funnel_schema, optimizer=optimizer, **(keys or {}))
+        settings = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "precision": "64-true",
+            "max_epochs": 2,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+        }
+        trainer = L.Trainer(callbacks=list(callbacks), **{**settings, **trainer_keys})
+        loader = torch.utils.data.DataLoader(batches, batch_size=None)
+        trainer.fit(model, loader, loader)
+        return model, trainer
+
+    return run
+
+
+def distance(a, b):
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max((x - y).abs().max().item() for x, y in pairs)
+
+
+@pytest.mark.parametrize(
+    ("clip", "alpha"),
+    [
+        ({}, "learned"),
+        ({"gradient_clip_val": 0.05}, "uniform"),
+        ({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, "uniform"),
+    ],
+    ids=["no clip", "clip norm", "clip value"],
+)
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_the_same_penalty_inside_the_loss(name, accumulate, clip, alpha, fit, funnel_schema):
+    # Clipping would reach an alpha inside the loss, but not the callback's: there it is fixed.
+    optimizer = OPTIMIZERS[name]
+    keys = {"optimizer": optimizer, "accumulate_grad_batches": accumulate, **clip}
+    mtn = make_mtn(alpha=alpha, alpha_optimizer=optimizer)
+
+    with_callback, _ = fit(make_network(funnel_schema), mtn, **keys)
+    inside, _ = fit(
+        make_network(funnel_schema),
+        module=PenaltyInTheLoss,
+        keys={"learn_alpha": alpha == "learned", "biases": False},
+        **keys,
+    )
+    without, _ = fit(make_network(funnel_schema), **keys)
+
+    assert distance(with_callback.network, inside.network) < 1e-9
+    assert distance(with_callback.network, without.network) > 1e-4
+
+
+def test_learned_alpha_equals_the_one_inside_the_loss(fit, funnel_schema):
+    mtn = make_mtn(alpha_optimizer=ADAM)
+
+    fit(make_network(funnel_schema), mtn, optimizer=ADAM)
+    inside, _ = fit(
+        make_network(funnel_schema),
+        module=PenaltyInTheLoss,
+        optimizer=ADAM,
+        keys={"learn_alpha": True, "biases": False},
+    )
+
+    learned = mtn.state_dict()["weights"]["alpha_logits"].double()
+    torch.testing.assert_close(learned, inside.theta.detach(), rtol=1e-4, atol=1e-6)
+    assert learned.abs().max() > 0.01
+
+
+def test_biases_count_as_one_more_input(fit, funnel_schema):
+    mtn = make_mtn(alpha="uniform", biases=True)
+
+    with_callback, _ = fit(make_network(funnel_schema), mtn)
+    inside, _ = fit(
+        make_network(funnel_schema),
+        module=PenaltyInTheLoss,
+        keys={"learn_alpha": False, "biases": True},
+    )
+
+    assert distance(with_callback.network, inside.network) < 1e-9
+
+
+def test_two_processes_equal_one(tmp_path):
+    script = Path(__file__).with_name("two_processes.py")
+
+    for devices in (1, 2):
+        out = tmp_path / f"{devices}.pt"
+        command = [sys.executable, str(script), str(devices), str(out)]
+        subprocess.run(command, check=True, timeout=120, cwd=tmp_path, capture_output=True)
+
+    one, two = (torch.load(tmp_path / f"{devices}.pt") for devices in (1, 2))
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, rtol=1e-9, atol=1e-11, msg=name)
+    torch.testing.assert_close(two["alpha"], one["alpha"], rtol=1e-5, atol=1e-7)
+
+
+def test_zero_lambda_is_bit_identical_to_no_callback(fit, funnel_schema):
+    with_callback, _ = fit(make_network(funnel_schema), make_mtn(lam=0), optimizer=ADAM)
+    without, _ = fit(make_network(funnel_schema), optimizer=ADAM)
+
+    for a, b in zip(with_callback.parameters(), without.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_not_enabled_is_bit_identical_to_no_callback(fit, funnel_schema):
+    disabled, _ = fit(make_network(funnel_schema), make_mtn(enabled=False), optimizer=ADAM)
+    without, _ = fit(make_network(funnel_schema), optimizer=ADAM)
+
+    for a, b in zip(disabled.parameters(), without.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("build", [SharedBottom, ESMM, MMoE])
+def test_the_gradient_reaches_every_tower_weight(build, funnel_schema):
+    network = make_network(funnel_schema, build)
+    mtn = make_mtn()
+    start(mtn, network)
+
+    mtn.on_before_optimizer_step(fake_trainer(), None, SGD(network.parameters()))
+
+    weights = {id(layer.weight) for depth in network.task_layers() for layer in depth}
+    for parameter in network.parameters():
+        if id(parameter) in weights:
+            assert parameter.grad.ne(0).all()
+        else:
+            assert parameter.grad is None
+
+
+def test_single_layers_and_experts_can_be_chosen(funnel_schema):
+    network = make_network(funnel_schema, MMoE)
+
+    for keys, chosen in [
+        ({"layers": [1]}, network.task_layers()[1:2]),
+        ({"target": "shared"}, network.shared_layers()),
+        ({"target": "shared", "layers": [0]}, network.shared_layers()[:1]),
+    ]:
+        network.zero_grad()
+        mtn = make_mtn(**keys)
+        start(mtn, network)
+        mtn.on_before_optimizer_step(fake_trainer(), None, SGD(network.parameters()))
+        reached = {id(p) for p in network.parameters() if p.grad is not None}
+        assert reached == {id(layer.weight) for depth in chosen for layer in depth}
+
+
+def test_frobenius_term_can_be_left_out(fit, funnel_schema):
+    network = make_network(funnel_schema).double()
+    stacks = [torch.stack([x.weight for x in depth]) for depth in network.task_layers()]
+    logged = {}
+
+    for frobenius in (True, False):
+        mtn = make_mtn(lam=0, frobenius=frobenius)
+        _, trainer = fit(make_network(funnel_schema), mtn, max_epochs=1, optimizer=frozen)
+        logged[frobenius] = trainer.callback_metrics["mtn/norm"].item()
+
+    expected = torch.stack([torch.linalg.vector_norm(w) for w in stacks]).mean().item()
+    assert logged[True] - logged[False] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_checkpoint_loads_into_the_plain_model(fit, funnel_schema, tmp_path):
+    _, trainer = fit(make_network(funnel_schema), make_mtn())
+    trainer.save_checkpoint(tmp_path / "mtn.ckpt")
+    plain = MultiTaskModule(make_network(funnel_schema), schema=funnel_schema, optimizer=SGD)
+
+    checkpoint = torch.load(tmp_path / "mtn.ckpt", weights_only=True)
+    result = plain.load_state_dict(checkpoint["state_dict"], strict=True)
+
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert any("alpha_logits" in s.get("weights", {}) for s in checkpoint["callbacks"].values())
+
+
+@pytest.mark.parametrize("build", [SharedBottom, ESMM, MMoE])
+def test_the_exported_graph_is_the_same(build, fit, funnel_schema, make_batch):
+    class Scorer(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, categorical, numerical):
+            return tuple(self.network(Batch(categorical, numerical)))
+
+    batch = make_batch(funnel_schema)
+    graphs = []
+    for callbacks in ([make_mtn()], []):
+        model, _ = fit(make_network(funnel_schema, build), *callbacks, precision="32-true")
+        program = torch.export.export(Scorer(model.network), (batch.categorical, batch.numerical))
+        graphs.append((str(program.graph), {k: v.shape for k, v in program.state_dict.items()}))
+
+    assert graphs[0] == graphs[1]
+
+
+def test_decoupled_moves_weights_beside_the_optimisers_step(fit, funnel_schema):
+    batches = {"max_steps": 1, "limit_train_batches": 1, "optimizer": ADAM}
+    start_network = make_network(funnel_schema).double()
+
+    mtn = make_mtn(alpha="uniform", coupling="decoupled")
+    moved, _ = fit(make_network(funnel_schema), mtn, **batches)
+    plain, _ = fit(make_network(funnel_schema), **batches)
+
+    depths = zip(
+        start_network.task_layers(),
+        moved.network.task_layers(),
+        plain.network.task_layers(),
+        strict=True,
+    )
+    for old, new, without in depths:
+        stack = torch.stack([layer.weight for layer in old]).detach().requires_grad_()
+        norms = [torch.linalg.svdvals(stack.movedim(m, 0).flatten(1)).sum() for m in range(3)]
+        (sum(norms) / 3 + torch.linalg.vector_norm(stack)).backward()
+        step = torch.stack([a.weight - b.weight for a, b in zip(new, without, strict=True)])
+        torch.testing.assert_close(step.detach(), -1e-2 * LAM / 3 * stack.grad, rtol=1e-7, atol=0)
+
+
+def test_stale_factors_stay_close_to_the_exact_method_and_report_their_gap(fit, funnel_schema):
+    keys = {"optimizer": partial(torch.optim.Adam, lr=1e-3), "max_epochs": 4}
+    exact, exact_trainer = fit(make_network(funnel_schema), make_mtn(refresh_every=1), **keys)
+    stale, trainer = fit(make_network(funnel_schema), make_mtn(refresh_every=5), **keys)
+
+    gaps = [v for k, v in trainer.callback_metrics.items() if k.endswith("/gap")]
+    assert len(gaps) == 3
+    assert all(-1e-6 <= gap < 0.01 for gap in gaps)
+    assert max(gaps) > max(v for k, v in exact_trainer.callback_metrics.items() if "/gap" in k)
+    assert 0 < distance(exact.network, stale.network) < 1e-3
+
+
+def test_each_epoch_logs_the_mechanism(fit, funnel_schema, tmp_path):
+    model, trainer = fit(make_network(funnel_schema), make_mtn(), optimizer=ADAM)
+
+    logged = trainer.callback_metrics
+    depths = model.network.task_layers()
+    totals = []
+    for depth, layers in enumerate(depths):
+        stack = torch.stack([layer.weight for layer in layers]).detach()
+        alpha = [logged[f"mtn/layer_{depth}/alpha_{m}"].item() for m in ("task", "output", "input")]
+        spectra = [torch.linalg.svdvals(stack.movedim(m, 0).flatten(1)) for m in range(3)]
+        norm = sum(a * s.sum().item() for a, s in zip(alpha, spectra, strict=True))
+        norm += torch.linalg.vector_norm(stack).item()
+        totals.append(norm)
+        assert sum(alpha) == pytest.approx(1, abs=1e-5)
+        assert logged[f"mtn/layer_{depth}/norm"].item() == pytest.approx(norm, rel=1e-4)
+        saved = np.load(tmp_path / "spectra" / "epoch_001.npz")
+        for name, spectrum in zip(("task", "output", "input"), spectra, strict=True):
+            np.testing.assert_allclose(saved[f"layer_{depth}/{name}"], spectrum, rtol=1e-6)
+            shares = spectrum / spectrum.sum()
+            rank = torch.exp(-(shares * shares.log()).sum()).item()
+            key = f"mtn/layer_{depth}/effective_rank_{name}"
+            assert logged[key].item() == pytest.approx(rank, rel=1e-4)
+    penalty = LAM * sum(totals) / len(totals)
+    loss = logged["train/loss"].item()
+    assert logged["mtn/penalty"].item() == pytest.approx(penalty, rel=1e-4)
+    assert logged["mtn/loss_share"].item() == pytest.approx(penalty / (loss + penalty), rel=1e-4)
+    assert 0 <= logged["mtn/zero_gradient_share"].item() <= 1
+
+
+def test_the_share_of_weights_without_a_data_gradient_is_counted(fit, funnel_schema):
+    network = make_network(funnel_schema)
+    with torch.no_grad():
+        network.towers[0][0].bias.fill_(-100)  # dead units: half of the first depth's weights
+
+    _, trainer = fit(network, make_mtn(lam=0, layers=[0]), max_epochs=1)
+
+    assert trainer.callback_metrics["mtn/zero_gradient_share"].item() >= 0.5
+
+
+def test_a_collapsed_alpha_is_reported_once_and_names_the_layer(fit, funnel_schema, caplog):
+    mtn = make_mtn(alpha_optimizer=partial(torch.optim.SGD, lr=1e5), layers=[1])
+
+    fit(make_network(funnel_schema), mtn)
+
+    messages = [r.message for r in caplog.records if "collapsed" in r.message]
+    assert len(messages) == 1
+    assert "alpha of layer 1" in messages[0]
+    assert "mtn.alpha=uniform" in messages[0]
+
+
+def test_resuming_at_an_epoch_gives_the_same_bits(fit, funnel_schema, tmp_path):
+    keys = {"optimizer": ADAM}
+    whole = make_mtn(refresh_every=3)
+    uninterrupted, _ = fit(make_network(funnel_schema), whole, max_epochs=4, **keys)
+
+    _, trainer = fit(make_network(funnel_schema), make_mtn(refresh_every=3), max_epochs=2, **keys)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = make_mtn(refresh_every=3)
+    # Lightning restores before it converts to float64, so the model must be float64 already.
+    network = make_network(funnel_schema, seed=9).double()
+    model = MultiTaskModule(network, schema=funnel_schema, optimizer=ADAM)
+    loader = trainer.train_dataloader
+    second = L.Trainer(
+        accelerator="cpu",
+        precision="64-true",
+        max_epochs=4,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[resumed],
+        default_root_dir=tmp_path,
+    )
+    second.fit(model, loader, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+
+    for a, b in zip(model.parameters(), uninterrupted.parameters(), strict=True):
+        assert torch.equal(a, b)
+    first, again = (m.state_dict()["weights"]["alpha_logits"] for m in (whole, resumed))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("weighting", ["exponential_decay", "learned", "gated"])
+def test_layer_weights_act_on_the_gradient(weighting, fit, funnel_schema):
+    mtn = make_mtn(layer_weighting=weighting, alpha="uniform")
+
+    _, trainer = fit(make_network(funnel_schema), mtn, optimizer=ADAM)
+
+    weights = [trainer.callback_metrics[f"mtn/layer_{i}/weight"].item() for i in range(3)]
+    assert sum(weights) == pytest.approx(1, abs=1e-5)
+    assert len(set(weights)) == 3
+    if weighting == "learned":  # linear in the weights, so the smallest norm gains
+        norms = [trainer.callback_metrics[f"mtn/layer_{i}/norm"].item() for i in range(3)]
+        assert int(np.argmax(weights)) == int(np.argmin(norms))
+
+
+def test_only_fused_optimisers_under_a_scaler_get_scaled_gradients():
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
+    parameter = nn.Parameter(torch.ones(3))
+    scaler.scale(parameter.sum()).backward()
+    fused = torch.optim.Adam([parameter], fused=True)
+
+    scale = gradient_scale(trainer, fused)
+    add_to_gradients([parameter], [torch.full((3,), 2.0)], scale=scale)
+    scaler.unscale_(fused)
+
+    assert parameter.grad.tolist() == [3.0, 3.0, 3.0]
+    assert gradient_scale(trainer, torch.optim.Adam([parameter])) == 1
+    plain = SimpleNamespace(precision_plugin=SimpleNamespace())
+    assert gradient_scale(plain, fused) == 1
+
+
+def test_bf16_mixed_trains_under_the_penalty(fit, funnel_schema):
+    model, trainer = fit(make_network(funnel_schema), make_mtn(), precision="bf16-mixed")
+
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert trainer.callback_metrics["mtn/norm"].isfinite()
+
+
+# Misuse.
+
+
+def start(mtn, network):
+    mtn.setup(None, SimpleNamespace(network=network), "fit")
+    mtn.on_train_start(None, SimpleNamespace(device=torch.device("cpu")))
+
+
+def fake_trainer():
+    return SimpleNamespace(precision_plugin=SimpleNamespace())
+
+
+def frozen(parameters):
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def test_a_layer_that_does_not_exist_is_refused(funnel_schema):
+    with pytest.raises(InputError, match=r"mtn.layers=\[0, 3\].*the towers have the layers 0 to 2"):
+        start(make_mtn(layers=[0, 3]), make_network(funnel_schema))
+
+
+def test_towers_that_differ_in_shape_are_refused_with_both_shapes(funnel_schema):
+    network = make_network(funnel_schema)
+    network.towers[1][2] = nn.Linear(5, 9)
+
+    with pytest.raises(InputError, match=r"layer 1 they are \(4, 5\) and \(9, 5\)"):
+        start(make_mtn(), network)
+    start(make_mtn(layers=[0]), network)
+
+
+@pytest.mark.parametrize("build", [SharedBottom, ESMM])
+def test_shared_layers_that_do_not_exist_are_refused(build, funnel_schema):
+    with pytest.raises(InputError, match=r"no shared layers.*mtn.target=towers"):
+        start(make_mtn(target="shared"), make_network(funnel_schema, build))
+
+
+def test_a_network_without_task_layers_is_refused():
+    with pytest.raises(InputError, match=r"Linear has no task_layers\(\).*mtn.enabled=false"):
+        start(make_mtn(), nn.Linear(2, 2))
+
+
+def test_one_tower_is_refused():
+    network = SimpleNamespace(task_layers=lambda: [[nn.Linear(2, 1)]])
+
+    with pytest.raises(InputError, match="at least two towers side by side, layer 0 has one"):
+        start(make_mtn(), network)
+
+
+def test_biases_that_do_not_exist_are_refused():
+    network = SimpleNamespace(task_layers=lambda: [[nn.Linear(2, 1, bias=False)] * 2])
+
+    with pytest.raises(InputError, match="mtn.biases=true, but layer 0 has no bias"):
+        start(make_mtn(biases=True), network)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lam": -1e-5}, r"mtn.lam must be a number in \[0, inf\), got -1e-05"),
+        ({"lam": float("nan")}, "mtn.lam must be a number"),
+        ({"refresh_every": 0}, "mtn.refresh_every must be an integer >= 1, got 0"),
+        ({"target": "gates"}, "mtn.target must be one of towers, shared; got 'gates'"),
+        ({"layers": "first"}, "mtn.layers must be one of all"),
+        ({"layers": []}, "mtn.layers must be `all` or a list"),
+        ({"layers": [1, 1]}, "mtn.layers must be `all` or a list of different depths"),
+        ({"layers": [-1]}, "mtn.layers must be an integer >= 0, got -1"),
+        ({"alpha": "learnt"}, "mtn.alpha must be one of learned, uniform; got 'learnt'"),
+        ({"alpha": [0.5, 0.5]}, "mtn.alpha must be `learned`, `uniform` or three weights"),
+        ({"alpha": [0.5, 0.5, 0.5]}, "mtn.alpha must sum to 1.*sum 1.5"),
+        ({"alpha": [1.5, -0.5, 0.0]}, "mtn.alpha must be a number in"),
+        ({"alpha_sharing": "all"}, "mtn.alpha_sharing must be one of per_layer, shared"),
+        ({"layer_weighting": "median"}, "mtn.layer_weighting must be one of mean"),
+        ({"decay": 2}, r"mtn.decay must be a number in \[0, 1\], got 2"),
+        ({"coupling": "loose"}, "mtn.coupling must be one of gradient, decoupled"),
+        ({"frobenius": "no"}, "mtn.frobenius must be true or false"),
+        ({"enabled": 1}, "mtn.enabled must be true or false"),
+    ],
+)
+def test_values_out_of_range_are_refused(keys, message):
+    with pytest.raises(InputError, match=message):
+        make_mtn(**keys)

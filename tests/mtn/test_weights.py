@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from mtnrec.mtn.weights import LAYER_WEIGHTINGS, PenaltyWeights
+
+NORMS = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+
+
+def make(**keys):
+    defaults = {
+        "layers": 3,
+        "unfoldings": 3,
+        "alpha": "learned",
+        "alpha_sharing": "per_layer",
+        "layer_weighting": "mean",
+        "decay": 0.5,
+    }
+    return PenaltyWeights(**{**defaults, **keys})
+
+
+@pytest.mark.parametrize("alpha", ["learned", "uniform"])
+@pytest.mark.parametrize("sharing", ["per_layer", "shared"])
+def test_alpha_starts_uniform(alpha, sharing):
+    weights = make(alpha=alpha, alpha_sharing=sharing)
+
+    torch.testing.assert_close(weights.alpha(), torch.full((3, 3), 1 / 3, dtype=torch.float64))
+
+
+def test_shared_alpha_is_one_row_for_all_layers():
+    weights = make(alpha_sharing="shared")
+    with torch.no_grad():
+        weights.alpha_logits += torch.tensor([0.0, 1.0, 2.0])
+
+    alpha = weights.alpha()
+
+    assert weights.alpha_logits.numel() == 3
+    assert torch.equal(alpha[0], alpha[2])
+
+
+def test_fixed_alpha_is_taken_as_given_and_not_learned():
+    weights = make(alpha=[0.2, 0.3, 0.5])
+
+    torch.testing.assert_close(weights.alpha()[1], torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64))
+    assert not list(weights.parameters())
+
+
+@pytest.mark.parametrize("weighting", LAYER_WEIGHTINGS)
+def test_layer_weights_sum_to_one(weighting):
+    weights = make(layer_weighting=weighting).layer_weights(NORMS)
+
+    assert weights.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("weighting", ["mean", "learned", "gated"])
+def test_layer_weights_start_equal(weighting):
+    weights = make(layer_weighting=weighting).layer_weights(NORMS)
+
+    torch.testing.assert_close(weights, torch.full((3,), 1 / 3, dtype=torch.float64))
+
+
+def test_exponential_decay_halves_from_layer_to_layer():
+    weights = make(layer_weighting="exponential_decay", decay=0.5).layer_weights(NORMS)
+
+    torch.testing.assert_close(weights, torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64) / 7)
+
+
+def test_decay_zero_leaves_the_first_layer():
+    weights = make(layer_weighting="exponential_decay", decay=0).layer_weights(NORMS)
+
+    assert weights.tolist() == [1, 0, 0]
+
+
+def test_a_gate_looks_at_the_shares_of_the_norm_without_a_gradient_through_them():
+    weights = make(layer_weighting="gated")
+    with torch.no_grad():
+        weights.gate.copy_(torch.eye(3))
+    norms = NORMS.clone().requires_grad_()
+
+    gated = weights.layer_weights(norms)
+
+    torch.testing.assert_close(gated, (NORMS / 6).softmax(dim=0))
+    gated.sum().backward()
+    assert norms.grad is None
+
+
+def test_learned_alpha_drifts_to_the_smallest_norm():
+    weights = make(layers=1)
+    optimizer = torch.optim.Adam(weights.parameters(), lr=0.05)
+    norms = torch.tensor([13.7, 12.7, 15.1], dtype=torch.float64)
+
+    for _ in range(400):
+        optimizer.zero_grad()
+        (weights.alpha()[0] @ norms).backward()
+        optimizer.step()
+
+    assert weights.alpha()[0, 1] > 0.95
+
+
+def test_making_weights_leaves_the_global_random_stream_alone():
+    state = torch.get_rng_state()
+
+    make(layer_weighting="gated")
+
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,88 @@
+"""Train with MTN on one or two processes over the same global batches; run by a test.
+
+``python two_processes.py DEVICES OUT``
+"""
+
+import sys
+from functools import partial
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from mtnrec.batch import Batch
+from mtnrec.data.datamodule import RowGatherer, TrainSampler
+from mtnrec.model.module import MultiTaskModule
+from mtnrec.model.shared_bottom import SharedBottom
+from mtnrec.mtn.callback import MTN
+from mtnrec.schema import CategoricalField, Schema
+
+ROWS, GLOBAL_BATCH = 96, 32
+SCHEMA = Schema((CategoricalField("a", 5),), ("x", "y"), ("click", "conversion"), funnel=True)
+
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self) -> DataLoader[Batch]:
+        rng = np.random.default_rng(0)
+        click = rng.integers(0, 2, ROWS)
+        arrays = {
+            "categorical": rng.integers(0, 5, (ROWS, 1), dtype=np.int32),
+            "numerical": rng.random((ROWS, 2)),
+            "labels": np.stack([click, click * rng.integers(0, 2, ROWS)], 1).astype(np.uint8),
+        }
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        sampler = TrainSampler(ROWS, GLOBAL_BATCH // world, 0, rank, world)
+        return DataLoader(RowGatherer(arrays, np.arange(ROWS)), sampler=sampler, batch_size=None)
+
+
+def main(devices: int, out: str) -> None:
+    torch.manual_seed(0)
+    network = SharedBottom(
+        SCHEMA,
+        embedding_dim=4,
+        bottom_widths=[6],
+        tower_widths=[5, 4],
+        dropout=0.0,
+        batch_norm=False,
+    )
+    mtn = MTN(
+        enabled=True,
+        lam=0.05,
+        target="towers",
+        layers="all",
+        alpha="learned",
+        alpha_sharing="per_layer",
+        layer_weighting="mean",
+        decay=0.5,
+        frobenius=True,
+        biases=False,
+        coupling="gradient",
+        refresh_every=2,
+        alpha_optimizer=partial(torch.optim.Adam, lr=1e-2),
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        precision="64-true",
+        max_epochs=3,
+        gradient_clip_val=0.5,
+        use_distributed_sampler=False,
+        logger=False,
+        callbacks=[mtn],
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    optimizer = partial(torch.optim.Adam, lr=1e-2)
+    module = MultiTaskModule(network, schema=SCHEMA, optimizer=optimizer)
+    trainer.fit(module, datamodule=Data())
+    if trainer.is_global_zero:
+        alpha = mtn.state_dict()["weights"]["alpha_logits"]
+        torch.save({"model": network.state_dict(), "alpha": alpha}, out)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
