@@ -1,7 +1,11 @@
 """Tiny data in the real formats, written by code."""
 
+import logging
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +18,21 @@ from mtnrec.batch import Batch
 from mtnrec.config import CONF_DIR
 from mtnrec.data.aliexpress import CATEGORICAL, LABELS, NUMERICAL
 from mtnrec.data.datamodule import DataModule
+from mtnrec.data.store import Manifest, write_prepared
+from mtnrec.prepare import main as prepare_main
 from mtnrec.schema import CategoricalField, Schema
+from mtnrec.train import main as train_main
+
+_SMALL_MODELS = {
+    "shared_bottom": ["model.bottom_widths=[16]", "model.tower_widths=[8]"],
+    "esmm": ["model.tower_widths=[16,8]"],
+    "mmoe": ["model.experts=3", "model.expert_widths=[16]", "model.tower_widths=[8]"],
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # a second thread costs more than it brings on tiny tensors
 
 
 @pytest.fixture(autouse=True)
@@ -94,5 +112,76 @@ def write_aliexpress() -> Callable[..., Path]:
                 lines.append(",".join(map(str, cells)))
             (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
         return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Run the training command in this process, tiny; return the folder of the run."""
+    data_root = tmp_path_factory.mktemp("data")
+
+    def run(*overrides: str, model: str = "esmm", folder: Path | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("run") if folder is None else folder
+        _call(
+            train_main,
+            f"data_root={data_root}",
+            f"hydra.run.dir={folder}",
+            f"hydra.sweep.dir={folder}",
+            "trainer.accelerator=cpu",
+            "trainer.max_epochs=2",
+            "data.batch_size=512",
+            f"model={model}",
+            "model.embedding_dim=4",
+            *_SMALL_MODELS[model],
+            *overrides,
+        )
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def prepare() -> Callable[..., None]:
+    """Run the preparation command in this process."""
+    return lambda *overrides: _call(prepare_main, *overrides)
+
+
+def _call(main: Callable[[], None], *arguments: str) -> None:
+    """Call an entry point as the command line does, and leave the process as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        with mock.patch.object(sys, "argv", ["mtnrec", *arguments]), mock.patch.dict(os.environ):
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            main()
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        torch.use_deterministic_algorithms(mode=False)
+
+
+@pytest.fixture
+def write_tiny(funnel_schema: Schema) -> Callable[..., Manifest]:
+    """Write a prepared data set whose first numerical feature numbers the rows of a split."""
+
+    def make(folder: Path, *, train: int = 23, test: int = 7, seed: int = 0) -> Manifest:
+        rng = np.random.default_rng(seed)
+        sizes = [field.vocabulary_size for field in funnel_schema.categorical]
+        with write_prepared(folder, ("train", "test")) as writer:
+            for split, rows in (("train", train), ("test", test)):
+                click = rng.random(rows) < 0.5
+                arrays = {
+                    "categorical": rng.integers(0, sizes, (rows, len(sizes))),
+                    "numerical": np.stack([np.arange(rows), rng.random(rows)], axis=1),
+                    "labels": np.stack([click, click & (rng.random(rows) < 0.5)], axis=1),
+                    "group": rng.integers(0, 4, rows),
+                }
+                writer.append(split, arrays)
+            return writer.finish(
+                source="tiny", parameters={"seed": seed}, schema=funnel_schema, report={}
+            )
 
     return make

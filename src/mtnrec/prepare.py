@@ -16,7 +16,9 @@ def main(cfg: DictConfig) -> None:
     datamodule = instantiate(cfg.data, _convert_="all")
     manifest = datamodule.prepare()
     console = get_console()
-    console.print(f"{manifest.source} is prepared in {datamodule.dir}")
+    console.print(
+        f"{manifest.source} is prepared in {datamodule.dir}", markup=False, soft_wrap=True
+    )
     for split, rows in manifest.rows.items():
         positives = manifest.positives[split].items()
         shares = ", ".join(f"{label} {n:,} ({n / rows:.3%})" for label, n in positives)

@@ -1,6 +1,7 @@
 """The protocol: validation chooses the epoch and stops the training, the test is read once."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -58,6 +59,13 @@ def make_callbacks(
     """
     mode = monitor_mode(monitor, schema)
     check_integer("patience", patience, minimum=1)
+    # Without a version counter a second run in the same folder replaces the first one's checkpoint.
+    checkpoint = partial(
+        ModelCheckpoint,
+        dirpath=directory / "checkpoints",
+        filename="best",
+        enable_version_counter=False,
+    )
     if (problem := _undefined(monitor, schema, validation_labels)) is not None:
         _logger.warning(
             "%s is undefined: the validation set has %s. No epoch can be chosen by it and nothing "
@@ -66,16 +74,14 @@ def make_callbacks(
             monitor,
             problem,
         )
-        last = ModelCheckpoint(dirpath=directory / "checkpoints", filename="best")
+        last = checkpoint()
         return last, [last]
-    best = ModelCheckpoint(
-        dirpath=directory / "checkpoints", filename="best", monitor=monitor, mode=mode
-    )
+    best = checkpoint(monitor=monitor, mode=mode)
     return best, [best, EarlyStopping(monitor, patience=patience, mode=mode)]
 
 
 def _undefined(monitor: str, schema: Schema, labels: npt.NDArray[np.uint8]) -> str | None:
-    task = next(t for t in schema.tasks if monitor.startswith(f"val/{t.name}_"))
+    task = next(t for t in schema.tasks if monitor.removeprefix(f"val/{t.name}_") in _MODES)
     if task.given is not None:
         labels = labels[labels[:, task.given] == 1]
     rows, positives = len(labels), int(labels[:, task.label].sum())

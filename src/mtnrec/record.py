@@ -23,21 +23,23 @@ from mtnrec.batch import Batch
 from mtnrec.schema import Schema
 
 RECORD_FILE = "result.json"
-# Keys of the config that say where and how a run is shown, not what comes out.
+# Keys of the config that say where a run reads and writes, not what comes out; of the data the
+# checksum says it.
 _NOT_OF_THE_CELL = ("logger", "output_dir", "data_root")
+_NOT_OF_THE_DATA = ("dir", "raw_dir", "verify")
 _PACKAGES = ("mtnrec", "torch", "lightning", "torchmetrics", "numpy", "hydra-core")
 
 _logger = logging.getLogger(__name__)
 
 
 class RunRecorder(L.Callback):
-    """Times a run, keeps the validation metrics of each epoch and logs a line on each."""
+    """Times a run, keeps each validation's metrics by global step and logs a line on each."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._stage_started = 0.0
         self.seconds: dict[str, float] = {}
-        self.history: list[dict[str, float]] = []
+        self.history: dict[int, dict[str, float]] = {}
         self._rows = {"train": 0, "evaluate": 0}
         self._spent = {"train": 0.0, "evaluate": 0.0}
 
@@ -70,7 +72,7 @@ class RunRecorder(L.Callback):
         self._spent["evaluate"] += time.perf_counter()
         self._spent["train"] -= time.perf_counter()
         values = cast(dict[str, dict[str, float]], pl_module.results)["val"]
-        self.history.append(values)
+        self.history[trainer.global_step] = values
         aucs = ", ".join(
             f"{name.removeprefix('val/').removesuffix('_auc')} {value:.4f}"
             for name, value in values.items()
@@ -111,6 +113,9 @@ class RunRecorder(L.Callback):
 def cell_of(config: Mapping[str, Any], checksum: str) -> str:
     """Return the hash of what determines a result: the settings and the data set's checksum."""
     content = {key: value for key, value in config.items() if key not in _NOT_OF_THE_CELL}
+    content["data"] = {
+        key: value for key, value in config["data"].items() if key not in _NOT_OF_THE_DATA
+    }
     text = json.dumps([content, checksum], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -151,11 +156,14 @@ def write_record(directory: Path, record: Mapping[str, Any]) -> None:
     """Write ``result.json``, whole or not at all; NaN becomes null."""
     text = json.dumps(_without_nan(record), indent=2, sort_keys=True, allow_nan=False) + "\n"
     temporary = directory / f".{RECORD_FILE}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(directory / RECORD_FILE)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(directory / RECORD_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _without_nan(value: Any) -> Any:

@@ -10,14 +10,17 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 
+from mtnrec.checks import InputError
 from mtnrec.config import entry_point
 from mtnrec.metric.task_metrics import bayes_aucs
 from mtnrec.model.module import MultiTaskModule
 from mtnrec.protocol import make_callbacks
 from mtnrec.record import (
+    RECORD_FILE,
     RunRecorder,
     cell_of,
     closing_table,
@@ -60,12 +63,21 @@ def main(cfg: DictConfig) -> None:
         logger.log_hyperparams(config)
     trainer.fit(module, datamodule=datamodule)
     best = checkpoint.best_model_path
+    if not best:
+        raise InputError(
+            "training ended before its first validation, so there is no epoch to test: raise "
+            f"trainer.max_epochs, which is {cfg.trainer.max_epochs}"
+        )
     trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            # Lightning leaves the run open, and the next job of a sweep would go on in it.
+            logger.experiment.finish()
     if not trainer.is_global_zero:
         return
 
-    best_epoch = torch.load(best, weights_only=True, mmap=True)["epoch"]
-    results = recorder.history[best_epoch] | module.results["test"]
+    chosen = torch.load(best, weights_only=True, mmap=True)
+    results = recorder.history[chosen["global_step"]] | module.results["test"]
     metrics, counts = split_counts(results)
     for split in ("val", "test"):
         probabilities = datamodule.column(split, "probabilities")
@@ -85,7 +97,7 @@ def main(cfg: DictConfig) -> None:
             "rows": datamodule.split_rows,
         },
         "mtn": config["mtn"],
-        "best_epoch": best_epoch,
+        "best_epoch": chosen["epoch"],
         "metrics": metrics,
         "counts": counts,
         "seconds": recorder.seconds,
@@ -94,7 +106,9 @@ def main(cfg: DictConfig) -> None:
     }
     write_record(output_dir, record)
     get_console().print(closing_table(schema, record))
-    get_console().print(f"The record of the run is {output_dir / 'result.json'}")
+    get_console().print(
+        f"The record of the run is {output_dir / RECORD_FILE}", markup=False, soft_wrap=True
+    )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,5 @@ def test_the_loss_is_the_mean_over_all_rows_for_each_label():
 
     losses = cross_entropies(LogProbabilities(p.log(), (1 - p).log()), labels)
 
-    expected = [
-        torch.nn.functional.binary_cross_entropy(p[:, t], labels[:, t]) for t in range(2)
-    ]
+    expected = [torch.nn.functional.binary_cross_entropy(p[:, t], labels[:, t]) for t in range(2)]
     torch.testing.assert_close(losses, torch.stack(expected))

@@ -127,7 +127,7 @@ def test_three_independent_labels_have_a_tower_each(model, make_batch):
 
 
 def test_esmm_demands_a_funnel():
-    with pytest.raises(InputError, match="ESMM needs a funnel.*like, share, buy.*shared_bottom"):
+    with pytest.raises(InputError, match=r"ESMM needs a funnel.*like, share, buy.*shared_bottom"):
         BUILD["esmm"](INDEPENDENT, **PLAIN)
 
 

@@ -40,7 +40,9 @@ def test_shared_alpha_is_one_row_for_all_layers():
 def test_fixed_alpha_is_taken_as_given_and_not_learned():
     weights = make(alpha=[0.2, 0.3, 0.5])
 
-    torch.testing.assert_close(weights.alpha()[1], torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64))
+    torch.testing.assert_close(
+        weights.alpha()[1], torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    )
     assert not list(weights.parameters())
 
 

@@ -35,6 +35,9 @@ class Data(L.LightningDataModule):
         sampler = TrainSampler(ROWS, GLOBAL_BATCH // world, 0, rank, world)
         return DataLoader(RowGatherer(arrays, np.arange(ROWS)), sampler=sampler, batch_size=None)
 
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self.train_dataloader()
+
 
 def main(devices: int, out: str) -> None:
     torch.manual_seed(0)
@@ -72,6 +75,7 @@ def main(devices: int, out: str) -> None:
         logger=False,
         callbacks=[mtn],
         limit_val_batches=0,
+        log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -100,9 +100,12 @@ class AliExpress(DataModule):
         refuse_rows(
             path, line, ((labels != 0) & (labels != 1)).any(axis=1), "labels must be 0 or 1", labels
         )
-        numerical = frame.select(NUMERICAL).to_numpy()
-        finite = np.isfinite(numerical).all(axis=1)
-        refuse_rows(path, line, ~finite, "numerical features must be finite", numerical)
+        values = frame.select(NUMERICAL).to_numpy()
+        with np.errstate(over="ignore"):
+            numerical = values.astype(np.float32)
+        for column, name in enumerate(NUMERICAL):
+            infinite = ~np.isfinite(numerical[:, column])
+            refuse_rows(path, line, infinite, f"{name} must be finite", values[:, column])
         orphan = labels[:, 1] > labels[:, 0]
         if self.conversion_without_click == "refuse":
             rule = (
@@ -112,7 +115,7 @@ class AliExpress(DataModule):
             refuse_rows(path, line, orphan, rule, labels)
         arrays = {
             "categorical": frame.select(CATEGORICAL).to_numpy(),
-            "numerical": numerical.astype(np.float32),
+            "numerical": numerical,
             "labels": labels.astype(np.uint8),
             "group": frame["search_id"].to_numpy(),
         }

@@ -19,9 +19,10 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -76,7 +77,7 @@ class Manifest:
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
     @staticmethod
-    def from_json(text: str, path: Path) -> "Manifest":
+    def from_json(text: bytes, path: Path) -> "Manifest":
         """Parse and check ``text``, the content of ``path``.
 
         Raises:
@@ -120,7 +121,7 @@ def open_prepared(directory: Path) -> tuple[Manifest, dict[str, Arrays]]:
     path = directory / SCHEMA_FILE
     if not path.is_file():
         raise NotPreparedError(f"there is no prepared data set in {directory}")
-    manifest = Manifest.from_json(path.read_text(encoding="utf-8"), path)
+    manifest = Manifest.from_json(path.read_bytes(), path)
     arrays: dict[str, Arrays] = {split: {} for split in manifest.rows}
     for name in manifest.checksums:
         split, _, stem = name.removesuffix(".npy").partition("/")
@@ -141,15 +142,18 @@ def _open_array(
     try:
         with path.open("rb") as file:
             np.lib.format.read_magic(file)
-            found_shape, _, found_dtype = np.lib.format.read_array_header_1_0(file)
+            found_shape, by_column, found_dtype = np.lib.format.read_array_header_1_0(file)
             offset = file.tell()
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing: {remedy}") from error
-    except ValueError as error:
+    # numpy evaluates the header as a Python literal, so a damaged one raises any of these.
+    except (ValueError, TypeError, SyntaxError, TokenError) as error:
         raise InputError(f"{path} is no npy file ({error}): {remedy}") from error
-    if (found_shape, found_dtype) != (shape, dtype):
+    if (found_shape, found_dtype, by_column) != (shape, dtype, False):
+        order = " by column" if by_column else ""
         raise InputError(
-            f"{path} holds {found_dtype} {found_shape}, its schema says {dtype} {shape}: {remedy}"
+            f"{path} holds {found_dtype} {found_shape}{order}, its schema says {dtype} {shape}: "
+            f"{remedy}"
         )
     size, expected = path.stat().st_size, offset + math.prod(shape) * dtype.itemsize
     if size != expected:
@@ -230,6 +234,12 @@ class Writer:
             file.close()
         self._files.clear()
 
+    def abandon_arrays(self) -> None:
+        """Close the arrays that are not finished, as they are."""
+        for file in self._files.values():
+            with suppress(OSError):  # a full disk does not take what is still buffered
+                file.close()
+
     def rewrite(self, split: str, stem: str) -> npt.NDArray[Any]:
         """Open a finished array for changes in place."""
         path = self.directory / split / f"{stem}.npy"
@@ -264,12 +274,18 @@ def write_prepared(directory: Path, splits: tuple[str, ...]) -> Iterator[Writer]
     Raises:
         InputError: If ``directory`` holds something that is no prepared data set.
     """
+    directory = directory.resolve()  # a link stays: what it points to is replaced
     if directory.exists() and not (directory / SCHEMA_FILE).is_file():
         if not directory.is_dir() or any(directory.iterdir()):
             raise InputError(
                 f"{directory} exists and is no prepared data set: choose another data.dir"
             )
         directory.rmdir()
+    if foreign := _foreign_files(directory):
+        raise InputError(
+            f"{directory} holds {foreign[0].name}, which is no part of a prepared data set and "
+            "would be lost: choose another data.dir"
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     writer = Writer(temporary, splits)
@@ -277,8 +293,14 @@ def write_prepared(directory: Path, splits: tuple[str, ...]) -> Iterator[Writer]
         yield writer
         _put_in_place(temporary, directory)
     finally:
-        writer.close_arrays()
+        writer.abandon_arrays()
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _foreign_files(directory: Path) -> list[Path]:
+    patterns = [SCHEMA_FILE, "vocabulary/*.parquet", *(f"*/{stem}.npy" for stem in DTYPES)]
+    own = {path for pattern in patterns for path in directory.glob(pattern)}
+    return sorted(path for path in directory.rglob("*") if not path.is_dir() and path not in own)
 
 
 def _put_in_place(temporary: Path, directory: Path) -> None:

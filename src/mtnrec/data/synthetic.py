@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from mtnrec.checks import InputError, check_integer, check_number
 from mtnrec.data.datamodule import DataModule
-from mtnrec.data.store import Arrays, Manifest, open_prepared, write_prepared
+from mtnrec.data.store import SCHEMA_FILE, Arrays, Manifest, open_prepared, write_prepared
 from mtnrec.data.vocabulary import Vocabulary, encode_in_place
 from mtnrec.schema import Schema
 
@@ -32,6 +32,16 @@ _CALIBRATION_CHUNK = 2**32 - 1  # a chunk that no log reaches
 _SPLITS = ("train", "test")
 _UNSCALED_SIZE = 100
 _INTEGER_COLUMNS = 3  # as in AliExpress: three of the numerical features are counts
+
+_SMALLEST = {
+    "rows": 1,
+    "rows_per_search": 1,
+    "rank": 2,
+    "user_fields": 0,
+    "user_numerical_features": 0,
+    "numerical_features": 0,
+    "generator_seed": 0,
+}
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -84,19 +94,19 @@ class Synthetic(DataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rows", "rows_per_search"):
-            check_integer(f"data.{name}", getattr(self, name), minimum=1)
-        check_integer("data.rank", self.rank, minimum=2)
-        for name in ("user_fields", "user_numerical_features", "numerical_features"):
-            check_integer(f"data.{name}", getattr(self, name), minimum=0)
-        check_integer("data.generator_seed", self.generator_seed, minimum=0)
-        for size in self.vocabulary_sizes:
+        for name, minimum in _SMALLEST.items():
+            check_integer(f"data.{name}", getattr(self, name), minimum=minimum)
+        sizes: Any = self.vocabulary_sizes
+        if not isinstance(sizes, list | tuple):
+            raise InputError(f"data.vocabulary_sizes must be a list of sizes, got {sizes!r}")
+        for size in sizes:
             check_integer("data.vocabulary_sizes", size, minimum=1)
-        check_number("data.vocabulary_scale", self.vocabulary_scale, minimum=1e-9, maximum=1)
         for name in ("skew", "click_spread", "conversion_spread"):
             check_number(f"data.{name}", getattr(self, name), minimum=0)
         for name in ("test_share", "click_rate", "conversion_rate"):
-            check_number(f"data.{name}", getattr(self, name), minimum=1e-9, maximum=1 - 1e-9)
+            rate = getattr(self, name)
+            check_number(f"data.{name}", rate, minimum=1e-9, maximum=1, open_maximum=True)
+        check_number("data.vocabulary_scale", self.vocabulary_scale, minimum=1e-9, maximum=1)
         for name in ("task_correlation", "interaction"):
             check_number(f"data.{name}", getattr(self, name), minimum=0, maximum=1)
         if (
@@ -120,13 +130,13 @@ class Synthetic(DataModule):
         return {name: getattr(self, name) for name in Synthetic.__annotations__}
 
     def prepare_data(self) -> None:
-        """Generate the log if its folder is absent.
+        """Generate the log if its folder is absent or empty.
 
         Raises:
             InputError: If the folder holds a log of other settings.
         """
         directory = Path(self.dir)
-        if not directory.exists():
+        if not (directory / SCHEMA_FILE).is_file():
             self.prepare()
         super().prepare_data()
         manifest, _ = open_prepared(directory)

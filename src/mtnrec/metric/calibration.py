@@ -46,7 +46,8 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
         return probabilities.new_full((), torch.nan, dtype=torch.float64)
     ordered, order = probabilities.sort()
     _, tie, size = ordered.unique_consecutive(return_inverse=True, return_counts=True)
-    middle = size.cumsum(0) - (size + 1) / 2  # mean rank of a tie, from 0
+    # The mean rank of a tie, from 0; in float32 the last rank of 2 * 10^7 rows falls off the bins.
+    middle = size.cumsum(0) - (size + 1).double() / 2
     bin_of_row = (middle * bins / len(ordered)).long()[tie]
     excess = ordered.double() - labels[order].double()
     return excess.new_zeros(bins).index_add_(0, bin_of_row, excess).abs().sum() / len(ordered)

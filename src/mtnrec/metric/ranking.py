@@ -23,10 +23,12 @@ def auc(scores: Tensor, positives: Tensor, negatives: Tensor | None = None) -> T
     """
     if not len(scores):
         return scores.new_full((), torch.nan, dtype=torch.float64)
-    if not positives.is_floating_point():
-        positives = positives.long()
-    if negatives is None:
-        negatives = 1 - positives
+    given = [positives] if negatives is None else [positives, negatives]
+    # Labels are counted; float32 would lose digits of a large split's sums.
+    inexact = any(weights.is_floating_point() for weights in given)
+    dtype = torch.float64 if inexact else torch.int64
+    positives = positives.to(dtype)
+    negatives = 1 - positives if negatives is None else negatives.to(dtype)
     order = scores.argsort()
     scores = scores[order]
     ends = _ends_of_runs(scores[1:] != scores[:-1])

@@ -1,0 +1,352 @@
+"""Preparing AliExpress against a slow reading of the same files, cell by cell."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+
+from mtnrec.checks import InputError
+from mtnrec.data import delimited
+from mtnrec.data.aliexpress import CATEGORICAL, LABELS, NUMERICAL, AliExpress
+from mtnrec.data.store import open_prepared, verify_prepared
+
+COLUMNS = ["search_id", *CATEGORICAL, *NUMERICAL, *LABELS]
+SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "aliexpress_sample_fuxictr"
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return tmp_path / "data" / "nl"
+
+
+@pytest.fixture
+def raw_dir(tmp_path, write_aliexpress):
+    return write_aliexpress(tmp_path / "raw")
+
+
+def make(directory, raw_dir, **changes):
+    loading = {"batch_size": 8, "validation_share": 0.2, "split_seed": 0, "seed": 0, "verify": True}
+    own = {"name": "aliexpress_nl", "dir": directory, "conversion_without_click": "refuse"}
+    return AliExpress(raw_dir=raw_dir, **loading | own | changes)
+
+
+def edit(path, line, **cells):
+    """Put other text into cells of a line; the header is line 1."""
+    lines = path.read_text().split("\n")
+    row = lines[line - 1].split(",")
+    for name, text in cells.items():
+        row[COLUMNS.index(name)] = text
+    lines[line - 1] = ",".join(row)
+    path.write_text("\n".join(lines))
+
+
+def read_slowly(path):
+    """Every cell by Python's own parsing."""
+    table = pd.read_csv(path, dtype=str)
+    return {
+        "categorical": np.array([[int(x) for x in table[name]] for name in CATEGORICAL]).T,
+        "numerical": np.array([[float(x) for x in table[name]] for name in NUMERICAL], "f4").T,
+        "labels": np.array([[int(x) for x in table[name]] for name in LABELS], "u1").T,
+        "group": np.array([int(x) for x in table["search_id"]]),
+    }
+
+
+def assert_prepared_from(directory, raw_dir):
+    """Compare the prepared set with the files; raw categorical values come back by their tables."""
+    manifest, arrays = open_prepared(directory)
+    verify_prepared(directory, manifest)
+    raw = {split: read_slowly(raw_dir / f"{split}.csv") for split in ("train", "test")}
+    for split, expected in raw.items():
+        for stem in ("numerical", "labels", "group"):
+            np.testing.assert_array_equal(arrays[split][stem], expected[stem], strict=True)
+        for column, field in enumerate(manifest.schema.categorical):
+            table = pl.read_parquet(directory / "vocabulary" / f"{field.name}.parquet")
+            values = dict(zip(table["index"], table["value"], strict=True))
+            seen = set(raw["train"]["categorical"][:, column].tolist())
+            assert list(values.values()) == sorted(seen)
+            assert field.vocabulary_size == len(seen) + 1
+            decoded = [values.get(i) for i in arrays[split]["categorical"][:, column].tolist()]
+            cells = expected["categorical"][:, column].tolist()
+            assert decoded == [cell if cell in seen else None for cell in cells]
+    return manifest
+
+
+@pytest.mark.parametrize("rows_per_chunk", [7, 1 << 17])
+def test_every_cell_equals_that_of_the_files(directory, raw_dir, monkeypatch, rows_per_chunk):
+    monkeypatch.setattr(delimited, "_ROWS_PER_CHUNK", rows_per_chunk)
+
+    written = make(directory, raw_dir).prepare()
+
+    assert assert_prepared_from(directory, raw_dir) == written
+    assert written.rows == {"train": 60, "test": 60}
+    assert written.positives["train"] == {"click": 20, "conversion": 10}
+    assert written.schema.numerical == NUMERICAL
+    assert written.schema.labels == LABELS
+    assert written.schema.funnel
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="the real sample rows are not at hand")
+def test_every_cell_of_the_real_sample_is_read(directory):
+    make(directory, SAMPLE).prepare()
+
+    manifest = assert_prepared_from(directory, SAMPLE)
+    assert manifest.rows == {"train": 100, "test": 100}
+    assert manifest.positives["train"]["click"] + manifest.positives["test"]["click"] == 9
+    assert manifest.schema.categorical[0].vocabulary_size == 2  # constant within a country
+
+
+def test_values_of_test_rows_alone_are_unseen(directory, raw_dir):
+    edit(raw_dir / "test.csv", 4, categorical_7="777", categorical_8="-2147483648")
+
+    make(directory, raw_dir).prepare()
+
+    _, arrays = open_prepared(directory)
+    assert arrays["test"]["categorical"][2, 6] == arrays["test"]["categorical"][2, 7] == 0
+    assert_prepared_from(directory, raw_dir)
+
+
+def test_an_odd_spelling_is_the_same_number(directory, raw_dir):
+    cells = {"numerical_1": "2.5e-1", "numerical_2": ".1", "numerical_3": "0.30000001192092896"}
+    edit(raw_dir / "train.csv", 2, **cells, categorical_1="008", click="+1")
+
+    make(directory, raw_dir).prepare()
+
+    assert_prepared_from(directory, raw_dir)
+
+
+def test_columns_may_come_in_any_order(directory, raw_dir, tmp_path):
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    order = np.random.default_rng(0).permutation(len(COLUMNS))
+    for path in raw_dir.iterdir():
+        rows = [line.split(",") for line in path.read_text().splitlines()]
+        lines = [",".join(row[column] for column in order) for row in rows]
+        (mixed / path.name).write_text("\n".join(lines) + "\n")
+
+    manifests = [make(directory, folder).prepare() for folder in (raw_dir, mixed)]
+
+    assert manifests[0] == manifests[1]
+
+
+def test_equal_files_give_equal_bytes(tmp_path, raw_dir):
+    folders = [tmp_path / "data" / name for name in ("first", "second")]
+
+    manifests = [make(folder, raw_dir).prepare() for folder in folders]
+
+    assert manifests[0].checksum == manifests[1].checksum
+
+
+def test_the_folder_does_not_name_the_machine(directory, raw_dir, tmp_path):
+    make(directory, raw_dir).prepare()
+
+    assert str(tmp_path) not in (directory / "schema.json").read_text()
+
+
+def test_the_prepared_rows_feed_the_training(directory, raw_dir):
+    datamodule = make(directory, raw_dir)
+    datamodule.prepare()
+
+    datamodule.prepare_data()
+    datamodule.setup()
+
+    batch = next(iter(datamodule.test_dataloader()))
+    expected = read_slowly(raw_dir / "test.csv")
+    np.testing.assert_array_equal(batch.numerical, expected["numerical"][:8])
+    np.testing.assert_array_equal(batch.group, expected["group"][:8])
+
+
+CHANGES = {
+    "a column is missing": (
+        lambda text: text.replace(",conversion", "", 1),
+        r"train\.csv lacks the column 'conversion'",
+    ),
+    "a column is unknown": (
+        lambda text: text.replace("conversion", "conversion,weight", 1),
+        r"train\.csv has an unknown column 'weight': remove it",
+    ),
+    "a column comes twice": (
+        lambda text: text.replace("conversion", "conversion,click", 1),
+        r"train\.csv names the column 'click' twice",
+    ),
+    "the file is empty": (lambda text: "", r"train\.csv is empty or starts with an empty line"),
+    "there is only a header": (
+        lambda text: text[: text.index("\n") + 1],
+        r"train\.csv has a header and no rows",
+    ),
+    "a line is blank": (
+        lambda text: text.replace("\n", "\n\n", 2).replace("\n\n", "\n", 1),
+        r"train\.csv, line 3: expected 82 values, got 0",
+    ),
+    "the last line is blank": (
+        lambda text: text + "\n",
+        r"train\.csv, line 62: expected 82 values, got 0",
+    ),
+    "the file ends inside a row": (
+        lambda text: text[:-6],
+        r"train\.csv, line 61: expected 82 values, got 80",
+    ),
+    "the file ends before the last label": (
+        lambda text: text[:-2],
+        r"train\.csv, line 61, column 'conversion': expected an integer, got ''",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_broken_file_is_refused_and_leaves_nothing(directory, raw_dir, change):
+    edit_text, message = CHANGES[change]
+    path = raw_dir / "train.csv"
+    path.write_text(edit_text(path.read_text()))
+
+    with pytest.raises(InputError, match=message):
+        make(directory, raw_dir).prepare()
+
+    assert list(directory.parent.iterdir()) == []
+
+
+BAD_CELLS = [
+    ("search_id", "abc", "column 'search_id': expected an integer, got 'abc'"),
+    ("search_id", "", "column 'search_id': expected an integer, got ''"),
+    ("categorical_3", "1.5", "column 'categorical_3': expected an integer, got '1.5'"),
+    ("categorical_3", "2147483648", "column 'categorical_3': expected an integer, got '2147483648"),
+    ("numerical_63", "zero", "column 'numerical_63': expected a number, got 'zero'"),
+    ("numerical_9", "nan", "numerical_9 must be finite, got nan"),
+    ("numerical_9", "inf", "numerical_9 must be finite, got inf"),
+    ("numerical_9", "-inf", "numerical_9 must be finite, got -inf"),
+    ("numerical_9", "1e400", "numerical_9 must be finite, got inf"),
+    ("numerical_9", "1e39", r"numerical_9 must be finite, got 1e\+39"),
+    ("click", "2", r"labels must be 0 or 1, got \[2 "),
+    ("click", "-1", r"labels must be 0 or 1, got \[-1 "),
+    ("click", "1.0", "column 'click': expected an integer, got '1.0'"),
+    ("conversion", "3", r"labels must be 0 or 1, got \[\d 3\]"),
+]
+
+
+@pytest.mark.parametrize(("column", "text", "message"), BAD_CELLS)
+def test_a_bad_cell_is_refused_and_leaves_nothing(directory, raw_dir, column, text, message):
+    edit(raw_dir / "train.csv", 31, **{column: text})
+
+    with pytest.raises(InputError, match=rf"{raw_dir}/train\.csv, line 31[:,] {message}"):
+        make(directory, raw_dir).prepare()
+
+    assert list(directory.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(("column", "text"), [("numerical_5", "zero"), ("click", "2")])
+@pytest.mark.parametrize(("split", "line"), [("train", 2), ("train", 30), ("test", 61)])
+def test_the_line_is_right_in_every_chunk(
+    directory, raw_dir, monkeypatch, split, line, column, text
+):
+    monkeypatch.setattr(delimited, "_ROWS_PER_CHUNK", 7)
+    edit(raw_dir / f"{split}.csv", line, **{column: text})
+
+    with pytest.raises(InputError, match=rf"{raw_dir}/{split}\.csv, line {line}[:,]"):
+        make(directory, raw_dir).prepare()
+
+    assert list(directory.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("line", [3, 40])
+def test_a_conversion_without_a_click_is_refused(directory, raw_dir, monkeypatch, line):
+    monkeypatch.setattr(delimited, "_ROWS_PER_CHUNK", 7)
+    edit(raw_dir / "train.csv", line, click="0", conversion="1")
+
+    message = (
+        rf"train\.csv, line {line}: a conversion needs a click "
+        r"\(data\.conversion_without_click=drop drops .* got \[0 1\]"
+    )
+    with pytest.raises(InputError, match=message):
+        make(directory, raw_dir).prepare()
+
+    assert list(directory.parent.iterdir()) == []
+
+
+def test_conversions_without_a_click_are_dropped_and_counted_on_demand(
+    directory, raw_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(delimited, "_ROWS_PER_CHUNK", 7)
+    orphans = {"train": [2, 30, 31], "test": [61]}
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for split, lines in orphans.items():
+        for line in lines:
+            edit(
+                raw_dir / f"{split}.csv",
+                line,
+                click="0",
+                conversion="1",
+                categorical_7=f"{500 + line}",
+            )
+        text = (raw_dir / f"{split}.csv").read_text().splitlines()
+        rest = [row for line, row in enumerate(text, start=1) if line not in lines]
+        (kept / f"{split}.csv").write_text("\n".join(rest) + "\n")
+
+    make(directory, raw_dir, conversion_without_click="drop").prepare()
+
+    # A dropped row teaches the vocabulary nothing, either.
+    manifest = assert_prepared_from(directory, kept)
+    assert manifest.rows == {"train": 57, "test": 59}
+    assert manifest.report == {
+        "train_conversions_without_click": 3,
+        "test_conversions_without_click": 1,
+    }
+
+
+@pytest.mark.parametrize("name", ["train.csv", "test.csv"])
+def test_a_missing_file_is_refused_and_leaves_nothing(directory, raw_dir, name):
+    (raw_dir / name).unlink()
+
+    with pytest.raises(InputError, match=f"{raw_dir}/{name} is missing"):
+        make(directory, raw_dir).prepare()
+
+    assert list(directory.parent.iterdir()) == []
+
+
+def test_a_folder_that_does_not_exist_is_refused(directory, tmp_path):
+    with pytest.raises(InputError, match=rf"{tmp_path}/nowhere/train\.csv is missing"):
+        make(directory, tmp_path / "nowhere").prepare()
+
+
+def test_without_raw_dir_the_remedy_is_named(directory):
+    message = r"data\.raw_dir is not given: .*`data\.raw_dir=DIR`.*tianchi\.aliyun\.com"
+    with pytest.raises(InputError, match=message):
+        make(directory, None).prepare()
+
+    assert not directory.parent.exists()
+
+
+def test_a_failed_preparation_keeps_the_earlier_one(directory, raw_dir):
+    make(directory, raw_dir).prepare()
+    edit(raw_dir / "test.csv", 61, click="2")
+
+    with pytest.raises(InputError, match="labels must be 0 or 1"):
+        make(directory, raw_dir).prepare()
+
+    manifest, _ = open_prepared(directory)
+    verify_prepared(directory, manifest)
+
+
+def test_the_raw_folder_is_no_place_for_the_prepared_set(raw_dir):
+    before = sorted(raw_dir.iterdir())
+
+    with pytest.raises(InputError, match="exists and is no prepared data set: choose"):
+        make(raw_dir, raw_dir).prepare()
+
+    assert sorted(raw_dir.iterdir()) == before
+
+
+def test_an_unknown_rule_for_conversions_is_refused(directory):
+    message = r"data\.conversion_without_click must be one of refuse, drop; got 'keep'"
+    with pytest.raises(InputError, match=message):
+        make(directory, None, conversion_without_click="keep")
+
+
+def test_the_country_files_of_the_configuration_fit_the_reader(make_datamodule, raw_dir):
+    datamodule = make_datamodule("aliexpress_nl", f"raw_dir={raw_dir}")
+
+    manifest = datamodule.prepare()
+
+    assert manifest.source == "aliexpress_nl"
+    assert assert_prepared_from(datamodule.dir, raw_dir) == manifest

@@ -1,0 +1,486 @@
+"""The prepared format: what is written is read again, and what is damaged is refused."""
+
+import dataclasses
+import json
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mtnrec.checks import InputError
+from mtnrec.data.store import (
+    Manifest,
+    NotPreparedError,
+    open_prepared,
+    verify_prepared,
+    write_prepared,
+)
+from mtnrec.data.vocabulary import Vocabulary
+from mtnrec.schema import CategoricalField, Schema
+
+SCHEMA = Schema(
+    (CategoricalField("shop", 4), CategoricalField("brand", 9), CategoricalField("age", 3)),
+    ("price", "width"),
+    ("click", "conversion"),
+    funnel=True,
+)
+
+
+def draw(rows, *, schema=SCHEMA, seed=0):
+    rng = np.random.default_rng(seed)
+    sizes = [field.vocabulary_size for field in schema.categorical]
+    return {
+        "categorical": rng.integers(0, sizes, (rows, len(sizes)), dtype=np.int32),
+        "numerical": rng.random((rows, len(schema.numerical)), dtype=np.float32),
+        "labels": rng.integers(0, 2, (rows, len(schema.labels)), dtype=np.uint8),
+        "group": rng.integers(0, 9, rows),
+        "probabilities": rng.random((rows, len(schema.labels))),
+    }
+
+
+def write(directory, splits, *, schema=SCHEMA, chunk=4):
+    with write_prepared(directory, tuple(splits)) as writer:
+        for split, arrays in splits.items():
+            for start in range(0, max(len(arrays["labels"]), 1), chunk):
+                part = {stem: array[start : start + chunk] for stem, array in arrays.items()}
+                writer.append(split, part)
+        (writer.directory / "vocabulary").mkdir()
+        Vocabulary().write(writer.directory / "vocabulary" / "shop.parquet")
+        return writer.finish(
+            source="tiny", parameters={"seed": 0}, schema=schema, report={"dropped": 3}
+        )
+
+
+def write_default(directory, *, seed=0):
+    return write(directory, {"train": draw(11, seed=seed), "test": draw(5, seed=seed + 1)})
+
+
+def files(directory):
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def rewrite_schema(directory, change):
+    path = directory / "schema.json"
+    entries = json.loads(path.read_text())
+    change(entries)
+    path.write_text(json.dumps(entries))
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """The only entry of its parent."""
+    return tmp_path / "sets" / "tiny"
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_what_is_written_is_read_again(directory, chunk):
+    splits = {"train": draw(11), "test": draw(5, seed=1)}
+
+    written = write(directory, splits, chunk=chunk)
+    manifest, arrays = open_prepared(directory)
+
+    assert manifest == written
+    assert manifest.schema == SCHEMA
+    assert manifest.rows == {"train": 11, "test": 5}
+    for split, expected in splits.items():
+        assert arrays[split].keys() == expected.keys()
+        for stem, array in expected.items():
+            np.testing.assert_array_equal(arrays[split][stem], array, strict=True)
+        click, conversion = (int(column.sum()) for column in expected["labels"].T)
+        assert manifest.positives[split] == {"click": click, "conversion": conversion}
+    assert manifest.report == {"dropped": 3}
+
+
+def test_numpy_reads_the_files(directory):
+    splits = {"train": draw(11), "test": draw(5, seed=1)}
+
+    write(directory, splits)
+
+    for stem, array in splits["train"].items():
+        loaded = np.load(directory / "train" / f"{stem}.npy", allow_pickle=False)
+        np.testing.assert_array_equal(loaded, array, strict=True)
+
+
+@pytest.mark.parametrize(("features", "rows"), [((), 11), (("price", "width"), 0), ((), 0)])
+def test_no_numerical_features_and_no_rows_are_arrays_too(directory, features, rows):
+    schema = Schema(SCHEMA.categorical, features, SCHEMA.labels, funnel=True)
+    splits = {"train": draw(11, schema=schema), "test": draw(rows, schema=schema)}
+
+    write(directory, splits, schema=schema)
+    manifest, arrays = open_prepared(directory)
+    verify_prepared(directory, manifest)
+
+    assert arrays["test"]["numerical"].shape == (rows, len(features))
+    np.testing.assert_array_equal(arrays["test"]["group"], splits["test"]["group"])
+
+
+def test_arrays_are_mapped_and_cannot_be_changed(directory):
+    write_default(directory)
+
+    _, arrays = open_prepared(directory)
+
+    for split in arrays.values():
+        assert all(isinstance(array, np.memmap) for array in split.values())
+    with pytest.raises(ValueError, match="read-only"):
+        arrays["train"]["labels"][0] = 1
+
+
+def test_groups_and_probabilities_are_optional(directory):
+    splits = {split: draw(6) for split in ("train", "test")}
+    for arrays in splits.values():
+        del arrays["group"], arrays["probabilities"]
+
+    write(directory, splits)
+
+    assert open_prepared(directory)[1]["train"].keys() == {"categorical", "numerical", "labels"}
+
+
+def test_equal_preparations_give_equal_bytes(tmp_path):
+    first, second, other = (tmp_path / name for name in ("first", "second", "other"))
+
+    manifests = [write_default(first), write_default(second), write_default(other, seed=5)]
+
+    assert files(first) == files(second)
+    assert manifests[0].checksum == manifests[1].checksum != manifests[2].checksum
+
+
+def test_the_order_of_the_settings_does_not_change_the_checksum(directory):
+    manifest = write_default(directory)
+
+    one, other = (
+        dataclasses.replace(manifest, parameters=settings)
+        for settings in ({"rows": 3, "seed": 0}, {"seed": 0, "rows": 3})
+    )
+
+    assert one.checksum == other.checksum
+
+
+def test_the_checksum_covers_every_file_and_setting(directory):
+    manifest = write_default(directory)
+    text = manifest.to_json()
+
+    assert set(manifest.checksums) == set(files(directory)) - {"schema.json"}
+    for entry in [*manifest.checksums.values(), "seed", "brand", "tiny", "dropped"]:
+        changed = Manifest.from_json(text.replace(entry, entry[::-1]).encode(), directory)
+        assert changed.checksum != manifest.checksum
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_absent_set_is_named(directory, exists):
+    if exists:
+        directory.mkdir(parents=True)
+
+    with pytest.raises(NotPreparedError, match=f"there is no prepared data set in {directory}"):
+        open_prepared(directory)
+
+
+DAMAGES = {
+    "missing": (lambda path, array: path.unlink(), "is missing"),
+    "truncated": (
+        lambda path, array: path.write_bytes(path.read_bytes()[:-1]),
+        "has 259 bytes, its header says 260",
+    ),
+    "longer": (
+        lambda path, array: path.write_bytes(path.read_bytes() + b"x"),
+        "has 261 bytes, its header says 260",
+    ),
+    "cut in its header": (
+        lambda path, array: path.write_bytes(path.read_bytes()[:60]),
+        "is no npy file",
+    ),
+    "empty": (lambda path, array: path.write_bytes(b""), "is no npy file"),
+    "text": (lambda path, array: path.write_text("1,2,3\n" * 50), "is no npy file"),
+    "of another type": (
+        lambda path, array: np.save(path, array.astype(np.int64)),
+        r"holds int64 \(11, 3\), its schema says int32 \(11, 3\)",
+    ),
+    "of another byte order": (
+        lambda path, array: np.save(path, array.astype(">i4")),
+        r"holds >i4 \(11, 3\), its schema says int32 \(11, 3\)",
+    ),
+    "short of rows": (
+        lambda path, array: np.save(path, array[:10]),
+        r"holds int32 \(10, 3\), its schema says int32 \(11, 3\)",
+    ),
+    "short of columns": (
+        lambda path, array: np.save(path, array[:, :2]),
+        r"holds int32 \(11, 2\), its schema says int32 \(11, 3\)",
+    ),
+    "flat": (
+        lambda path, array: np.save(path, array.ravel()),
+        r"holds int32 \(33,\), its schema says int32 \(11, 3\)",
+    ),
+    "by column": (
+        lambda path, array: np.save(path, np.asfortranarray(array)),
+        r"holds int32 \(11, 3\) by column, its schema says int32 \(11, 3\)",
+    ),
+    "a pickle": (
+        lambda path, array: np.save(path, array.astype(object), allow_pickle=True),
+        r"holds object \(11, 3\), its schema says int32 \(11, 3\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_array_is_refused(directory, damage):
+    write_default(directory)
+    path = directory / "train" / "categorical.npy"
+    change, message = DAMAGES[damage]
+
+    change(path, np.load(path))
+
+    with pytest.raises(InputError, match=f"{path} {message}.*: prepare the data set again"):
+        open_prepared(directory)
+
+
+def test_no_byte_of_a_header_leads_to_another_error_or_to_other_rows(directory):
+    write_default(directory)
+    path = directory / "train" / "categorical.npy"
+    whole, expected = path.read_bytes(), np.load(path)
+
+    for position in range(128):
+        for byte in {*b"('"} - {whole[position]}:
+            path.write_bytes(whole[:position] + bytes([byte]) + whole[position + 1 :])
+            try:
+                _, arrays = open_prepared(directory)
+            except InputError:
+                continue
+            np.testing.assert_array_equal(arrays["train"]["categorical"], expected)
+
+
+@pytest.mark.parametrize("name", ["train/labels.npy", "test/group.npy", "vocabulary/shop.parquet"])
+def test_a_flipped_byte_is_found_by_its_checksum(directory, name):
+    manifest = write_default(directory)
+    path = directory / name
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+
+    verify_prepared(directory, manifest)
+    path.write_bytes(damaged)
+
+    with pytest.raises(InputError, match=f"{path} has SHA-256 .* was changed or damaged"):
+        verify_prepared(directory, manifest)
+
+
+def test_a_missing_vocabulary_is_found(directory):
+    manifest = write_default(directory)
+    path = directory / "vocabulary" / "shop.parquet"
+
+    path.unlink()
+
+    with pytest.raises(InputError, match=f"{path} is missing: prepare the data set again"):
+        verify_prepared(directory, manifest)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"null", b"7", b'"text"', b"{}", b"\xff{}", b'{"rows": {}}']
+)
+def test_a_schema_that_is_none_is_refused(directory, text):
+    write_default(directory)
+    path = directory / "schema.json"
+
+    path.write_bytes(text)
+
+    with pytest.raises(InputError, match=f"{path} is no schema of a prepared.*mtnrec.prepare"):
+        open_prepared(directory)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_version_is_refused(directory, version):
+    write_default(directory)
+
+    rewrite_schema(directory, lambda entries: entries.update(format_version=version))
+
+    message = f"format version {version!r}, this version of mtnrec reads 1: prepare the data set"
+    with pytest.raises(InputError, match=message):
+        open_prepared(directory)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *("source", "parameters", "schema", "rows", "positives", "report", "checksums"),
+        *("schema/categorical", "schema/numerical", "schema/labels", "schema/funnel"),
+        *("schema/categorical/1/name", "schema/categorical/1/vocabulary_size"),
+    ],
+)
+def test_a_schema_that_lacks_an_entry_is_refused(directory, entry):
+    write_default(directory)
+    *parents, last = entry.split("/")
+
+    def remove(entries):
+        for name in parents:
+            entries = entries[int(name) if name.isdigit() else name]
+        del entries[last]
+
+    rewrite_schema(directory, remove)
+
+    with pytest.raises(InputError, match=f"schema.json is damaged .*{last}.*mtnrec.prepare"):
+        open_prepared(directory)
+
+
+def test_an_unknown_entry_is_refused(directory):
+    write_default(directory)
+
+    rewrite_schema(directory, lambda entries: entries.update(colour="red"))
+
+    with pytest.raises(InputError, match=r"schema\.json is damaged .*colour"):
+        open_prepared(directory)
+
+
+def test_a_schema_that_lists_no_labels_is_refused(directory):
+    write_default(directory)
+
+    rewrite_schema(directory, lambda entries: entries["checksums"].pop("train/labels.npy"))
+
+    with pytest.raises(InputError, match=r"lists no train/labels\.npy: prepare"):
+        open_prepared(directory)
+
+
+def write_until(directory, progress, error):
+    with write_prepared(directory, ("train",)) as writer:
+        if progress != "nothing":
+            writer.append("train", draw(1000))
+        if progress == "everything":
+            writer.finish(source="tiny", parameters={}, schema=SCHEMA, report={})
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("progress", ["nothing", "arrays", "everything"])
+def test_an_exception_leaves_nothing(directory, progress, error):
+    with pytest.raises(error):
+        write_until(directory, progress, error)
+
+    assert list(directory.parent.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(directory):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            write(directory, {"train": draw(20_000)}, chunk=100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert list(directory.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("progress", ["nothing", "arrays", "everything"])
+def test_a_failed_rewrite_keeps_the_earlier_set(directory, progress):
+    write_default(directory)
+    before = files(directory)
+
+    with pytest.raises(RuntimeError):
+        write_until(directory, progress, RuntimeError)
+
+    assert files(directory) == before
+    assert list(directory.parent.iterdir()) == [directory]
+
+
+def test_a_new_set_takes_the_place_of_an_earlier_one(directory):
+    write_default(directory)
+    manifest = write_default(directory, seed=5)
+
+    assert open_prepared(directory)[0] == manifest
+    verify_prepared(directory, manifest)
+    assert list(directory.parent.iterdir()) == [directory]
+
+
+@pytest.mark.parametrize("name", ["schema.json", "train/labels.npy", "vocabulary/shop.parquet"])
+def test_preparing_again_repairs(directory, name):
+    write_default(directory)
+    before = files(directory)
+
+    (directory / name).write_bytes(b"{}")
+    write_default(directory)
+
+    assert files(directory) == before
+
+
+def test_the_same_set_of_another_process_stays(directory):
+    splits = {"train": draw(11), "test": draw(5, seed=1)}
+
+    with write_prepared(directory, tuple(splits)) as writer:
+        for split, arrays in splits.items():
+            writer.append(split, arrays)
+        writer.finish(source="tiny", parameters={}, schema=SCHEMA, report={})
+        with write_prepared(directory, tuple(splits)) as faster:
+            for split, arrays in splits.items():
+                faster.append(split, arrays)
+            faster.finish(source="tiny", parameters={}, schema=SCHEMA, report={})
+        earlier = (directory / "schema.json").stat().st_ino
+
+    assert (directory / "schema.json").stat().st_ino == earlier
+    assert list(directory.parent.iterdir()) == [directory]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train/notes.txt", "train/labels.npy"])
+def test_a_folder_of_something_else_is_refused_and_untouched(directory, name):
+    path = directory / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+
+    with pytest.raises(InputError, match=f"{directory} exists and is no prepared data set: choose"):
+        write_default(directory)
+
+    assert files(directory) == {name: b"mine"}
+    assert list(directory.parent.iterdir()) == [directory]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train/weights.npy", ".git/config", "more/a/b.npy"])
+def test_a_set_with_something_else_in_its_folder_is_refused_and_untouched(directory, name):
+    write_default(directory)
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    before = files(directory)
+
+    with pytest.raises(InputError, match=f"holds {path.name}, which is no part of a prepared"):
+        write_default(directory)
+
+    assert files(directory) == before
+    assert list(directory.parent.iterdir()) == [directory]
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused_and_untouched(directory):
+    directory.parent.mkdir()
+    directory.write_text("mine")
+
+    with pytest.raises(InputError, match="exists and is no prepared data set: choose another"):
+        write_default(directory)
+
+    assert directory.read_text() == "mine"
+
+
+def test_an_empty_folder_is_used(directory):
+    directory.mkdir(parents=True)
+
+    manifest = write_default(directory)
+
+    assert open_prepared(directory)[0] == manifest
+
+
+def test_a_link_to_another_disk_stays_a_link(directory, tmp_path):
+    (tmp_path / "disk").mkdir()
+    directory.parent.mkdir()
+    directory.symlink_to(tmp_path / "disk" / "tiny")
+
+    for seed in (0, 5):
+        manifest = write_default(directory, seed=seed)
+
+        assert directory.is_symlink()
+        assert open_prepared(directory)[0] == manifest
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["tiny"]
+
+
+def test_others_may_read_the_folder(directory):
+    write_default(directory)
+
+    assert directory.stat().st_mode & 0o777 == 0o755

@@ -1,0 +1,260 @@
+"""The metrics of a split against scikit-learn on all of its rows at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics
+
+from mtnrec.batch import LogProbabilities
+from mtnrec.metric.calibration import expected_calibration_error
+from mtnrec.metric.ranking import grouped_auc
+from mtnrec.metric.task_metrics import TaskMetrics, bayes_aucs
+from mtnrec.schema import Schema
+
+FUNNEL = Schema((), ("price",), ("click", "conversion"), funnel=True)
+INDEPENDENT = Schema((), ("price",), ("like", "share", "buy"), funnel=False)
+
+
+def draw(rows, *, labels=2, seed=0):
+    """Noisy probabilities, labels and groups; two labels follow the funnel."""
+    rng = np.random.default_rng(seed)
+    p = rng.random((rows, labels)).round(2).clip(0.01, 0.99)
+    y = (rng.random((rows, labels)) < p).astype(np.float32)
+    if labels == 2:
+        p[:, 1] *= p[:, 0]
+        y[:, 1] *= y[:, 0]
+    p = torch.from_numpy(p)
+    output = LogProbabilities(p.log().float(), (-p).log1p().float())
+    return output, torch.from_numpy(y), torch.from_numpy(rng.integers(0, rows // 9 + 1, rows))
+
+
+def measure(schema, output, labels, groups, cuts=()):
+    """Metrics of the rows, fed in pieces that end at ``cuts``."""
+    task_metrics = TaskMetrics(schema)
+    for piece in torch.arange(len(labels)).tensor_split(list(cuts)):
+        part = LogProbabilities(output.positive[piece], output.negative[piece])
+        task_metrics.update(part, labels[piece], None if groups is None else groups[piece])
+    return task_metrics.compute()
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def assert_agrees(found, task, p, labels, groups):
+    """Compare one task with scikit-learn; ``p`` and ``labels`` are of the task's rows."""
+    clipped = p.clip(max=1 - 1e-7)
+    log_loss = -(labels * np.log(p) + (1 - labels) * np.log(1 - clipped)).mean()
+    assert found[f"{task}_auc"].item() == pytest.approx(metrics.roc_auc_score(labels, p), abs=1e-12)
+    assert found[f"{task}_log_loss"].item() == pytest.approx(log_loss, rel=1e-5)
+    assert found[f"{task}_calibration"].item() == pytest.approx(p.sum() / labels.sum(), rel=1e-6)
+    ece = expected_calibration_error(*map(torch.from_numpy, (p, labels)))
+    assert found[f"{task}_ece"].item() == pytest.approx(ece.item(), rel=1e-3)
+    grouped = grouped_auc(*map(torch.from_numpy, (p, labels)), groups)
+    assert found[f"{task}_grouped_auc"].item() == pytest.approx(grouped.item(), abs=1e-12)
+    assert found[f"{task}_rows"].item() == len(labels)
+    assert found[f"{task}_positives"].item() == labels.sum()
+
+
+@pytest.mark.parametrize("cuts", [(1,), (0, 100, 250, 250, 399), tuple(range(400))])
+def test_batches_do_not_matter(cuts):
+    output, labels, groups = draw(400)
+
+    assert_same(
+        measure(FUNNEL, output, labels, groups, cuts), measure(FUNNEL, output, labels, groups)
+    )
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    output, labels, groups = draw(400)
+    shuffled = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    mixed = LogProbabilities(output.positive[shuffled], output.negative[shuffled])
+
+    found = measure(FUNNEL, mixed, labels[shuffled], groups[shuffled])
+
+    torch.testing.assert_close(found, measure(FUNNEL, output, labels, groups))
+
+
+def test_ctr_and_ctcvr_count_all_rows():
+    output, labels, groups = draw(2000)
+
+    found = measure(FUNNEL, output, labels, groups, cuts=(300, 1100))
+
+    p, y = output.positive.double().exp().numpy(), labels.numpy()
+    assert_agrees(found, "ctr", p[:, 0], y[:, 0], groups)
+    assert_agrees(found, "ctcvr", p[:, 1], y[:, 1], groups)
+
+
+def test_cvr_counts_clicked_rows_and_ranks_by_the_quotient():
+    output, labels, groups = draw(2000)
+
+    found = measure(FUNNEL, output, labels, groups, cuts=(300, 1100))
+
+    clicked = labels[:, 0] == 1
+    # In float32 as in the metrics: a rounded quotient can tie with another.
+    log_quotient = (output.positive[:, 1] - output.positive[:, 0])[clicked]
+    quotient = log_quotient.double().exp().numpy()
+    assert_agrees(found, "cvr", quotient, labels[clicked, 1].numpy(), groups[clicked])
+    exact = output.positive.double().exp()[clicked]
+    auc = metrics.roc_auc_score(labels[clicked, 1], exact[:, 1] / exact[:, 0])
+    assert found["cvr_auc"].item() == pytest.approx(auc, abs=1e-4)
+
+
+def test_hand_values_of_the_funnel():
+    p = torch.tensor([[0.5, 0.4], [0.8, 0.2], [0.4, 0.1], [0.9, 0.8]], dtype=torch.float64)
+    labels = torch.tensor([[1, 1], [1, 0], [0, 0], [1, 0]])
+
+    found = measure(FUNNEL, LogProbabilities(p.log(), (1 - p).log()), labels, None)
+
+    # Quotients on the clicked rows: 0.8 (converted), 0.25, 0.889.
+    assert found["ctr_auc"].item() == 1
+    assert found["cvr_auc"].item() == 0.5
+    assert found["ctcvr_auc"].item() == 2 / 3
+    assert found["cvr_log_loss"].item() == pytest.approx(-np.log(0.8 * 0.75 * (1 - 0.8 / 0.9)) / 3)
+    assert found["cvr_calibration"].item() == pytest.approx(0.8 + 0.25 + 0.8 / 0.9)
+    assert [found[f"{task}_rows"].item() for task in ("ctr", "cvr", "ctcvr")] == [4, 3, 4]
+    assert [found[f"{task}_positives"].item() for task in ("ctr", "cvr", "ctcvr")] == [3, 1, 1]
+
+
+def test_a_quotient_above_one_has_a_finite_log_loss():
+    p = torch.tensor([[0.2, 0.6], [0.5, 0.5], [0.5, 0.1]], dtype=torch.float64)
+    labels = torch.tensor([[1, 0], [1, 1], [1, 1]])
+
+    found = measure(FUNNEL, LogProbabilities(p.log(), (1 - p).log()), labels, None)
+
+    assert found["cvr_auc"].item() == 0  # the quotients 3, 1, 0.2 rank it last
+    expected = -(np.log(1e-7) + np.log(1) + np.log(0.2)) / 3
+    assert found["cvr_log_loss"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_independent_labels_are_tasks_of_their_own():
+    output, labels, groups = draw(500, labels=3)
+
+    found = measure(INDEPENDENT, output, labels, groups, cuts=(200,))
+
+    p, y = output.positive.double().exp().numpy(), labels.numpy()
+    assert {name.split("_")[0] for name in found} == {"like", "share", "buy"}
+    for column, task in enumerate(INDEPENDENT.labels):
+        assert_agrees(found, task, p[:, column], y[:, column], groups)
+
+
+@pytest.mark.parametrize(("label", "positives"), [(0.0, 0), (1.0, 30)])
+def test_one_class_has_no_auc_and_the_right_counts(label, positives):
+    output, labels, groups = draw(30)
+
+    found = measure(FUNNEL, output, torch.full_like(labels, label), groups, cuts=(7,))
+
+    for task in ("ctr", "cvr", "ctcvr"):
+        assert found[f"{task}_auc"].isnan()
+        assert found[f"{task}_grouped_auc"].isnan()
+        assert found[f"{task}_positives"].item() == positives
+    assert found["ctr_rows"].item() == 30
+    assert found["cvr_rows"].item() == positives
+
+
+def test_data_without_groups_has_no_grouped_auc():
+    output, labels, _ = draw(100)
+
+    found = measure(FUNNEL, output, labels, None, cuts=(50,))
+
+    assert not [name for name in found if "grouped" in name]
+
+
+def test_reset_forgets_the_rows():
+    output, labels, groups = draw(100)
+    task_metrics = TaskMetrics(FUNNEL)
+    task_metrics.update(*draw(50, seed=1))
+    task_metrics.compute()
+
+    task_metrics.reset()
+    task_metrics.update(output, labels, groups)
+
+    assert_same(task_metrics.compute(), measure(FUNNEL, output, labels, groups))
+
+
+def test_predictions_are_kept_without_their_graph():
+    output, labels, groups = draw(10)
+    task_metrics = TaskMetrics(FUNNEL)
+
+    task_metrics.update(
+        LogProbabilities(*(part.requires_grad_() for part in output)), labels, groups
+    )
+
+    assert not any(value.requires_grad for value in task_metrics.compute().values())
+
+
+def test_bayes_aucs_are_those_of_the_true_probabilities():
+    output, labels, _ = draw(2000)
+    p, y = output.positive.double().exp().numpy(), labels.numpy().astype(np.uint8)
+
+    found = bayes_aucs(FUNNEL, p, y)
+
+    clicked = y[:, 0] == 1
+    quotient = np.log(p[clicked, 1]) - np.log(p[clicked, 0])
+    expected = {
+        "ctr_bayes_auc": metrics.roc_auc_score(y[:, 0], p[:, 0]),
+        "cvr_bayes_auc": metrics.roc_auc_score(y[clicked, 1], quotient),
+        "ctcvr_bayes_auc": metrics.roc_auc_score(y[:, 1], p[:, 1]),
+    }
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+TWO_RANKS = """
+import sys
+import torch
+from torch import distributed, multiprocessing
+from mtnrec.batch import LogProbabilities
+from mtnrec.metric.task_metrics import TaskMetrics
+from mtnrec.schema import Schema
+
+def measure(rank, folder):
+    rendezvous = f"file://{folder}/rendezvous"
+    distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=2)
+    metrics = TaskMetrics(Schema((), ("price",), ("click", "conversion"), funnel=True))
+    found = []
+    for split in torch.load(f"{folder}/batches.pt")[rank]:
+        for positive, negative, labels, groups in split:
+            metrics.update(LogProbabilities(positive, negative), labels, groups)
+        found.append(metrics.compute())
+        metrics.reset()
+    torch.save(found, f"{folder}/found_{rank}.pt")
+    distributed.destroy_process_group()
+
+# Forked, so that torch is imported once.
+multiprocessing.start_processes(measure, args=(sys.argv[1],), nprocs=2, start_method="fork")
+"""
+
+
+def test_two_processes_with_unequal_rows_find_what_one_finds(tmp_path: Path):
+    output, labels, groups = draw(100)
+
+    def batch(start, end, *, grouped=True):
+        tensors = (output.positive, output.negative, labels, groups if grouped else None)
+        return tuple(None if tensor is None else tensor[start:end] for tensor in tensors)
+
+    # Two splits; the second has no groups, and none of its rows are on the second rank.
+    ranks = [
+        [
+            [batch(0, 30), batch(30, 60)],
+            [batch(0, 30, grouped=False), batch(30, 60, grouped=False)],
+        ],
+        [[batch(60, 93), batch(93, 93), batch(93, 100)], [batch(0, 0, grouped=False)] * 2],
+    ]
+    torch.save(ranks, tmp_path / "batches.pt")
+    (tmp_path / "two_ranks.py").write_text(TWO_RANKS)
+
+    command = [sys.executable, tmp_path / "two_ranks.py", tmp_path]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    assert process.returncode == 0, process.stderr
+    head = LogProbabilities(output.positive[:60], output.negative[:60])
+    expected = [measure(FUNNEL, output, labels, groups), measure(FUNNEL, head, labels[:60], None)]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"found_{rank}.pt")
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)

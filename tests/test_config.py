@@ -1,0 +1,196 @@
+import re
+
+import lightning as L
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from omegaconf import OmegaConf
+from torch import nn
+from torch.optim import Adam
+
+from mtnrec.checks import InputError
+from mtnrec.config import CONF_DIR
+from mtnrec.data.datamodule import DataModule
+from mtnrec.mtn.callback import MTN
+
+PARTS = ("data/loading", "data/aliexpress")  # of other files; no choices
+
+
+def choices(group):
+    names = (path.stem for path in sorted((CONF_DIR / group).glob("*.yaml")))
+    return [name for name in names if f"{group}/{name}" not in PARTS]
+
+
+def build_network(config, schema):
+    return instantiate(config, _partial_=True, _convert_="all")(schema=schema)
+
+
+def test_every_group_has_its_choices():
+    countries = [f"aliexpress_{country}" for country in ("es", "fr", "nl", "ru", "us")]
+
+    assert choices("data") == ["ali_ccp", *countries, "synthetic", "synthetic_ali_ccp"]
+    assert choices("model") == ["esmm", "mmoe", "shared_bottom"]
+    assert choices("logger") == ["csv", "tensorboard", "wandb"]
+
+
+@pytest.mark.parametrize("name", choices("data"))
+def test_every_data_set_is_built_alike_to_prepare_and_to_train_without_touching_the_disk(
+    name, compose_config, tmp_path
+):
+    config, to_prepare = (compose_config(f"data={name}", name=n) for n in ("train", "prepare"))
+
+    datamodule = instantiate(config.data, _convert_="all")
+
+    assert isinstance(datamodule, DataModule)
+    assert datamodule.name == name
+    assert str(datamodule.dir).startswith(str(tmp_path / "data" / name))
+    assert config.data == to_prepare.data
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", choices("model"))
+def test_every_model_is_built_from_a_schema(name, compose_config, funnel_schema, tmp_path):
+    network = build_network(compose_config(f"model={name}").model, funnel_schema)
+
+    assert isinstance(network, nn.Module)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", choices("mtn"))
+def test_every_mtn_is_built_switched_off(name, compose_config, tmp_path):
+    mtn = instantiate(compose_config(f"mtn={name}").mtn, _convert_="all")
+
+    assert isinstance(mtn, MTN)
+    assert not mtn.enabled
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", choices("optimizer"))
+def test_every_optimizer_waits_for_its_parameters(name, compose_config):
+    optimizer = instantiate(compose_config(f"optimizer={name}").optimizer)
+
+    assert isinstance(optimizer(nn.Linear(1, 1).parameters()), Adam)
+
+
+@pytest.mark.parametrize("name", choices("trainer"))
+def test_every_trainer_is_built(name, compose_config, tmp_path):
+    config = compose_config(f"trainer={name}", "trainer.accelerator=cpu").trainer
+
+    trainer = instantiate(config, logger=False, enable_checkpointing=False)
+
+    assert isinstance(trainer, L.Trainer)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("csv", CSVLogger), ("tensorboard", TensorBoardLogger), ("wandb", WandbLogger)],
+)
+def test_every_logger_is_built_and_writes_to_the_folder_of_the_run(
+    name, kind, compose_config, tmp_path
+):
+    logger = instantiate(compose_config(f"logger={name}", f"output_dir={tmp_path}").logger)
+
+    assert isinstance(logger, Logger)
+    assert isinstance(logger, kind)
+    assert logger.save_dir == str(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_defaults_are_esmm_without_mtn_on_a_synthetic_log(compose_config):
+    config = compose_config()
+
+    assert config.data.name == "synthetic"
+    assert config.model._target_ == "mtnrec.model.esmm.ESMM"
+    assert (config.mtn.enabled, config.mtn.lam) == (False, 1e-5)
+    assert config.monitor == "val/cvr_auc"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sede=1",
+        "seed=abc",
+        "seed=null",
+        "patience=soon",
+        "mtn.lamda=1",
+        "model.num_expert=3",
+        "data.batchsize=3",
+        "trainer.max_epoch=3",
+        "optimizer.learning_rate=1",
+        "logger.ofline=true",
+        "model=esm",
+    ],
+)
+def test_a_mistyped_key_dies_at_composition(override, compose_config):
+    with pytest.raises(ConfigCompositionException, match=re.escape(override.split("=")[0])):
+        compose_config("logger=wandb", override)
+
+
+@pytest.fixture(scope="module")
+def mmoe_config():
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("train", overrides=["model=mmoe", "data.dir=nowhere"])
+
+
+def change(config, key, value):
+    changed = config.copy()
+    OmegaConf.update(changed, key, value)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("mtn.lam", -1, "mtn.lam must be a number in [0, inf), got -1"),
+        ("mtn.lam", "big", "mtn.lam must be a number in [0, inf), got 'big'"),
+        ("mtn.refresh_every", 0, "mtn.refresh_every must be an integer >= 1, got 0"),
+        ("mtn.enabled", 1, "mtn.enabled must be true or false, got 1"),
+        ("mtn.target", "tower", "mtn.target must be one of towers, shared; got 'tower'"),
+        ("data.batch_size", 0, "data.batch_size must be an integer >= 1, got 0"),
+        ("data.batch_size", "big", "data.batch_size must be an integer >= 1, got 'big'"),
+        ("data.validation_share", 0, "data.validation_share must be above 0"),
+        ("data.validation_share", 1, "data.validation_share must be a number in [0, 1), got 1"),
+        ("data.rows", 0, "data.rows must be an integer >= 1, got 0"),
+        ("data.seed", -1, "data.seed must be an integer >= 0, got -1"),
+    ],
+)
+def test_a_bad_value_is_refused_with_rule_and_value(key, value, message, mmoe_config):
+    config = change(mmoe_config, key, value)
+
+    with pytest.raises(InstantiationException, match=re.escape(message)) as error:
+        instantiate(config[key.split(".")[0]], _convert_="all")
+
+    assert isinstance(error.value.__cause__, InputError)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("dropout", 1.5, "model.dropout must be a number in [0, 1), got 1.5"),
+        ("tower_widths", [], "model.tower_widths must be a list of at least one width"),
+        ("tower_widths", 64, "model.tower_widths must be a list of at least one width"),
+        ("tower_widths", [64, 0], "model.tower_widths must be an integer >= 1, got 0"),
+        ("embedding_dim", -1, "model.embedding_dim must be an integer >= 1, got -1"),
+        ("experts", 0, "model.experts must be an integer >= 1, got 0"),
+        ("batch_norm", 1, "model.batch_norm must be true or false, got 1"),
+    ],
+)
+def test_a_bad_size_of_a_model_is_refused_with_rule_and_value(
+    key, value, message, mmoe_config, funnel_schema
+):
+    config = change(mmoe_config, f"model.{key}", value)
+
+    with pytest.raises(InputError, match=re.escape(message)):
+        build_network(config.model, funnel_schema)
+
+
+def test_nothing_is_missing_in_the_default_config(compose_config, tmp_path):
+    config = compose_config(f"output_dir={tmp_path}", "seed=3")
+
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+    assert resolved["data"]["seed"] == 3
+    assert resolved["logger"]["save_dir"] == str(tmp_path)

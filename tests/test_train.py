@@ -1,0 +1,367 @@
+import csv
+import json
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from sklearn.metrics import log_loss, roc_auc_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto.wandb_internal_pb2 import Record
+
+from mtnrec.batch import Batch
+
+MODELS = ["shared_bottom", "esmm", "mmoe"]
+# Rates at which every split has both classes of every task.
+LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
+# MTN acts, and the best epoch is neither the first nor the last.
+OVERFIT = ["mtn.enabled=true", "trainer.max_epochs=4", "optimizer.lr=0.03", "data.batch_size=128"]
+
+
+def read_record(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def read_checkpoint(folder):
+    return torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+
+
+def read_csv(folder):
+    """The values that were logged under each name, in order, by epoch."""
+    with (folder / "csv" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = rows[0].keys() - {"epoch", "step"}
+    return {n: {int(row["epoch"]): float(row[n]) for row in rows if row[n]} for n in names}
+
+
+@pytest.fixture(scope="module")
+def run(train):
+    return train(*LOG, *OVERFIT)
+
+
+@pytest.fixture(scope="module")
+def plain_run(train):
+    return train(*LOG)
+
+
+def test_the_record_keeps_the_contract(run):
+    record = read_record(run)
+
+    assert record["status"] == "finished"
+    assert re.fullmatch("[0-9a-f]{16}", record["cell"])
+    assert record["seed"] == 0
+    assert record["config"]["model"]["_target_"] == "mtnrec.model.esmm.ESMM"
+    assert record["config"]["output_dir"] == str(run)
+    assert record["mtn"] == record["config"]["mtn"]
+    assert record["mtn"]["enabled"] is True
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["data"]["name"] == "synthetic"
+    assert re.fullmatch("[0-9a-f]{64}", record["data"]["checksum"])
+    assert record["data"]["rows"] == {"train": 1920, "val": 480, "test": 600}
+    assert record["seconds"].keys() == {"setup", "fit", "test"}
+    assert record["samples_per_second"].keys() == {"train", "evaluate"}
+    assert min(*record["seconds"].values(), *record["samples_per_second"].values()) > 0
+    assert record["peak_memory_bytes"] > 2**20
+
+
+def test_the_record_counts_the_rows_and_positives_of_every_task(run):
+    counts = read_record(run)["counts"]
+    datamodule = open_data(run)
+
+    for split in ("val", "test"):
+        click, conversion = datamodule.column(split, "labels").T.astype(int)
+        clicks, conversions = int(click.sum()), int(conversion.sum())
+        assert counts[f"{split}/ctr"] == {"rows": len(click), "positives": clicks}
+        assert counts[f"{split}/cvr"] == {"rows": clicks, "positives": conversions}
+        assert counts[f"{split}/ctcvr"] == {"rows": len(click), "positives": conversions}
+
+
+def open_data(folder):
+    config = OmegaConf.create(read_record(folder)["config"])
+    datamodule = instantiate(config.data, _convert_="all")
+    datamodule.setup()
+    return datamodule
+
+
+def score(folder, split):
+    """``P(label = 1)`` of the kept checkpoint in the plain network, ``(rows, 2)``."""
+    config = OmegaConf.create(read_record(folder)["config"])
+    datamodule = open_data(folder)
+    network = instantiate(config.model, _partial_=True, _convert_="all")(schema=datamodule.schema)
+    state = read_checkpoint(folder)["state_dict"]
+    network.load_state_dict({name.removeprefix("network."): state[name] for name in state})
+    network.eval()
+    features = [torch.from_numpy(datamodule.column(split, f)) for f in ("categorical", "numerical")]
+    batches = zip(*(f.split(config.data.batch_size) for f in features), strict=True)
+    with torch.inference_mode():
+        return torch.cat([network(Batch(*batch)).positive for batch in batches]).double().exp()
+
+
+def rows_of_tasks(labels, probabilities, groups):
+    """Labels, scores and groups that each task is measured on, by the definition of the tasks."""
+    click, conversion = labels.T
+    p_click, p_conversion = np.asarray(probabilities).T
+    clicked = click == 1
+    return {
+        "ctr": (click, p_click, groups),
+        "cvr": (conversion[clicked], (p_conversion / p_click)[clicked], groups[clicked]),
+        "ctcvr": (conversion, p_conversion, groups),
+    }
+
+
+def mean_auc_of_groups(labels, scores, groups):
+    members = [groups == group for group in np.unique(groups)]
+    mixed = [rows for rows in members if 0 < labels[rows].sum() < rows.sum()]
+    aucs = [roc_auc_score(labels[rows], scores[rows]) for rows in mixed]
+    return np.average(aucs, weights=[rows.sum() for rows in mixed])
+
+
+@pytest.mark.parametrize("mtn", ["true", "false"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_auc_is_that_of_the_kept_checkpoint(model, mtn, train):
+    folder = train(*LOG, f"mtn.enabled={mtn}", model=model)
+
+    expected = {}
+    datamodule = open_data(folder)
+    for split in ("val", "test"):
+        columns = [datamodule.column(split, stem) for stem in ("labels", "probabilities", "group")]
+        labels, true_probabilities, groups = columns
+        for task, rows in rows_of_tasks(labels, score(folder, split), groups).items():
+            expected[f"{split}/{task}_auc"] = roc_auc_score(*rows[:2])
+            expected[f"{split}/{task}_grouped_auc"] = mean_auc_of_groups(*rows)
+        for task, rows in rows_of_tasks(labels, true_probabilities, groups).items():
+            expected[f"{split}/{task}_bayes_auc"] = roc_auc_score(*rows[:2])
+    metrics = read_record(folder)["metrics"]
+    assert {name: metrics[name] for name in metrics if name.endswith("_auc")} == pytest.approx(
+        expected, abs=1e-12
+    )
+
+
+def test_every_log_loss_is_that_of_the_kept_checkpoint(run):
+    metrics = read_record(run)["metrics"]
+    datamodule = open_data(run)
+
+    for split in ("val", "test"):
+        labels, groups = (datamodule.column(split, stem) for stem in ("labels", "group"))
+        for task, rows in rows_of_tasks(labels, score(run, split), groups).items():
+            found = metrics[f"{split}/{task}_log_loss"]
+            assert found == pytest.approx(log_loss(*rows[:2]), rel=1e-6)
+
+
+def test_the_best_epoch_has_the_largest_validation_auc(run):
+    record, logged = read_record(run), read_csv(run)
+
+    aucs = logged["val/cvr_auc"]
+    assert list(aucs) == [0, 1, 2, 3]
+    assert record["best_epoch"] == max(aucs, key=aucs.get)
+    assert 0 < record["best_epoch"] < 3  # or the first or the last epoch would do
+    assert read_checkpoint(run)["epoch"] == record["best_epoch"]
+    for name, values in logged.items():
+        if name.startswith("val/"):
+            found = record["metrics"][name]
+            assert found == pytest.approx(values[record["best_epoch"]], rel=1e-6)
+
+
+def test_the_best_epoch_has_the_smallest_log_loss_if_that_is_the_monitor(train):
+    folder = train(*LOG, "monitor=val/ctr_log_loss", "trainer.max_epochs=3", "optimizer.lr=0.1")
+
+    losses = read_csv(folder)["val/ctr_log_loss"]
+    assert read_record(folder)["best_epoch"] == min(losses, key=losses.get)
+
+
+def test_the_test_set_is_read_once(run):
+    record, logged = read_record(run), read_csv(run)
+
+    names = [name for name in logged if name.startswith("test/")]
+    assert "test/ctcvr_auc" in names
+    for name in names:
+        (value,) = logged[name].values()
+        assert record["metrics"][name] == pytest.approx(value, rel=1e-6)
+
+
+def test_a_validation_every_other_epoch_is_recorded_under_its_epoch(train):
+    folder = train(*LOG, "+trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4")
+
+    record, aucs = read_record(folder), read_csv(folder)["val/cvr_auc"]
+    assert list(aucs) == [1, 3]
+    assert record["best_epoch"] == max(aucs, key=aucs.get)
+    assert record["metrics"]["val/cvr_auc"] == pytest.approx(max(aucs.values()), rel=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(train):
+    first, second, other = (
+        train(*LOG, "mtn.enabled=true", f"seed={seed}", model="mmoe") for seed in (5, 5, 6)
+    )
+
+    one, two = (read_checkpoint(folder)["state_dict"] for folder in (first, second))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert read_record(first)["metrics"] == read_record(second)["metrics"]
+    assert read_record(first)["counts"] == read_record(other)["counts"]
+    assert read_record(first)["metrics"] != read_record(other)["metrics"]
+    assert read_record(first)["cell"] == read_record(second)["cell"] != read_record(other)["cell"]
+
+
+def test_bf16_keeps_the_weights_in_float32(train):
+    folder = train(*LOG, "mtn.enabled=true", "trainer.precision=bf16-mixed")
+
+    weights = read_checkpoint(folder)["state_dict"].values()
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert 0 < read_record(folder)["metrics"]["test/ctr_auc"] < 1
+
+
+def test_training_stops_when_patience_is_out(train):
+    folder = train(*LOG, "optimizer.lr=0.0", "patience=2", "trainer.max_epochs=9")
+
+    assert list(read_csv(folder)["val/cvr_auc"]) == [0, 1, 2]
+    assert read_record(folder)["best_epoch"] == 0
+
+
+def test_mtn_is_logged_each_epoch_when_it_acts(run, plain_run):
+    logged = read_csv(run)
+
+    assert list(logged["mtn/penalty"]) == [0, 1, 2, 3]
+    assert min(logged["mtn/penalty"].values()) > 0
+    assert "train/loss" in logged
+    assert not [name for name in read_csv(plain_run) if name.startswith("mtn/")]
+
+
+def test_tensorboard_shows_the_scalars_that_csv_does(run, train):
+    folder = train(*LOG, *OVERFIT, "logger=tensorboard")
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    names = set(events.Tags()["scalars"]) - {"epoch", "hp_metric"}
+    found = {name: [event.value for event in events.Scalars(name)] for name in names}
+    expected = {name: list(values.values()) for name, values in read_csv(run).items()}
+    assert found.keys() == expected.keys()
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+
+
+def read_wandb(path):
+    """The records of an offline run: LevelDB's log format, after a header of 7 bytes."""
+    content, position, parts = path.read_bytes(), 7, []
+    while position + 7 <= len(content):
+        if (left := 32768 - position % 32768) < 7:  # too short for a header: the block is padded
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        parts.append(content[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(b"".join(parts))
+            parts.clear()
+
+
+def test_each_job_of_a_sweep_is_an_offline_run_of_wandb_of_its_own(train):
+    sweep = train(*LOG, "hydra.mode=MULTIRUN", "seed=0,1", "logger=wandb", "logger.offline=true")
+
+    for seed in (0, 1):
+        (path,) = sweep.glob(f"{seed}/wandb/offline-run-*/*.wandb")
+        config, history = {}, {}
+        for record in read_wandb(path):
+            for update in record.config.update:
+                config[update.key] = json.loads(update.value_json)
+            for item in record.history.item:
+                name = item.key or "/".join(item.nested_key)
+                history.setdefault(name, []).append(json.loads(item.value_json))
+        result = read_record(sweep / str(seed))
+        assert config["seed"] == seed
+        assert config["model"] == result["config"]["model"]
+        assert len(history["val/cvr_auc"]) == 2
+        assert history["val/cvr_auc"][result["best_epoch"]] == pytest.approx(
+            result["metrics"]["val/cvr_auc"]
+        )
+        assert history["test/ctcvr_log_loss"] == pytest.approx(
+            [result["metrics"]["test/ctcvr_log_loss"]]
+        )
+
+
+def test_a_second_run_in_a_folder_replaces_the_first(plain_run, train, tmp_path):
+    train(*LOG, "seed=1", folder=tmp_path)
+
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        train(*LOG, folder=tmp_path)
+
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["best.ckpt"]
+    expected, found = (read_checkpoint(folder)["state_dict"] for folder in (plain_run, tmp_path))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert read_record(tmp_path)["metrics"] == read_record(plain_run)["metrics"]
+
+
+@pytest.mark.parametrize("click_rate", [0.2, 1e-9])
+def test_a_validation_set_of_one_class_trains_to_the_end(click_rate, train, tmp_path):
+    rates = [f"data.click_rate={click_rate}", "data.conversion_rate=1e-9"]
+    own = [f"data.dir={tmp_path / 'log'}", "data.rows=1000", "patience=1", "trainer.max_epochs=3"]
+
+    folder = train(*rates, *own, "mtn.enabled=true")
+
+    record = read_record(folder)
+    assert record["best_epoch"] == 2
+    assert record["counts"]["val/ctcvr"] == {"rows": 160, "positives": 0}
+    assert record["counts"]["test/cvr"]["positives"] == 0
+    for split in ("val", "test"):
+        assert record["metrics"][f"{split}/cvr_auc"] is None
+        assert (record["metrics"][f"{split}/ctr_auc"] is None) == (click_rate < 0.1)
+    assert "val/cvr_auc is undefined" in (folder / "train.log").read_text()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_prepared_aliexpress_trains(model, train, prepare, write_aliexpress, tmp_path):
+    data = ["data=aliexpress_nl", f"data_root={tmp_path / 'data'}"]
+    prepare(*data, f"data.raw_dir={write_aliexpress(tmp_path / 'raw')}")
+
+    for mtn in ("true", "false"):
+        record = read_record(train(*data, f"mtn.enabled={mtn}", model=model))
+
+        assert record["data"]["name"] == "aliexpress_nl"
+        assert record["data"]["rows"] == {"train": 48, "val": 12, "test": 60}
+        assert record["counts"]["test/cvr"] == {"rows": 20, "positives": 10}
+        assert 0 <= record["metrics"]["test/ctcvr_auc"] <= 1
+        assert not [name for name in record["metrics"] if "bayes" in name]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["mtn.lam=-1"], r"mtn\.lam must be a number in \[0, inf\), got -1"),
+        (["monitor=test/cvr_auc"], r"monitor=test/cvr_auc would choose .* on the test set"),
+        (["mtn.enabled=true", "mtn.target=shared"], r"ESMM has no shared layers .* model=mmoe"),
+        (["trainer.max_epochs=0"], r".* no epoch to test: raise trainer\.max_epochs, which is 0"),
+    ],
+)
+def test_bad_input_ends_in_one_message_and_no_record(overrides, message, train, tmp_path):
+    with pytest.raises(SystemExit, match=f"^mtnrec: {message}"):
+        train(*LOG, *overrides, folder=tmp_path)
+
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_the_closing_lines_name_the_record_on_one_line(train, tmp_path, capsys):
+    folder = tmp_path / ("long" * 30)
+
+    train(*LOG, folder=folder)
+
+    assert f"The record of the run is {folder / 'result.json'}\n" in capsys.readouterr().out
+
+
+def test_absent_data_ends_in_one_message_that_says_what_to_do(tmp_path):
+    script = Path(sys.executable).with_name("mtnrec-train")
+    command = [script, "data=aliexpress_nl", "hydra.run.dir=run"]
+
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("mtnrec: there is no prepared data set in ")
+    assert "https://tianchi.aliyun.com/dataset/74690" in done.stderr
+    assert done.stderr.endswith(
+        "Then: python -m mtnrec.prepare data=aliexpress_nl data.raw_dir=DIR\n"
+    )
