@@ -61,6 +61,7 @@ def main(cfg: DictConfig) -> None:
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
+    (output_dir / RECORD_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
     trainer.fit(module, datamodule=datamodule)
     best = checkpoint.best_model_path
     if not best:

@@ -143,9 +143,12 @@ class DataModule(L.LightningDataModule, ABC):
         if self._arrays is None:
             raise RuntimeError("call setup() first")
         rows = RowGatherer(self._arrays[split], self._rows[split])
-        # batch_size=None: the sampler's items are batches, each gathered by one index.
         return DataLoader(
-            rows, batch_size=None, sampler=sampler, pin_memory=torch.cuda.is_available()
+            rows,
+            batch_size=None,  # the sampler's items are batches, each gathered by one index
+            sampler=sampler,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or it would draw from the global stream
         )
 
     def _rank_and_world_size(self) -> tuple[int, int]:

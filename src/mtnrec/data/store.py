@@ -305,16 +305,20 @@ def _foreign_files(directory: Path) -> list[Path]:
 
 def _put_in_place(temporary: Path, directory: Path) -> None:
     temporary.chmod(0o755)  # mkdtemp makes a folder that only its owner can read
-    if directory.exists():
-        new, old = ((path / SCHEMA_FILE).read_bytes() for path in (temporary, directory))
-        if new == old and _is_whole(directory):  # a second process prepared the same meanwhile
-            return
-        retired = temporary.with_name(f"{temporary.name}-old")
-        directory.rename(retired)
+    try:
         temporary.rename(directory)
-        shutil.rmtree(retired)
+    except OSError:
+        if not directory.is_dir():
+            raise
     else:
-        temporary.rename(directory)
+        return
+    new, old = ((path / SCHEMA_FILE).read_bytes() for path in (temporary, directory))
+    if new == old and _is_whole(directory):  # a second process prepared the same meanwhile
+        return
+    retired = temporary.with_name(f"{temporary.name}-old")
+    directory.rename(retired)
+    temporary.rename(directory)
+    shutil.rmtree(retired)
 
 
 def _is_whole(directory: Path) -> bool:

@@ -40,7 +40,7 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
         bins: Number of bins.
 
     Returns:
-        float64 scalar in [0, 1]; NaN if there are no rows.
+        float64 scalar, in [0, 1] for probabilities; NaN if there are no rows.
     """
     if not len(probabilities):
         return probabilities.new_full((), torch.nan, dtype=torch.float64)
