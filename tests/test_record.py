@@ -35,7 +35,8 @@ def make_record(funnel_schema):
                     "rows": 43_016_840,
                     "positives": 1_630_000 + number,
                 }
-        return {"best_epoch": 4, "metrics": metrics, "counts": counts}
+        config = {"monitor": f"val/{schema.tasks[1].name}_auc"}
+        return {"config": config, "best_epoch": 4, "metrics": metrics, "counts": counts}
 
     return make
 
@@ -175,7 +176,7 @@ def test_the_table_says_what_was_measured_on_which_rows(funnel_schema, make_reco
         ["0.7010", "0.7020", "0.7030"],
         ["0.8010", "0.8020", "0.8030"],
     ]
-    assert table.title == "Best epoch 4, chosen on validation"
+    assert table.title == "Best epoch 4, chosen by val/cvr_auc"
     assert table.caption.startswith("rows, positives and log loss: test set")
 
 
@@ -200,6 +201,15 @@ def test_independent_labels_go_by_their_own_names(make_record):
     assert "…" not in text
     assert "is_liked" in text
     assert "is_shared" in text
+
+
+def test_an_undefined_monitor_is_said_to_have_chosen_nothing(funnel_schema, make_record):
+    record = make_record()
+    record["metrics"]["val/cvr_auc"] = math.nan
+
+    table = closing_table(funnel_schema, record)
+
+    assert table.title == "Last epoch 4: val/cvr_auc is undefined"
 
 
 def test_an_undefined_value_is_shown_as_such(funnel_schema, make_record):

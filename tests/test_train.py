@@ -333,7 +333,12 @@ def test_prepared_aliexpress_trains(model, train, prepare, write_aliexpress, tmp
         (["mtn.lam=-1"], r"mtn\.lam must be a number in \[0, inf\), got -1"),
         (["monitor=test/cvr_auc"], r"monitor=test/cvr_auc would choose .* on the test set"),
         (["mtn.enabled=true", "mtn.target=shared"], r"ESMM has no shared layers .* model=mmoe"),
-        (["trainer.max_epochs=0"], r".* no epoch to test: raise trainer\.max_epochs, which is 0"),
+        (["trainer.max_epochs=0"], r"trainer\.max_epochs must be an integer >= 1, got 0"),
+        (
+            ["+trainer.check_val_every_n_epoch=9"],
+            r".* before its first validation.*no epoch to test",
+        ),
+        (["optimizer.lr=-1"], r"optimizer: Invalid learning rate: -1"),
     ],
 )
 def test_bad_input_ends_in_one_message_and_no_record(overrides, message, train, tmp_path):

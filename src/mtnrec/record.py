@@ -183,11 +183,15 @@ def closing_table(schema: Schema, record: Mapping[str, Any]) -> Table:
     """
     metrics, counts = record["metrics"], record["counts"]
     test_metrics = {"test\nAUC": "auc", "log\nloss": "log_loss", "Bayes\nAUC": "bayes_auc"}
+    monitor = record["config"]["monitor"]
+    title = f"Best epoch {record['best_epoch']}, chosen by {monitor}"
+    if math.isnan(metrics[monitor]):
+        title = f"Last epoch {record['best_epoch']}: {monitor} is undefined"
     table = Table(
-        title=f"Best epoch {record['best_epoch']}, chosen on validation",
+        title=title,
         caption="rows, positives and log loss: test set",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
     if not any(name.endswith("_bayes_auc") for name in metrics):
         del test_metrics["Bayes\nAUC"]

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 
-from mtnrec.checks import InputError
+from mtnrec.checks import InputError, check_integer
 from mtnrec.config import entry_point
 from mtnrec.metric.task_metrics import bayes_aucs
 from mtnrec.model.module import MultiTaskModule
@@ -35,6 +35,7 @@ from mtnrec.record import (
 def main(cfg: DictConfig) -> None:
     """Train a model, test its best epoch once, and write ``result.json``."""
     recorder = RunRecorder()
+    check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=1)
     output_dir = Path(cfg.output_dir)
     datamodule = instantiate(cfg.data, _convert_="all")
     mtn = instantiate(cfg.mtn, _convert_="all")
@@ -66,8 +67,8 @@ def main(cfg: DictConfig) -> None:
     best = checkpoint.best_model_path
     if not best:
         raise InputError(
-            "training ended before its first validation, so there is no epoch to test: raise "
-            f"trainer.max_epochs, which is {cfg.trainer.max_epochs}"
+            "training ended before its first validation, so there is no epoch to test: allow more "
+            "epochs or steps"
         )
     trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
     for logger in trainer.loggers:

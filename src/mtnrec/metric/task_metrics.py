@@ -133,9 +133,12 @@ class TaskMetrics(Metric):
 
         ``task_rows`` and ``task_positives`` are int64 scalars.
         """
-        output = LogProbabilities(dim_zero_cat(self.positive), dim_zero_cat(self.negative))
-        groups = dim_zero_cat(self.groups) if len(self.groups) else None
-        labels = dim_zero_cat(self.labels)
+        # On the CPU, since CUDA has no deterministic cumulative sum.
+        output = LogProbabilities(
+            dim_zero_cat(self.positive).cpu(), dim_zero_cat(self.negative).cpu()
+        )
+        groups = dim_zero_cat(self.groups).cpu() if len(self.groups) else None
+        labels = dim_zero_cat(self.labels).cpu()
         values: dict[str, Tensor] = {}
         for task in self._schema.tasks:
             rows = rows_of_task(task, output, labels, groups)

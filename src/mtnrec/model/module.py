@@ -85,11 +85,13 @@ class MultiTaskModule(L.LightningModule):
         self.results[split] = values
         for name, value in values.items():
             if not name.endswith(("_rows", "_positives")):
-                shown = name.endswith("_auc") and "grouped" not in name
-                self.log(name, value, prog_bar=shown, sync_dist=True)
+                self.log(name, value, sync_dist=True)
 
     def configure_optimizers(self) -> Optimizer:
-        return self._optimizer(self.network.parameters())
+        try:
+            return self._optimizer(self.network.parameters())
+        except ValueError as error:  # a rate out of range, say: torch names rule and value
+            raise InputError(f"optimizer: {error}") from error
 
 
 def _labels_of(batch: Batch) -> Tensor:
