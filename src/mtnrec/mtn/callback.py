@@ -255,7 +255,7 @@ class MTN(L.Callback):
                 values[f"{layer}/effective_rank_{name}"] = effective_rank(spectrum)
             self._warn_of_collapse(depth, alpha[row])
         logged = {f"mtn/{name}": value.float() for name, value in values.items()}
-        pl_module.log_dict(logged, rank_zero_only=True)  # equal on all ranks
+        pl_module.log_dict(logged, sync_dist=True)
         self._penalty.gaps.clear()
         self._zero_gradient_shares.clear()
         if trainer.is_global_zero:
