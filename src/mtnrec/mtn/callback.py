@@ -213,13 +213,14 @@ class MTN(L.Callback):
         learned = list(self._penalty.weights.parameters())
         with torch.enable_grad():
             objective = self.lam * self._penalty.value()
-            gradients = torch.autograd.grad(objective, [*parameters, *learned])
+            both = torch.autograd.grad(objective, [*parameters, *learned])
+        gradients, of_learned = both[: len(parameters)], both[len(parameters) :]
         if self.coupling == "gradient":
             add_to_gradients(parameters, gradients, scale=gradient_scale(trainer, optimizer))
         else:
             move_parameters(parameters, gradients, optimizer)
         if self._optimizer is not None:
-            for weight, gradient in zip(learned, gradients[len(parameters) :], strict=True):
+            for weight, gradient in zip(learned, of_learned, strict=True):
                 weight.grad = gradient
             self._optimizer.step()
 
@@ -295,7 +296,7 @@ def add_to_gradients(
     parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], *, scale: float
 ) -> None:
     """Add ``scale`` times the penalty's gradients to those of the loss."""
-    for parameter, gradient in zip(parameters, gradients, strict=False):
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         if parameter.grad is None:
             parameter.grad = scale * gradient
         else:
@@ -308,7 +309,7 @@ def move_parameters(
 ) -> None:
     """Step against the penalty's gradients, at the learning rate of each parameter's group."""
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    for parameter, gradient in zip(parameters, gradients, strict=False):
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.sub_(rates[id(parameter)] * gradient)
 
 
