@@ -1,5 +1,6 @@
 """Tiny data in the real formats, written by code."""
 
+import dataclasses
 import logging
 import os
 import sys
@@ -14,11 +15,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from mtnrec.batch import Batch
+from mtnrec.batch import Bags, Batch
 from mtnrec.config import CONF_DIR
 from mtnrec.data.aliexpress import CATEGORICAL, LABELS, NUMERICAL
 from mtnrec.data.datamodule import DataModule
-from mtnrec.data.store import Manifest, write_prepared
+from mtnrec.data.store import Manifest
+from mtnrec.data.writer import write_prepared
 from mtnrec.prepare import main as prepare_main
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.train import main as train_main
@@ -59,8 +61,15 @@ def make_batch() -> Callable[..., Batch]:
         labels = rng.integers(0, 2, (rows, len(schema.labels)))
         if schema.funnel:
             labels[:, 1] &= labels[:, 0]
-        tensors = categorical, numerical, labels.astype(np.float32)
-        return Batch(*map(torch.from_numpy, tensors), torch.from_numpy(rng.integers(0, 4, rows)))
+        arrays = categorical, numerical, labels.astype(np.float32), rng.integers(0, 4, rows)
+        bags = []
+        for field in schema.multivalued:
+            lengths = rng.integers(0, 5, rows)
+            tokens = rng.integers(0, field.vocabulary_size, lengths.sum(), dtype=np.int32)
+            weights = rng.random(lengths.sum(), dtype=np.float32)
+            offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+            bags.append(Bags(*map(torch.from_numpy, (tokens, weights, offsets))))
+        return Batch(*map(torch.from_numpy, arrays), tuple(bags))
 
     return make
 
@@ -165,23 +174,39 @@ def _call(main: Callable[[], None], *arguments: str) -> None:
 
 @pytest.fixture
 def write_tiny(funnel_schema: Schema) -> Callable[..., Manifest]:
-    """Write a prepared data set whose first numerical feature numbers the rows of a split."""
+    """Write a prepared data set whose first numerical feature numbers the rows of a split.
 
-    def make(folder: Path, *, train: int = 23, test: int = 7, seed: int = 0) -> Manifest:
+    Each of its two multi-valued fields has 5 bags; the first of them is empty.
+    """
+
+    def make(
+        folder: Path, *, train: int = 23, test: int = 7, seed: int = 0, multivalued: bool = False
+    ) -> Manifest:
         rng = np.random.default_rng(seed)
-        sizes = [field.vocabulary_size for field in funnel_schema.categorical]
+        schema = funnel_schema
+        if multivalued:
+            histories = (CategoricalField("brands", 9), CategoricalField("shops", 30))
+            schema = dataclasses.replace(schema, multivalued=histories)
+        sizes = [field.vocabulary_size for field in schema.categorical]
         with write_prepared(folder, ("train", "test")) as writer:
             for split, rows in (("train", train), ("test", test)):
                 click = rng.random(rows) < 0.5
+                conversion = click & (rng.random(rows) < 0.5)
+                for label in (click, conversion):
+                    label[:2] = [False, True][:rows]  # both occur
                 arrays = {
                     "categorical": rng.integers(0, sizes, (rows, len(sizes))),
                     "numerical": np.stack([np.arange(rows), rng.random(rows)], axis=1),
-                    "labels": np.stack([click, click & (rng.random(rows) < 0.5)], axis=1),
+                    "labels": np.stack([click, conversion], axis=1),
                     "group": rng.integers(0, 4, rows),
                 }
+                if multivalued:
+                    arrays["bag"] = rng.integers(0, 5, (rows, 2))
                 writer.append(split, arrays)
-            return writer.finish(
-                source="tiny", parameters={"seed": seed}, schema=funnel_schema, report={}
-            )
+                for field in schema.multivalued:
+                    lengths = np.array([0, *rng.integers(1, 6, 4)])
+                    tokens = rng.integers(0, field.vocabulary_size, lengths.sum())
+                    writer.append_bags(split, field.name, lengths, tokens, rng.random(len(tokens)))
+            return writer.finish(source="tiny", parameters={"seed": seed}, schema=schema, report={})
 
     return make

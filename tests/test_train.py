@@ -295,20 +295,21 @@ def test_a_second_run_in_a_folder_replaces_the_first(plain_run, train, tmp_path)
     assert read_record(tmp_path)["metrics"] == read_record(plain_run)["metrics"]
 
 
-@pytest.mark.parametrize("click_rate", [0.2, 1e-9])
-def test_a_validation_set_of_one_class_trains_to_the_end(click_rate, train, tmp_path):
-    rates = [f"data.click_rate={click_rate}", "data.conversion_rate=1e-9"]
-    own = [f"data.dir={tmp_path / 'log'}", "data.rows=1000", "patience=1", "trainer.max_epochs=3"]
+@pytest.mark.parametrize(("click_rate", "conversion_rate"), [(0.4, 0.03), (0.02, 0.3)])
+def test_a_validation_set_of_one_class_trains_to_the_end(
+    click_rate, conversion_rate, train, tmp_path
+):
+    rates = [f"data.click_rate={click_rate}", f"data.conversion_rate={conversion_rate}"]
+    few = ["data.rows=1000", "data.validation_share=0.01"]
+    own = [f"data.dir={tmp_path / 'log'}", "patience=1", "trainer.max_epochs=3"]
 
-    folder = train(*rates, *own, "mtn.enabled=true")
+    folder = train(*rates, *few, *own, "mtn.enabled=true")
 
     record = read_record(folder)
     assert record["best_epoch"] == 2
-    assert record["counts"]["val/ctcvr"] == {"rows": 160, "positives": 0}
-    assert record["counts"]["test/cvr"]["positives"] == 0
-    for split in ("val", "test"):
-        assert record["metrics"][f"{split}/cvr_auc"] is None
-        assert (record["metrics"][f"{split}/ctr_auc"] is None) == (click_rate < 0.1)
+    assert record["counts"]["val/ctcvr"] == {"rows": 8, "positives": 0}
+    assert record["metrics"]["val/cvr_auc"] is None
+    assert (record["metrics"]["val/ctr_auc"] is None) == (click_rate < 0.1)
     assert "val/cvr_auc is undefined" in (folder / "train.log").read_text()
 
 

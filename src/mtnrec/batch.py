@@ -8,6 +8,21 @@ import torch
 from torch import Tensor
 
 
+@dataclass
+class Bags:
+    """The bags of one multi-valued field, one a row.
+
+    Args:
+        tokens: Vocabulary indices, bag after bag, int32 ``(tokens,)``.
+        weights: float32 ``(tokens,)``.
+        offsets: Where each bag starts, and the end of the last, int32 ``(B + 1,)``.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+    offsets: Tensor
+
+
 @dataclass  # not frozen: Lightning's precision plugins convert a batch field by field
 class Batch:
     """Rows of a data set.
@@ -17,12 +32,14 @@ class Batch:
         numerical: float32 ``(B, N)``.
         labels: Zeros and ones, float32 ``(B, T)``; None where the rows are only scored.
         group: Search or user id, int64 ``(B,)``; None where the data has none.
+        bags: The ``M`` multi-valued fields.
     """
 
     categorical: Tensor
     numerical: Tensor
     labels: Tensor | None = None
     group: Tensor | None = None
+    bags: tuple[Bags, ...] = ()
 
     def __len__(self) -> int:
         return self.categorical.shape[0]
@@ -38,7 +55,11 @@ class Batch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         labels = None if self.labels is None else change(self.labels)
         group = None if self.group is None else change(self.group)
-        return Batch(change(self.categorical), change(self.numerical), labels, group)
+        bags = tuple(
+            Bags(change(bags.tokens), change(bags.weights), change(bags.offsets))
+            for bags in self.bags
+        )
+        return Batch(change(self.categorical), change(self.numerical), labels, group, bags)
 
 
 class LogProbabilities(NamedTuple):

@@ -46,12 +46,14 @@ class Schema:
         labels: Names of the labels, one tower each.
         funnel: Whether the two labels are a funnel (click, then conversion, ``z <= y``). Without a
             funnel the labels are independent and each is a task of its own.
+        multivalued: The ``M`` multi-valued fields: a row has a bag of weighted tokens in each.
     """
 
     categorical: tuple[CategoricalField, ...]
     numerical: tuple[str, ...]
     labels: tuple[str, ...]
     funnel: bool
+    multivalued: tuple[CategoricalField, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.labels or (self.funnel and len(self.labels) != 2):

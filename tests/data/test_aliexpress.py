@@ -27,7 +27,14 @@ def raw_dir(tmp_path, write_aliexpress):
 
 
 def make(directory, raw_dir, **changes):
-    loading = {"batch_size": 8, "validation_share": 0.2, "split_seed": 0, "seed": 0, "verify": True}
+    loading = {
+        "batch_size": 8,
+        "validation_share": 0.2,
+        "validation_split": "random",
+        "split_seed": 0,
+        "seed": 0,
+        "verify": True,
+    }
     own = {"name": "aliexpress_nl", "dir": directory, "conversion_without_click": "refuse"}
     return AliExpress(raw_dir=raw_dir, **loading | own | changes)
 

@@ -3,20 +3,23 @@
 import dataclasses
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mtnrec.checks import InputError
+from mtnrec.data import writer as writer_module
 from mtnrec.data.store import (
     Manifest,
     NotPreparedError,
     open_prepared,
     verify_prepared,
-    write_prepared,
 )
 from mtnrec.data.vocabulary import Vocabulary
+from mtnrec.data.writer import write_prepared
 from mtnrec.schema import CategoricalField, Schema
 
 SCHEMA = Schema(
@@ -45,8 +48,7 @@ def write(directory, splits, *, schema=SCHEMA, chunk=4):
             for start in range(0, max(len(arrays["labels"]), 1), chunk):
                 part = {stem: array[start : start + chunk] for stem, array in arrays.items()}
                 writer.append(split, part)
-        (writer.directory / "vocabulary").mkdir()
-        Vocabulary().write(writer.directory / "vocabulary" / "shop.parquet")
+        Vocabulary(np.array([3], np.int32)).write(writer.directory, "shop")
         return writer.finish(
             source="tiny", parameters={"seed": 0}, schema=schema, report={"dropped": 3}
         )
@@ -290,13 +292,13 @@ def test_a_schema_that_is_none_is_refused(directory, text):
         open_prepared(directory)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_format_version_is_refused(directory, version):
     write_default(directory)
 
     rewrite_schema(directory, lambda entries: entries.update(format_version=version))
 
-    message = f"format version {version!r}, this version of mtnrec reads 1: prepare the data set"
+    message = f"format version {version!r}, this version of mtnrec reads 2: prepare the data set"
     with pytest.raises(InputError, match=message):
         open_prepared(directory)
 
@@ -305,6 +307,7 @@ def test_another_format_version_is_refused(directory, version):
     "entry",
     [
         *("source", "parameters", "schema", "rows", "positives", "report", "checksums"),
+        *("missing", "transforms", "schema/multivalued"),
         *("schema/categorical", "schema/numerical", "schema/labels", "schema/funnel"),
         *("schema/categorical/1/name", "schema/categorical/1/vocabulary_size"),
     ],
@@ -364,7 +367,7 @@ def test_a_full_disk_leaves_nothing(directory):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(InputError, match=r"the disk of .* is full .*choose another data\.dir"):
             write(directory, {"train": draw(20_000)}, chunk=100)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -484,3 +487,104 @@ def test_others_may_read_the_folder(directory):
     write_default(directory)
 
     assert directory.stat().st_mode & 0o777 == 0o755
+
+
+def test_equal_bags_are_stored_once_and_read_again(directory, write_tiny):
+    manifest = write_tiny(directory, multivalued=True)
+
+    _, arrays = open_prepared(directory)
+    verify_prepared(directory, manifest)
+
+    assert [field.name for field in manifest.schema.multivalued] == ["brands", "shops"]
+    for split in ("train", "test"):
+        for field in ("brands", "shops"):
+            offsets = arrays[split][f"bags/{field}/offsets"]
+            assert offsets[:2].tolist() == [0, 0]
+            assert len(offsets) == 6
+            assert offsets[-1] == len(arrays[split][f"bags/{field}/tokens"])
+
+
+@pytest.mark.parametrize("part", ["offsets", "tokens", "weights"])
+def test_bags_of_another_length_are_refused(directory, write_tiny, part):
+    write_tiny(directory, multivalued=True)
+    path = directory / "train" / "bags" / "shops" / f"{part}.npy"
+
+    np.save(path, np.load(path)[:-1])
+
+    with pytest.raises(
+        InputError, match="bags/shops: offsets, tokens and weights differ in length"
+    ):
+        open_prepared(directory)
+
+
+def test_a_set_that_lacks_an_array_of_its_bags_is_refused(directory, write_tiny):
+    write_tiny(directory, multivalued=True)
+
+    rewrite_schema(directory, lambda entries: entries["checksums"].pop("test/bag.npy"))
+
+    with pytest.raises(InputError, match=r"lists no test/bag\.npy: prepare"):
+        open_prepared(directory)
+
+
+@pytest.mark.parametrize("bytes_per_chunk", [1, 40, 1 << 20])
+def test_rows_are_put_into_another_order(directory, monkeypatch, bytes_per_chunk):
+    monkeypatch.setattr(writer_module, "_BYTES_PER_CHUNK", bytes_per_chunk)
+    splits = {"train": draw(11), "test": draw(0)}
+    order = np.random.default_rng(0).permutation(11)
+
+    with write_prepared(directory, tuple(splits)) as writer:
+        for split, arrays in splits.items():
+            writer.append(split, arrays)
+        writer.close_arrays()
+        writer.permute("train", order)
+        writer.permute("test", np.arange(0))
+        writer.finish(source="tiny", parameters={}, schema=SCHEMA, report={})
+
+    _, arrays = open_prepared(directory)
+    for stem, array in splits["train"].items():
+        np.testing.assert_array_equal(arrays["train"][stem], array[order], strict=True)
+
+
+def test_a_finished_array_is_read_in_chunks(directory, monkeypatch):
+    monkeypatch.setattr(writer_module, "_BYTES_PER_CHUNK", 50)
+    expected = draw(11)
+
+    with write_prepared(directory, ("train",)) as writer:
+        writer.append("train", expected)
+        writer.close_arrays()
+        starts, chunks = zip(*writer.chunks("train", "categorical"), strict=True)
+        writer.finish(source="tiny", parameters={}, schema=SCHEMA, report={})
+
+    assert starts == (0, 4, 8)
+    np.testing.assert_array_equal(np.concatenate(chunks), expected["categorical"])
+
+
+def test_what_a_killed_preparation_left_is_removed_by_the_next(directory):
+    code = f"""
+import os, pathlib
+from mtnrec.data.writer import write_prepared
+with write_prepared(pathlib.Path({str(directory)!r}), ("train",)) as writer:
+    (writer.directory / "train").mkdir()
+    (writer.directory / "train" / "labels.npy").write_bytes(b"half")
+    os.kill(os.getpid(), 9)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], check=False)
+    assert killed.returncode == -9
+    assert [path.name.startswith(".tiny-") for path in directory.parent.iterdir()] == [True]
+
+    write_default(directory)
+
+    assert list(directory.parent.iterdir()) == [directory]
+
+
+@pytest.mark.parametrize("column", [0, 1])
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_label_that_is_constant_in_train_is_refused(directory, column, value):
+    splits = {"train": draw(11), "test": draw(5)}
+    splits["train"]["labels"][:, column] = value
+
+    label = SCHEMA.labels[column]
+    with pytest.raises(InputError, match=f"the label {label} is {value} in all 11 training rows"):
+        write(directory, splits)
+
+    assert list(directory.parent.iterdir()) == []

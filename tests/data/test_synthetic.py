@@ -19,6 +19,7 @@ SETTINGS = {
     "name": "synthetic",
     "batch_size": 256,
     "validation_share": 0.2,
+    "validation_split": "random",
     "split_seed": 0,
     "seed": 0,
     "verify": True,

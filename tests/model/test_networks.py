@@ -23,7 +23,7 @@ BUILD = {
         schema, embedding_dim=5, experts=3, expert_widths=[7, 6], tower_widths=[4, 3], **keys
     ),
 }
-PLAIN = {"dropout": 0.0, "batch_norm": False}
+PLAIN = {"dropout": 0.0, "batch_norm": False, "bag_mode": "mean"}
 INDEPENDENT = Schema(
     (CategoricalField("a", 4), CategoricalField("b", 30)), ("x",), ("like", "share", "buy"), False
 )
@@ -33,10 +33,24 @@ def fields(*sizes):
     return tuple(CategoricalField(f"c{i}", size) for i, size in enumerate(sizes))
 
 
-def wide_row(weights, batch):
+def bag_vectors(table, bags, bag_mode):
+    """Row by row and token by token."""
+    rows = []
+    for start, end in itertools.pairwise(bags.offsets.tolist()):
+        row = torch.zeros(table.shape[1], dtype=table.dtype)
+        for token, weight in zip(bags.tokens[start:end], bags.weights[start:end], strict=True):
+            share = weight / bags.weights[start:end].sum() if bag_mode == "mean" else weight
+            row = row + share * table[token]
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def wide_row(weights, batch, bag_mode="mean"):
     columns = []
     for field in range(batch.categorical.shape[1]):
         columns.append(weights[f"input.tables.{field}.weight"][batch.categorical[:, field].long()])
+    for field, bags in enumerate(batch.bags):
+        columns.append(bag_vectors(weights[f"input.bag_tables.{field}.weight"], bags, bag_mode))
     if "input.numerical.weight" in weights:
         bias = weights["input.numerical.bias"]
         columns.append(batch.numerical @ weights["input.numerical.weight"].T + bias)
@@ -58,9 +72,9 @@ def tower_probability(weights, name, x, hidden_layers):
     return torch.sigmoid(dense(weights, f"{name}.{2 * hidden_layers}", hidden)[:, 0])
 
 
-def reference(model, weights, batch, labels):
+def reference(model, weights, batch, labels, bag_mode="mean"):
     """Probabilities of the labels, ``(B, T)``."""
-    x = wide_row(weights, batch)
+    x = wide_row(weights, batch, bag_mode)
     if model == "esmm":
         click, conversion = (tower_probability(weights, f"towers.{t}", x, 3) for t in range(2))
         return torch.stack([click, click * conversion], dim=1)
@@ -78,8 +92,9 @@ def reference(model, weights, batch, labels):
 
 
 def in_float64(network, batch):
+    bags = tuple(dataclasses.replace(b, weights=b.weights.double()) for b in batch.bags)
     return network.double(), dataclasses.replace(
-        batch, numerical=batch.numerical.double(), labels=batch.labels.double()
+        batch, numerical=batch.numerical.double(), labels=batch.labels.double(), bags=bags
     )
 
 
@@ -88,6 +103,10 @@ SCHEMAS = {
     "all_large": Schema(fields(40, 60), ("x",), ("click", "conversion"), funnel=True),
     "no_numerical": Schema(fields(3, 40), (), ("click", "conversion"), funnel=True),
     "no_categorical": Schema((), ("x", "y"), ("click", "conversion"), funnel=True),
+    "multivalued": Schema(
+        fields(3, 40), ("x",), ("click", "conversion"), funnel=True, multivalued=fields(4, 30)
+    ),
+    "bags_alone": Schema((), (), ("click", "conversion"), funnel=True, multivalued=fields(30)),
     "all_small": Schema(fields(3, 2), ("x",), ("click", "conversion"), funnel=True),
 }
 
@@ -110,9 +129,35 @@ def test_outputs_and_gradients_equal_the_formulas(model, schema, rows, make_batc
     torch.testing.assert_close(output.positive.exp(), p, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(output.negative.exp(), 1 - p, rtol=1e-10, atol=1e-12)
     for name, parameter in network.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad, weights[name].grad, rtol=1e-10, atol=1e-13, msg=name
-        )
+        expected = weights[name].grad  # None where the only bag is empty
+        expected = torch.zeros_like(parameter) if expected is None else expected
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("model", BUILD)
+def test_bags_can_be_summed(model, make_batch):
+    schema = SCHEMAS["multivalued"]
+    network, batch = in_float64(
+        BUILD[model](schema, **PLAIN | {"bag_mode": "sum"}), make_batch(schema)
+    )
+
+    output = network(batch)
+
+    expected = reference(model, dict(network.named_parameters()), batch, 2, bag_mode="sum")
+    torch.testing.assert_close(output.positive.exp(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_bag_whose_weights_are_all_zero_is_worth_an_empty_one(make_batch):
+    schema = SCHEMAS["multivalued"]
+    network, batch = BUILD["esmm"](schema, **PLAIN), make_batch(schema)
+    for bags in batch.bags:
+        bags.weights[:] = 0
+
+    rows = network.input(batch)
+    cross_entropies(network(batch), batch.labels).sum().backward()
+
+    assert rows[:, 10:20].eq(0).all()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("model", ["shared_bottom", "mmoe"])
@@ -175,7 +220,7 @@ def test_only_mmoe_has_shared_layers_side_by_side(funnel_schema):
 
 
 def test_dropout_acts_in_training_only(funnel_schema, make_batch):
-    network = BUILD["mmoe"](funnel_schema, dropout=0.5, batch_norm=False)
+    network = BUILD["mmoe"](funnel_schema, **PLAIN | {"dropout": 0.5})
     batch = make_batch(funnel_schema)
 
     training = [network(batch).positive for _ in range(2)]
@@ -187,7 +232,7 @@ def test_dropout_acts_in_training_only(funnel_schema, make_batch):
 
 
 def test_batch_norm_follows_each_hidden_linear_layer(funnel_schema, make_batch):
-    network = BUILD["esmm"](funnel_schema, dropout=0.0, batch_norm=True)
+    network = BUILD["esmm"](funnel_schema, **PLAIN | {"batch_norm": True})
 
     pairs = itertools.pairwise(network.towers[0])
     after_linear = [type(b).__name__ for a, b in pairs if isinstance(a, torch.nn.Linear)]
@@ -217,6 +262,7 @@ def test_a_data_set_without_features_is_refused():
         ({"bottom_widths": ["a"]}, "model.bottom_widths must be an integer >= 1, got 'a'"),
         ({"dropout": 1.0}, r"model.dropout must be a number in \[0, 1\), got 1.0"),
         ({"batch_norm": 1}, "model.batch_norm must be true or false, got 1"),
+        ({"bag_mode": "max"}, "model.bag_mode must be one of mean, sum; got 'max'"),
     ],
 )
 def test_sizes_out_of_range_are_refused(keys, message, funnel_schema):

@@ -49,7 +49,7 @@ def make_mtn(**keys):
 
 def make_network(schema, build=SharedBottom, seed=0):
     torch.manual_seed(seed)
-    keys = {"embedding_dim": 4, "dropout": 0.0, "batch_norm": False}
+    keys = {"embedding_dim": 4, "bag_mode": "mean", "dropout": 0.0, "batch_norm": False}
     if build is ESMM:
         return ESMM(schema, tower_widths=[6, 5], **keys)
     if build is MMoE:

@@ -33,7 +33,9 @@ class Data(L.LightningDataModule):
         }
         world, rank = self.trainer.world_size, self.trainer.global_rank
         sampler = TrainSampler(ROWS, GLOBAL_BATCH // world, 0, rank, world)
-        return DataLoader(RowGatherer(arrays, np.arange(ROWS)), sampler=sampler, batch_size=None)
+        return DataLoader(
+            RowGatherer(arrays, np.arange(ROWS), SCHEMA), sampler=sampler, batch_size=None
+        )
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self.train_dataloader()
@@ -44,6 +46,7 @@ def main(devices: int, out: str) -> None:
     network = SharedBottom(
         SCHEMA,
         embedding_dim=4,
+        bag_mode="mean",
         bottom_widths=[6],
         tower_widths=[5, 4],
         dropout=0.0,

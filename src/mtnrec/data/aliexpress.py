@@ -15,8 +15,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from mtnrec.checks import InputError, check_choice
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.delimited import read_delimited, refuse_rows
-from mtnrec.data.store import Arrays, Manifest, write_prepared
-from mtnrec.data.vocabulary import Vocabulary, encode_in_place
+from mtnrec.data.store import Arrays, Manifest
+from mtnrec.data.vocabulary import ValueCounts, encode_in_place
+from mtnrec.data.writer import write_prepared
 from mtnrec.schema import Schema
 
 CATEGORICAL = tuple(f"categorical_{i}" for i in range(1, 17))
@@ -68,7 +69,7 @@ class AliExpress(DataModule):
                 "data.raw_dir is not given: name the folder with train.csv and test.csv, "
                 f"`data.raw_dir=DIR`. {self.origin}"
             )
-        vocabularies = [Vocabulary() for _ in CATEGORICAL]
+        counts = [ValueCounts() for _ in CATEGORICAL]
         dropped = {}
         columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,} rows"))
         with (
@@ -84,9 +85,10 @@ class AliExpress(DataModule):
                     dropped[split] += frame.height - len(arrays["labels"])
                     writer.append(split, arrays)
                     if split == "train":
-                        for column, vocabulary in enumerate(vocabularies):
-                            vocabulary.update(arrays["categorical"][:, column])
+                        for column, values in enumerate(counts):
+                            values.update(arrays["categorical"][:, column])
                     progress.advance(bar, frame.height)
+            vocabularies = [values.vocabulary() for values in counts]
             fields = encode_in_place(writer, _SPLITS, CATEGORICAL, vocabularies)
             return writer.finish(
                 source=self.name,

@@ -12,9 +12,17 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mtnrec.batch import Batch
-from mtnrec.checks import InputError, check_flag, check_integer, check_number
-from mtnrec.data.store import Arrays, Manifest, NotPreparedError, open_prepared, verify_prepared
+from mtnrec.batch import Bags, Batch
+from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
+from mtnrec.data.store import (
+    BAG_DTYPES,
+    Arrays,
+    Manifest,
+    NotPreparedError,
+    bag_stem,
+    open_prepared,
+    verify_prepared,
+)
 from mtnrec.schema import Schema
 
 Rows = npt.NDArray[np.int64]
@@ -24,13 +32,15 @@ Rows = npt.NDArray[np.int64]
 class DataModule(L.LightningDataModule, ABC):
     """Feeds the splits of a prepared data set; a subclass knows how to prepare one.
 
-    A share of the training rows, drawn at random, is the validation set (paper, section 3.1).
+    A share of the training rows is the validation set: drawn at random (paper, section 3.1), or
+    whole groups (users, searches) drawn at random, or the last rows.
 
     Args:
         name: Name of the data set, as in the config group ``data``.
         dir: Folder of the prepared data set.
         batch_size: Rows of a batch in each process.
         validation_share: Share of the training rows that validate, in (0, 1).
+        validation_split: ``random``, ``grouped`` or ``last``.
         split_seed: Seed of that draw.
         seed: Seed of the order of the training rows, which is a function of (seed, epoch, rank).
         verify: Whether to compare every file with its checksum before training; reads all bytes.
@@ -42,6 +52,7 @@ class DataModule(L.LightningDataModule, ABC):
     dir: str | Path
     batch_size: int
     validation_share: float
+    validation_split: str
     split_seed: int
     seed: int
     verify: bool
@@ -54,6 +65,7 @@ class DataModule(L.LightningDataModule, ABC):
         )
         if self.validation_share == 0:
             raise InputError("data.validation_share must be above 0: validation chooses the epoch")
+        check_choice("data.validation_split", self.validation_split, ["random", "grouped", "last"])
         check_integer("data.split_seed", self.split_seed, minimum=0)
         check_integer("data.seed", self.seed, minimum=0)
         check_flag("data.verify", self.verify)
@@ -88,20 +100,37 @@ class DataModule(L.LightningDataModule, ABC):
         if self._arrays is not None:
             return
         self.manifest, arrays = open_prepared(Path(self.dir))
-        train_rows = self.manifest.rows["train"]
-        validation_rows = round(self.validation_share * train_rows)
-        if not 0 < validation_rows < train_rows or not self.manifest.rows["test"]:
+        rows = {split: self.manifest.rows.get(split, 0) for split in ("train", "test")}
+        validates = self._validates(rows["train"], arrays["train"].get("group"))
+        if not 0 < np.count_nonzero(validates) < rows["train"] or not rows["test"]:
             raise InputError(
-                f"{self.dir} has {train_rows} training and {self.manifest.rows['test']} test rows: "
-                f"too few to train, validate on a share of {self.validation_share} and test"
+                f"{self.dir} has {rows['train']} training and {rows['test']} test rows: too few to "
+                f"train, validate on a share of {self.validation_share} and test"
             )
-        order = np.random.default_rng(self.split_seed).permutation(train_rows)
         self._rows: dict[str, Rows] = {
-            "train": np.sort(order[validation_rows:]),
-            "val": np.sort(order[:validation_rows]),
-            "test": np.arange(self.manifest.rows["test"]),
+            "train": np.flatnonzero(~validates),
+            "val": np.flatnonzero(validates),
+            "test": np.arange(rows["test"]),
         }
         self._arrays = {"train": arrays["train"], "val": arrays["train"], "test": arrays["test"]}
+
+    def _validates(self, rows: int, group: npt.NDArray[np.int64] | None) -> npt.NDArray[np.bool_]:
+        """Say of each training row whether it validates."""
+        rng = np.random.default_rng(self.split_seed)
+        if self.validation_split == "grouped":
+            if group is None:
+                raise InputError(
+                    f"{self.dir} has no groups: choose data.validation_split=random or last"
+                )
+            groups, member = np.unique(group, return_inverse=True)
+            drawn = rng.permutation(len(groups)) < round(self.validation_share * len(groups))
+            return drawn[member]
+        order = (
+            rng.permutation(rows) if self.validation_split == "random" else np.arange(rows)[::-1]
+        )
+        validates = np.zeros(rows, np.bool_)
+        validates[order[: round(self.validation_share * rows)]] = True
+        return validates
 
     @property
     def schema(self) -> Schema:
@@ -142,7 +171,7 @@ class DataModule(L.LightningDataModule, ABC):
     def _loader(self, split: str, sampler: "Sampler[Rows]") -> DataLoader[Batch]:
         if self._arrays is None:
             raise RuntimeError("call setup() first")
-        rows = RowGatherer(self._arrays[split], self._rows[split])
+        rows = RowGatherer(self._arrays[split], self._rows[split], self.schema)
         return DataLoader(
             rows,
             batch_size=None,  # the sampler's items are batches, each gathered by one index
@@ -165,9 +194,10 @@ class RowGatherer(Dataset[Batch]):
         rows: The rows of those arrays that belong here, ``(rows,)``.
     """
 
-    def __init__(self, arrays: Arrays, rows: Rows) -> None:
+    def __init__(self, arrays: Arrays, rows: Rows, schema: Schema) -> None:
         self._arrays = {stem: np.asarray(array) for stem, array in arrays.items()}
         self._rows = rows
+        self._multivalued = [field.name for field in schema.multivalued]
 
     def __getitem__(self, positions: Rows) -> Batch:
         rows = self._rows[positions]
@@ -177,6 +207,23 @@ class RowGatherer(Dataset[Batch]):
             numerical=torch.from_numpy(self._arrays["numerical"][rows]),
             labels=torch.from_numpy(self._arrays["labels"][rows]).float(),
             group=None if group is None else torch.from_numpy(group[rows]),
+            bags=tuple(
+                self._gather_bags(field, self._arrays["bag"][rows, column])
+                for column, field in enumerate(self._multivalued)
+            ),
+        )
+
+    def _gather_bags(self, field: str, bags: npt.NDArray[np.int32]) -> Bags:
+        offsets, tokens, weights = (self._arrays[bag_stem(field, part)] for part in BAG_DTYPES)
+        starts = offsets[bags]
+        lengths = offsets[bags + 1] - starts
+        ends = lengths.cumsum()
+        total = int(ends[-1]) if len(ends) else 0
+        positions = np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+        return Bags(
+            torch.from_numpy(tokens[positions]),
+            torch.from_numpy(weights[positions]),
+            torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         )
 
     def __len__(self) -> int:

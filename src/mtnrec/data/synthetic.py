@@ -23,8 +23,9 @@ import numpy.typing as npt
 
 from mtnrec.checks import InputError, check_integer, check_number
 from mtnrec.data.datamodule import DataModule
-from mtnrec.data.store import SCHEMA_FILE, Arrays, Manifest, open_prepared, write_prepared
-from mtnrec.data.vocabulary import Vocabulary, encode_in_place
+from mtnrec.data.store import SCHEMA_FILE, Arrays, Manifest, open_prepared
+from mtnrec.data.vocabulary import ValueCounts, encode_in_place
+from mtnrec.data.writer import write_prepared
 from mtnrec.schema import Schema
 
 _SEARCHES_PER_CHUNK = 8192
@@ -155,7 +156,7 @@ class Synthetic(DataModule):
         """Generate the log and write it as a prepared data set."""
         searches = -(-self.rows // self.rows_per_search)
         test_from = self.rows_per_search * round(searches * (1 - self.test_share))
-        vocabularies = [Vocabulary() for _ in self.sizes]
+        counts = [ValueCounts() for _ in self.sizes]
         with write_prepared(Path(self.dir), _SPLITS) as writer:
             for chunk, first in enumerate(range(0, searches, _SEARCHES_PER_CHUNK)):
                 last = min(first + _SEARCHES_PER_CHUNK, searches)
@@ -163,11 +164,12 @@ class Synthetic(DataModule):
                 arrays = self._draw(chunk, last - first)
                 arrays["group"] += first
                 train = int(np.clip(test_from - first * self.rows_per_search, 0, rows))
-                for column, vocabulary in enumerate(vocabularies):
-                    vocabulary.update(arrays["categorical"][:train, column])
+                for column, values in enumerate(counts):
+                    values.update(arrays["categorical"][:train, column])
                 for split, part in zip(_SPLITS, (slice(train), slice(train, rows)), strict=True):
                     writer.append(split, {stem: array[part] for stem, array in arrays.items()})
             names = tuple(f"categorical_{i + 1}" for i in range(len(self.sizes)))
+            vocabularies = [values.vocabulary() for values in counts]
             fields = encode_in_place(writer, _SPLITS, names, vocabularies)
             numerical = tuple(f"numerical_{i + 1}" for i in range(self.numerical_features))
             schema = Schema(fields, numerical, ("click", "conversion"), funnel=True)

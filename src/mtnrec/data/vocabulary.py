@@ -1,48 +1,130 @@
-"""Vocabularies: raw value to index, index 0 for a missing or unseen value."""
+"""Vocabularies: raw value to index, index 0 for a missing, rare or unseen value."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from mtnrec.data.store import Writer
+from mtnrec.data.writer import Writer
 from mtnrec.schema import CategoricalField
 
-_ROWS_PER_CHUNK = 1 << 20
+_SMALLEST_MERGE = 1 << 20
+_LARGEST_TABLE = 1 << 26  # entries: 256 MiB
+
+Integers = npt.NDArray[np.int32]
+
+
+class ValueCounts:
+    """How many training rows hold each value of an integer field."""
+
+    def __init__(self) -> None:
+        self._values: Integers = np.empty(0, np.int32)
+        self._counts: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._pending: list[tuple[Integers, npt.NDArray[np.int64]]] = []
+
+    def update(self, column: Integers, rows: npt.NDArray[np.int64] | None = None) -> None:
+        """Count the values of a chunk.
+
+        Args:
+            column: ``(n,)``.
+            rows: Training rows that each entry of ``column`` stands for, ``(n,)``; one if None.
+        """
+        if rows is None:
+            values, counts = np.unique(column, return_counts=True)
+            self._pending.append((values, counts.astype(np.int64)))
+        else:
+            self._pending.append(_sum_by_value(column, rows))
+        # Merging costs as much as all that was seen, so it waits until as much is pending.
+        pending = sum(len(values) for values, _ in self._pending)
+        if pending > max(_SMALLEST_MERGE, len(self._values)):
+            self._merge()
+
+    def vocabulary(self, *, min_count: int = 1, missing: int | None = None) -> "Vocabulary":
+        """Return the values that at least ``min_count`` rows hold.
+
+        Args:
+            min_count: At least 1.
+            missing: A value that stands for none; None if every integer is a value.
+        """
+        self._merge()
+        keep = self._counts >= min_count
+        if missing is not None:
+            keep &= self._values != missing
+        return Vocabulary(self._values[keep])
+
+    def _merge(self) -> None:
+        parts = [(self._values, self._counts), *self._pending]
+        self._values, self._counts = _sum_by_value(
+            np.concatenate([values for values, _ in parts]),
+            np.concatenate([counts for _, counts in parts]),
+        )
+        self._pending = []
+
+
+def _sum_by_value(
+    values: Integers, rows: npt.NDArray[np.int64]
+) -> tuple[Integers, npt.NDArray[np.int64]]:
+    if not len(values):
+        return values, rows
+    order = values.argsort(kind="stable")
+    values, rows = values[order], rows[order]
+    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
+    return values[starts], np.add.reduceat(rows, starts)
 
 
 class Vocabulary:
-    """The values of one integer field that occur in the training rows."""
+    """The values of one integer field that have an index, 1 for the smallest.
 
-    def __init__(self) -> None:
-        self.values: npt.NDArray[np.int32] = np.empty(0, np.int32)
+    Args:
+        values: Ascending, ``(n,)``.
+    """
 
-    def update(self, column: npt.NDArray[np.int32]) -> None:
-        """Add the values of a chunk of training rows, ``(rows,)``."""
-        self.values = np.union1d(self.values, column)
+    def __init__(self, values: Integers) -> None:
+        self.values = values
+        self._lowest = int(values[0]) - 1 if len(values) else 0
+        span = int(values[-1]) - self._lowest + 2 if len(values) else 1
+        self._table: Integers | None = None
+        if span <= min(_LARGEST_TABLE, max(64 * len(values), 1 << 16)):
+            # One look-up an entry; values below and above fall on its ends, which hold 0.
+            self._table = np.zeros(span, np.int32)
+            self._table[values.astype(np.int64) - self._lowest] = np.arange(1, len(values) + 1)
 
-    def encode(self, column: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Turn raw values into indices; values are numbered from 1 in ascending order.
+    @property
+    def size(self) -> int:
+        """Number of indices, 0 included."""
+        return len(self.values) + 1
 
-        >>> vocabulary = Vocabulary()
-        >>> vocabulary.update(np.array([30, 10, 30], np.int32))
-        >>> vocabulary.encode(np.array([10, 20, 30], np.int32))
+    def encode(self, column: Integers) -> Integers:
+        """Turn raw values ``(rows,)`` into indices.
+
+        >>> Vocabulary(np.array([10, 30], np.int32)).encode(np.array([10, 20, 30], np.int32))
         array([1, 0, 2], dtype=int32)
         """
+        if self._table is not None:
+            return self._table.take(column.astype(np.int64) - self._lowest, mode="clip")
         if not len(self.values):
             return np.zeros(len(column), np.int32)
         position = np.searchsorted(self.values, column).clip(max=len(self.values) - 1)
         return np.where(self.values[position] == column, position + 1, 0).astype(np.int32)
 
-    def write(self, path: Path) -> None:
-        """Write a Parquet table with the columns ``value`` and ``index``."""
-        index = np.arange(1, len(self.values) + 1, dtype=np.int32)
-        pl.DataFrame({"value": self.values, "index": index}).write_parquet(path)
+    def write(self, folder: Path, name: str) -> CategoricalField:
+        """Write ``vocabulary/<name>.parquet``, the columns ``value`` and ``index``."""
+        (folder / "vocabulary").mkdir(exist_ok=True)
+        index = np.arange(1, self.size, dtype=np.int32)
+        table = pl.DataFrame({"value": self.values, "index": index})
+        table.write_parquet(folder / "vocabulary" / f"{name}.parquet")
+        return CategoricalField(name, self.size)
 
 
 def encode_in_place(
-    writer: Writer, splits: tuple[str, ...], names: tuple[str, ...], vocabularies: list[Vocabulary]
+    writer: Writer,
+    splits: Sequence[str],
+    names: Sequence[str],
+    vocabularies: Sequence[Vocabulary],
+    *,
+    threads: int = 1,
 ) -> tuple[CategoricalField, ...]:
     """Replace the raw values that ``writer`` holds by indices, and write the vocabularies.
 
@@ -50,17 +132,15 @@ def encode_in_place(
     grow with its rows.
     """
     writer.close_arrays()
+
+    def encode(rows: Integers) -> Integers:
+        for column, vocabulary in enumerate(vocabularies):
+            rows[:, column] = vocabulary.encode(rows[:, column])
+        return rows
+
     for split in splits:
-        array = writer.rewrite(split, "categorical")
-        for start in range(0, len(array), _ROWS_PER_CHUNK):
-            chunk = array[start : start + _ROWS_PER_CHUNK]
-            for column, vocabulary in enumerate(vocabularies):
-                chunk[:, column] = vocabulary.encode(chunk[:, column])
-    folder = writer.directory / "vocabulary"
-    folder.mkdir()
-    for name, vocabulary in zip(names, vocabularies, strict=True):
-        vocabulary.write(folder / f"{name}.parquet")
+        writer.rewrite(split, "categorical", encode, threads=threads)
     return tuple(
-        CategoricalField(name, len(vocabulary.values) + 1)
+        vocabulary.write(writer.directory, name)
         for name, vocabulary in zip(names, vocabularies, strict=True)
     )

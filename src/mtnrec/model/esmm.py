@@ -23,6 +23,7 @@ class ESMM(nn.Module):
     Args:
         schema: Fields and labels of the data, which must be a funnel.
         embedding_dim: ``D``.
+        bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
         tower_widths: Outputs of each tower's hidden layers; they hold the widths of what other
             models call bottom and tower.
         dropout: In [0, 1); the paper uses 0.
@@ -37,6 +38,7 @@ class ESMM(nn.Module):
         schema: Schema,
         *,
         embedding_dim: int,
+        bag_mode: str,
         tower_widths: Sequence[int],
         dropout: float,
         batch_norm: bool,
@@ -49,7 +51,7 @@ class ESMM(nn.Module):
                 "model=mmoe"
             )
         check_sizes(dropout=dropout, batch_norm=batch_norm, tower_widths=tower_widths)
-        self.input = FeatureInput(schema, embedding_dim)
+        self.input = FeatureInput(schema, embedding_dim, bag_mode)
         self.towers = ParallelMLPs(
             len(schema.labels),
             self.input.out_features,

@@ -7,37 +7,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtnrec.batch import Batch, LogProbabilities
-from mtnrec.checks import InputError, check_flag, check_integer, check_number
+from mtnrec.batch import Bags, Batch, LogProbabilities
+from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
 from mtnrec.schema import Schema
 
 
 class FeatureInput(nn.Module):
     """The features of a batch, one dense row each, as MTReclib lays them out.
 
-    Every categorical field looks up a ``D``-wide vector; all numerical features pass through one
-    linear map to one more. The vectors side by side are the row.
+    Every categorical field looks up a ``D``-wide vector, every multi-valued field sums or averages
+    the vectors of its tokens with their weights (an empty bag gives zeros), and all numerical
+    features pass through one linear map to one more. The vectors side by side are the row.
 
     Args:
         schema: The fields.
         embedding_dim: ``D``.
+        bag_mode: ``mean``, the weighted mean of the tokens' vectors, or ``sum``.
     """
 
-    def __init__(self, schema: Schema, embedding_dim: int) -> None:
+    def __init__(self, schema: Schema, embedding_dim: int, bag_mode: str) -> None:
         super().__init__()
         check_integer("model.embedding_dim", embedding_dim, minimum=1)
-        if not schema.categorical and not schema.numerical:
+        check_choice("model.bag_mode", bag_mode, ["mean", "sum"])
+        if not schema.categorical and not schema.multivalued and not schema.numerical:
             raise InputError("the data set has no features: a model needs at least one")
         sizes = [field.vocabulary_size for field in schema.categorical]
         self.tables = nn.ModuleList(nn.Embedding(size, embedding_dim) for size in sizes)
-        for table in self._embeddings():
+        self.bag_tables = nn.ModuleList(
+            nn.Embedding(field.vocabulary_size, embedding_dim) for field in schema.multivalued
+        )
+        self._bag_mode = bag_mode
+        for table in [*_embeddings(self.tables), *_embeddings(self.bag_tables)]:
             nn.init.xavier_uniform_(table.weight)
             with torch.no_grad():
                 table.weight[0] = 0  # missing or unseen: rare in training, so start it neutral
         self.numerical = (
             nn.Linear(len(schema.numerical), embedding_dim) if schema.numerical else None
         )
-        self.out_features = embedding_dim * (len(sizes) + bool(schema.numerical))
+        self.out_features = embedding_dim * (
+            len(sizes) + len(schema.multivalued) + bool(schema.numerical)
+        )
         self._embedding_dim = embedding_dim
         # A one-hot vector no wider than the embedding makes a product no dearer.
         self._small = [field for field, size in enumerate(sizes) if size <= embedding_dim]
@@ -47,9 +56,11 @@ class FeatureInput(nn.Module):
         self.register_buffer("_one_hot_starts", torch.tensor(starts), persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the rows, ``(B, (F + 1) * D)``; without numerical features ``(B, F * D)``."""
+        """Return the rows, ``(B, (F + M + 1) * D)``, and one ``D`` less without numericals."""
         columns = batch.categorical.unbind(dim=1)
-        vectors = [table(column) for table, column in zip(self._embeddings(), columns, strict=True)]
+        tables = _embeddings(self.tables)
+        vectors = [table(column) for table, column in zip(tables, columns, strict=True)]
+        vectors += self._bag_vectors(batch)
         if self.numerical is not None:
             vectors.append(self.numerical(batch.numerical))
         return torch.cat(vectors, dim=1)
@@ -75,7 +86,7 @@ class FeatureInput(nn.Module):
         bias = torch.cat([layer.bias for layer in layers])
         blocks = weights.split(self._embedding_dim, dim=1)
         columns, maps = [], []
-        tables = self._embeddings()
+        tables = _embeddings(self.tables)
         if self._small:
             columns.append(self._one_hot(batch))
             maps += [blocks[field] @ tables[field].weight.T for field in self._small]
@@ -85,18 +96,45 @@ class FeatureInput(nn.Module):
             bias = bias + blocks[-1] @ self.numerical.bias
         columns += [tables[field](batch.categorical[:, field]) for field in self._large]
         maps += [blocks[field] for field in self._large]
+        columns += self._bag_vectors(batch)
+        maps += blocks[len(tables) : len(tables) + len(self.bag_tables)]
         outputs = F.linear(torch.cat(columns, dim=1), torch.cat(maps, dim=1), bias)
         return list(outputs.split([layer.out_features for layer in layers], dim=1))
 
     def _one_hot(self, batch: Batch) -> Tensor:
         """Return the small fields as ones among zeros, ``(B, sum of their vocabularies)``."""
         positions = batch.categorical[:, self._small] + self.get_buffer("_one_hot_starts")
-        dtype = self._embeddings()[0].weight.dtype
+        dtype = _embeddings(self.tables)[0].weight.dtype
         zeros = torch.zeros(len(batch), self._one_hot_width, dtype=dtype, device=positions.device)
         return zeros.scatter_(1, positions, 1)
 
-    def _embeddings(self) -> list[nn.Embedding]:
-        return [table for table in self.tables if isinstance(table, nn.Embedding)]
+    def _bag_vectors(self, batch: Batch) -> list[Tensor]:
+        """Return a vector ``(B, D)`` for each multi-valued field."""
+        return [
+            self._bag_vector(table, bags)
+            for table, bags in zip(_embeddings(self.bag_tables), batch.bags, strict=True)
+        ]
+
+    def _bag_vector(self, table: nn.Embedding, bags: Bags) -> Tensor:
+        weights = bags.weights
+        if self._bag_mode == "mean":
+            lengths = bags.offsets.diff()
+            row = torch.repeat_interleave(lengths)
+            totals = weights.new_zeros(len(lengths)).index_add(0, row, weights)
+            # Where all weights are zero the sum is zero too, whatever it is divided by.
+            weights = weights / totals.where(totals != 0, 1)[row]
+        return F.embedding_bag(
+            bags.tokens,
+            table.weight,
+            bags.offsets,
+            mode="sum",
+            per_sample_weights=weights,
+            include_last_offset=True,
+        )
+
+
+def _embeddings(tables: nn.ModuleList) -> list[nn.Embedding]:
+    return [table for table in tables if isinstance(table, nn.Embedding)]
 
 
 class MLP(nn.Sequential):

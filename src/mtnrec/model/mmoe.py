@@ -24,6 +24,7 @@ class MMoE(nn.Module):
     Args:
         schema: Fields and labels of the data; one gate and one tower a label.
         embedding_dim: ``D``.
+        bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
         experts: ``E``.
         expert_widths: Outputs of each expert's layers.
         tower_widths: Outputs of each tower's hidden layers.
@@ -36,6 +37,7 @@ class MMoE(nn.Module):
         schema: Schema,
         *,
         embedding_dim: int,
+        bag_mode: str,
         experts: int,
         expert_widths: Sequence[int],
         tower_widths: Sequence[int],
@@ -50,7 +52,7 @@ class MMoE(nn.Module):
             expert_widths=expert_widths,
             tower_widths=tower_widths,
         )
-        self.input = FeatureInput(schema, embedding_dim)
+        self.input = FeatureInput(schema, embedding_dim, bag_mode)
         width = self.input.out_features
         self.experts = ParallelMLPs(
             experts, width, expert_widths, dropout=dropout, batch_norm=batch_norm

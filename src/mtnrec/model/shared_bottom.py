@@ -23,6 +23,7 @@ class SharedBottom(nn.Module):
     Args:
         schema: Fields and labels of the data; one tower a label.
         embedding_dim: ``D``.
+        bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
         bottom_widths: Outputs of the bottom's layers.
         tower_widths: Outputs of each tower's hidden layers.
         dropout: In [0, 1); the paper uses 0.
@@ -34,6 +35,7 @@ class SharedBottom(nn.Module):
         schema: Schema,
         *,
         embedding_dim: int,
+        bag_mode: str,
         bottom_widths: Sequence[int],
         tower_widths: Sequence[int],
         dropout: float,
@@ -46,7 +48,7 @@ class SharedBottom(nn.Module):
             bottom_widths=bottom_widths,
             tower_widths=tower_widths,
         )
-        self.input = FeatureInput(schema, embedding_dim)
+        self.input = FeatureInput(schema, embedding_dim, bag_mode)
         self.bottom = MLP(
             self.input.out_features, bottom_widths, dropout=dropout, batch_norm=batch_norm
         )
