@@ -197,7 +197,7 @@ class Writer:
         )
         checksums = {path.relative_to(self.directory).as_posix(): sha256(path) for path in files}
         missing = {
-            split: {name: n for name, n in counts.items() if n}
+            split: {name: int(n) for name, n in counts.items() if n}
             for split, counts in self.missing.items()
         }
         manifest = Manifest(

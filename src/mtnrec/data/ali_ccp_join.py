@@ -1,0 +1,225 @@
+"""Joining Ali-CCP's skeleton with its common features."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from mtnrec.data.raw import BadRows, Block, Meter
+from mtnrec.data.store import bag_stem
+from mtnrec.data.triples import MISSING, Lines, Selection, describe_error
+from mtnrec.data.vocabulary import ValueCounts
+from mtnrec.data.writer import Writer
+
+COMMON_FIELDS = (
+    *("101", "109_14", "110_14", "121", "122", "124", "125", "126", "127", "127_14", "128", "129"),
+    "150_14",
+)
+SKELETON_FIELDS = ("205", "206", "207", "210", "216", "301", "508", "509", "702", "853")
+USER = "101"
+
+Parsed = Iterator[tuple[Block, Lines]]
+Flags = npt.NDArray[np.bool_]
+Integers = npt.NDArray[np.int64]
+
+
+class Columns:
+    """Which column of the prepared arrays comes from which file.
+
+    Args:
+        ids: Fields of the categorical columns.
+        values: Fields of the numerical columns.
+        bags: Multi-valued fields whose tokens are all kept.
+        first: Fields of which the first triple counts, not the last.
+    """
+
+    def __init__(
+        self, ids: Sequence[str], values: Sequence[str], bags: Sequence[str], first: Sequence[str]
+    ) -> None:
+        self.ids, self.values, self.bags = ids, values, bags
+        self.value_names = tuple(f"D{name}" for name in values)
+        self.common, self.skeleton = (
+            Selection(
+                ids=[name for name in ids if name in fields],
+                values=[name for name in values if name in fields],
+                bags=[name for name in bags if name in fields],
+                first=first,
+            )
+            for fields in (COMMON_FIELDS, SKELETON_FIELDS)
+        )
+        if USER not in self.common.ids:  # it is the group in any case
+            self.common = replace(self.common, ids=[*self.common.ids, USER])
+        joined = [*self.common.ids, *self.skeleton.ids]
+        self.id_order = [joined.index(name) for name in ids]
+        self.user = joined.index(USER)
+        joined = [*self.common.values, *self.skeleton.values]
+        self.value_order = [joined.index(name) for name in values]
+
+
+class Log:
+    """One split: its common features in memory, its rows on their way to the disk.
+
+    The rows hold raw ids and values until the vocabularies and scales are known.
+
+    Args:
+        split: ``train`` or ``test``.
+        columns: What is kept.
+        writer: Where it goes.
+        meter: Counts the lines.
+        bad_rows: What becomes of a line that breaks the format.
+    """
+
+    def __init__(
+        self, split: str, columns: Columns, writer: Writer, meter: Meter, bad_rows: BadRows
+    ) -> None:
+        self._split, self._columns = split, columns
+        self._writer, self._meter, self._bad_rows = writer, meter, bad_rows
+        self.counts = {name: ValueCounts() for name in columns.ids}
+        self.lowest = np.full(len(columns.values), np.inf)
+        self.highest = -self.lowest
+        self._bag_lengths: dict[str, list[Integers]] = {name: [] for name in columns.common.bags}
+        self._rows = self._orphans = self._skipped = 0
+
+    def read_common(self, parsed: Parsed) -> None:
+        """Keep the common features, and write their bags.
+
+        Raises:
+            InputError: If two lines have the same index.
+        """
+        index, ids, values, line = [], [], [], []
+        for block, lines in parsed:
+            good = self._refuse_errors(block, lines)
+            index.append(lines.index[good])
+            ids.append(lines.ids[good])
+            values.append(lines.values[good].astype(np.float32))
+            line.append(block.first_line + np.flatnonzero(good))
+            for name, bags in zip(self._columns.common.bags, lines.bags, strict=True):
+                self._append_bags(name, bags, good)
+            self._meter.advance(len(good))
+        self._index = np.concatenate(index)
+        self._common_ids, self._common_values = np.concatenate(ids), np.concatenate(values)
+        self._common_rows = np.zeros(len(self._index), np.int64)
+        self._order = self._index.argsort(kind="stable")
+        self._sorted = self._index[self._order]
+        lines_of = np.concatenate(line)
+        for place in np.flatnonzero(self._sorted[1:] == self._sorted[:-1]):
+            first, second = lines_of[self._order[place : place + 2]]
+            self._skipped += 1
+            self._bad_rows.add(
+                block.source,
+                int(second),
+                f"a common index must occur once (line {first} has it too)",
+                f"{self._sorted[place]:016x}",
+            )
+
+    def read_skeleton(self, parsed: Parsed) -> None:
+        """Join the rows with their common features and append them."""
+        for block, lines in parsed:
+            good = self._refuse_errors(block, lines)
+            place, known = self._look_up(lines.index)
+            for row in np.flatnonzero(good & ~known):
+                self._skipped += 1
+                self._bad_rows.add(
+                    block.source,
+                    block.first_line + int(row),
+                    f"the common index must be in common_features_{self._split}.csv",
+                    f"{lines.index[row]:016x}",
+                )
+            good &= known
+            orphans = good & (lines.labels[:, 1] > lines.labels[:, 0])
+            self._orphans += int(orphans.sum())
+            self._append(lines, place, good & ~orphans)
+            self._meter.advance(len(good))
+
+    def _refuse_errors(self, block: Block, lines: Lines) -> Flags:
+        for row in np.flatnonzero(lines.error):
+            self._skipped += 1
+            rule, found = describe_error(block.data, lines, int(row))
+            self._bad_rows.add(block.source, block.first_line + int(row), rule, found)
+        return lines.error == 0
+
+    def _look_up(self, index: npt.NDArray[np.uint64]) -> tuple[Integers, Flags]:
+        """Return the common line of each row, and whether there is one."""
+        # Rows come in runs of the same index: one search a run.
+        starts = np.flatnonzero(np.r_[True, index[1:] != index[:-1]])
+        lengths = np.diff(np.r_[starts, len(index)])
+        found = np.searchsorted(self._sorted, index[starts]).clip(max=len(self._sorted) - 1)
+        known = self._sorted[found] == index[starts]
+        return np.repeat(self._order[found], lengths), np.repeat(known, lengths)
+
+    def _append(self, lines: Lines, place: Integers, keep: Flags) -> None:
+        columns, place = self._columns, place[keep]
+        joined = np.concatenate([self._common_ids[place], lines.ids[keep]], axis=1)
+        values = np.concatenate([self._common_values[place], lines.values[keep]], axis=1)
+        categorical, values = joined[:, columns.id_order], values[:, columns.value_order]
+        user = joined[:, columns.user].astype(np.int64)
+        missing = self._writer.missing[self._split]
+        missing.update(dict(zip(columns.ids, (categorical == MISSING).sum(0), strict=True)))
+        missing.update(dict(zip(columns.value_names, np.isnan(values).sum(0), strict=True)))
+        numerical = np.nan_to_num(values).astype(np.float32)
+        arrays = {
+            "categorical": categorical,
+            "numerical": numerical,
+            "labels": lines.labels[keep],
+            "group": np.where(user == MISSING, -1 - place, user),
+        }
+        if columns.bags:
+            own = self._rows + np.arange(len(place))
+            arrays["bag"] = np.stack(
+                [place if name in COMMON_FIELDS else own for name in columns.bags], axis=1
+            )
+        self._writer.append(self._split, arrays)
+        for name, bags in zip(columns.skeleton.bags, lines.bags, strict=True):
+            self._append_bags(name, bags, keep)
+        self._rows += len(place)
+        self._common_rows += np.bincount(place, minlength=len(self._common_rows))
+        if self._split == "train":
+            for column, name in enumerate(columns.ids):
+                if name in SKELETON_FIELDS:
+                    self.counts[name].update(categorical[:, column])
+            self.lowest = np.minimum(self.lowest, numerical.min(0, initial=np.inf))
+            self.highest = np.maximum(self.highest, numerical.max(0, initial=-np.inf))
+
+    def _append_bags(
+        self,
+        name: str,
+        bags: tuple[Integers, npt.NDArray[np.int32], npt.NDArray[np.float32]],
+        keep: Flags,
+    ) -> None:
+        lengths, tokens, weights = bags
+        kept, of_kept = lengths[keep], np.repeat(keep, lengths)
+        self._writer.append_bags(self._split, name, kept, tokens[of_kept], weights[of_kept])
+        if name in COMMON_FIELDS:
+            self._bag_lengths[name].append(kept)
+        else:
+            self._writer.missing[self._split][name] += int((kept == 0).sum())
+
+    def finish(self) -> dict[str, int]:
+        """Count what was known only at the end; return the counts of the report."""
+        for name, lengths in self._bag_lengths.items():
+            empty = np.concatenate(lengths) == 0
+            self._writer.missing[self._split][name] += int(self._common_rows[empty].sum())
+        if self._split == "train":
+            for column, name in enumerate(self._columns.common.ids):
+                if name in self.counts:
+                    self.counts[name].update(self._common_ids[:, column], self._common_rows)
+        return {
+            f"{self._split}_conversions_without_click": self._orphans,
+            f"{self._split}_rows_skipped": self._skipped,
+            f"{self._split}_common_rows": len(self._index),
+            f"{self._split}_common_rows_without_impression": int((self._common_rows == 0).sum()),
+        }
+
+    def count_tokens(self, name: str) -> ValueCounts:
+        """Count how often each token of a multi-valued field occurs in the joined rows."""
+        counts = ValueCounts()
+        of_common = name in COMMON_FIELDS
+        offsets = np.cumsum([0, *np.concatenate(self._bag_lengths[name])]) if of_common else None
+        for start, tokens in self._writer.chunks(self._split, bag_stem(name, "tokens")):
+            if offsets is None:
+                counts.update(tokens)
+            else:  # a chunk may begin and end within a bag
+                lengths = np.diff(offsets.clip(start, start + len(tokens)))
+                counts.update(tokens, np.repeat(self._common_rows, lengths))
+        return counts

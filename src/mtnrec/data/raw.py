@@ -1,0 +1,358 @@
+"""Raw files: finding them, plain or in archives, and reading them as blocks of whole lines.
+
+Archives are read as streams; nothing is unpacked to the disk.
+"""
+
+import gzip
+import io
+import logging
+import lzma
+import os
+import shutil
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, TypeVar, cast
+
+from rich import get_console
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+
+from mtnrec.checks import InputError
+
+BLOCK_BYTES = 1 << 23
+_READ_BYTES = 1 << 20
+_LONGEST_LINE = 1 << 26
+_DEEPEST = 3  # folders below raw_dir that are searched
+_IGNORED = ("__MACOSX",)  # what archivers add
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole lines of a raw file, each with its line end.
+
+    Args:
+        source: The file, for messages.
+        first_line: Number of the first line, from 1.
+        data: The lines.
+    """
+
+    source: str
+    first_line: int
+    data: bytes
+
+
+def list_files(raw_dir: Path) -> dict[str, list[Path]]:
+    """Return the files in a folder and three levels below it, by lower-case name.
+
+    Raises:
+        InputError: If there is no such folder.
+    """
+    if not raw_dir.is_dir():
+        raise InputError(f"data.raw_dir must be a folder with the raw files, got {raw_dir}")
+    files: dict[str, list[Path]] = {}
+    for depth in range(_DEEPEST + 1):
+        for path in sorted(raw_dir.glob("*/" * depth + "*")):
+            if path.is_file():
+                files.setdefault(path.name.lower(), []).append(path)
+    return files
+
+
+def find_one(files: dict[str, list[Path]], names: Sequence[str]) -> Path | None:
+    """Return the one file that has one of these names, or None.
+
+    Raises:
+        InputError: If there are several.
+    """
+    found = [path for name in names for path in files.get(name, [])]
+    if len(found) > 1:
+        raise InputError(
+            f"{found[0].parent} and below hold {' or '.join(names)} {len(found)} times: "
+            f"{', '.join(map(str, found))}; leave one, or name its own folder in data.raw_dir"
+        )
+    return found[0] if found else None
+
+
+class Meter:
+    """A progress bar of the bytes that are read from raw files, with rows and the time left."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=10),
+            DownloadColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[rows]:,} rows", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(),
+        )
+        self._task: TaskID | None = None
+        self._rows = 0
+
+    def __enter__(self) -> "Meter":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[IO[bytes]]:
+        """Open a file whose bytes count."""
+        self._rows = 0
+        self._task = self._progress.add_task(path.name, total=path.stat().st_size, rows=0)
+        with path.open("rb") as file:
+            # Buffered, since the bar moves at each read.
+            metered = cast(io.RawIOBase, self._progress.wrap_file(file, task_id=self._task))
+            yield io.BufferedReader(metered, _READ_BYTES)
+        self._progress.update(self._task, completed=path.stat().st_size)
+
+    def advance(self, rows: int) -> None:
+        """Count rows of the file that is open."""
+        self._rows += rows
+        if self._task is not None:
+            self._progress.update(self._task, rows=self._rows)
+
+
+@contextmanager
+def _refuse_damage(source: str) -> Iterator[None]:
+    """Say of an archive that cannot be read that it is damaged."""
+    try:
+        yield
+    except (
+        EOFError,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        struct.error,
+        NotImplementedError,
+        gzip.BadGzipFile,
+    ) as error:
+        raise InputError(
+            f"{source} is truncated or damaged ({error}): fetch or make it again"
+        ) from error
+    except RuntimeError as error:
+        if "password" not in str(error):
+            raise
+        raise InputError(f"{source} is encrypted: unpack it yourself") from error
+
+
+def read_blocks(stream: IO[bytes], source: str) -> Iterator[Block]:
+    """Cut a stream into blocks of whole lines, of about ``BLOCK_BYTES`` each.
+
+    Raises:
+        InputError: If the stream is empty, its archive is damaged, or a line is absurdly long.
+    """
+    rest, line = b"", 1
+    with _refuse_damage(source):
+        while chunk := stream.read(BLOCK_BYTES):
+            cut = chunk.rfind(b"\n") + 1
+            if cut:
+                block = Block(source, line, rest + chunk[:cut])
+                yield block
+                line += block.data.count(b"\n")
+                rest = chunk[cut:]
+            else:
+                rest += chunk
+            if len(rest) > _LONGEST_LINE:
+                raise InputError(
+                    f"{source}, line {line}: longer than {decimal(_LONGEST_LINE)}; this is no text "
+                    "file of lines"
+                )
+    if rest:
+        yield Block(source, line, rest + b"\n")
+    elif line == 1:
+        raise InputError(f"{source} is empty: fetch or make it again")
+
+
+@contextmanager
+def open_plain(path: Path, meter: Meter) -> Iterator[IO[bytes]]:
+    """Open a file that may be compressed by gzip (its name says so)."""
+    with meter.open(path) as file:
+        if path.suffix.lower() == ".gz":
+            with gzip.GzipFile(fileobj=file) as stream:
+                yield cast(IO[bytes], stream)
+        else:
+            yield file
+
+
+@contextmanager
+def open_zip(
+    file: IO[bytes], source: str, members: Sequence[str]
+) -> Iterator[Callable[[str], IO[bytes]]]:
+    """Open a zip archive that holds these members, in any folder, and no others.
+
+    Yields:
+        A function that opens a member by its name.
+    """
+    with _refuse_damage(source), zipfile.ZipFile(file) as archive:
+        infos = [info for info in archive.infolist() if not info.is_dir()]
+        found = _check_members(source, [info.filename for info in infos], members)
+        yield lambda name: archive.open(infos[found[name]])
+
+
+def read_tar(path: Path, members: Sequence[str], meter: Meter) -> Iterator[tuple[str, IO[bytes]]]:
+    """Read the members of a ``.tar.gz`` in the order asked for, as streams.
+
+    An archive can only be read from its start to its end: where it holds them in another order, it
+    is read once more.
+    """
+    waiting = list(members)
+    while waiting:
+        names = []
+        with meter.open(path) as file, _refuse_damage(str(path)), gzip.open(file) as plain:
+            with tarfile.open(fileobj=plain, mode="r|") as archive:
+                for info in archive:
+                    if info.isdir():
+                        continue
+                    names.append(info.name)
+                    stream = archive.extractfile(info) if info.isreg() else None
+                    if stream is None:
+                        raise InputError(f"{path} holds {info.name}, which is no plain file")
+                    _check_path(str(path), info.name)
+                    if waiting and PurePosixPath(info.name).name == waiting[0]:
+                        yield waiting.pop(0), stream
+            while plain.read(_READ_BYTES):  # to the end, where the checksum is
+                pass
+        _check_members(str(path), names, members)
+
+
+def _check_path(source: str, name: str) -> None:
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+        raise InputError(
+            f"{source} holds {name!r}, whose path climbs out of the folder: this archive is not "
+            "what it should be; fetch it again"
+        )
+
+
+def _check_members(source: str, names: list[str], expected: Sequence[str]) -> dict[str, int]:
+    """Return the place of each expected member; refuse missing and extra ones."""
+    places: dict[str, int] = {}
+    for place, name in enumerate(names):
+        _check_path(source, name)
+        path = PurePosixPath(name)
+        if path.parts[0] in _IGNORED:
+            continue
+        member = path.name.lower()
+        if member not in expected or member in places:
+            times = "twice" if member in places else "which is not expected"
+            raise InputError(
+                f"{source} holds {name!r}, {times}: expected {', '.join(expected)} once each"
+            )
+        places[member] = place
+    if missing := [name for name in expected if name not in places]:
+        raise InputError(f"{source} lacks {', '.join(missing)}: fetch it again")
+    return places
+
+
+def map_in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[tuple[Item, Result]]:
+    """Apply ``function`` in other threads, at most ``ahead`` items in advance; order is kept."""
+    running: list[tuple[Item, Future[Result]]] = []
+    try:
+        for item in items:
+            running.append((item, pool.submit(function, item)))
+            if len(running) > ahead:
+                first, future = running.pop(0)
+                yield first, future.result()
+        for first, future in running:
+            yield first, future.result()
+    finally:
+        for _, future in running:
+            future.cancel()
+
+
+class BadRows:
+    """What becomes of rows that break the format: the first is refused, or all are counted.
+
+    Args:
+        on_error: ``refuse`` or ``skip``.
+    """
+
+    CHOICES = ("refuse", "skip")
+
+    def __init__(self, on_error: str) -> None:
+        self._skip = on_error == "skip"
+        self._reasons: Counter[str] = Counter()
+        self.count = 0
+
+    def add(self, source: str, line: int, rule: str, found: str) -> None:
+        """Refuse a row, or count it and say so where it is the first of its kind.
+
+        Raises:
+            InputError: Unless such rows are skipped.
+        """
+        message = f"{source}, line {line}: {rule}, got {found}"
+        if not self._skip:
+            raise InputError(f"{message} (data.on_error=skip skips and counts such rows)")
+        self.count += 1
+        self._reasons[rule] += 1
+        if self._reasons[rule] == 1:
+            _logger.warning("skipped: %s", message)
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def text_bytes(path: Path) -> int:
+    """Estimate how much text a raw file holds: what its first mebibyte of text is compressed to."""
+    size = path.stat().st_size
+    with _refuse_damage(str(path)):
+        if path.suffix.lower() == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                return sum(info.file_size for info in archive.infolist())
+        if path.suffix.lower() == ".gz":
+            with path.open("rb") as file, gzip.open(file) as plain:
+                text = len(plain.read(_READ_BYTES))
+                return size * text // max(1, file.tell())
+    return size
+
+
+def state_disk_need(sources: Sequence[Path], directory: Path, prepared_share: float) -> None:
+    """Say what is read and about how much is written, before hours of work.
+
+    Args:
+        sources: The raw files.
+        directory: The prepared data set.
+        prepared_share: Prepared bytes for each byte of text.
+
+    Raises:
+        InputError: If the disk of ``directory`` has less room than that.
+    """
+    existing = next(path for path in directory.resolve().parents if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    size = decimal(sum(path.stat().st_size for path in sources))
+    needed = int(prepared_share * sum(map(text_bytes, sources)))
+    summary = f"about {decimal(needed)} in {directory} ({decimal(free)} are free there)"
+    if needed > free:
+        raise InputError(
+            f"{size} of raw files become {summary}: free some space, or choose another data.dir"
+        )
+    get_console().print(
+        f"{size} of raw files become {summary}", markup=False, highlight=False, soft_wrap=True
+    )
