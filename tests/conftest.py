@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from mtnrec.batch import Bags, Batch
 from mtnrec.config import CONF_DIR
-from mtnrec.data.aliexpress import CATEGORICAL, LABELS, NUMERICAL
+from mtnrec.data.aliexpress_join import CATEGORICAL, LABELS, NUMERICAL
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.store import Manifest
 from mtnrec.data.writer import write_prepared

@@ -1,5 +1,7 @@
 """Preparing AliExpress against a slow reading of the same files, cell by cell."""
 
+import gzip
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import polars as pl
 import pytest
 
 from mtnrec.checks import InputError
-from mtnrec.data import delimited
+from mtnrec.data import raw as raw_module
 from mtnrec.data.aliexpress import CATEGORICAL, LABELS, NUMERICAL, AliExpress
 from mtnrec.data.store import open_prepared, verify_prepared
 
@@ -35,7 +37,13 @@ def make(directory, raw_dir, **changes):
         "seed": 0,
         "verify": True,
     }
-    own = {"name": "aliexpress_nl", "dir": directory, "conversion_without_click": "refuse"}
+    own = {
+        "name": "aliexpress_nl",
+        "country": "nl",
+        "dir": directory,
+        "conversion_without_click": "refuse",
+        "on_error": "refuse",
+    }
     return AliExpress(raw_dir=raw_dir, **loading | own | changes)
 
 
@@ -80,9 +88,9 @@ def assert_prepared_from(directory, raw_dir):
     return manifest
 
 
-@pytest.mark.parametrize("rows_per_chunk", [7, 1 << 17])
-def test_every_cell_equals_that_of_the_files(directory, raw_dir, monkeypatch, rows_per_chunk):
-    monkeypatch.setattr(delimited, "_ROWS_PER_CHUNK", rows_per_chunk)
+@pytest.mark.parametrize("block_bytes", [5000, 1 << 23])
+def test_every_cell_equals_that_of_the_files(directory, raw_dir, monkeypatch, block_bytes):
+    monkeypatch.setattr(raw_module, "BLOCK_BYTES", block_bytes)
 
     written = make(directory, raw_dir).prepare()
 
@@ -177,26 +185,26 @@ CHANGES = {
         lambda text: text.replace("conversion", "conversion,click", 1),
         r"train\.csv names the column 'click' twice",
     ),
-    "the file is empty": (lambda text: "", r"train\.csv is empty or starts with an empty line"),
+    "the file is empty": (lambda text: "", r"train\.csv is empty: fetch"),
     "there is only a header": (
         lambda text: text[: text.index("\n") + 1],
         r"train\.csv has a header and no rows",
     ),
     "a line is blank": (
         lambda text: text.replace("\n", "\n\n", 2).replace("\n\n", "\n", 1),
-        r"train\.csv, line 3: expected 82 values, got 0",
+        r"train\.csv, line 3: expected 82 values .*, got 0",
     ),
     "the last line is blank": (
         lambda text: text + "\n",
-        r"train\.csv, line 62: expected 82 values, got 0",
+        r"train\.csv, line 62: expected 82 values .*, got 0",
     ),
     "the file ends inside a row": (
         lambda text: text[:-6],
-        r"train\.csv, line 61: expected 82 values, got 80",
+        r"train\.csv, line 61: expected 82 values .*, got 80",
     ),
     "the file ends before the last label": (
         lambda text: text[:-2],
-        r"train\.csv, line 61, column 'conversion': expected an integer, got ''",
+        r"train\.csv, line 61: column 'conversion': expected an integer, got ''",
     ),
 }
 
@@ -235,7 +243,7 @@ BAD_CELLS = [
 def test_a_bad_cell_is_refused_and_leaves_nothing(directory, raw_dir, column, text, message):
     edit(raw_dir / "train.csv", 31, **{column: text})
 
-    with pytest.raises(InputError, match=rf"{raw_dir}/train\.csv, line 31[:,] {message}"):
+    with pytest.raises(InputError, match=rf"{raw_dir}/train\.csv, line 31: {message}"):
         make(directory, raw_dir).prepare()
 
     assert list(directory.parent.iterdir()) == []
@@ -246,10 +254,10 @@ def test_a_bad_cell_is_refused_and_leaves_nothing(directory, raw_dir, column, te
 def test_the_line_is_right_in_every_chunk(
     directory, raw_dir, monkeypatch, split, line, column, text
 ):
-    monkeypatch.setattr(delimited, "_ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr(raw_module, "BLOCK_BYTES", 5000)
     edit(raw_dir / f"{split}.csv", line, **{column: text})
 
-    with pytest.raises(InputError, match=rf"{raw_dir}/{split}\.csv, line {line}[:,]"):
+    with pytest.raises(InputError, match=rf"{raw_dir}/{split}\.csv, line {line}:"):
         make(directory, raw_dir).prepare()
 
     assert list(directory.parent.iterdir()) == []
@@ -257,7 +265,7 @@ def test_the_line_is_right_in_every_chunk(
 
 @pytest.mark.parametrize("line", [3, 40])
 def test_a_conversion_without_a_click_is_refused(directory, raw_dir, monkeypatch, line):
-    monkeypatch.setattr(delimited, "_ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr(raw_module, "BLOCK_BYTES", 5000)
     edit(raw_dir / "train.csv", line, click="0", conversion="1")
 
     message = (
@@ -273,7 +281,7 @@ def test_a_conversion_without_a_click_is_refused(directory, raw_dir, monkeypatch
 def test_conversions_without_a_click_are_dropped_and_counted_on_demand(
     directory, raw_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(delimited, "_ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr(raw_module, "BLOCK_BYTES", 5000)
     orphans = {"train": [2, 30, 31], "test": [61]}
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -298,6 +306,8 @@ def test_conversions_without_a_click_are_dropped_and_counted_on_demand(
     assert manifest.report == {
         "train_conversions_without_click": 3,
         "test_conversions_without_click": 1,
+        "train_rows_skipped": 0,
+        "test_rows_skipped": 0,
     }
 
 
@@ -305,14 +315,16 @@ def test_conversions_without_a_click_are_dropped_and_counted_on_demand(
 def test_a_missing_file_is_refused_and_leaves_nothing(directory, raw_dir, name):
     (raw_dir / name).unlink()
 
-    with pytest.raises(InputError, match=f"{raw_dir}/{name} is missing"):
+    with pytest.raises(InputError, match=rf"{raw_dir} lacks {name} or \.csv\.gz"):
         make(directory, raw_dir).prepare()
 
-    assert list(directory.parent.iterdir()) == []
+    assert not directory.parent.exists()
 
 
 def test_a_folder_that_does_not_exist_is_refused(directory, tmp_path):
-    with pytest.raises(InputError, match=rf"{tmp_path}/nowhere/train\.csv is missing"):
+    with pytest.raises(
+        InputError, match=f"must be a folder with the raw files, got {tmp_path}/nowhere"
+    ):
         make(directory, tmp_path / "nowhere").prepare()
 
 
@@ -357,3 +369,222 @@ def test_the_country_files_of_the_configuration_fit_the_reader(make_datamodule, 
 
     assert manifest.source == "aliexpress_nl"
     assert assert_prepared_from(datamodule.dir, raw_dir) == manifest
+
+
+RAW_STEMS = [f"nl_{table}_{split}" for split in ("train", "test") for table in ("user", "item")]
+ITEM_CATEGORICAL = (19, 34, 35, 36, 40, 41, 42)  # columns of the item file, from 1
+
+
+def draw_users(rng, ids):
+    """Lines of a user file: id, 7 categorical, 23 numerical, 2 categorical."""
+    lines = []
+    for search in ids:
+        categorical = [str(value) for value in rng.integers(0, 9, 9)]
+        numerical = [f"{value:.6f}" for value in rng.random(23)]
+        lines.append([str(search), *categorical[:7], *numerical, *categorical[7:]])
+    return lines
+
+
+def draw_items(rng, ids):
+    """Lines of an item file: id, 47 features, label."""
+    lines = []
+    for number, search in enumerate(ids):
+        features = [
+            str(rng.integers(0, 9)) if column in ITEM_CATEGORICAL else f"{rng.random():.6f}"
+            for column in range(2, 49)
+        ]
+        lines.append([str(search), *features, str(number % 3)])
+    return lines
+
+
+def join_slowly(users, items):
+    """The joined rows, a pair at a time, with the columns of MTReclib."""
+    rows = []
+    for user in users:
+        for item in items:
+            if user[0] == item[0]:
+                item_cells = dict(enumerate(item, start=1))
+                categorical = [*user[1:8], *user[31:33]]
+                categorical += [item_cells[column] for column in ITEM_CATEGORICAL]
+                numerical = [*user[8:31]]
+                numerical += [
+                    item_cells[column] for column in range(2, 49) if column not in ITEM_CATEGORICAL
+                ]
+                label = int(item[-1])
+                cells = [user[0], *categorical, *numerical, int(label >= 1), int(label == 2)]
+                rows.append([str(cell) for cell in cells])
+    return rows
+
+
+@pytest.fixture
+def forms(tmp_path):
+    """The same log in every form: a folder for each."""
+    folders = {name: tmp_path / name for name in ("csv", "zips", "outer", "mtreclib", "gzip")}
+    for folder in folders.values():
+        folder.mkdir()
+    for number, split in enumerate(("train", "test")):
+        rng = np.random.default_rng(number)
+        # Ids restart in each split; some have no item, some items no search, one search is twice.
+        searches = [*rng.permutation(30)[:20], 7, 900]
+        users = draw_users(rng, searches)
+        items = draw_items(rng, np.sort(rng.integers(0, 30, 90)))
+        if split == "test":
+            items = [items[place] for place in rng.permutation(len(items))]
+        for table, lines in (("user", users), ("item", items)):
+            text = "".join(",".join(line) + "\n" for line in lines)
+            (folders["csv"] / f"nl_{table}_{split}.csv").write_text(text)
+        rows = [COLUMNS, *join_slowly(users, items)]
+        text = "".join(",".join(row) + "\n" for row in rows)
+        (folders["mtreclib"] / f"{split}.csv").write_text(text)
+        with gzip.open(folders["gzip"] / f"{split}.csv.gz", "wt") as file:
+            file.write(text)
+    pack_raw(folders["csv"], folders["zips"], folders["outer"])
+    return folders
+
+
+def pack_raw(csv, zips, outer):
+    for stem in RAW_STEMS:
+        with zipfile.ZipFile(zips / f"{stem}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(csv / f"{stem}.csv", f"{stem}.csv")
+    with zipfile.ZipFile(
+        outer / "AliExpress_NL_datasets.zip", "w", zipfile.ZIP_DEFLATED
+    ) as archive:
+        for stem in RAW_STEMS:
+            archive.write(zips / f"{stem}.zip", f"aliexpress_NL_datasets/{stem}.zip")
+
+
+@pytest.mark.parametrize("block_bytes", [2000, 1 << 23])
+def test_every_form_of_the_same_log_gives_the_same_bytes(forms, tmp_path, monkeypatch, block_bytes):
+    monkeypatch.setattr(raw_module, "BLOCK_BYTES", block_bytes)
+
+    manifests = {
+        name: make(tmp_path / "data" / name, folder).prepare() for name, folder in forms.items()
+    }
+
+    expected = assert_prepared_from(tmp_path / "data" / "mtreclib", forms["mtreclib"])
+    assert expected.rows["train"] > 40
+    for manifest in manifests.values():
+        assert manifest.checksums == expected.checksums
+    assert manifests["csv"].report == manifests["outer"].report
+    assert manifests["csv"].report["train_items_without_search"] > 0
+    assert manifests["csv"].report["train_searches_without_item"] > 0
+
+
+def test_the_real_rows_in_their_raw_form_would_give_the_same_bytes(forms, directory, tmp_path):
+    """Upper-case folders and names are found, three folders down."""
+    deep = tmp_path / "deep" / "a" / "NL"
+    deep.mkdir(parents=True)
+    for stem in RAW_STEMS:
+        (forms["csv"] / f"{stem}.csv").rename(deep / f"{stem.upper()}.CSV")
+
+    manifest = make(directory, tmp_path / "deep").prepare()
+
+    assert manifest.checksums == make(tmp_path / "other", forms["zips"]).prepare().checksums
+
+
+RAW_DEFECTS = [
+    ("nl_user_train", 5, 3, "x", "column 'categorical_3': expected an integer, got 'x'"),
+    ("nl_user_train", 5, 8, "nan", "numerical_1 must be finite, got nan"),
+    ("nl_user_test", 5, 0, "1.5", "column 'search_id': expected an integer, got '1.5'"),
+    ("nl_item_train", 9, 48, "3", r"the label must be 0 \(impression\), 1 .*, got 3"),
+    ("nl_item_train", 9, 48, "-1", r"the label must be .*, got -1"),
+    ("nl_item_train", 9, 1, "inf", "numerical_24 must be finite, got inf"),
+    ("nl_item_train", 9, 18, "0.5", "column 'categorical_10': expected an integer, got '0.5'"),
+    ("nl_item_test", 9, 48, "1,0", r"expected 49 values \(the row is cut or malformed\), got 50"),
+]
+
+
+@pytest.mark.parametrize(("stem", "line", "column", "cell", "message"), RAW_DEFECTS)
+def test_a_bad_raw_row_is_refused_with_its_line_or_skipped(
+    forms, directory, stem, line, column, cell, message
+):
+    path = forms["csv"] / f"{stem}.csv"
+    rows = [text.split(",") for text in path.read_text().splitlines()]
+    rows[line - 1][column] = cell
+    path.write_text("".join(",".join(row) + "\n" for row in rows))
+
+    with pytest.raises(InputError, match=f"{path}, line {line}: {message} .data.on_error=skip"):
+        make(directory, forms["csv"]).prepare()
+    assert list(directory.parent.iterdir()) == []
+
+    manifest = make(directory, forms["csv"], on_error="skip").prepare()
+    split = stem.rpartition("_")[2]
+    assert manifest.report[f"{split}_rows_skipped"] == 1
+    del rows[line - 1]
+    path.write_text("".join(",".join(row) + "\n" for row in rows))
+    assert (
+        make(directory.with_name("without"), forms["csv"]).prepare().checksums == manifest.checksums
+    )
+
+
+@pytest.mark.parametrize("form", ["zips", "outer"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncated", "is truncated or damaged"),
+        ("corrupt", "is truncated or damaged"),
+        ("extra", "which is not expected"),
+        ("climbs", "whose path climbs out of the folder"),
+        ("lacks", "lacks nl_"),
+    ],
+)
+def test_a_bad_zip_is_refused_and_leaves_nothing(forms, directory, form, damage, message):
+    path = sorted(forms[form].iterdir())[0]
+    data = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "corrupt":
+        path.write_bytes(data[:200] + bytes(byte ^ 0x55 for byte in data[200:260]) + data[260:])
+    elif damage == "lacks":
+        with zipfile.ZipFile(path, "w"):
+            pass
+    else:
+        name = {"extra": "notes.txt", "climbs": "../../nl_item_train.csv"}[damage]
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(name, "x")
+
+    with pytest.raises(InputError, match=f"{path}.*{message}"):
+        make(directory, forms[form]).prepare()
+
+    assert not directory.exists()
+    assert not directory.parent.exists() or list(directory.parent.iterdir()) == []
+
+
+def test_a_log_in_two_forms_is_refused(forms, directory):
+    (forms["csv"] / "aliexpress_nl_datasets.zip").write_bytes(b"")
+
+    message = r"several forms \(aliexpress_nl_datasets\.zip, nl_user_train\.csv\): leave one"
+    with pytest.raises(InputError, match=message):
+        make(directory, forms["csv"]).prepare()
+
+
+def test_a_file_in_two_forms_is_refused(forms, directory):
+    (forms["csv"] / "nl_user_train.zip").write_bytes(b"")
+
+    with pytest.raises(InputError, match=r"hold nl_user_train\.csv or nl_user_train\.zip 2 times"):
+        make(directory, forms["csv"]).prepare()
+
+
+@pytest.mark.parametrize("stem", RAW_STEMS)
+def test_a_missing_raw_file_is_named(forms, directory, stem):
+    (forms["zips"] / f"{stem}.zip").unlink()
+
+    with pytest.raises(InputError, match=rf"lacks {stem}\.zip or \.csv"):
+        make(directory, forms["zips"]).prepare()
+
+
+def test_files_of_another_country_are_not_taken(forms, directory):
+    with pytest.raises(InputError, match=r"holds none of aliexpress_es_datasets\.zip"):
+        make(directory, forms["zips"], country="es").prepare()
+
+
+def test_an_encrypted_zip_is_refused(forms, directory):
+    path = forms["zips"] / "nl_user_train.zip"
+    data = bytearray(path.read_bytes())
+    central = data.index(b"PK\x01\x02")
+    data[6] |= 1  # the flag of the local header, and of the directory
+    data[central + 8] |= 1
+    path.write_bytes(data)
+
+    with pytest.raises(InputError, match="is encrypted: unpack it yourself"):
+        make(directory, forms["zips"]).prepare()

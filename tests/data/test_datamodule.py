@@ -46,7 +46,13 @@ def make(directory, write_tiny):
 
 
 def build(directory, **changes):
-    own = {"dir": directory, "raw_dir": None, "conversion_without_click": "refuse"}
+    own = {
+        "dir": directory,
+        "country": "nl",
+        "raw_dir": None,
+        "conversion_without_click": "refuse",
+        "on_error": "refuse",
+    }
     return AliExpress(**LOADING | own | changes)
 
 
@@ -409,10 +415,3 @@ def test_a_datamodule_touches_no_file_until_asked(directory):
     build(directory)
 
     assert not directory.parent.exists()
-
-
-def test_ali_ccp_says_that_it_cannot_read_raw_files(make_datamodule):
-    with pytest.raises(
-        InputError, match="no reader of Ali-CCP's raw files; data=synthetic_ali_ccp"
-    ):
-        make_datamodule("ali_ccp").prepare()

@@ -1,47 +1,56 @@
-"""AliExpress search logs (P. Li et al., CIKM 2020), from the layout that MTReclib makes of them.
+"""AliExpress search logs (P. Li et al., CIKM 2020), one data set a country.
 
-``train.csv`` and ``test.csv`` have a header and 82 columns: ``search_id``, 16 categorical features
-(small integers), 63 numerical features in [0, 1], ``click`` and ``conversion``.
+As published, a split is a user file (search id, 7 categorical, 23 numerical and 2 categorical
+features) and an item file (search id, 47 features, label), comma-separated, without a header. They
+are joined on the search id, inside a split only: ids restart in the test files. MTReclib shares the
+joined rows as ``train.csv`` and ``test.csv`` with a header; the columns have its names here too.
 """
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-import polars as pl
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
 from mtnrec.checks import InputError, check_choice
+from mtnrec.data.aliexpress_join import CATEGORICAL, LABELS, NUMERICAL, Join
 from mtnrec.data.datamodule import DataModule
-from mtnrec.data.delimited import read_delimited, refuse_rows
-from mtnrec.data.store import Arrays, Manifest
-from mtnrec.data.vocabulary import ValueCounts, encode_in_place
+from mtnrec.data.raw import (
+    BadRows,
+    Block,
+    Meter,
+    find_one,
+    list_files,
+    open_plain,
+    open_zip,
+    read_blocks,
+    state_disk_need,
+)
+from mtnrec.data.store import Manifest
+from mtnrec.data.vocabulary import encode_in_place
 from mtnrec.data.writer import write_prepared
 from mtnrec.schema import Schema
 
-CATEGORICAL = tuple(f"categorical_{i}" for i in range(1, 17))
-NUMERICAL = tuple(f"numerical_{i}" for i in range(1, 64))
-LABELS = ("click", "conversion")
-
-_TYPES = {
-    "search_id": pl.Int64,
-    **dict.fromkeys(CATEGORICAL, pl.Int32),
-    **dict.fromkeys(NUMERICAL, pl.Float64),
-    **dict.fromkeys(LABELS, pl.Int64),
-}
 _SPLITS = ("train", "test")
+_PREPARED_BYTES_PER_TEXT_BYTE = 1.2  # to estimate the disk that is needed
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class AliExpress(DataModule):
     """One country of the AliExpress data set.
 
-    The search id becomes the group, never a feature: it restarts in the test file.
+    The search id becomes the group, never a feature. Rows keep the order of the user file, and
+    within a search that of the item file.
 
     Args:
-        raw_dir: Folder with ``train.csv`` and ``test.csv``; only ``prepare`` needs it.
-        conversion_without_click: ``refuse`` such a row, or ``drop`` and count it.
+        country: ``nl``, ``es``, ``fr``, ``us`` or ``ru``: the names of the raw files begin with it.
+        raw_dir: Folder with ``aliexpress_CC_datasets.zip``, or the four zips in it, or the four csv
+            files in them, or MTReclib's ``train.csv`` and ``test.csv`` (or ``.csv.gz``); all give
+            the same prepared arrays. Only ``prepare`` needs it.
+        conversion_without_click: ``refuse`` such a row, or ``drop`` and count it; only MTReclib's
+            form can have one.
+        on_error: ``refuse`` a row that breaks the format, or ``skip`` and count such rows.
     """
 
     origin: ClassVar[str] = (
@@ -49,76 +58,141 @@ class AliExpress(DataModule):
         "train.csv and test.csv that MTReclib shares are read as they are."
     )
 
+    country: str
     raw_dir: str | Path | None
     conversion_without_click: str
+    on_error: str
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(
             "data.conversion_without_click", self.conversion_without_click, ["refuse", "drop"]
         )
+        check_choice("data.on_error", self.on_error, BadRows.CHOICES)
 
     def prepare(self) -> Manifest:
-        """Read both files once, in bounded memory, and write the prepared data set.
+        """Read the raw files once, in bounded memory, and write the prepared data set.
+
+        Memory holds 16 bytes a search and 4 bytes a row.
 
         Raises:
-            InputError: If ``raw_dir`` is not given, or a file in it breaks the format.
+            InputError: If ``raw_dir`` is not given or lacks a file, the disk is too small, or a
+                file breaks the format.
         """
         if self.raw_dir is None:
             raise InputError(
-                "data.raw_dir is not given: name the folder with train.csv and test.csv, "
+                "data.raw_dir is not given: name the folder of the raw files, "
                 f"`data.raw_dir=DIR`. {self.origin}"
             )
-        counts = [ValueCounts() for _ in CATEGORICAL]
-        dropped = {}
-        columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,} rows"))
-        with (
-            write_prepared(Path(self.dir), _SPLITS) as writer,
-            Progress(*columns, TimeElapsedColumn()) as progress,
-        ):
+        files = _find(Path(self.raw_dir), self.country.lower())
+        state_disk_need(files.paths, Path(self.dir), _PREPARED_BYTES_PER_TEXT_BYTE)
+        with write_prepared(Path(self.dir), _SPLITS) as writer, Meter() as meter:
+            join = Join(
+                writer,
+                meter,
+                drops_orphans=self.conversion_without_click == "drop",
+                bad_rows={split: BadRows(self.on_error) for split in _SPLITS},
+            )
             for split in _SPLITS:
-                path = Path(self.raw_dir) / f"{split}.csv"
-                bar = progress.add_task(f"{path.name}:", total=None)
-                dropped[split] = 0
-                for line, frame in read_delimited(path, _TYPES):
-                    arrays = self._convert(path, line, frame)
-                    dropped[split] += frame.height - len(arrays["labels"])
-                    writer.append(split, arrays)
-                    if split == "train":
-                        for column, values in enumerate(counts):
-                            values.update(arrays["categorical"][:, column])
-                    progress.advance(bar, frame.height)
-            vocabularies = [values.vocabulary() for values in counts]
+                if files.is_joined:
+                    with files.blocks(split, meter) as blocks:
+                        join.copy(split, blocks)
+                    continue
+                with tempfile.TemporaryFile(dir=writer.directory) as features:
+                    with files.blocks(f"user_{split}", meter) as blocks:
+                        searches = join.read_searches(split, blocks, features)
+                    with files.blocks(f"item_{split}", meter) as blocks:
+                        join.join(split, searches, blocks)
+            vocabularies = [values.vocabulary() for values in join.counts]
             fields = encode_in_place(writer, _SPLITS, CATEGORICAL, vocabularies)
             return writer.finish(
                 source=self.name,
-                parameters={"conversion_without_click": self.conversion_without_click},
+                parameters={
+                    "conversion_without_click": self.conversion_without_click,
+                    "on_error": self.on_error,
+                },
                 schema=Schema(fields, NUMERICAL, LABELS, funnel=True),
-                report={f"{s}_conversions_without_click": n for s, n in dropped.items()},
+                report=join.report(),
             )
 
-    def _convert(self, path: Path, line: int, frame: pl.DataFrame) -> Arrays:
-        labels = frame.select(LABELS).to_numpy()
-        refuse_rows(
-            path, line, ((labels != 0) & (labels != 1)).any(axis=1), "labels must be 0 or 1", labels
+
+@dataclass(frozen=True)
+class _Files:
+    """The raw files of a country.
+
+    Args:
+        country: First letters of their names.
+        paths: ``train.csv`` and ``test.csv``; or the outer zip; or four files, zip or csv.
+        is_joined: Whether they are of MTReclib's form.
+    """
+
+    country: str
+    paths: list[Path]
+    is_joined: bool
+
+    @contextmanager
+    def blocks(self, part: str, meter: Meter) -> Iterator[Iterator[Block]]:
+        """Open ``train`` or ``test``, or ``user_train`` and the like."""
+        with ExitStack() as stack:
+            if self.is_joined:
+                path = next(path for path in self.paths if path.name.lower().startswith(part))
+                yield read_blocks(stack.enter_context(open_plain(path, meter)), str(path))
+                return
+            stem = f"{self.country}_{part}"
+            path = self.paths[0] if len(self.paths) == 1 else self._path_of(stem)
+            stream, source = stack.enter_context(meter.open(path)), str(path)
+            if len(self.paths) == 1:
+                members = [f"{self.country}_{name}.zip" for name in _PARTS]
+                open_member = stack.enter_context(open_zip(stream, source, members))
+                stream = stack.enter_context(open_member(f"{stem}.zip"))
+                source = f"{source}:{stem}.zip"
+            if source.lower().endswith(".zip"):
+                open_member = stack.enter_context(open_zip(stream, source, [f"{stem}.csv"]))
+                stream = stack.enter_context(open_member(f"{stem}.csv"))
+                source = f"{source}:{stem}.csv"
+            yield read_blocks(stream, source)
+
+    def _path_of(self, stem: str) -> Path:
+        return next(path for path in self.paths if path.name.lower().startswith(stem))
+
+
+_PARTS = tuple(f"{table}_{split}" for split in _SPLITS for table in ("user", "item"))
+
+
+def _find(raw_dir: Path, country: str) -> _Files:
+    """Find one of the four forms by the names of its files.
+
+    Raises:
+        InputError: If there is none, one is incomplete, or there are several.
+    """
+    files = list_files(raw_dir)
+    beside = {
+        name: [path for path in paths if path.parent == raw_dir] for name, paths in files.items()
+    }
+    outer = find_one(files, [f"aliexpress_{country}_datasets.zip"])
+    stems = [f"{country}_{part}" for part in _PARTS]
+    parts = {stem: find_one(files, [f"{stem}.csv", f"{stem}.zip"]) for stem in stems}
+    joined = {split: find_one(beside, [f"{split}.csv", f"{split}.csv.gz"]) for split in _SPLITS}
+    forms = [
+        ([outer], False),
+        ([parts[stem] for stem in stems], False),
+        ([joined[split] for split in _SPLITS], True),
+    ]
+    found = [form for form in forms if any(form[0])]
+    if not found:
+        raise InputError(
+            f"{raw_dir} holds none of aliexpress_{country}_datasets.zip, {stems[0]}.zip or .csv "
+            f"and its like, train.csv and test.csv. {AliExpress.origin}"
         )
-        values = frame.select(NUMERICAL).to_numpy()
-        with np.errstate(over="ignore"):
-            numerical = values.astype(np.float32)
-        for column, name in enumerate(NUMERICAL):
-            infinite = ~np.isfinite(numerical[:, column])
-            refuse_rows(path, line, infinite, f"{name} must be finite", values[:, column])
-        orphan = labels[:, 1] > labels[:, 0]
-        if self.conversion_without_click == "refuse":
-            rule = (
-                "a conversion needs a click (data.conversion_without_click=drop drops and counts "
-                "such rows)"
-            )
-            refuse_rows(path, line, orphan, rule, labels)
-        arrays = {
-            "categorical": frame.select(CATEGORICAL).to_numpy(),
-            "numerical": numerical,
-            "labels": labels.astype(np.uint8),
-            "group": frame["search_id"].to_numpy(),
-        }
-        return {stem: array[~orphan] for stem, array in arrays.items()}
+    if len(found) > 1:
+        names = [next(path.name for path in form if path) for form, _ in found]
+        raise InputError(
+            f"{raw_dir} holds the log in several forms ({', '.join(names)}): leave one, or name "
+            "its own folder in data.raw_dir"
+        )
+    paths, is_joined = found[0]
+    wanted = _SPLITS if is_joined else stems
+    if missing := [name for name, path in zip(wanted, paths, strict=False) if path is None]:
+        ending = "csv or .csv.gz" if is_joined else "zip or .csv"
+        raise InputError(f"{raw_dir} lacks {', '.join(f'{n}.{ending}' for n in missing)}")
+    return _Files(country, [path for path in paths if path is not None], is_joined)

@@ -1,7 +1,7 @@
-"""Strict reading of comma-separated files: every error names file, line, column and value."""
+"""Strict reading of comma-separated numbers: every error names file, line, column and value."""
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -9,83 +9,100 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from mtnrec.checks import InputError
-
-_ROWS_PER_CHUNK = 1 << 17
-_HEADER_LINES = 1
+from mtnrec.data.raw import BadRows, Block
 
 Types = Mapping[str, pl.DataType | type[pl.DataType]]
 
 
-def read_delimited(path: Path, types: Types) -> Iterator[tuple[int, pl.DataFrame]]:
-    """Read a csv file with a header in chunks of bounded memory.
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a file.
 
     Args:
-        path: The file; comma, no quotes.
-        types: Integer or float type of each column; the file has these columns in any order.
+        source: The file, for messages.
+        lines: Line number of each row, ``(rows,)``.
+        frame: The rows.
+    """
+
+    source: str
+    lines: npt.NDArray[np.int64]
+    frame: pl.DataFrame
+
+    def refuse(
+        self,
+        bad: npt.NDArray[np.bool_],
+        rule: str,
+        values: npt.NDArray[np.generic],
+        bad_rows: BadRows,
+    ) -> None:
+        """Hand the rows that break a rule to ``bad_rows``.
+
+        Args:
+            bad: Which rows do, ``(rows,)``.
+            rule: What must hold.
+            values: What is there instead, one entry a row.
+            bad_rows: Refuses or counts them.
+        """
+        for row in np.flatnonzero(bad):
+            bad_rows.add(self.source, int(self.lines[row]), rule, str(values[row]))
+
+
+def read_delimited(
+    blocks: Iterable[Block], types: Types, bad_rows: BadRows, *, has_header: bool
+) -> Iterator[Rows]:
+    """Parse a csv file: commas, no quotes, no missing cells.
+
+    Args:
+        blocks: The file.
+        types: Integer or float type of each column.
+        bad_rows: What becomes of a row that is cut, too long, or holds something that is not of its
+            column's type.
+        has_header: Whether the first line names the columns, in any order; if not, they are those
+            of ``types``.
 
     Yields:
-        The line number of the chunk's first row (the header is line 1), and the chunk with its
-        columns in the order of ``types``. No cell is missing.
+        The rows of each block, columns in the order of ``types``.
 
     Raises:
-        InputError: If the file is absent or empty, lacks a column or has one more, or has a row
-            that is cut, too long, or holds something that is not of its column's type.
+        InputError: If there is no row, or the header lacks a column or has one more.
     """
-    header = _read_header(path, types)
-    columns = [pl.col(name) for name in types]
-    line = 1 + _HEADER_LINES
-    schema = {name: types[name] for name in header}
-    scan = pl.scan_csv(path, schema=schema, quote_char=None, glob=False)
-    try:
-        for frame in scan.select(columns).collect_batches(chunk_size=_ROWS_PER_CHUNK):
-            if any(frame.null_count().row(0)):
-                raise _locate_bad_cell(path, header, types)
-            yield line, frame
-            line += frame.height
-    except PolarsError as error:
-        raise _locate_bad_cell(path, header, types) from error
-    if line == 1 + _HEADER_LINES:
-        raise InputError(f"{path} has a header and no rows: the file is not whole")
+    header = list(types)
+    is_empty = True
+    source = ""
+    for block in blocks:
+        source = block.source
+        data, line = block.data, block.first_line
+        if line == 1 and has_header:
+            first, data = data.split(b"\n", 1)
+            header = _check_header(source, first.decode(errors="replace").rstrip("\r"), types)
+            line = 2
+        if data:
+            is_empty = False
+            parts = list(
+                _parse(source, line, data, {name: types[name] for name in header}, bad_rows)
+            )
+            lines = np.concatenate(
+                [np.arange(0), *(first + np.arange(f.height) for first, f in parts)]
+            )
+            frame = pl.concat([f for _, f in parts]) if parts else pl.DataFrame(schema=dict(types))
+            yield Rows(source, lines, frame.select(list(types)))
+    if is_empty:
+        raise InputError(f"{source} has a header and no rows: the file is not whole")
 
 
-def refuse_rows(
-    path: Path,
-    first_line: int,
-    bad: npt.NDArray[np.bool_],
-    rule: str,
-    values: npt.NDArray[np.generic],
-) -> None:
-    """Raise for the first row that ``bad`` marks.
-
-    Args:
-        path: The file that the rows were read from.
-        first_line: Line number of the first row.
-        bad: Which rows break the rule, ``(rows,)``.
-        rule: What must hold.
-        values: What is there instead, one entry a row.
-    """
-    if bad.any():
-        row = int(bad.argmax())
-        raise InputError(f"{path}, line {first_line + row}: {rule}, got {values[row]}")
-
-
-def _read_header(path: Path, types: Types) -> list[str]:
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        first = file.readline().rstrip("\r\n")
+def _check_header(source: str, first: str, types: Types) -> list[str]:
     if not first:
-        raise InputError(f"{path} is empty or starts with an empty line: a header is expected")
+        raise InputError(f"{source} starts with an empty line: a header is expected")
     header = first.split(",")
     if missing := [name for name in types if name not in header]:
         raise InputError(
-            f"{path} lacks the column {_some(missing)}; its header has {_some(header)}"
+            f"{source} lacks the column {_some(missing)}; its header has {_some(header)}"
         )
     if unknown := [name for name in header if name not in types]:
-        raise InputError(f"{path} has an unknown column {_some(unknown)}: remove it")
+        raise InputError(f"{source} has an unknown column {_some(unknown)}: remove it")
     if len(set(header)) < len(header):
         twice = sorted({name for name in header if header.count(name) > 1})
-        raise InputError(f"{path} names the column {_some(twice)} twice")
+        raise InputError(f"{source} names the column {_some(twice)} twice")
     return header
 
 
@@ -94,28 +111,43 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 5 else f"{shown}, … ({len(names)} in all)"
 
 
-def _locate_bad_cell(path: Path, header: list[str], types: Types) -> InputError:
-    """Read the file again, slowly, to name the first bad cell."""
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        next(file)
-        for line, text in enumerate(file, start=1 + _HEADER_LINES):
-            text = text.rstrip("\r\n")
-            where = f"{path}, line {line}"
-            row = text.split(",") if text else []
-            if len(row) != len(header):
-                return InputError(
-                    f"{where}: expected {len(header)} values, got {len(row)}; the row is cut or "
-                    "malformed"
-                )
-            for name, cell in zip(header, row, strict=True):
-                if not _parses(cell, types[name]):
-                    kind = "an integer" if types[name].is_integer() else "a number"
-                    return InputError(
-                        f"{where}, column {name!r}: expected {kind}, got {cell[:40]!r}"
-                    )
-    return InputError(f"{path} cannot be parsed as comma-separated numbers")
+def _parse(
+    source: str, line: int, data: bytes, types: Types, bad_rows: BadRows
+) -> Iterator[tuple[int, pl.DataFrame]]:
+    """Parse lines; where that fails, halve them until the bad ones stand alone."""
+    count = data.count(b"\n")
+    frame = _parse_whole(data, count, types)
+    if frame is not None:
+        yield line, frame
+    elif count == 1:
+        bad_rows.add(source, line, *_explain(data, types))
+    else:
+        cut = 0
+        for _ in range(count // 2):
+            cut = data.index(b"\n", cut) + 1
+        yield from _parse(source, line, data[:cut], types, bad_rows)
+        yield from _parse(source, line + count // 2, data[cut:], types, bad_rows)
 
 
-def _parses(text: str, dtype: pl.DataType | type[pl.DataType]) -> bool:
-    # The reader skips blanks before a number, a cast does not.
-    return pl.Series([text.lstrip(" \t")]).cast(dtype, strict=False).null_count() == 0
+def _parse_whole(data: bytes, count: int, types: Types) -> pl.DataFrame | None:
+    """Parse ``count`` lines, or return None if one of them breaks the format."""
+    try:
+        frame = pl.read_csv(data, has_header=False, schema=dict(types), quote_char=None)
+    except PolarsError:
+        return None
+    is_whole = frame.height == count and not any(frame.null_count().row(0))
+    return frame if is_whole else None
+
+
+def _explain(data: bytes, types: Types) -> tuple[str, str]:
+    """Return the rule that a line breaks, and what is there instead."""
+    text = data.decode(errors="replace").rstrip("\r\n")
+    cells = text.split(",") if text else []
+    if len(cells) != len(types):
+        return f"expected {len(types)} values (the row is cut or malformed)", str(len(cells))
+    for (name, dtype), cell in zip(types.items(), cells, strict=True):
+        # The reader skips blanks before a number, a cast does not.
+        if pl.Series([cell.lstrip(" \t")]).cast(dtype, strict=False).null_count():
+            kind = "an integer" if dtype.is_integer() else "a number"
+            return f"column {name!r}: expected {kind}", repr(cell[:40])
+    return "expected comma-separated numbers", repr(text[:40])

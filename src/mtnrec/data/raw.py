@@ -39,6 +39,7 @@ BLOCK_BYTES = 1 << 23
 _READ_BYTES = 1 << 20
 _LONGEST_LINE = 1 << 26
 _DEEPEST = 3  # folders below raw_dir that are searched
+_ZIP_RATIO = 4  # of text in a zip within a zip; only to estimate
 _IGNORED = ("__MACOSX",)  # what archivers add
 
 Item = TypeVar("Item")
@@ -205,6 +206,9 @@ def open_zip(
         A function that opens a member by its name.
     """
     with _refuse_damage(source), zipfile.ZipFile(file) as archive:
+        # A truncated archive of archives ends with the directory of one of them.
+        if any(archive.infolist()) and min(info.header_offset for info in archive.infolist()):
+            raise zipfile.BadZipFile("it does not begin with a member")
         infos = [info for info in archive.infolist() if not info.is_dir()]
         found = _check_members(source, [info.filename for info in infos], members)
         yield lambda name: archive.open(infos[found[name]])
@@ -325,7 +329,10 @@ def text_bytes(path: Path) -> int:
     with _refuse_damage(str(path)):
         if path.suffix.lower() == ".zip":
             with zipfile.ZipFile(path) as archive:
-                return sum(info.file_size for info in archive.infolist())
+                return sum(
+                    info.file_size * (_ZIP_RATIO if info.filename.lower().endswith(".zip") else 1)
+                    for info in archive.infolist()
+                )
         if path.suffix.lower() == ".gz":
             with path.open("rb") as file, gzip.open(file) as plain:
                 text = len(plain.read(_READ_BYTES))
