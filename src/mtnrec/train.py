@@ -96,6 +96,7 @@ def main(cfg: DictConfig) -> None:
         "data": {
             "name": manifest.source,
             "checksum": manifest.checksum,
+            "parameters": manifest.parameters,
             "rows": datamodule.split_rows,
         },
         "mtn": config["mtn"],
