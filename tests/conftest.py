@@ -21,6 +21,7 @@ from mtnrec.data.aliexpress_join import CATEGORICAL, LABELS, NUMERICAL
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.store import Manifest
 from mtnrec.data.writer import write_prepared
+from mtnrec.describe import main as describe_main
 from mtnrec.prepare import main as prepare_main
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.train import main as train_main
@@ -154,6 +155,12 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def prepare() -> Callable[..., None]:
     """Run the preparation command in this process."""
     return lambda *overrides: _call(prepare_main, *overrides)
+
+
+@pytest.fixture
+def describe() -> Callable[..., None]:
+    """Run the describing command in this process."""
+    return lambda *overrides: _call(describe_main, *overrides)
 
 
 def _call(main: Callable[[], None], *arguments: str) -> None:

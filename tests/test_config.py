@@ -36,17 +36,20 @@ def test_every_group_has_its_choices():
 
 
 @pytest.mark.parametrize("name", choices("data"))
-def test_every_data_set_is_built_alike_to_prepare_and_to_train_without_touching_the_disk(
+def test_every_data_set_is_built_alike_by_every_entry_point_without_touching_the_disk(
     name, compose_config, tmp_path
 ):
-    config, to_prepare = (compose_config(f"data={name}", name=n) for n in ("train", "prepare"))
+    config, to_prepare, to_describe = (
+        compose_config(f"data={name}", name=n) for n in ("train", "prepare", "describe")
+    )
 
     datamodule = instantiate(config.data, _convert_="all")
 
     assert isinstance(datamodule, DataModule)
     assert datamodule.name == name
     assert str(datamodule.dir).startswith(str(tmp_path / "data" / name))
-    assert config.data == to_prepare.data
+    assert config.data == to_prepare.data == to_describe.data
+    assert to_describe.out == f"{datamodule.dir}.txt"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -38,7 +38,10 @@ def test_a_wheel_made_from_the_sdist_trains_without_the_checkout(tmp_path):
     with tarfile.open(sdist) as archive:
         assert any(name.endswith("/conf/model/esmm.yaml") for name in archive.getnames())
     assert found.strip() == str(site / "mtnrec" / "__init__.py")
-    assert (site / "mtnrec" / "conf" / "train.yaml").is_file()
+    (entries,) = site.glob("mtnrec-*.dist-info/entry_points.txt")
+    for name in ("describe", "prepare", "train"):
+        assert (site / "mtnrec" / "conf" / f"{name}.yaml").is_file()
+        assert f"mtnrec-{name} = mtnrec.{name}:main\n" in f"{entries.read_text()}\n"
     record = json.loads((elsewhere / "run" / "result.json").read_text())
     assert record["status"] == "finished"
     assert record["data"]["rows"]["test"] == 200

@@ -16,6 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from wandb.proto.wandb_internal_pb2 import Record
 
 from mtnrec.batch import Batch
+from mtnrec.data.writer import write_prepared
+from mtnrec.schema import CategoricalField, Schema
 
 MODELS = ["shared_bottom", "esmm", "mmoe"]
 # Rates at which every split has both classes of every task.
@@ -64,6 +66,7 @@ def test_the_record_keeps_the_contract(run):
     assert record["data"]["name"] == "synthetic"
     assert re.fullmatch("[0-9a-f]{64}", record["data"]["checksum"])
     assert record["data"]["rows"] == {"train": 1920, "val": 480, "test": 600}
+    assert record["data"]["suspected_leaks"] == record["data"]["leaks_not_judged"] == []
     assert record["seconds"].keys() == {"setup", "fit", "test"}
     assert record["samples_per_second"].keys() == {"train", "evaluate"}
     assert min(*record["seconds"].values(), *record["samples_per_second"].values()) > 0
@@ -326,6 +329,38 @@ def test_prepared_aliexpress_trains(model, train, prepare, write_aliexpress, tmp
         assert record["counts"]["test/cvr"] == {"rows": 20, "positives": 10}
         assert 0 <= record["metrics"]["test/ctcvr_auc"] <= 1
         assert not [name for name in record["metrics"] if "bayes" in name]
+
+
+def test_a_suspected_leak_is_warned_of_and_recorded(train, tmp_path):
+    rng = np.random.default_rng(0)
+    schema = Schema(
+        (CategoricalField("shop", 5),), ("spend",), ("click", "conversion"), funnel=True
+    )
+    with write_prepared(tmp_path / "log", ("train", "test")) as writer:
+        for split in ("train", "test"):
+            click = rng.random(600) < 0.5
+            conversion = click & (rng.random(600) < 0.5)
+            spend = (conversion + 0.1 * rng.random(600))[:, None]
+            labels = np.stack([click, conversion], axis=1)
+            shop = rng.integers(0, 5, (600, 1))
+            writer.append(split, {"categorical": shop, "numerical": spend, "labels": labels})
+        writer.finish(source="shops", parameters={}, schema=schema, report={})
+
+    folder = train("data=aliexpress_nl", f"data.dir={tmp_path / 'log'}", folder=tmp_path)
+
+    data = read_record(folder)["data"]
+    assert data["leaks_not_judged"] == []
+    assert data["suspected_leaks"] == [
+        {"feature": "spend", "task": task, "definition": definition, "auc": 1.0}
+        for task, definition in (
+            ("cvr", "conversion where click = 1"),
+            ("ctcvr", "conversion on all rows"),
+        )
+    ]
+    lines = (folder / "train.log").read_text().splitlines()
+    warnings = [line for line in lines if "[WARNING] spend alone predicts conversion" in line]
+    assert len(warnings) == 2
+    assert all(line.endswith("is it known before the label?") for line in warnings)
 
 
 @pytest.mark.parametrize(

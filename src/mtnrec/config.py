@@ -66,9 +66,27 @@ class Prepare:
     data_root: str = MISSING
 
 
+@dataclass
+class Describe:
+    """Keys of ``conf/describe.yaml``.
+
+    Args:
+        data: Prepared data set to describe.
+        seed: Not used by a description; the data configs refer to it.
+        data_root: Folder of the prepared data sets.
+        out: Text file of the report.
+    """
+
+    data: Any = MISSING
+    seed: int = 0
+    data_root: str = MISSING
+    out: str = MISSING
+
+
 _store = ConfigStore.instance()
 _store.store(name="train_schema", node=Train)
 _store.store(name="prepare_schema", node=Prepare)
+_store.store(name="describe_schema", node=Describe)
 
 
 def entry_point(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:

@@ -155,13 +155,18 @@ def split_counts(results: Mapping[str, float]) -> tuple[dict[str, Any], dict[str
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:
     """Write ``result.json``, whole or not at all; NaN becomes null."""
     text = json.dumps(_without_nan(record), indent=2, sort_keys=True, allow_nan=False) + "\n"
-    temporary = directory / f".{RECORD_FILE}.tmp"
+    write_whole(directory / RECORD_FILE, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(directory / RECORD_FILE)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 ``python -m mtnrec.train model=esmm mtn.enabled=true``
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from rich import get_console
 
 from mtnrec.checks import InputError, check_integer
 from mtnrec.config import entry_point
+from mtnrec.leak import check_leaks
 from mtnrec.metric.task_metrics import bayes_aucs
 from mtnrec.model.module import MultiTaskModule
 from mtnrec.protocol import make_callbacks
@@ -42,6 +44,9 @@ def main(cfg: DictConfig) -> None:
     datamodule.prepare_data()
     datamodule.setup()
     schema = datamodule.schema
+    arrays, rows = datamodule.stored("train")
+    leaks = check_leaks(arrays, rows, schema)
+    leaks.warn()
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     # In two steps, since Hydra would take the schema, a dataclass, for a part of the config.
@@ -98,6 +103,8 @@ def main(cfg: DictConfig) -> None:
             "checksum": manifest.checksum,
             "parameters": manifest.parameters,
             "rows": datamodule.split_rows,
+            "suspected_leaks": [asdict(leak) for leak in leaks.leaks],
+            "leaks_not_judged": leaks.not_judged,
         },
         "mtn": config["mtn"],
         "best_epoch": chosen["epoch"],

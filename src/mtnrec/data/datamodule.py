@@ -144,10 +144,15 @@ class DataModule(L.LightningDataModule, ABC):
 
     def column(self, split: str, stem: str) -> npt.NDArray[Any] | None:
         """One array of a split (``labels``, say), in the order of evaluation; None if absent."""
+        arrays, rows = self.stored(split)
+        array = arrays.get(stem)
+        return None if array is None else np.asarray(array)[rows]
+
+    def stored(self, split: str) -> tuple[Arrays, Rows]:
+        """The arrays that hold a split, and which of their rows are its own."""
         if self._arrays is None:
             raise RuntimeError("call setup() first")
-        array = self._arrays[split].get(stem)
-        return None if array is None else np.asarray(array)[self._rows[split]]
+        return self._arrays[split], self._rows[split]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         rank, world_size = self._rank_and_world_size()
@@ -169,11 +174,8 @@ class DataModule(L.LightningDataModule, ABC):
         return self._loader(split, EvaluationSampler(rows, self.batch_size, rank, world_size))
 
     def _loader(self, split: str, sampler: "Sampler[Rows]") -> DataLoader[Batch]:
-        if self._arrays is None:
-            raise RuntimeError("call setup() first")
-        rows = RowGatherer(self._arrays[split], self._rows[split], self.schema)
         return DataLoader(
-            rows,
+            RowGatherer(*self.stored(split), self.schema),
             batch_size=None,  # the sampler's items are batches, each gathered by one index
             sampler=sampler,
             pin_memory=torch.cuda.is_available(),
@@ -208,26 +210,28 @@ class RowGatherer(Dataset[Batch]):
             labels=torch.from_numpy(self._arrays["labels"][rows]).float(),
             group=None if group is None else torch.from_numpy(group[rows]),
             bags=tuple(
-                self._gather_bags(field, self._arrays["bag"][rows, column])
+                gather_bags(self._arrays, field, self._arrays["bag"][rows, column])
                 for column, field in enumerate(self._multivalued)
             ),
         )
 
-    def _gather_bags(self, field: str, bags: npt.NDArray[np.int32]) -> Bags:
-        offsets, tokens, weights = (self._arrays[bag_stem(field, part)] for part in BAG_DTYPES)
-        starts = offsets[bags]
-        lengths = offsets[bags + 1] - starts
-        ends = lengths.cumsum()
-        total = int(ends[-1]) if len(ends) else 0
-        positions = np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
-        return Bags(
-            torch.from_numpy(tokens[positions]),
-            torch.from_numpy(weights[positions]),
-            torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        )
-
     def __len__(self) -> int:
         return len(self._rows)
+
+
+def gather_bags(arrays: Arrays, field: str, bags: npt.NDArray[np.int32]) -> Bags:
+    """Collect some bags of a split's multi-valued field; ``bags`` are their numbers, ``(n,)``."""
+    offsets, tokens, weights = (arrays[bag_stem(field, part)] for part in BAG_DTYPES)
+    starts = offsets[bags]
+    lengths = offsets[bags + 1] - starts
+    ends = lengths.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    positions = np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+    return Bags(
+        torch.from_numpy(tokens[positions]),
+        torch.from_numpy(weights[positions]),
+        torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+    )
 
 
 class TrainSampler(Sampler[Rows]):

@@ -1,0 +1,43 @@
+"""Describe a prepared data set: rates, fields, drift and suspected leaks.
+
+``python -m mtnrec.describe data=aliexpress_nl``
+"""
+
+from pathlib import Path
+
+import numpy as np
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich import get_console
+
+from mtnrec.config import entry_point
+from mtnrec.data.statistics import count_split
+from mtnrec.data.store import open_prepared
+from mtnrec.description import check_destination, lay_out
+from mtnrec.leak import check_leaks
+from mtnrec.record import write_whole
+
+
+@entry_point("describe")
+def main(cfg: DictConfig) -> None:
+    """Describe a prepared data set, on the screen and in a text file."""
+    datamodule = instantiate(cfg.data, _convert_="all")
+    out = Path(cfg.out)
+    check_destination(out, datamodule.dir)
+    datamodule.prepare_data()
+    manifest, arrays = open_prepared(datamodule.dir)
+    schema = manifest.schema
+
+    statistics = {split: count_split(found, schema) for split, found in arrays.items()}
+    leaks = check_leaks(arrays["train"], np.arange(manifest.rows["train"]), schema)
+
+    report = lay_out(datamodule.dir, manifest, statistics, leaks)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, report)
+    console = get_console()
+    console.print(report, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"The report is {out}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
