@@ -338,6 +338,13 @@ def test_new_values_are_as_frequent_as_the_sampling_says(kind, sampling, origina
     assert chisquare(counts, expected).pvalue > TAIL
 
 
+def test_the_tokens_of_a_bag_are_drawn_one_by_one():
+    bags = draws_of("multi-valued", "uniform", 0).reshape(-1, 4)
+
+    for one, other in itertools.combinations(bags.T, 2):
+        assert binomtest(int((one == other).sum()), len(bags), 1 / 5).pvalue > TAIL
+
+
 @pytest.mark.parametrize("kind", ["categorical", "numerical", "multi-valued"])
 def test_counts_that_are_too_large_to_list_draw_the_same(kind, monkeypatch):
     expected = draws_of(kind, "empirical", 2)
