@@ -13,6 +13,7 @@ from torch.optim import Adam
 from mtnrec.checks import InputError
 from mtnrec.config import CONF_DIR
 from mtnrec.data.datamodule import DataModule
+from mtnrec.data.noise import Noise
 from mtnrec.mtn.callback import MTN
 
 PARTS = ("data/loading", "data/aliexpress")  # of other files; no choices
@@ -50,6 +51,17 @@ def test_every_data_set_is_built_alike_by_every_entry_point_without_touching_the
     assert str(datamodule.dir).startswith(str(tmp_path / "data" / name))
     assert config.data == to_prepare.data == to_describe.data
     assert to_describe.out == f"{datamodule.dir}.txt"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", choices("noise"))
+def test_every_noise_is_built_switched_off_and_spares_the_test_set(name, compose_config, tmp_path):
+    noise = instantiate(compose_config(f"noise={name}", "seed=3").noise, _convert_="all")
+
+    assert isinstance(noise, Noise)
+    assert (noise.proportion, noise.feature_probability) == (0, 0.2)
+    assert (noise.sampling, noise.splits) == ("uniform", ["train", "val"])
+    assert noise.seed == 0  # runs of different seeds are paired on the same noise
     assert list(tmp_path.iterdir()) == []
 
 
@@ -119,6 +131,7 @@ def test_the_defaults_are_esmm_without_mtn_on_a_synthetic_log(compose_config):
         "seed=null",
         "patience=soon",
         "mtn.lamda=1",
+        "noise.share=0.1",
         "model.num_expert=3",
         "data.batchsize=3",
         "trainer.max_epoch=3",
@@ -156,6 +169,8 @@ def change(config, key, value):
         ("data.batch_size", "big", "data.batch_size must be an integer >= 1, got 'big'"),
         ("data.validation_share", 0, "data.validation_share must be above 0"),
         ("data.validation_share", 1, "data.validation_share must be a number in [0, 1), got 1"),
+        ("noise.proportion", 1.5, "noise.proportion must be a number in [0, 1], got 1.5"),
+        ("noise.splits", ["dev"], "noise.splits must be one of train, val, test; got 'dev'"),
         ("data.rows", 0, "data.rows must be an integer >= 1, got 0"),
         ("data.seed", -1, "data.seed must be an integer >= 0, got -1"),
     ],

@@ -26,6 +26,7 @@ class Train:
 
     Args:
         data: Data set; a :class:`~mtnrec.data.datamodule.DataModule`.
+        noise: What replaces features of the rows; a :class:`~mtnrec.data.noise.Noise`.
         model: Network.
         mtn: The MTN callback.
         optimizer: Optimiser, without its parameters.
@@ -39,6 +40,7 @@ class Train:
     """
 
     data: Any = MISSING
+    noise: Any = MISSING
     model: Any = MISSING
     mtn: Any = MISSING
     optimizer: Any = MISSING

@@ -40,6 +40,7 @@ def main(cfg: DictConfig) -> None:
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=1)
     output_dir = Path(cfg.output_dir)
     datamodule = instantiate(cfg.data, _convert_="all")
+    datamodule.noise = noise = instantiate(cfg.noise, _convert_="all")
     mtn = instantiate(cfg.mtn, _convert_="all")
     datamodule.prepare_data()
     datamodule.setup()
@@ -106,6 +107,7 @@ def main(cfg: DictConfig) -> None:
             "suspected_leaks": [asdict(leak) for leak in leaks.leaks],
             "leaks_not_judged": leaks.not_judged,
         },
+        "noise": noise.record(datamodule.row_numbers),
         "mtn": config["mtn"],
         "best_epoch": chosen["epoch"],
         "metrics": metrics,

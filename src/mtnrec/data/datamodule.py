@@ -1,8 +1,9 @@
 """The LightningDataModule of every prepared data set: splits, batches, counts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mtnrec.batch import Bags, Batch
 from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
+from mtnrec.data.noise import Noise
 from mtnrec.data.store import (
     BAG_DTYPES,
     Arrays,
@@ -34,6 +36,8 @@ class DataModule(L.LightningDataModule, ABC):
 
     A share of the training rows is the validation set: drawn at random (paper, section 3.1), or
     whole groups (users, searches) drawn at random, or the last rows.
+
+    The attribute ``noise``, set before ``setup``, replaces features of the batches; None does not.
 
     Args:
         name: Name of the data set, as in the config group ``data``.
@@ -70,6 +74,7 @@ class DataModule(L.LightningDataModule, ABC):
         check_integer("data.seed", self.seed, minimum=0)
         check_flag("data.verify", self.verify)
         self.dir = Path(self.dir)
+        self.noise: Noise | None = None
         self._verified = False
         self._arrays: dict[str, Arrays] | None = None
 
@@ -112,6 +117,8 @@ class DataModule(L.LightningDataModule, ABC):
             "val": np.flatnonzero(validates),
             "test": np.arange(rows["test"]),
         }
+        if self.noise is not None:
+            self.noise.learn(self.schema, arrays["train"])
         self._arrays = {"train": arrays["train"], "val": arrays["train"], "test": arrays["test"]}
 
     def _validates(self, rows: int, group: npt.NDArray[np.int64] | None) -> npt.NDArray[np.bool_]:
@@ -142,8 +149,16 @@ class DataModule(L.LightningDataModule, ABC):
         """Rows of train, val and test; known after ``setup``."""
         return {split: len(rows) for split, rows in self._rows.items()}
 
+    @property
+    def row_numbers(self) -> dict[str, Rows]:
+        """Where the rows of train, val and test stand in their file; known after ``setup``."""
+        return self._rows
+
     def column(self, split: str, stem: str) -> npt.NDArray[Any] | None:
-        """One array of a split (``labels``, say), in the order of evaluation; None if absent."""
+        """One array of a split (``labels``, say), in the order of evaluation; None if absent.
+
+        It is as prepared: noise acts on batches only.
+        """
         arrays, rows = self.stored(split)
         array = arrays.get(stem)
         return None if array is None else np.asarray(array)[rows]
@@ -174,8 +189,9 @@ class DataModule(L.LightningDataModule, ABC):
         return self._loader(split, EvaluationSampler(rows, self.batch_size, rank, world_size))
 
     def _loader(self, split: str, sampler: "Sampler[Rows]") -> DataLoader[Batch]:
+        change = None if self.noise is None else partial(self.noise.apply, split)
         return DataLoader(
-            RowGatherer(*self.stored(split), self.schema),
+            RowGatherer(*self.stored(split), self.schema, change),
             batch_size=None,  # the sampler's items are batches, each gathered by one index
             sampler=sampler,
             pin_memory=torch.cuda.is_available(),
@@ -194,17 +210,26 @@ class RowGatherer(Dataset[Batch]):
     Args:
         arrays: Arrays of a prepared split, of equal length.
         rows: The rows of those arrays that belong here, ``(rows,)``.
+        schema: The fields.
+        change: Changes a batch in place, given its rows of those arrays.
     """
 
-    def __init__(self, arrays: Arrays, rows: Rows, schema: Schema) -> None:
+    def __init__(
+        self,
+        arrays: Arrays,
+        rows: Rows,
+        schema: Schema,
+        change: Callable[[Rows, Batch], None] | None = None,
+    ) -> None:
         self._arrays = {stem: np.asarray(array) for stem, array in arrays.items()}
         self._rows = rows
         self._multivalued = [field.name for field in schema.multivalued]
+        self._change = change
 
     def __getitem__(self, positions: Rows) -> Batch:
         rows = self._rows[positions]
         group = self._arrays.get("group")
-        return Batch(
+        batch = Batch(
             categorical=torch.from_numpy(self._arrays["categorical"][rows]),
             numerical=torch.from_numpy(self._arrays["numerical"][rows]),
             labels=torch.from_numpy(self._arrays["labels"][rows]).float(),
@@ -214,6 +239,9 @@ class RowGatherer(Dataset[Batch]):
                 for column, field in enumerate(self._multivalued)
             ),
         )
+        if self._change is not None:
+            self._change(rows, batch)
+        return batch
 
     def __len__(self) -> int:
         return len(self._rows)

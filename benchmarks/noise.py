@@ -1,0 +1,117 @@
+"""What noise costs: its share of an epoch of shared-bottom, the model whose epochs are shortest.
+
+``python benchmarks/noise.py`` makes the two synthetic logs where there are none: one shaped like
+AliExpress (16 categorical and 63 numerical features), one like Ali-CCP (18 categorical fields). It
+takes some minutes, and wants an idle machine.
+"""
+
+import logging
+from itertools import product
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich import box, get_console
+from rich.table import Table
+
+from mtnrec.config import CONF_DIR
+from mtnrec.data.datamodule import DataModule
+from mtnrec.model.module import MultiTaskModule
+
+_EPOCHS = 4
+_PASSES = 7
+
+
+class _EpochTimer(L.Callback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._started = perf_counter()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.seconds.append(perf_counter() - self._started)
+
+
+def _compose(*overrides: str) -> DictConfig:
+    own = ("model=shared_bottom", "trainer.accelerator=cpu", f"trainer.max_epochs={_EPOCHS}")
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("train", overrides=[*own, *overrides])
+
+
+def _set_up(cfg: DictConfig) -> tuple[DataModule, float]:
+    """Return the data set, and the seconds that its set-up took."""
+    datamodule = instantiate(cfg.data, _convert_="all")
+    datamodule.noise = instantiate(cfg.noise, _convert_="all")
+    datamodule.prepare_data()
+    start = perf_counter()
+    datamodule.setup()
+    return datamodule, perf_counter() - start
+
+
+def _train(cfg: DictConfig) -> float:
+    """Return the seconds of the shortest training epoch, without noise."""
+    datamodule, _ = _set_up(cfg)
+    network = instantiate(cfg.model, _partial_=True, _convert_="all")(schema=datamodule.schema)
+    module = MultiTaskModule(
+        network, schema=datamodule.schema, optimizer=instantiate(cfg.optimizer)
+    )
+    timer = _EpochTimer()
+    quiet_trainer = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = instantiate(cfg.trainer, callbacks=[timer], limit_val_batches=0, **quiet_trainer)
+    trainer.fit(module, datamodule=datamodule)
+    return min(timer.seconds)
+
+
+def _pass(datamodule: DataModule) -> float:
+    """Return the seconds in which the training rows are gathered once."""
+    loader = datamodule.train_dataloader()
+    start = perf_counter()
+    for _ in loader:
+        pass
+    return perf_counter() - start
+
+
+def _checksum(datamodule: DataModule) -> float:
+    """Return the seconds that the record of the noise takes."""
+    start = perf_counter()
+    datamodule.noise.record(datamodule.row_numbers)
+    return perf_counter() - start
+
+
+def main() -> None:
+    """Print a table for each data set: a row for each sampling and proportion."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    settings = list(product(("uniform", "empirical"), (0.05, 0.15, 1.0)))
+    for data in ("synthetic", "synthetic_ali_ccp"):
+        epoch = _train(_compose(f"data={data}"))
+        clean, clean_set_up = _set_up(_compose(f"data={data}"))
+        noisy = [
+            _set_up(_compose(f"data={data}", f"noise.sampling={s}", f"noise.proportion={p}"))
+            for s, p in settings
+        ]
+        # In turn, so that whatever else runs on the machine meets all alike.
+        passes = [[_pass(d) for d in (clean, *(d for d, _ in noisy))] for _ in range(_PASSES)]
+        shortest, *noisy_passes = map(min, zip(*passes, strict=True))
+        table = Table(title=f"{data}: an epoch takes {epoch:.2f} s", box=box.SIMPLE_HEAD)
+        table.add_column("sampling")
+        for header in ("proportion", "noise", "share of the epoch", "set-up", "checksum"):
+            table.add_column(header, justify="right")
+        rows = zip(settings, noisy, noisy_passes, strict=True)
+        for (sampling, proportion), (datamodule, set_up), seconds in rows:
+            table.add_row(
+                sampling,
+                f"{proportion:g}",
+                f"{seconds - shortest:.3f} s",
+                f"{(seconds - shortest) / epoch:.2%}",
+                f"{set_up - clean_set_up:.2f} s",
+                f"{_checksum(datamodule):.2f} s",
+            )
+        get_console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""Feature noise: some features of some rows get another valid value (paper, section 3.1).
+
+A hash decides, so that nothing is drawn in turn or stored: a row of a prepared file has the same
+noise in every batch, epoch, process, run and model, and whether it trains or validates. The hash is
+SplitMix64 (Steele, Lea and Flood, *Fast splittable pseudorandom number generators*, 2014, with
+Stafford's mixer 13) as a tree of generators: the seed and the file make a state, whose output
+number ``row`` is the row's state; output 0 of that decides about the row and output ``1 + column``
+about a feature, and is in turn the state that the new value is drawn from (of a bag: whose output
+``position`` is the state of that token's draw). Columns are numbered: categorical fields,
+multi-valued fields, numerical features.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mtnrec.batch import Bags, Batch
+from mtnrec.checks import InputError, check_choice, check_integer, check_number
+from mtnrec.data.store import Arrays, bag_stem
+from mtnrec.schema import CategoricalField, Schema
+
+_FILES = {"train": 0, "val": 0, "test": 1}  # the validation rows are rows of the training file
+_SAMPLED_ROWS = 1 << 16
+_LISTED_TICKETS = 1 << 23  # 32 MiB; the values of more are searched for, which is slower
+_ROWS_PER_HASH = 1 << 14  # a chunk's hashes stay in the processor's cache
+_ROWS_PER_COUNT = 1 << 17
+_BAGS_PER_COUNT = 1 << 12
+
+Bits = npt.NDArray[np.unsignedinteger]
+Integers = npt.NDArray[np.int64]
+Values = npt.NDArray[Any]
+Mask = npt.NDArray[np.bool_]
+
+
+def splitmix64(states: Bits, numbers: Integers) -> Bits:
+    """Return outputs of SplitMix64 generators, 64 bits each; the arguments broadcast.
+
+    Args:
+        states: The generators' seeds.
+        numbers: Which output of each, counted from 0.
+    """
+    bits = states + (numbers.astype(np.uint64) + 1) * 0x9E3779B97F4A7C15
+    bits ^= bits >> 30
+    bits *= 0xBF58476D1CE4E5B9
+    bits ^= bits >> 27
+    bits *= 0x94D049BB133111EB
+    bits ^= bits >> 31
+    return bits
+
+
+def is_below(bits: Bits, share: float) -> Mask:
+    """Say where ``bits`` are in the lowest ``share`` of their range: none for 0, all for 1."""
+    return bits >> 1 < round(share * 2**63)  # 2**64 would not fit
+
+
+def scale(bits: Bits, limits: Integers) -> Integers:
+    """Map bits evenly to ``0 … limit - 1``.
+
+    The probability of an integer is ``1 / limit`` up to ``2**-53``.
+    """
+    return ((bits >> 11) * 2.0**-53 * limits).astype(np.int64)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Noise:
+    """Replaces features of a batch by other valid values of their columns.
+
+    A bag is one feature: all its tokens are replaced, its length and weights stay. A feature that
+    has no other value, and an empty bag, stay as they are; a missing value may become any.
+
+    Args:
+        proportion: Share of the rows that are noisy, in [0, 1]. The rows that are noisy at a
+            smaller proportion are noisy at a larger one too.
+        feature_probability: Probability that a feature of a noisy row is replaced, in [0, 1].
+        sampling: ``uniform``, each other value of the vocabulary alike, or ``empirical``, by the
+            counts in the training file. A numerical feature's values are the distinct ones among at
+            most 65,536 evenly spaced training rows, which bounds the time and memory of the set-up.
+        splits: Which of train, val and test have noisy rows.
+        seed: Seed of the noise.
+    """
+
+    proportion: float
+    feature_probability: float
+    sampling: str
+    splits: list[str]
+    seed: int
+
+    def __post_init__(self) -> None:
+        check_number("noise.proportion", self.proportion, minimum=0, maximum=1)
+        check_number("noise.feature_probability", self.feature_probability, minimum=0, maximum=1)
+        check_choice("noise.sampling", self.sampling, ["uniform", "empirical"])
+        splits: Any = self.splits
+        if not isinstance(splits, list | tuple) or not splits:
+            raise InputError(
+                f"noise.splits must be a list of at least one of {', '.join(_FILES)}, got "
+                f"{splits!r}; noise.proportion=0 switches the noise off"
+            )
+        for split in splits:
+            check_choice("noise.splits", split, list(_FILES))
+        check_integer("noise.seed", self.seed, minimum=0)
+        self._files = [
+            np.random.SeedSequence(self.seed, spawn_key=(file,)).generate_state(1, np.uint64)
+            for file in sorted(set(_FILES.values()))
+        ]
+        self._schema: Schema | None = None
+
+    def learn(self, schema: Schema, arrays: Arrays) -> None:
+        """Collect the values that may replace others.
+
+        Args:
+            schema: The fields.
+            arrays: The training file. Uniform sampling reads the sampled rows' numerical features,
+                empirical sampling also all categorical values and tokens.
+        """
+        self._schema = schema
+        if not self.proportion:
+            return
+        counts = token_counts = None
+        if self.sampling == "empirical":
+            counts = _count(schema.categorical, arrays["categorical"])
+            token_counts = [
+                _count_tokens(field, arrays, column)
+                for column, field in enumerate(schema.multivalued)
+            ]
+        self._categorical = _Alternatives(_valid(schema.categorical), counts)
+        self._tokens = _Alternatives(_valid(schema.multivalued), token_counts)
+        self._numerical = _Alternatives(
+            *_observed(arrays["numerical"], counted=self.sampling == "empirical")
+        )
+
+    def masks(self, split: str, rows: Integers) -> tuple[Integers, Mask]:
+        """Say what is replaced.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+            rows: Where its rows stand in the prepared file, ``(rows,)``.
+
+        Returns:
+            The positions in ``rows`` of the noisy ones, ``(noisy,)``, and which features of each
+            are replaced, ``(noisy, F + M + N)``.
+        """
+        noisy, bits = self._hash(split, rows)
+        return noisy, is_below(bits, self.feature_probability)
+
+    def apply(self, split: str, rows: Integers, batch: Batch) -> None:
+        """Replace features of a batch, in place.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+            rows: Where its rows stand in the prepared file, ``(B,)``.
+            batch: The ``B`` rows.
+        """
+        noisy, bits = self._hash(split, rows)
+        if not len(noisy):
+            return
+        replaced = is_below(bits, self.feature_probability)
+        fields, bags = batch.categorical.shape[1], len(batch.bags)
+        for tensor, alternatives, columns in (
+            (batch.categorical, self._categorical, slice(fields)),
+            (batch.numerical, self._numerical, slice(fields + bags, None)),
+        ):
+            row, column = _nonzero(replaced[:, columns])
+            values, features = tensor.numpy(), (noisy[row], column)
+            states = bits[:, columns][row, column]
+            values[features] = alternatives.draw(column, values[features], states)
+        for bag in range(bags):
+            of_bag = replaced[:, fields + bag]
+            states = bits[of_bag, fields + bag]
+            self._replace_tokens(batch.bags[bag], bag, noisy[of_bag], states)
+
+    def record(self, rows: Mapping[str, Integers]) -> dict[str, Any]:
+        """Return the settings and what they make of a data set; costs a hash of each noisy feature.
+
+        Args:
+            rows: Where the rows of each split stand in the prepared file.
+
+        Returns:
+            The settings, the ``noisy_rows`` and ``replaced_features`` of each noisy split, and the
+            ``checksum``: SHA-256 over, for each split in turn, its name and, for each noisy row,
+            its number (int64, little endian) and the bits of its replaced features. Without noise
+            it is None.
+        """
+        splits = [split for split in _FILES if split in self.splits]
+        noisy_rows, replaced_features = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
+        digest = hashlib.sha256()
+        for split in splits if self.proportion else []:
+            digest.update(split.encode())
+            for chunk in _chunks(rows[split], _ROWS_PER_HASH):
+                noisy, replaced = self.masks(split, chunk)
+                noisy_rows[split] += len(noisy)
+                replaced_features[split] += int(np.count_nonzero(replaced))
+                numbers = chunk[noisy].astype("<i8")[:, None].view(np.uint8)
+                digest.update(np.hstack([numbers, np.packbits(replaced, axis=1)]).tobytes())
+        return {
+            **asdict(self),
+            "noisy_rows": noisy_rows,
+            "replaced_features": replaced_features,
+            "checksum": digest.hexdigest() if self.proportion else None,
+        }
+
+    def _hash(self, split: str, rows: Integers) -> tuple[Integers, Bits]:
+        """Return the noisy positions, and the bits that decide about their features."""
+        if self._schema is None:
+            raise RuntimeError("call learn() first: set the noise before DataModule.setup()")
+        schema = self._schema
+        columns = len(schema.categorical) + len(schema.multivalued) + len(schema.numerical)
+        if not self.proportion or split not in self.splits:
+            return np.empty(0, np.int64), np.empty((0, columns), np.uint64)
+        states = splitmix64(self._files[_FILES[split]], rows)
+        decisions = splitmix64(states, np.zeros(1, np.int64))
+        noisy = np.flatnonzero(is_below(decisions, self.proportion))
+        return noisy, splitmix64(states[noisy, None], np.arange(1, 1 + columns))
+
+    def _replace_tokens(self, bags: Bags, column: int, rows: Integers, states: Bits) -> None:
+        tokens, offsets = bags.tokens.numpy(), bags.offsets.numpy()
+        lengths = offsets[rows + 1] - offsets[rows]
+        position = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        chosen = np.repeat(offsets[rows], lengths) + position
+        states = splitmix64(np.repeat(states, lengths), position)
+        columns = np.full(len(chosen), column)
+        tokens[chosen] = self._tokens.draw(columns, tokens[chosen], states)
+
+
+class _Alternatives:
+    """The values that may stand in some columns.
+
+    A value holds as many tickets as it is often, or one, and the tickets of all columns are
+    numbered through.
+
+    Args:
+        values: The distinct values of each column.
+        counts: How often each of them is; None for one ticket each.
+    """
+
+    def __init__(self, values: list[Values], counts: list[Integers] | None) -> None:
+        # The last value is no column's: a column without values draws it, and does not take it.
+        behind = np.zeros(1, values[0].dtype if values else np.int32)
+        self._values = np.concatenate([*values, behind])
+        self._values_by_ticket: Values | None = self._values
+        self._ends: Integers | None = None  # of each value's tickets
+        sizes = [len(column) for column in values]
+        if counts is not None:
+            sizes = [int(column.sum()) for column in counts]
+            each = np.concatenate([*counts, np.ones(1, np.int64)])
+            few = sum(sizes) <= _LISTED_TICKETS
+            self._values_by_ticket = np.repeat(self._values, each) if few else None
+            self._ends = each.cumsum()
+        self._tickets = np.array(sizes, np.int64)
+        self._first = self._tickets.cumsum() - self._tickets
+
+    def draw(self, columns: Integers, originals: Values, states: Bits) -> Values:
+        """Draw another value for each original; one without another stays.
+
+        A draw that hits the original is made again among the tickets of all other values, which
+        makes the probability of each other value its share of those tickets.
+
+        Args:
+            columns: Column of each, ``(n,)``.
+            originals: ``(n,)``.
+            states: Seeds of the draws, ``(n,)``.
+        """
+        tickets, first = self._tickets[columns], self._first[columns]
+        drawn = first + scale(splitmix64(states, np.zeros(1, np.int64)), tickets)
+        values = np.where(tickets > 0, self._value(drawn), originals)
+        hit = np.flatnonzero(values == originals)
+        start, end = self._span(drawn[hit])
+        others = tickets[hit] - (end - start)
+        hit, start, end, others = (array[others > 0] for array in (hit, start, end, others))
+        again = first[hit] + scale(splitmix64(states[hit], np.ones(1, np.int64)), others)
+        values[hit] = self._value(again + (end - start) * (again >= start))
+        return values
+
+    def _value(self, tickets: Integers) -> Values:
+        """Return the values that hold some tickets."""
+        if self._values_by_ticket is not None:
+            return self._values_by_ticket[tickets]
+        return self._values[self._number(tickets)]
+
+    def _number(self, tickets: Integers) -> Integers:
+        """Return which values hold some tickets."""
+        return tickets if self._ends is None else self._ends.searchsorted(tickets, side="right")
+
+    def _span(self, tickets: Integers) -> tuple[Integers, Integers]:
+        """Return, of the values that hold some tickets, the first ticket and the next value's."""
+        numbers = self._number(tickets)
+        if self._ends is None:
+            return numbers, numbers + 1
+        return np.where(numbers > 0, self._ends[numbers - 1], 0), self._ends[numbers]
+
+
+def _nonzero(mask: Mask) -> tuple[Integers, Integers]:
+    """Return what ``mask.nonzero()`` does, several times faster on two axes."""
+    row, column = np.divmod(np.flatnonzero(mask), mask.shape[1])
+    return row, column
+
+
+def _valid(fields: tuple[CategoricalField, ...]) -> list[Values]:
+    # Index 0, missing or unseen, is no value.
+    return [np.arange(1, field.vocabulary_size, dtype=np.int32) for field in fields]
+
+
+def _count(fields: tuple[CategoricalField, ...], values: Values) -> list[Integers]:
+    """Count the valid values of each column of ``(rows, F)``."""
+    ends = np.cumsum([0, *(field.vocabulary_size for field in fields)])
+    counts = np.zeros(ends[-1], np.int64)
+    for chunk in _chunks(values, _ROWS_PER_COUNT):
+        counts += np.bincount((chunk + ends[:-1]).ravel(), minlength=len(counts))
+    return [counts[start + 1 : end] for start, end in pairwise(ends)]
+
+
+def _count_tokens(field: CategoricalField, arrays: Arrays, column: int) -> Integers:
+    """Count the valid tokens of a multi-valued field, a bag once for each row that has it."""
+    offsets, tokens = (arrays[bag_stem(field.name, part)] for part in ("offsets", "tokens"))
+    rows = np.zeros(len(offsets) - 1, np.int64)
+    for chunk in _chunks(arrays["bag"][:, column], _ROWS_PER_COUNT):
+        rows += np.bincount(chunk, minlength=len(rows))
+    counts = np.zeros(field.vocabulary_size)
+    for start in range(0, len(rows), _BAGS_PER_COUNT):
+        ends = offsets[start : start + _BAGS_PER_COUNT + 1]
+        weights = np.repeat(rows[start : start + _BAGS_PER_COUNT], np.diff(ends))
+        chunk = tokens[ends[0] : ends[-1]]
+        counts += np.bincount(chunk, weights, minlength=len(counts))
+    return counts[1:].astype(np.int64)
+
+
+def _observed(numerical: Values, *, counted: bool) -> tuple[list[Values], list[Integers] | None]:
+    """Return the distinct values of evenly spaced rows, and how often each occurs there."""
+    rows = np.linspace(0, len(numerical) - 1, min(len(numerical), _SAMPLED_ROWS)).astype(np.int64)
+    found = [np.unique(column, return_counts=True) for column in numerical[rows].T]
+    return [values for values, _ in found], [counts for _, counts in found] if counted else None
+
+
+def _chunks(array: Values, rows: int) -> Iterator[Values]:
+    for start in range(0, len(array), rows):
+        yield array[start : start + rows]
