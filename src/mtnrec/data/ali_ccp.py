@@ -8,7 +8,6 @@ line of common features, which describes the user and is shared by about 58 impr
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +29,7 @@ from mtnrec.data.raw import (
     state_disk_need,
 )
 from mtnrec.data.store import Manifest, bag_stem
-from mtnrec.data.triples import MISSING, Lines, Selection, parse_lines
+from mtnrec.data.triples import MISSING
 from mtnrec.data.vocabulary import encode_in_place
 from mtnrec.data.writer import Writer, write_prepared
 from mtnrec.schema import CategoricalField, Schema
@@ -198,11 +197,10 @@ class AliCcp(DataModule):
             for split in _SPLITS:
                 log = logs[split] = Log(split, self._columns, writer, meter, bad_rows)
                 for name, blocks in _read(parts[split], split, meter):
-                    is_skeleton = name.startswith("sample_skeleton")
-                    selection = self._columns.skeleton if is_skeleton else self._columns.common
-                    parse = partial(_parse_block, selection=selection, skeleton=is_skeleton)
-                    read = log.read_skeleton if is_skeleton else log.read_common
-                    read(map_in_order(pool, parse, blocks, ahead=threads))
+                    if name.startswith("common"):
+                        log.read_common(map_in_order(pool, log.parse_common, blocks, ahead=threads))
+                    else:
+                        log.read_skeleton(map_in_order(pool, log.join, blocks, ahead=threads))
             writer.close_arrays()
             report = {name: n for log in logs.values() for name, n in log.finish().items()}
             schema, transforms = self._encode(writer, logs["train"], threads)
@@ -317,7 +315,3 @@ def _read(paths: list[Path], split: str, meter: Meter) -> Iterator[tuple[str, It
     for path, name in zip(paths, _members(split), strict=True):
         with meter.open(path) as stream:
             yield name, read_blocks(stream, str(path))
-
-
-def _parse_block(block: Block, selection: Selection, *, skeleton: bool) -> Lines:
-    return parse_lines(block.data, selection, skeleton=skeleton)

@@ -1,14 +1,14 @@
 """Joining Ali-CCP's skeleton with its common features."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from mtnrec.data.raw import BadRows, Block, Meter
-from mtnrec.data.store import bag_stem
-from mtnrec.data.triples import MISSING, Lines, Selection, describe_error
+from mtnrec.data.store import Arrays, bag_stem
+from mtnrec.data.triples import MISSING, Lines, Selection, describe_error, parse_lines
 from mtnrec.data.vocabulary import ValueCounts
 from mtnrec.data.writer import Writer
 
@@ -19,9 +19,9 @@ COMMON_FIELDS = (
 SKELETON_FIELDS = ("205", "206", "207", "210", "216", "301", "508", "509", "702", "853")
 USER = "101"
 
-Parsed = Iterator[tuple[Block, Lines]]
 Flags = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
+Bags = tuple[Integers, npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 
 class Columns:
@@ -57,6 +57,45 @@ class Columns:
         self.value_order = [joined.index(name) for name in values]
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Impressions of a block, joined with their common features.
+
+    Args:
+        arrays: Their rows, with raw ids and values.
+        place: Common line of each row, ``(rows,)``.
+        bags: Their own bags, one entry for each field.
+        missing: Rows that lack each field.
+        counts: Of training rows, the ids of each field of their own and their numbers.
+        lines: Lines of the block.
+        orphans: Conversions without a click, which are dropped.
+        errors: Row, rule and what is found, of each line that breaks a rule.
+    """
+
+    arrays: Arrays
+    place: Integers
+    bags: list[Bags]
+    missing: dict[str, int]
+    counts: dict[str, tuple[npt.NDArray[np.int32], Integers]]
+    lines: int
+    orphans: int
+    errors: list[tuple[int, str, str]]
+
+
+def _errors(block: Block, lines: Lines) -> list[tuple[int, str, str]]:
+    rows = np.flatnonzero(lines.error).tolist()
+    return [(row, *describe_error(block.data, lines, row)) for row in rows]
+
+
+def _kept(bags: Bags, keep: Flags) -> Bags:
+    """Return the bags of the rows that are kept."""
+    lengths, tokens, weights = bags
+    if keep.all():
+        return bags
+    of_kept = np.repeat(keep, lengths)
+    return lengths[keep], tokens[of_kept], weights[of_kept]
+
+
 class Log:
     """One split: its common features in memory, its rows on their way to the disk.
 
@@ -81,7 +120,11 @@ class Log:
         self._bag_lengths: dict[str, list[Integers]] = {name: [] for name in columns.common.bags}
         self._rows = self._orphans = self._skipped = 0
 
-    def read_common(self, parsed: Parsed) -> None:
+    def parse_common(self, block: Block) -> Lines:
+        """Parse lines of common features; for any thread."""
+        return parse_lines(block.data, self._columns.common, skeleton=False)
+
+    def read_common(self, parsed: Iterator[tuple[Block, Lines]]) -> None:
         """Keep the common features, and write their bags.
 
         Raises:
@@ -89,13 +132,14 @@ class Log:
         """
         index, ids, values, line = [], [], [], []
         for block, lines in parsed:
-            good = self._refuse_errors(block, lines)
+            good = lines.error == 0
+            self._refuse(block, _errors(block, lines))
             index.append(lines.index[good])
             ids.append(lines.ids[good])
             values.append(lines.values[good].astype(np.float32))
             line.append(block.first_line + np.flatnonzero(good))
             for name, bags in zip(self._columns.common.bags, lines.bags, strict=True):
-                self._append_bags(name, bags, good)
+                self._append_bags(name, _kept(bags, good))
             self._meter.advance(len(good))
         self._index = np.concatenate(index)
         self._common_ids, self._common_values = np.concatenate(ids), np.concatenate(values)
@@ -104,40 +148,89 @@ class Log:
         self._sorted = self._index[self._order]
         lines_of = np.concatenate(line)
         for place in np.flatnonzero(self._sorted[1:] == self._sorted[:-1]):
-            first, second = lines_of[self._order[place : place + 2]]
+            first, second = lines_of[self._order[place : place + 2]].tolist()
+            rule = f"a common index must occur once (line {first} has it too)"
             self._skipped += 1
-            self._bad_rows.add(
-                block.source,
-                int(second),
-                f"a common index must occur once (line {first} has it too)",
-                f"{self._sorted[place]:016x}",
-            )
+            self._bad_rows.add(block.source, second, rule, f"{self._sorted[place]:016x}")
 
-    def read_skeleton(self, parsed: Parsed) -> None:
-        """Join the rows with their common features and append them."""
-        for block, lines in parsed:
-            good = self._refuse_errors(block, lines)
-            place, known = self._look_up(lines.index)
-            for row in np.flatnonzero(good & ~known):
-                self._skipped += 1
-                self._bad_rows.add(
-                    block.source,
-                    block.first_line + int(row),
-                    f"the common index must be in common_features_{self._split}.csv",
-                    f"{lines.index[row]:016x}",
-                )
-            good &= known
-            orphans = good & (lines.labels[:, 1] > lines.labels[:, 0])
-            self._orphans += int(orphans.sum())
-            self._append(lines, place, good & ~orphans)
-            self._meter.advance(len(good))
+    def join(self, block: Block) -> "Joined":
+        """Parse impressions and join them with their common features; for any thread."""
+        columns = self._columns
+        lines = parse_lines(block.data, columns.skeleton, skeleton=True)
+        place, known = self._look_up(lines.index)
+        errors = _errors(block, lines)
+        good = lines.error == 0
+        rule = f"the common index must be in common_features_{self._split}.csv"
+        errors += [
+            (row, rule, f"{lines.index[row]:016x}")
+            for row in np.flatnonzero(good & ~known).tolist()
+        ]
+        good &= known
+        orphans = good & (lines.labels[:, 1] > lines.labels[:, 0])
+        keep = good & ~orphans
+        place = place[keep]
+        ids = np.concatenate([self._common_ids[place], lines.ids[keep]], axis=1)
+        values = np.concatenate([self._common_values[place], lines.values[keep]], axis=1)
+        values = values[:, columns.value_order]
+        categorical = ids[:, columns.id_order]
+        user = ids[:, columns.user].astype(np.int64)
+        missing = dict(zip(columns.ids, (categorical == MISSING).sum(0), strict=True))
+        missing |= dict(zip(columns.value_names, np.isnan(values).sum(0), strict=True))
+        counts = {}
+        if self._split == "train":
+            for column, name in enumerate(columns.ids):
+                if name in SKELETON_FIELDS:
+                    counts[name] = np.unique(categorical[:, column], return_counts=True)
+        return Joined(
+            arrays={
+                "categorical": categorical,
+                "numerical": np.nan_to_num(values).astype(np.float32),
+                "labels": lines.labels[keep],
+                "group": np.where(user == MISSING, -1 - place, user),
+            },
+            place=place,
+            bags=[_kept(bags, keep) for bags in lines.bags],
+            missing=missing,
+            counts=counts,
+            lines=len(keep),
+            orphans=int(orphans.sum()),
+            errors=sorted(errors),
+        )
 
-    def _refuse_errors(self, block: Block, lines: Lines) -> Flags:
-        for row in np.flatnonzero(lines.error):
+    def read_skeleton(self, joined: Iterator[tuple[Block, "Joined"]]) -> None:
+        """Append the joined rows."""
+        columns = self._columns
+        for block, part in joined:
+            self._refuse(block, part.errors)
+            self._orphans += part.orphans
+            self._count_rows(part.place)
+            self._writer.missing[self._split].update(part.missing)
+            if columns.bags:
+                own = self._rows + np.arange(len(part.place))
+                of_field = [part.place if f in COMMON_FIELDS else own for f in columns.bags]
+                part.arrays["bag"] = np.stack(of_field, axis=1)
+            self._writer.append(self._split, part.arrays)
+            for name, bags in zip(columns.skeleton.bags, part.bags, strict=True):
+                self._append_bags(name, bags)
+            for name, (values, rows) in part.counts.items():
+                self.counts[name].update(values, rows)
+            if len(part.place):
+                numerical = part.arrays["numerical"]
+                self.lowest = np.minimum(self.lowest, numerical.min(0))
+                self.highest = np.maximum(self.highest, numerical.max(0))
+            self._rows += len(part.place)
+            self._meter.advance(part.lines)
+
+    def _count_rows(self, place: Integers) -> None:
+        # The impressions of a block share few common lines, which lie together.
+        first = place.min(initial=len(self._common_rows))
+        rows = np.bincount(place - first)
+        self._common_rows[first : first + len(rows)] += rows
+
+    def _refuse(self, block: Block, errors: list[tuple[int, str, str]]) -> None:
+        for row, rule, found in errors:
             self._skipped += 1
-            rule, found = describe_error(block.data, lines, int(row))
             self._bad_rows.add(block.source, block.first_line + int(row), rule, found)
-        return lines.error == 0
 
     def _look_up(self, index: npt.NDArray[np.uint64]) -> tuple[Integers, Flags]:
         """Return the common line of each row, and whether there is one."""
@@ -148,52 +241,13 @@ class Log:
         known = self._sorted[found] == index[starts]
         return np.repeat(self._order[found], lengths), np.repeat(known, lengths)
 
-    def _append(self, lines: Lines, place: Integers, keep: Flags) -> None:
-        columns, place = self._columns, place[keep]
-        joined = np.concatenate([self._common_ids[place], lines.ids[keep]], axis=1)
-        values = np.concatenate([self._common_values[place], lines.values[keep]], axis=1)
-        categorical, values = joined[:, columns.id_order], values[:, columns.value_order]
-        user = joined[:, columns.user].astype(np.int64)
-        missing = self._writer.missing[self._split]
-        missing.update(dict(zip(columns.ids, (categorical == MISSING).sum(0), strict=True)))
-        missing.update(dict(zip(columns.value_names, np.isnan(values).sum(0), strict=True)))
-        numerical = np.nan_to_num(values).astype(np.float32)
-        arrays = {
-            "categorical": categorical,
-            "numerical": numerical,
-            "labels": lines.labels[keep],
-            "group": np.where(user == MISSING, -1 - place, user),
-        }
-        if columns.bags:
-            own = self._rows + np.arange(len(place))
-            arrays["bag"] = np.stack(
-                [place if name in COMMON_FIELDS else own for name in columns.bags], axis=1
-            )
-        self._writer.append(self._split, arrays)
-        for name, bags in zip(columns.skeleton.bags, lines.bags, strict=True):
-            self._append_bags(name, bags, keep)
-        self._rows += len(place)
-        self._common_rows += np.bincount(place, minlength=len(self._common_rows))
-        if self._split == "train":
-            for column, name in enumerate(columns.ids):
-                if name in SKELETON_FIELDS:
-                    self.counts[name].update(categorical[:, column])
-            self.lowest = np.minimum(self.lowest, numerical.min(0, initial=np.inf))
-            self.highest = np.maximum(self.highest, numerical.max(0, initial=-np.inf))
-
-    def _append_bags(
-        self,
-        name: str,
-        bags: tuple[Integers, npt.NDArray[np.int32], npt.NDArray[np.float32]],
-        keep: Flags,
-    ) -> None:
+    def _append_bags(self, name: str, bags: Bags) -> None:
         lengths, tokens, weights = bags
-        kept, of_kept = lengths[keep], np.repeat(keep, lengths)
-        self._writer.append_bags(self._split, name, kept, tokens[of_kept], weights[of_kept])
+        self._writer.append_bags(self._split, name, lengths, tokens, weights)
         if name in COMMON_FIELDS:
-            self._bag_lengths[name].append(kept)
+            self._bag_lengths[name].append(lengths)
         else:
-            self._writer.missing[self._split][name] += int((kept == 0).sum())
+            self._writer.missing[self._split][name] += int((lengths == 0).sum())
 
     def finish(self) -> dict[str, int]:
         """Count what was known only at the end; return the counts of the report."""

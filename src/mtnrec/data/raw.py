@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TypeVar, cast
 
+import numpy as np
 from rich import get_console
 from rich.filesize import decimal
 from rich.progress import (
@@ -35,11 +36,12 @@ from rich.table import Column
 
 from mtnrec.checks import InputError
 
-BLOCK_BYTES = 1 << 23
+BLOCK_BYTES = 1 << 21  # larger ones cost more in fresh pages than they save in calls
 _READ_BYTES = 1 << 20
 _LONGEST_LINE = 1 << 26
 _DEEPEST = 3  # folders below raw_dir that are searched
 _ZIP_RATIO = 4  # of text in a zip within a zip; only to estimate
+_NEWLINE = ord("\n")
 _IGNORED = ("__MACOSX",)  # what archivers add
 
 Item = TypeVar("Item")
@@ -61,6 +63,11 @@ class Block:
     source: str
     first_line: int
     data: bytes
+
+
+def count_lines(data: bytes) -> int:
+    """Count the line ends, several times faster than ``bytes.count`` does."""
+    return int(np.count_nonzero(np.frombuffer(data, np.uint8) == _NEWLINE))
 
 
 def list_files(raw_dir: Path) -> dict[str, list[Path]]:
@@ -120,8 +127,8 @@ class Meter:
         """Open a file whose bytes count."""
         self._rows = 0
         self._task = self._progress.add_task(path.name, total=path.stat().st_size, rows=0)
-        with path.open("rb") as file:
-            # Buffered, since the bar moves at each read.
+        with path.open("rb", buffering=0) as file:
+            # Buffered here, since the bar moves at each read.
             metered = cast(io.RawIOBase, self._progress.wrap_file(file, task_id=self._task))
             yield io.BufferedReader(metered, _READ_BYTES)
         self._progress.update(self._task, completed=path.stat().st_size)
@@ -168,9 +175,9 @@ def read_blocks(stream: IO[bytes], source: str) -> Iterator[Block]:
         while chunk := stream.read(BLOCK_BYTES):
             cut = chunk.rfind(b"\n") + 1
             if cut:
-                block = Block(source, line, rest + chunk[:cut])
+                block = Block(source, line, b"".join([rest, memoryview(chunk)[:cut]]))
                 yield block
-                line += block.data.count(b"\n")
+                line += count_lines(block.data)
                 rest = chunk[cut:]
             else:
                 rest += chunk

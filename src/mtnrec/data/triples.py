@@ -15,10 +15,13 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from mtnrec.data.raw import count_lines
+
 MISSING = -1  # the id of a field that a line lacks; ids are not negative
 
 _COMMA, _NEWLINE, _RETURN, _POINT, _MINUS, _ZERO = b",\n\r.-0"
 _NEXT, _ID, _VALUE = 1, 2, 3
+_ZERO_BYTE, _TEN = np.uint64(_ZERO), np.uint64(10)  # numba makes a float of uint64 and int64
 _TABLE_BITS = 8
 _MULTIPLIER = 0x9E3779B97F4A7C15  # 2 ** 64 over the golden ratio: spreads names over the table
 _LARGEST_ID = 2**31 - 1
@@ -114,7 +117,7 @@ class Lines:
 
 def parse_lines(block: bytes, selection: Selection, *, skeleton: bool) -> Lines:
     """Parse whole lines, each with its line end; a line that breaks a rule has no bags."""
-    rows = block.count(b"\n")
+    rows = count_lines(block)
     lines = Lines(
         labels=np.zeros((rows, 2), np.uint8),
         index=np.zeros(rows, np.uint64),
@@ -124,7 +127,7 @@ def parse_lines(block: bytes, selection: Selection, *, skeleton: bool) -> Lines:
         error=np.zeros(rows, np.uint8),
         where=np.zeros(rows, np.int64),
     )
-    most = block.count(b"\x02") if selection.bags else 0
+    most = np.count_nonzero(np.frombuffer(block, np.uint8) == _ID) if selection.bags else 0
     token_columns, token_rows = np.empty(most, np.int8), np.empty(most, np.int64)
     token_ids, token_weights = np.empty(most, np.int32), np.empty(most, np.float32)
     found = _parse(
@@ -300,12 +303,12 @@ def _parse_decimal(data: Any, at: Any) -> Any:
     negative = data[at] == _MINUS
     if negative:
         at += 1
-    start, point, mantissa = at, -1, 0
+    start, point, mantissa = at, -1, np.uint64(0)
     while True:
-        byte = data[at]
-        if _ZERO <= byte <= _ZERO + 9:
-            mantissa = 10 * mantissa + (byte - _ZERO)
-        elif byte == _POINT and point < 0:
+        digit = np.uint64(data[at]) - _ZERO_BYTE  # wraps around below zero
+        if digit < _TEN:
+            mantissa = _TEN * mantissa + digit
+        elif data[at] == _POINT and point < 0:
             point = at
         else:
             break
@@ -314,7 +317,7 @@ def _parse_decimal(data: Any, at: Any) -> Any:
     if not 0 < at - start - has_point <= _MOST_DIGITS:
         return at, 0, -1
     decimals = at - point - 1 if has_point else 0
-    return at, -mantissa if negative else mantissa, decimals
+    return at, -np.int64(mantissa) if negative else np.int64(mantissa), decimals
 
 
 @njit(nogil=True, cache=True)
@@ -348,9 +351,12 @@ def _parse_list(  # noqa: C901
         if name != last:
             last, place = name, _find(names, name)
         at += 1
-        start, feature = at, 0
-        while _ZERO <= data[at] <= _ZERO + 9:
-            feature = 10 * feature + (data[at] - _ZERO)
+        start, feature = at, np.uint64(0)
+        while True:
+            digit = np.uint64(data[at]) - _ZERO_BYTE
+            if digit >= _TEN:
+                break
+            feature = _TEN * feature + digit
             at += 1
         if data[at] == _NEXT or data[at] == _NEWLINE:
             return _BAD_TRIPLE, start, number, tokens

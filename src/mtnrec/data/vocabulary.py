@@ -23,6 +23,7 @@ class ValueCounts:
         self._values: Integers = np.empty(0, np.int32)
         self._counts: npt.NDArray[np.int64] = np.empty(0, np.int64)
         self._pending: list[tuple[Integers, npt.NDArray[np.int64]]] = []
+        self._pending_size = 0
 
     def update(self, column: Integers, rows: npt.NDArray[np.int64] | None = None) -> None:
         """Count the values of a chunk.
@@ -36,9 +37,9 @@ class ValueCounts:
             self._pending.append((values, counts.astype(np.int64)))
         else:
             self._pending.append(_sum_by_value(column, rows))
+        self._pending_size += len(self._pending[-1][0])
         # Merging costs as much as all that was seen, so it waits until as much is pending.
-        pending = sum(len(values) for values, _ in self._pending)
-        if pending > max(_SMALLEST_MERGE, len(self._values)):
+        if self._pending_size > max(_SMALLEST_MERGE, len(self._values)):
             self._merge()
 
     def vocabulary(self, *, min_count: int = 1, missing: int | None = None) -> "Vocabulary":
@@ -60,7 +61,7 @@ class ValueCounts:
             np.concatenate([values for values, _ in parts]),
             np.concatenate([counts for _, counts in parts]),
         )
-        self._pending = []
+        self._pending, self._pending_size = [], 0
 
 
 def _sum_by_value(
