@@ -10,6 +10,7 @@ import polars as pl
 MOST_CATEGORIES = 100
 _BLOCK = 4096
 _INTEGER = r"^(?:0|-?[1-9][0-9]*)$"
+_CODE = r"^0[0-9]"  # a zip code say
 _DATE = r"^\d{4}-\d{2}-\d{2}(?:[T ]|$)"
 _LABELS = {"0": 0, "false": 0, "1": 1, "true": 1}
 _TYPES = {"integer": pl.Int64, "number": pl.Float64}
@@ -20,8 +21,8 @@ Floats = npt.NDArray[np.float64]
 class Profile:
     """What the cells of a column have in common, chunk by chunk.
 
-    A text counts as an integer if it is written as one is (``007`` is not), as a number if it can
-    be read as one, and as a date if it starts with ``YYYY-MM-DD``.
+    A text counts as an integer or a number if it is written as one is (``007`` is neither), and as
+    a date if it starts with ``YYYY-MM-DD``.
     """
 
     def __init__(self) -> None:
@@ -67,7 +68,9 @@ def _kinds(present: pl.Series, candidates: set[str]) -> set[str]:
     kinds = set()
     if "integer" in candidates and present.str.contains(_INTEGER).all():
         kinds.add("integer")
-    if "number" in candidates and not numbers_of(present).null_count():
+    if "number" in candidates and not (
+        numbers_of(present).null_count() or present.str.contains(_CODE).any()
+    ):
         kinds.add("number")
     if "date" in candidates and present.str.contains(_DATE).all():
         kinds.add("date")

@@ -151,6 +151,8 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (PolarsError, OSError, EOFError, UnicodeError, csv.Error) as error:
         reason = str(error).partition("\n")[0]
+        if "utf8" in reason and (line := _undecodable_line(path)):
+            raise InputError(f"{path}, line {line}: the text is not UTF-8") from error
         raise InputError(
             f"{path} cannot be read ({reason}): it is damaged, cut short or of another format"
         ) from error
@@ -211,24 +213,19 @@ def _read_parquet(path: Path, columns: list[str], _: BadRows) -> Iterator[_Rows]
 
 def _read_csv(path: Path, columns: list[str], bad_rows: BadRows) -> Iterator[_Rows]:
     header = _header(path)
-    try:
-        with _readable(path):
-            for numbers, widths, make_frame in _split_csv(path, header):
-                bad = widths != len(header)
+    with _readable(path):
+        for numbers, widths, make_frame in _split_csv(path, header):
+            bad = widths != len(header)
 
-                def say(row: int, numbers: Integers = numbers, widths: Integers = widths) -> str:
-                    return (
-                        f"{path}, line {numbers[row]}: expected {len(header)} values, got "
-                        f"{widths[row]}; the row is cut or malformed"
-                    )
+            def say(row: int, numbers: Integers = numbers, widths: Integers = widths) -> str:
+                return (
+                    f"{path}, line {numbers[row]}: expected {len(header)} values, got "
+                    f"{widths[row]}; the row is cut or malformed"
+                )
 
-                bad_rows.mark(bad, say)
-                bad_rows.skipped += int(np.count_nonzero(bad))
-                yield "line", numbers[~bad], make_frame(~bad).select(columns)
-    except InputError as error:
-        if isinstance(error.__cause__, PolarsError) and (line := _undecodable_line(path)):
-            raise InputError(f"{path}, line {line}: the text is not UTF-8") from error
-        raise
+            bad_rows.mark(bad, say)
+            bad_rows.skipped += int(np.count_nonzero(bad))
+            yield "line", numbers[~bad], make_frame(~bad).select(columns)
 
 
 _Lines = tuple[Integers, Integers, Callable[[Booleans], pl.DataFrame]]

@@ -200,7 +200,7 @@ class Table(SelfPreparing):
     def _open(self) -> dict[str, Source]:
         if self.train is None or self.labels is None:
             raise InputError(
-                "data.train and data.labels are not given: name the table and its columns of 0 and "
+                "data.train and data.labels are needed: name the table and its columns of 0 and "
                 "1, `data.train=FILE data.labels=[COLUMN,COLUMN]`"
             )
         sources = {"train": Source("data.train", self.train)}
@@ -317,10 +317,12 @@ class _Preparation:
         """Read for the kind of each column and the split."""
         table, path = self._table, self._sources["train"].path
         features = self._features()
+        for source in self._sources.values():
+            source.demand("the features", features)
         profiles = {name: Profile() for name in [*features, *self._keys()]}
         groups = TextCounts()
         rows = 0
-        for split in self._sources:
+        for split in self._sources if table.group is not None else ("train",):
             names = list(profiles) if split == "train" else self._groups()
             for chunk in self._chunks("looking at", split, names, BadRows(table.on_error)):
                 for name in names:
