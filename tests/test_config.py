@@ -31,7 +31,8 @@ def build_network(config, schema):
 def test_every_group_has_its_choices():
     countries = [f"aliexpress_{country}" for country in ("es", "fr", "nl", "ru", "us")]
 
-    assert choices("data") == ["ali_ccp", *countries, "synthetic", "synthetic_ali_ccp"]
+    synthetic = ["synthetic", "synthetic_ali_ccp"]
+    assert choices("data") == ["ali_ccp", *countries, *synthetic, "table"]
     assert choices("model") == ["esmm", "mmoe", "shared_bottom"]
     assert choices("logger") == ["csv", "tensorboard", "wandb"]
 

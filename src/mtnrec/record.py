@@ -26,7 +26,7 @@ RECORD_FILE = "result.json"
 # Keys of the config that say where a run reads and writes, not what comes out; of the data the
 # checksum says it.
 _NOT_OF_THE_CELL = ("logger", "output_dir", "data_root")
-_NOT_OF_THE_DATA = ("dir", "raw_dir", "verify", "threads")
+_NOT_OF_THE_DATA = ("dir", "raw_dir", "train", "test", "verify", "threads")
 _PACKAGES = ("mtnrec", "torch", "lightning", "torchmetrics", "numpy", "hydra-core")
 
 _logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from mtnrec.checks import InputError, check_choice, check_flag, check_integer, c
 from mtnrec.data.noise import Noise
 from mtnrec.data.store import (
     BAG_DTYPES,
+    SCHEMA_FILE,
     Arrays,
     Manifest,
     NotPreparedError,
@@ -202,6 +203,35 @@ class DataModule(L.LightningDataModule, ABC):
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class SelfPreparing(DataModule):
+    """A data set that training prepares where its folder is absent or empty."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> dict[str, Any]:
+        """What determines the prepared bytes; the manifest keeps it."""
+
+    def prepare_data(self) -> None:
+        """Prepare the data set if its folder is absent or empty.
+
+        Raises:
+            InputError: If the folder holds a data set of other settings.
+        """
+        directory = Path(self.dir)
+        if not (directory / SCHEMA_FILE).is_file():
+            self.prepare()
+        super().prepare_data()
+        found, wanted = open_prepared(directory)[0].parameters, self.parameters
+        if found != wanted:
+            differing = sorted(name for name, value in wanted.items() if found.get(name) != value)
+            raise InputError(
+                f"{directory} holds a {self.name} data set of other settings "
+                f"({', '.join(differing)}): choose another data.dir, or run "
+                "`python -m mtnrec.prepare` with these settings"
+            )
 
 
 class RowGatherer(Dataset[Batch]):

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mtnrec.checks import InputError, check_integer, check_number
-from mtnrec.data.datamodule import DataModule
-from mtnrec.data.store import SCHEMA_FILE, Arrays, Manifest, open_prepared
+from mtnrec.data.datamodule import SelfPreparing
+from mtnrec.data.store import Arrays, Manifest
 from mtnrec.data.vocabulary import ValueCounts, encode_in_place
 from mtnrec.data.writer import write_prepared
 from mtnrec.schema import Schema
@@ -49,7 +49,7 @@ Integers = npt.NDArray[np.int64]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class Synthetic(DataModule):
+class Synthetic(SelfPreparing):
     """A synthetic funnel log; prepares itself when its folder is absent.
 
     Rows come in searches: the rows of one search share their user fields. The last searches are
@@ -129,28 +129,6 @@ class Synthetic(DataModule):
     def parameters(self) -> dict[str, Any]:
         """What determines the log."""
         return {name: getattr(self, name) for name in Synthetic.__annotations__}
-
-    def prepare_data(self) -> None:
-        """Generate the log if its folder is absent or empty.
-
-        Raises:
-            InputError: If the folder holds a log of other settings.
-        """
-        directory = Path(self.dir)
-        if not (directory / SCHEMA_FILE).is_file():
-            self.prepare()
-        super().prepare_data()
-        manifest, _ = open_prepared(directory)
-        if manifest.parameters != self.parameters:
-            differing = sorted(
-                name
-                for name, value in self.parameters.items()
-                if manifest.parameters.get(name) != value
-            )
-            raise InputError(
-                f"{directory} holds a synthetic log of other settings ({', '.join(differing)}): "
-                "choose another data.dir, or run `python -m mtnrec.prepare` with these settings"
-            )
 
     def prepare(self) -> Manifest:
         """Generate the log and write it as a prepared data set."""

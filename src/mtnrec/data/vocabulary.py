@@ -112,11 +112,72 @@ class Vocabulary:
 
     def write(self, folder: Path, name: str) -> CategoricalField:
         """Write ``vocabulary/<name>.parquet``, the columns ``value`` and ``index``."""
-        (folder / "vocabulary").mkdir(exist_ok=True)
-        index = np.arange(1, self.size, dtype=np.int32)
-        table = pl.DataFrame({"value": self.values, "index": index})
-        table.write_parquet(folder / "vocabulary" / f"{name}.parquet")
-        return CategoricalField(name, self.size)
+        return _write(folder, name, pl.Series(self.values))
+
+
+class TextCounts:
+    """How many training rows hold each text of a field."""
+
+    def __init__(self) -> None:
+        self._counts = pl.DataFrame(schema={"value": pl.String, "rows": pl.Int64})
+        self._pending: list[pl.DataFrame] = []
+
+    def update(self, column: pl.Series) -> None:
+        """Count the texts of a chunk; nulls are none."""
+        values = column.drop_nulls().alias("value").to_frame()
+        self._pending.append(values.group_by("value").agg(rows=pl.len().cast(pl.Int64)))
+        if sum(map(len, self._pending)) > max(_SMALLEST_MERGE, len(self._counts)):
+            self._merge()
+
+    def vocabulary(self, *, min_count: int = 1) -> "TextVocabulary":
+        """Return the texts that at least ``min_count`` rows hold."""
+        self._merge()
+        return TextVocabulary(self._counts.filter(pl.col("rows") >= min_count)["value"].sort())
+
+    def _merge(self) -> None:
+        parts = pl.concat([self._counts, *self._pending])
+        self._counts = parts.group_by("value").agg(pl.col("rows").sum())
+        self._pending = []
+
+
+class TextVocabulary:
+    """The texts of one field that have an index, 1 for the first in the order of their bytes.
+
+    Args:
+        values: Ascending.
+    """
+
+    def __init__(self, values: pl.Series) -> None:
+        self.values = values
+
+    @property
+    def size(self) -> int:
+        """Number of indices, 0 included."""
+        return len(self.values) + 1
+
+    def encode(self, column: pl.Series) -> Integers:
+        """Turn texts ``(rows,)`` into indices; null is 0.
+
+        >>> TextVocabulary(pl.Series(["a", "c"])).encode(pl.Series(["c", "b", None])).tolist()
+        [2, 0, 0]
+        """
+        if not len(self.values):
+            return np.zeros(len(column), np.int32)
+        position = self.values.search_sorted(column).clip(upper_bound=len(self.values) - 1)
+        known = (self.values.gather(position) == column).fill_null(value=False)
+        return np.where(known.to_numpy(), position.to_numpy() + 1, 0).astype(np.int32)
+
+    def write(self, folder: Path, name: str) -> CategoricalField:
+        """Write ``vocabulary/<name>.parquet``, the columns ``value`` and ``index``."""
+        return _write(folder, name, self.values)
+
+
+def _write(folder: Path, name: str, values: pl.Series) -> CategoricalField:
+    (folder / "vocabulary").mkdir(exist_ok=True)
+    index = np.arange(1, len(values) + 1, dtype=np.int32)
+    table = pl.DataFrame({"value": values, "index": index})
+    table.write_parquet(folder / "vocabulary" / f"{name}.parquet")
+    return CategoricalField(name, len(values) + 1)
 
 
 def encode_in_place(

@@ -1,0 +1,182 @@
+"""One column of a table: what it holds, and its cells as texts, numbers, labels and times.
+
+In every column here a missing cell is null; what cannot be read becomes null too.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+MOST_CATEGORIES = 100
+_BLOCK = 4096
+_INTEGER = r"^(?:0|-?[1-9][0-9]*)$"
+_CODE = r"^0[0-9]"  # a zip code say
+_DATE = r"^\d{4}-\d{2}-\d{2}(?:[T ]|$)"
+_LABELS = {"0": 0, "false": 0, "1": 1, "true": 1}
+_TYPES = {"integer": pl.Int64, "number": pl.Float64}
+
+Floats = npt.NDArray[np.float64]
+
+
+class Profile:
+    """What the cells of a column have in common, chunk by chunk.
+
+    A text counts as an integer or a number if it is written as one is (``007`` is neither), and as
+    a date if it starts with ``YYYY-MM-DD``.
+    """
+
+    def __init__(self) -> None:
+        self._kinds = {"integer", "number", "date", "boolean"}
+        self._values: set[str] = set()
+        self._empty = True
+
+    def update(self, column: pl.Series) -> None:
+        """Look at a chunk."""
+        present = column.drop_nulls()
+        if not len(present):
+            return
+        self._empty = False
+        self._kinds &= _kinds(present, self._kinds)
+        if "integer" in self._kinds and len(self._values) <= MOST_CATEGORIES:
+            distinct = text_of(present.unique()).head(2 * MOST_CATEGORIES)
+            self._values.update(distinct.to_list())
+
+    @property
+    def kind(self) -> str:
+        """``integer``, ``number``, ``date``, ``boolean``, ``text`` or ``empty``."""
+        if self._empty:
+            return "empty"
+        found = [k for k in ("integer", "number", "date", "boolean") if k in self._kinds]
+        return found[0] if found else "text"
+
+    @property
+    def distinct(self) -> int | None:
+        """Number of distinct integers; None if there are more than ``MOST_CATEGORIES``."""
+        return len(self._values) if len(self._values) <= MOST_CATEGORIES else None
+
+
+def _kinds(present: pl.Series, candidates: set[str]) -> set[str]:
+    dtype = present.dtype
+    if dtype == pl.Boolean:
+        return {"boolean"}
+    if dtype in (pl.Date, pl.Datetime):
+        return {"date"}
+    if dtype.is_integer():
+        return {"integer", "number"}
+    if dtype.is_float():
+        return {"number"}
+    kinds = set()
+    if "integer" in candidates and present.str.contains(_INTEGER).all():
+        kinds.add("integer")
+    if "number" in candidates and not (
+        numbers_of(present).null_count() or present.str.contains(_CODE).any()
+    ):
+        kinds.add("number")
+    if "date" in candidates and present.str.contains(_DATE).all():
+        kinds.add("date")
+    return kinds
+
+
+def text_of(column: pl.Series) -> pl.Series:
+    """Write each cell as text; equal integers are equal texts, from text, float or integer.
+
+    >>> text_of(pl.Series([1.0, 2.5, None])).to_list()
+    ['1', '2.5', None]
+    """
+    text = column.cast(pl.String)
+    if not column.dtype.is_float():
+        return text
+    whole = column.cast(pl.Int64, strict=False)
+    return pl.select(
+        pl.when(whole.cast(column.dtype) == column).then(whole.cast(pl.String)).otherwise(text)
+    ).to_series()
+
+
+def numbers_of(column: pl.Series) -> pl.Series:
+    """Read each cell as a float64; NaN stays NaN.
+
+    >>> numbers_of(pl.Series(["1e3", ".5", "many", None])).to_list()
+    [1000.0, 0.5, None, None]
+    """
+    if column.dtype.is_temporal():  # polars would give its days or microseconds
+        return pl.repeat(None, len(column), dtype=pl.Float64, eager=True)
+    return column.cast(pl.Float64, strict=False)
+
+
+def labels_of(column: pl.Series) -> pl.Series:
+    """Read 0, 1, true and false, whatever their case.
+
+    >>> labels_of(pl.Series(["1", "False", "yes", None])).to_list()
+    [1, 0, None, None]
+    """
+    text = text_of(column).str.to_lowercase()
+    return text.replace_strict(_LABELS, default=None, return_dtype=pl.UInt8)
+
+
+def times_of(column: pl.Series, kind: str) -> pl.Series:
+    """Read integers, numbers or dates as numbers in the same order; dates in microseconds.
+
+    >>> days = pl.Series(["1970-01-01", "1970-01-01 00:00:01.5", "1970-01-02T00:00:00Z"])
+    >>> times_of(days, "date").to_list()
+    [0, 1500000, 86400000000]
+    """
+    if kind in _TYPES:
+        return column.cast(_TYPES[kind], strict=False).fill_nan(None)
+    if column.dtype == pl.String:
+        text = column.str.replace(" ", "T", literal=True).str.strip_suffix("Z")
+        forms = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M", "%Y-%m-%d")
+        parsed = [text.str.to_datetime(f, strict=False, time_unit="us") for f in forms]
+        column = pl.select(pl.coalesce(*parsed)).to_series()
+    elif column.dtype not in (pl.Date, pl.Datetime):
+        return pl.repeat(None, len(column), dtype=pl.Int64, eager=True)
+    return column.dt.epoch("us")
+
+
+class Moments:
+    """Mean and standard deviation of columns, in float64; a missing cell (NaN) is at the mean.
+
+    Rows are summed in blocks of a fixed length, so that the bits of the result do not depend on how
+    a file is cut into chunks.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.mean = np.zeros(columns)
+        self._rows = 0
+        self._count = np.zeros(columns)
+        self._squares = np.zeros(columns)
+        self._rest = np.empty((0, columns))
+
+    def update(self, values: Floats) -> None:
+        """Add rows, ``(rows, columns)``."""
+        rows = np.concatenate([self._rest, values])
+        whole = len(rows) - len(rows) % _BLOCK
+        for start in range(0, whole, _BLOCK):
+            self._add(rows[start : start + _BLOCK])
+        self._rest = rows[whole:]
+
+    def finish(self) -> None:
+        """Add the rows of the last block."""
+        self._add(self._rest)
+        self._rest = self._rest[:0]
+
+    @property
+    def scale(self) -> Floats:
+        """Standard deviation, 1 for a column that is constant but for rounding."""
+        variance = self._squares / max(self._rows, 1)
+        epsilon = np.finfo(np.float64).eps
+        rounding = (self._rows * self.mean * epsilon) ** 2 + self._rows * variance * epsilon
+        return np.where(variance <= rounding, 1.0, np.sqrt(variance))
+
+    def _add(self, block: Floats) -> None:
+        # The update of a mean and a sum of squares by a block's: Chan, Golub and LeVeque (1983).
+        present = ~np.isnan(block)
+        count = present.sum(axis=0)
+        mean = np.where(present, block, 0).sum(axis=0) / count.clip(min=1)
+        squares = (np.where(present, block - mean, 0) ** 2).sum(axis=0)
+        total = self._count + count
+        difference = mean - self.mean
+        self.mean = self.mean + difference * count / total.clip(min=1)
+        between = difference**2 * self._count * count / total.clip(min=1)
+        self._squares = self._squares + squares + between
+        self._count = total
+        self._rows += len(block)

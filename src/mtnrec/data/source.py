@@ -1,0 +1,302 @@
+"""Reading tables of any columns: csv, csv.gz, Parquet, and folders of Parquet parts.
+
+A csv file has a header, commas, and quotes where a cell holds a comma, a quote or a line break. All
+its cells are text. An empty cell is missing, and so is an empty text or NaN in Parquet.
+"""
+
+import csv
+import gzip
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from polars.exceptions import PolarsError
+
+from mtnrec.checks import InputError
+
+_ROWS_PER_CHUNK = 1 << 16
+_REASONS = 5
+_UNREADABLE = (pl.Binary, pl.Object, pl.Time, pl.Duration)
+
+Booleans = npt.NDArray[np.bool_]
+Integers = npt.NDArray[np.int64]
+
+
+class BadRows:
+    """Refuses the first row that breaks a rule, or lets it be skipped and keeps why.
+
+    Args:
+        on_error: ``refuse`` or ``skip``.
+    """
+
+    def __init__(self, on_error: str) -> None:
+        self._refuse = on_error == "refuse"
+        self.skipped = 0
+        self.reasons: list[str] = []
+
+    def mark(self, bad: Booleans, say: Callable[[int], str]) -> None:
+        """Take note of the rows where ``bad`` is true; ``say`` tells what is wrong with one."""
+        for row in np.flatnonzero(bad)[: 1 if self._refuse else _REASONS]:
+            if self._refuse:
+                raise InputError(f"{say(int(row))} (data.on_error=skip skips and counts such rows)")
+            if len(self.reasons) < _REASONS:
+                self.reasons.append(say(int(row)))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a file.
+
+    Args:
+        frame: Their cells; a missing one is null.
+        path: The file.
+        unit: ``line`` in a csv file, ``row`` in a Parquet file; both count from 1.
+        numbers: The line or row of each, ``(rows,)``.
+        first: How many rows of the source come before these.
+    """
+
+    frame: pl.DataFrame
+    path: Path
+    unit: str
+    numbers: Integers
+    first: int
+
+    def place(self, row: int) -> str:
+        """Say where a row stands."""
+        return f"{self.path}, {self.unit} {self.numbers[row]}"
+
+
+class Source:
+    """A table on disk; its headers are read at once, its rows chunk by chunk.
+
+    Args:
+        key: The setting that names it, ``data.train`` say.
+        path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, or a folder of ``.parquet`` files.
+
+    Raises:
+        InputError: If it cannot be read, or a column is named twice or not at all.
+    """
+
+    def __init__(self, key: str, path: str | Path) -> None:
+        self.path = Path(path)
+        self._files = _files(key, self.path)
+        self.columns = _header(self._files[0])
+        for file in self._files[1:]:
+            header = _header(file)
+            if differing := sorted(set(header) ^ set(self.columns)):
+                raise InputError(
+                    f"{file} and {self._files[0].name} differ in the columns {_some(differing)}: "
+                    "the parts of a folder have the same columns"
+                )
+
+    @property
+    def sizes(self) -> list[list[str | int]]:
+        """Name and bytes of each file."""
+        return [[file.name, file.stat().st_size] for file in self._files]
+
+    def demand(self, key: str, names: list[str]) -> None:
+        """Refuse names that are no columns; ``key`` is the setting that has them."""
+        if missing := [name for name in names if name not in self.columns]:
+            raise InputError(
+                f"{self.path} lacks the column {_some(missing)} of {key}; it has "
+                f"{_some(self.columns)}"
+            )
+
+    def chunks(self, columns: list[str], bad_rows: BadRows) -> Iterator[Chunk]:
+        """Read some columns of all rows, in order and in bounded memory.
+
+        Rows of a csv file with too few or too many cells go to ``bad_rows``.
+
+        Raises:
+            InputError: If a file is damaged or cut short, or there are no rows.
+        """
+        first = 0
+        for path in self._files:
+            read = _read_parquet if path.suffix == ".parquet" else _read_csv
+            for unit, numbers, frame in read(path, columns, bad_rows):
+                yield Chunk(_missing_to_null(frame), path, unit, numbers, first)
+                first += frame.height
+        if not first:
+            raise InputError(f"{self.path} has no rows")
+
+
+_Rows = tuple[str, Integers, pl.DataFrame]
+
+
+def _files(key: str, path: Path) -> list[Path]:
+    if path.is_dir():
+        parts = sorted(part for part in path.glob("*.parquet") if part.name[0] not in "._")
+        if not parts:
+            raise InputError(f"{key}: the folder {path} has no .parquet files directly in it")
+        return parts
+    if not path.is_file():
+        raise InputError(f"{key}: {path} is missing")
+    if not path.name.endswith((".csv", ".csv.gz", ".parquet")):
+        raise InputError(
+            f"{key} must be a .csv, .csv.gz or .parquet file or a folder of .parquet files, got "
+            f"{path}"
+        )
+    return [path]
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into an error that names it."""
+    try:
+        yield
+    except (PolarsError, OSError, EOFError, UnicodeError, csv.Error) as error:
+        reason = str(error).partition("\n")[0]
+        if "utf8" in reason and (line := _undecodable_line(path)):
+            raise InputError(f"{path}, line {line}: the text is not UTF-8") from error
+        raise InputError(
+            f"{path} cannot be read ({reason}): it is damaged, cut short or of another format"
+        ) from error
+
+
+def _header(path: Path) -> list[str]:
+    with _readable(path):
+        if path.suffix == ".parquet":
+            return pl.scan_parquet(path, glob=False).collect_schema().names()
+        first = pl.scan_lines(path, glob=False).head(1).collect().to_series().to_list()
+        if not first or not first[0]:
+            raise InputError(f"{path} is empty or starts with an empty line: a header is expected")
+        names = next(csv.reader([first[0].removeprefix("\ufeff")], strict=True))
+    if "" in names:
+        raise InputError(
+            f"{path}: column {names.index('') + 1} has no name in the header: name or remove it "
+            "(pandas writes none with index=False)"
+        )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{path} names the column {_some(twice)} twice: rename one")
+    return names
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown}, … ({len(names)} in all)"
+
+
+def _missing_to_null(frame: pl.DataFrame) -> pl.DataFrame:
+    changes = []
+    for name, dtype in frame.schema.items():
+        column = pl.col(name)
+        if dtype in (pl.Categorical, pl.Enum):
+            column, dtype = column.cast(pl.String), pl.String()
+        if dtype == pl.String:
+            changes.append(pl.when(column != "").then(column).alias(name))
+        elif dtype.is_decimal():
+            changes.append(column.cast(pl.Float64))
+        elif dtype.is_float():
+            changes.append(column.fill_nan(None))
+    return frame.with_columns(changes)
+
+
+def _read_parquet(path: Path, columns: list[str], _: BadRows) -> Iterator[_Rows]:
+    row = 1
+    with _readable(path):
+        scan = pl.scan_parquet(path, glob=False, hive_partitioning=False).select(columns)
+        for name, dtype in scan.collect_schema().items():
+            if dtype.is_nested() or dtype in _UNREADABLE:
+                raise InputError(
+                    f"{path}: the column {name!r} is of type {dtype}: leave it out with "
+                    "data.exclude, or turn it into numbers or texts"
+                )
+        for frame in scan.collect_batches(chunk_size=_ROWS_PER_CHUNK, maintain_order=True):
+            yield "row", np.arange(row, row + frame.height), frame
+            row += frame.height
+
+
+def _read_csv(path: Path, columns: list[str], bad_rows: BadRows) -> Iterator[_Rows]:
+    header = _header(path)
+    with _readable(path):
+        for numbers, widths, make_frame in _split_csv(path, header):
+            bad = widths != len(header)
+
+            def say(row: int, numbers: Integers = numbers, widths: Integers = widths) -> str:
+                return (
+                    f"{path}, line {numbers[row]}: expected {len(header)} values, got "
+                    f"{widths[row]}; the row is cut or malformed"
+                )
+
+            bad_rows.mark(bad, say)
+            bad_rows.skipped += int(np.count_nonzero(bad))
+            yield "line", numbers[~bad], make_frame(~bad).select(columns)
+
+
+_Lines = tuple[Integers, Integers, Callable[[Booleans], pl.DataFrame]]
+
+
+def _split_csv(path: Path, header: list[str]) -> Iterator[_Lines]:
+    """Split lines into cells: for each row its first line, its width, and how to make a frame.
+
+    Polars' csv reader fills a row that is too short with nulls, hence this one. From the first
+    quote on, rows are split by the csv module, which is several times slower.
+    """
+    scan = pl.scan_lines(path, glob=False)
+    batches = (
+        frame.to_series()
+        for frame in scan.collect_batches(chunk_size=_ROWS_PER_CHUNK, maintain_order=True)
+    )
+    line = 1
+    for batch in batches:
+        lines = batch
+        if lines.str.contains('"', literal=True).any():
+            yield from _split_quoted(chain(lines, chain.from_iterable(batches)), line, header)
+            return
+        numbers = np.arange(line, line + len(lines))
+        line += len(lines)
+        if numbers[0] == 1:
+            lines, numbers = lines[1:], numbers[1:]
+        commas = lines.str.count_matches(",", literal=True).to_numpy().astype(np.int64)
+        widths = np.where(lines.str.len_bytes().to_numpy() > 0, commas + 1, 0)
+
+        def make_frame(keep: Booleans, lines: pl.Series = lines) -> pl.DataFrame:
+            if len(header) == 1:
+                return lines.filter(keep).to_frame(header[0])
+            cells = lines.filter(keep).str.split_exact(",", len(header) - 1)
+            return cells.struct.rename_fields(header).struct.unnest()
+
+        yield numbers, widths, make_frame
+
+
+def _split_quoted(lines: Iterator[str], line: int, header: list[str]) -> Iterator[_Lines]:
+    reader = csv.reader((text + "\n" for text in lines), strict=True)
+    before = line - 1
+
+    def numbered() -> Iterator[tuple[int, list[str]]]:
+        while True:
+            start = before + reader.line_num + 1
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                raise csv.Error(f"line {start}: {error}") from error
+            if row is None:
+                return
+            yield start, row
+
+    rows = numbered()
+    if line == 1:
+        next(rows)
+    while part := list(islice(rows, _ROWS_PER_CHUNK)):
+
+        def make_frame(keep: Booleans, part: list[tuple[int, list[str]]] = part) -> pl.DataFrame:
+            kept = [row for (_, row), good in zip(part, keep, strict=True) if good]
+            return pl.DataFrame(kept, dict.fromkeys(header, pl.String), orient="row")
+
+        numbers = np.array([number for number, _ in part])
+        yield numbers, np.array([len(row) for _, row in part]), make_frame
+
+
+def _undecodable_line(path: Path) -> int | None:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return None

@@ -1,0 +1,587 @@
+"""A table of one's own: any csv or Parquet file with a column for each feature and label.
+
+The file is read three times, in bounded memory: for the kind of each column and the split; for the
+vocabularies and means of the training rows; and to write. What grows with the data are the
+vocabularies, 9 bytes a row to draw a random split and 17 to sort by time.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import rich.table
+from rich import box
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
+from mtnrec.data.column import (
+    MOST_CATEGORIES,
+    Floats,
+    Moments,
+    Profile,
+    labels_of,
+    numbers_of,
+    text_of,
+    times_of,
+)
+from mtnrec.data.datamodule import SelfPreparing
+from mtnrec.data.source import BadRows, Booleans, Chunk, Source
+from mtnrec.data.store import Arrays, Manifest
+from mtnrec.data.vocabulary import TextCounts, TextVocabulary
+from mtnrec.data.writer import Writer, write_prepared
+from mtnrec.schema import Schema
+
+_SPLITS = ("train", "test")
+_LISTS = ("labels", "categorical", "numerical", "exclude")
+_LONGEST_NAME = 200  # bytes; a file name has 255
+_LARGEST = float(np.finfo(np.float32).max)
+_TIMES = {"integer": "an integer", "number": "a number", "date": "a date"}
+_INFERRED = {
+    "text": ("categorical", "not a number"),
+    "boolean": ("categorical", "boolean"),
+    "integer": ("numerical", f"more than {MOST_CATEGORIES} distinct integers"),
+    "number": ("numerical", "number"),
+}
+_NEEDS_CLICK = (
+    "a conversion needs a click (data.conversion_without_click=drop drops and counts such rows)"
+)
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Table(SelfPreparing):
+    """A table of one's own; training prepares it where its folder is absent.
+
+    A column that ``categorical`` and ``numerical`` do not name gets its kind from the cells of
+    ``train``: text and booleans are categorical, integers with at most 100 distinct values too,
+    other numbers are numerical; dates are refused. If both are given, other columns are left out.
+    Labels, group, time and excluded columns are never features.
+
+    Categorical values are texts (an integer is its digits), numbered in the order of their bytes;
+    a missing one has index 0, as a rare or unseen one.
+
+    Args:
+        train: ``.csv``, ``.csv.gz`` or ``.parquet`` file, or a folder of ``.parquet`` files. If
+            None, training takes what ``dir`` holds, whatever the other settings.
+        test: The test rows, likewise; if None, ``split`` takes them from ``train``.
+        labels: Columns of 0 and 1 or true and false; none may be missing.
+        funnel: Whether the second label needs the first (click, conversion).
+        categorical: Categorical columns; None if they are to be inferred.
+        numerical: Numerical columns; None if they are to be inferred.
+        exclude: Columns to leave out.
+        group: Column of the user or search. Integers are kept, other values are numbered.
+        time: Column of numbers or dates (``YYYY-MM-DD``, ``YYYY-MM-DD HH:MM:SS``); the rows of each
+            split are stored in its order, so that ``validation_split=last`` validates on the latest
+            training rows.
+        split: ``random``, ``grouped`` (whole groups drawn at random) or ``time`` (the last rows).
+        test_share: Share of the rows (of the groups) that test, in (0, 1).
+        test_seed: Seed of the draw.
+        fill: Stored for a missing number: a value, or ``mean``, that of the training rows; None
+            refuses one.
+        standardise: Whether to store ``(value - mean) / deviation``, both of the filled training
+            rows; a constant is divided by 1.
+        min_count: Training rows that a categorical value must occur in to have an index.
+        conversion_without_click: Under ``funnel``, ``refuse`` such a row, or ``drop`` and count it.
+        on_error: ``refuse`` a row that breaks a rule, or ``skip`` and count it.
+    """
+
+    origin: ClassVar[str] = "It is made from a table of yours."
+
+    train: str | Path | None
+    test: str | Path | None
+    labels: list[str] | None
+    funnel: bool
+    categorical: list[str] | None
+    numerical: list[str] | None
+    exclude: list[str]
+    group: str | None
+    time: str | None
+    split: str
+    test_share: float
+    test_seed: int
+    fill: float | str | None
+    standardise: bool
+    min_count: int
+    conversion_without_click: str
+    on_error: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in _LISTS:
+            if getattr(self, key) is not None:
+                setattr(self, key, _names(f"data.{key}", getattr(self, key)))
+        for key in ("group", "time"):
+            if getattr(self, key) is not None:
+                setattr(self, key, _names(f"data.{key}", [getattr(self, key)])[0])
+        check_flag("data.funnel", self.funnel)
+        check_flag("data.standardise", self.standardise)
+        check_choice("data.split", self.split, ["random", "grouped", "time"])
+        check_number("data.test_share", self.test_share, minimum=0, maximum=1, open_maximum=True)
+        if self.test_share == 0:
+            raise InputError("data.test_share must be above 0: name a data.test otherwise")
+        check_integer("data.test_seed", self.test_seed, minimum=0)
+        check_integer("data.min_count", self.min_count, minimum=1)
+        if self.fill not in (None, "mean"):
+            check_number("data.fill", self.fill, minimum=-_LARGEST, maximum=_LARGEST)
+        drop = ["refuse", "drop"]
+        check_choice("data.conversion_without_click", self.conversion_without_click, drop)
+        check_choice("data.on_error", self.on_error, ["refuse", "skip"])
+        self._check_roles()
+
+    def _check_roles(self) -> None:
+        if self.labels is not None:
+            Schema((), (), tuple(self.labels), self.funnel)  # refuses a wrong number of labels
+        roles: dict[str, str] = {}
+        for key, names in self.named.items():
+            for name in names:
+                if name in roles:
+                    raise InputError(
+                        f"the column {name!r} is in {roles[name]} and in {key}: a column has one "
+                        "part to play"
+                    )
+                roles[name] = key
+        needed = {"grouped": "group", "time": "time"}.get(self.split)
+        if self.test is None and needed is not None and getattr(self, needed) is None:
+            raise InputError(f"data.split={self.split} needs data.{needed}=COLUMN")
+
+    @property
+    def named(self) -> dict[str, list[str]]:
+        """The columns that each setting names."""
+        named = {f"data.{key}": getattr(self, key) or [] for key in _LISTS}
+        for key in ("group", "time"):
+            if getattr(self, key) is not None:
+                named[f"data.{key}"] = [getattr(self, key)]
+        return named
+
+    def _how_to_prepare(self) -> str:
+        return (
+            f"\nThen: python -m mtnrec.prepare data=table data.name={self.name} data.train=FILE "
+            "data.labels=[COLUMN,COLUMN]"
+        )
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The settings, and name and bytes of each file."""
+        settings = {key: getattr(self, key) for key in Table.__annotations__ if key != "origin"}
+        return settings | {split: source.sizes for split, source in self._open().items()}
+
+    def prepare_data(self) -> None:
+        """Prepare ``train`` if the folder is absent or empty; without it, take what is there.
+
+        Raises:
+            InputError: If the folder holds a data set of other settings or files.
+        """
+        if self.train is None:
+            super(SelfPreparing, self).prepare_data()
+        else:
+            super().prepare_data()
+
+    def prepare(self) -> Manifest:
+        """Read the table and write the prepared data set.
+
+        Raises:
+            InputError: If a setting or the table breaks a rule.
+        """
+        sources = self._open()
+        columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,} rows"))
+        with (
+            write_prepared(Path(self.dir), _SPLITS) as writer,
+            Progress(*columns, TimeElapsedColumn()) as progress,
+        ):
+            return _Preparation(self, sources, writer, progress).run()
+
+    def _open(self) -> dict[str, Source]:
+        if self.train is None or self.labels is None:
+            raise InputError(
+                "data.train and data.labels are needed: name the table and its columns of 0 and "
+                "1, `data.train=FILE data.labels=[COLUMN,COLUMN]`"
+            )
+        sources = {"train": Source("data.train", self.train)}
+        if self.test is not None:
+            sources["test"] = Source("data.test", self.test)
+        for source in sources.values():
+            for key, names in self.named.items():
+                if key != "data.exclude" or source is sources["train"]:
+                    source.demand(key, names)
+        return sources
+
+
+def _names(key: str, names: Any) -> list[str]:
+    if not isinstance(names, list | tuple) or not all(
+        isinstance(name, str | int) and not isinstance(name, bool) for name in names
+    ):
+        raise InputError(f"{key} must name columns, `{key}=[COLUMN,COLUMN]`, got {names!r}")
+    return [str(name) for name in names]
+
+
+def _check_file_name(name: str) -> None:
+    if "/" in name or "\0" in name or name.startswith(".") or len(name.encode()) > _LONGEST_NAME:
+        raise InputError(
+            f"the categorical column {name[:80]!r} cannot name the file of its vocabulary: rename "
+            "it (no slash, no leading dot, at most 200 bytes)"
+        )
+
+
+class _Plan(NamedTuple):
+    """What becomes of the columns, and which rows of ``train`` test."""
+
+    categorical: list[str]
+    numerical: list[str]
+    kinds: dict[str, str]
+    groups: TextVocabulary
+    tests: Callable[[Chunk], Booleans]
+
+
+class _Rows(NamedTuple):
+    """Rows that keep every rule, features not yet encoded; a missing number is NaN."""
+
+    categorical: list[pl.Series]
+    numerical: Floats
+    arrays: Arrays  # labels and group
+    time: npt.NDArray[Any]
+    tests: Booleans
+    orphans: int
+
+
+class _Transforms(NamedTuple):
+    """A missing number becomes ``fill``, then ``(value - shift) / scale`` is stored; ``(N,)``."""
+
+    fill: Floats
+    shift: Floats
+    scale: Floats
+
+    def apply(self, values: Floats) -> Floats:
+        return (np.where(np.isnan(values), self.fill, values) - self.shift) / self.scale
+
+
+class _Preparation:
+    """The three readings of a table."""
+
+    def __init__(
+        self, table: Table, sources: dict[str, Source], writer: Writer, progress: Progress
+    ) -> None:
+        self._table = table
+        self._labels = table.labels or []
+        self._sources = sources
+        self._writer = writer
+        self._progress = progress
+
+    def run(self) -> Manifest:
+        table = self._table
+        plan = self._plan()
+        vocabularies, transforms = self._fit(plan)
+        report = self._write(plan, vocabularies, transforms)
+        fields = tuple(
+            vocabulary.write(self._writer.directory, name)
+            for name, vocabulary in zip(plan.categorical, vocabularies, strict=True)
+        )
+        return self._writer.finish(
+            source=table.name,
+            parameters=table.parameters,
+            schema=Schema(fields, tuple(plan.numerical), tuple(self._labels), table.funnel),
+            report=report,
+            transforms=self._recorded(plan, transforms),
+        )
+
+    def _recorded(self, plan: _Plan, transforms: _Transforms) -> dict[str, dict[str, float]]:
+        values = transforms._asdict()
+        if not self._table.standardise:
+            del values["shift"], values["scale"]
+        if self._table.fill is None:
+            del values["fill"]
+        if not values:
+            return {}
+        neutral = {"shift": 0.0, "scale": 1.0}
+        return {
+            name: neutral | {part: float(numbers[column]) for part, numbers in values.items()}
+            for column, name in enumerate(plan.numerical)
+        }
+
+    def _chunks(
+        self, what: str, split: str, columns: list[str], bad_rows: BadRows
+    ) -> Iterator[Chunk]:
+        source = self._sources[split]
+        bar = self._progress.add_task(f"{what} {source.path.name}:", total=None)
+        for chunk in source.chunks(columns, bad_rows):
+            yield chunk
+            self._progress.advance(bar, chunk.frame.height)
+
+    def _plan(self) -> _Plan:
+        """Read for the kind of each column and the split."""
+        table, path = self._table, self._sources["train"].path
+        features = self._features()
+        for source in self._sources.values():
+            source.demand("the features", features)
+        profiles = {name: Profile() for name in [*features, *self._keys()]}
+        groups = TextCounts()
+        rows = 0
+        for split in self._sources if table.group is not None else ("train",):
+            names = list(profiles) if split == "train" else self._groups()
+            for chunk in self._chunks("looking at", split, names, BadRows(table.on_error)):
+                for name in names:
+                    profiles[name].update(chunk.frame[name])
+                for name in self._groups():
+                    groups.update(text_of(chunk.frame[name]))
+                rows += chunk.frame.height if split == "train" else 0
+        if table.time is not None and profiles[table.time].kind not in _TIMES:
+            raise InputError(
+                f"{path}: the column {table.time!r} of data.time holds neither numbers nor dates"
+            )
+        reasons = {name: _kind(path, name, profiles[name], table) for name in features}
+        categorical, numerical = (
+            [name for name in features if reasons[name][0] == kind]
+            for kind in ("categorical", "numerical")
+        )
+        for name in categorical:
+            _check_file_name(name)
+        self._show(reasons, rows)
+        kinds = {name: profiles[name].kind for name in self._keys()}
+        vocabulary = groups.vocabulary()
+        return _Plan(categorical, numerical, kinds, vocabulary, self._draw(rows, kinds, vocabulary))
+
+    def _features(self) -> list[str]:
+        """The columns that are named as features, and those that may turn out to be one."""
+        table, source = self._table, self._sources["train"]
+        given = [*(table.categorical or []), *(table.numerical or [])]
+        if table.categorical is None or table.numerical is None:
+            named = {name for names in table.named.values() for name in names}
+            given += [name for name in source.columns if name not in named]
+        if not given:
+            raise InputError(f"{source.path} has no column that is left to be a feature")
+        return given
+
+    def _groups(self) -> list[str]:
+        return [] if self._table.group is None else [self._table.group]
+
+    def _keys(self) -> list[str]:
+        return [*self._groups(), *([] if self._table.time is None else [self._table.time])]
+
+    def _show(self, reasons: dict[str, tuple[str, str]], rows: int) -> None:
+        """Print what each column is taken for."""
+        table = self._table
+        shown = rich.table.Table("column", "kind", "why", box=box.SIMPLE_HEAD, padding=0)
+        for key, names in table.named.items():
+            if key not in ("data.categorical", "data.numerical"):
+                role = key.removeprefix("data.").removesuffix("s").replace("exclude", "left out")
+                reasons = reasons | dict.fromkeys(names, (role, key))
+        for name in self._sources["train"].columns:
+            kind, why = reasons.get(name, ("left out", "categorical and numerical are both given"))
+            shown.add_row(Text(name), kind, why)
+        kinds = [kind for kind, _ in reasons.values()]
+        features = kinds.count("categorical") + kinds.count("numerical")
+        width = 4 * features + len(self._labels) + 8 * len(self._groups())
+        console = self._progress.console
+        console.print(shown)
+        console.print(f"{rows:,} rows to write, about {rows * width / 1e6:,.1f} MB of disk")
+
+    def _draw(
+        self, rows: int, kinds: dict[str, str], groups: TextVocabulary
+    ) -> Callable[[Chunk], Booleans]:
+        """Draw the test rows of ``train``."""
+        table = self._table
+        if table.test is not None:
+            return lambda chunk: np.zeros(chunk.frame.height, np.bool_)
+        rng = np.random.default_rng(table.test_seed)
+        if table.split == "grouped":
+            count = groups.size - 1
+            drawn = rng.permutation(count) < round(table.test_share * count)
+            tests = np.concatenate([[False], drawn])  # index 0: without a group, refused later
+            group = str(table.group)
+            return lambda chunk: tests[groups.encode(text_of(chunk.frame[group]))]
+        order = rng.permutation(rows) if table.split == "random" else self._latest_first(kinds)
+        tests = np.zeros(rows, np.bool_)
+        tests[order[: round(table.test_share * rows)]] = True
+        return lambda chunk: tests[chunk.first : chunk.first + chunk.frame.height]
+
+    def _latest_first(self, kinds: dict[str, str]) -> npt.NDArray[np.int64]:
+        time, bad_rows = str(self._table.time), BadRows(self._table.on_error)
+        times = [
+            times_of(chunk.frame[time], kinds[time]).fill_null(0).to_numpy()
+            for chunk in self._chunks("ordering", "train", [time], bad_rows)
+        ]
+        return np.concatenate(times).argsort(kind="stable")[::-1]
+
+    def _fit(self, plan: _Plan) -> tuple[list[TextVocabulary], _Transforms]:
+        """Read for the vocabularies and means of the training rows."""
+        table = self._table
+        counts = [TextCounts() for _ in plan.categorical]
+        moments = Moments(len(plan.numerical))
+        for rows in self._rows("fitting to", "train", plan, BadRows(table.on_error)):
+            for values, column in zip(counts, rows.categorical, strict=True):
+                values.update(column.filter(~rows.tests))
+            numerical = rows.numerical[~rows.tests]
+            if isinstance(table.fill, int | float):
+                numerical = np.where(np.isnan(numerical), table.fill, numerical)
+            moments.update(numerical)
+        moments.finish()
+        vocabularies = [values.vocabulary(min_count=table.min_count) for values in counts]
+        none = np.zeros(len(plan.numerical))
+        return vocabularies, _Transforms(
+            moments.mean if table.fill == "mean" else none + float(table.fill or 0),
+            moments.mean if table.standardise else none,
+            moments.scale if table.standardise else none + 1,
+        )
+
+    def _write(
+        self, plan: _Plan, vocabularies: list[TextVocabulary], transforms: _Transforms
+    ) -> dict[str, int]:
+        """Read to write; return what was counted."""
+        report: dict[str, int] = {}
+        times: dict[str, list[npt.NDArray[Any]]] = {split: [] for split in _SPLITS}
+        for source in self._sources:
+            bad_rows, orphans = BadRows(self._table.on_error), 0
+            for rows in self._rows("writing", source, plan, bad_rows):
+                indices = map(TextVocabulary.encode, vocabularies, rows.categorical)
+                arrays = rows.arrays | {
+                    "categorical": _side_by_side(list(indices), np.ones_like(rows.tests)),
+                    "numerical": transforms.apply(rows.numerical),
+                }
+                for split, keep in (("train", ~rows.tests), ("test", rows.tests)):
+                    self._writer.append(split, {stem: a[keep] for stem, a in arrays.items()})
+                    self._count_missing(split, plan, rows, keep)
+                    times[split].append(rows.time[keep])
+                orphans += rows.orphans
+            for reason in bad_rows.reasons:
+                _logger.warning("skipped, as data.on_error=skip asks: %s", reason)
+            report |= self._counted(source, bad_rows.skipped, orphans)
+        if self._table.time is not None:
+            self._writer.close_arrays()
+            for split, parts in times.items():
+                self._writer.permute(split, np.concatenate(parts).argsort(kind="stable"))
+        return report
+
+    def _count_missing(self, split: str, plan: _Plan, rows: _Rows, keep: Booleans) -> None:
+        missing = self._writer.missing[split]
+        for name, column in zip(plan.categorical, rows.categorical, strict=True):
+            missing[name] += column.filter(keep).null_count()
+        for name, lacking in zip(plan.numerical, np.isnan(rows.numerical).T, strict=True):
+            missing[name] += int(np.count_nonzero(lacking & keep))
+
+    def _counted(self, source: str, skipped: int, orphans: int) -> dict[str, int]:
+        table = self._table
+        counted = {}
+        if table.on_error == "skip":
+            counted[f"{source}_rows_skipped"] = skipped
+        if table.funnel and table.conversion_without_click == "drop":
+            counted[f"{source}_conversions_without_click"] = orphans
+        return counted
+
+    def _rows(self, what: str, source: str, plan: _Plan, bad_rows: BadRows) -> Iterator[_Rows]:
+        columns = [*plan.categorical, *plan.numerical, *self._labels, *self._keys()]
+        for chunk in self._chunks(what, source, columns, bad_rows):
+            rules = _Rules(chunk, bad_rows)
+            labels = [rules.read_label(name) for name in self._labels]
+            numerical = [
+                rules.read_number(name, required=self._table.fill is None)
+                for name in plan.numerical
+            ]
+            group, time = self._read_keys(chunk, plan, rules)
+            orphan = np.zeros(chunk.frame.height, np.bool_)
+            if self._table.funnel:
+                orphan = labels[1] > labels[0]
+                if self._table.conversion_without_click == "refuse":
+                    rules.demand(self._labels[1], ~orphan, _NEEDS_CLICK)
+            keep = ~(rules.broken | orphan)
+            bad_rows.skipped += int(np.count_nonzero(rules.broken))
+            tests = plan.tests(chunk) if source == "train" else np.ones_like(keep)
+            yield _Rows(
+                [text_of(chunk.frame[name]).filter(keep) for name in plan.categorical],
+                _side_by_side(numerical, keep),
+                {stem: array[keep] for stem, array in group.items()}
+                | {"labels": np.stack(labels, axis=1)[keep]},
+                time[keep],
+                tests[keep],
+                int(np.count_nonzero(orphan & ~rules.broken)),
+            )
+
+    def _read_keys(
+        self, chunk: Chunk, plan: _Plan, rules: "_Rules"
+    ) -> tuple[Arrays, npt.NDArray[Any]]:
+        arrays: Arrays = {}
+        for name in self._groups():
+            column = chunk.frame[name]
+            if plan.kinds[name] == "integer":
+                read = column.cast(pl.Int64, strict=False)
+            else:
+                read = pl.Series(plan.groups.encode(text_of(column)), dtype=pl.Int64)
+                read = read.set(column.is_null(), None)
+            rule = "a group must be given, an integer of at most 64 bits or anything else"
+            arrays["group"] = rules.read(name, read, rule)
+        if self._table.time is None:
+            return arrays, np.zeros(chunk.frame.height)
+        name, kind = self._table.time, plan.kinds[self._table.time]
+        read = times_of(chunk.frame[name], kind)
+        return arrays, rules.read(name, read, f"expected {_TIMES[kind]}")
+
+
+class _Rules:
+    """Reads the columns of a chunk, and marks the rows that break a rule."""
+
+    def __init__(self, chunk: Chunk, bad_rows: BadRows) -> None:
+        self._chunk = chunk
+        self._bad_rows = bad_rows
+        self.broken = np.zeros(chunk.frame.height, np.bool_)
+
+    def demand(self, name: str, holds: Booleans, rule: str) -> None:
+        broken = ~(holds | self.broken)
+
+        def say(row: int) -> str:
+            value = self._chunk.frame[name][row]
+            got = "nothing" if value is None else repr(value)[:40]
+            return f"{self._chunk.place(row)}, column {name!r}: {rule}, got {got}"
+
+        self._bad_rows.mark(broken, say)
+        self.broken |= broken
+
+    def read(self, name: str, read: pl.Series, rule: str) -> npt.NDArray[Any]:
+        """Demand that no cell is null."""
+        self.demand(name, read.is_not_null().to_numpy(), rule)
+        return read.fill_null(0).to_numpy()
+
+    def read_label(self, name: str) -> npt.NDArray[Any]:
+        read = labels_of(self._chunk.frame[name])
+        return self.read(name, read, "a label must be 0 or 1 (or false, true)")
+
+    def read_number(self, name: str, *, required: bool) -> Floats:
+        """Read a feature; NaN where it is missing."""
+        raw = self._chunk.frame[name]
+        read = numbers_of(raw)
+        self.demand(name, (read.is_not_null() | raw.is_null()).to_numpy(), "expected a number")
+        values = read.fill_null(np.nan).to_numpy()
+        self.demand(name, ~(np.abs(values) > _LARGEST), "a number must be finite in 32 bits")
+        if required:
+            rule = "a number is missing (data.fill=NUMBER or data.fill=mean fills such cells)"
+            self.demand(name, ~np.isnan(values), rule)
+        return values
+
+
+def _side_by_side(columns: list[npt.NDArray[Any]], keep: Booleans) -> npt.NDArray[Any]:
+    """Make an array of the kept rows of columns, of which there may be none."""
+    empty = np.empty((np.count_nonzero(keep), 0), np.int32)
+    return np.column_stack([empty, *(column[keep] for column in columns)])
+
+
+def _kind(path: Path, name: str, profile: Profile, table: Table) -> tuple[str, str]:
+    """Return what a feature is taken for, and why."""
+    if profile.kind == "empty":
+        raise InputError(
+            f"{path}: the column {name!r} has no value in any row: leave it out with data.exclude"
+        )
+    for kind in ("categorical", "numerical"):
+        if name in (getattr(table, kind) or []):
+            return kind, "given"
+    if profile.kind == "date":
+        raise InputError(
+            f"{path}: the column {name!r} holds dates: leave it out with data.exclude, name it in "
+            "data.time or data.categorical, or turn it into numbers"
+        )
+    if profile.kind == "integer" and profile.distinct is not None:
+        return "categorical", f"{profile.distinct} distinct integers"
+    return _INFERRED[profile.kind]

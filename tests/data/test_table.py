@@ -1,0 +1,753 @@
+"""People's own tables against pandas' reading of the same files."""
+
+import gzip
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+from sklearn.impute import SimpleImputer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from mtnrec.checks import InputError
+from mtnrec.data import source
+from mtnrec.data.store import NotPreparedError, open_prepared, verify_prepared
+from mtnrec.data.table import Table
+
+HILLSTROM = Path(__file__).parents[3] / "shared" / "data" / "hillstrom" / "hillstrom.csv"
+ROWS = 300
+SETTINGS = {
+    "name": "table",
+    "batch_size": 32,
+    "validation_share": 0.2,
+    "validation_split": "random",
+    "split_seed": 0,
+    "seed": 0,
+    "verify": True,
+    "test": None,
+    "labels": ["click", "conversion"],
+    "funnel": True,
+    "categorical": None,
+    "numerical": None,
+    "exclude": [],
+    "group": None,
+    "time": None,
+    "split": "random",
+    "test_share": 0.2,
+    "test_seed": 0,
+    "fill": "mean",
+    "standardise": False,
+    "min_count": 1,
+    "conversion_without_click": "refuse",
+    "on_error": "refuse",
+}
+
+
+@pytest.fixture
+def frame():
+    """Texts with commas and quotes, few and many integers, gaps, booleans."""
+    rng = np.random.default_rng(0)
+    click = rng.integers(0, 2, ROWS)
+    return pd.DataFrame(
+        {
+            "row": np.arange(ROWS) * 1.0,
+            "city": rng.choice(["Rome, Italy", 'the "Hague"', "Łódź", "Nîmes", None], ROWS),
+            "shop": pd.array(rng.choice([3, 40, -7, 11, None], ROWS), dtype="Int64"),
+            "item": rng.permutation(10 * ROWS)[:ROWS],
+            "price": np.where(rng.random(ROWS) < 0.2, np.nan, rng.lognormal(0, 3, ROWS)),
+            "open": rng.random(ROWS) < 0.5,
+            "click": click,
+            "conversion": click & rng.integers(0, 2, ROWS),
+        }
+    )
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return tmp_path / "data" / "mine"
+
+
+@pytest.fixture
+def prepared(directory, tmp_path):
+    """Write a frame or a text as csv, prepare it, and return the manifest and the arrays."""
+
+    def make(content, **changes):
+        path = tmp_path / "rows.csv"
+        write(content, path)
+        manifest = table(directory, path, **changes).prepare()
+        found, arrays = open_prepared(directory)
+        assert found == manifest
+        verify_prepared(directory, manifest)
+        return manifest, arrays
+
+    return make
+
+
+def table(directory, train, **changes):
+    return Table(**SETTINGS | {"dir": directory, "train": train} | changes)
+
+
+def write(content, path):
+    """Write what a file of this name holds; bools as csv files of most tools have them."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, str):
+        path.write_bytes(content.encode())
+    elif path.suffix == ".parquet":
+        content.to_parquet(path)
+    else:
+        text = {True: "true", False: "false"}
+        bools = {name: content[name].map(text) for name in content.select_dtypes(bool)}
+        content.assign(**bools).to_csv(path, index=False)
+    return path
+
+
+def bytes_of(directory, pattern="*"):
+    paths = (path for path in sorted(directory.rglob(pattern)) if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
+
+
+def values_of(directory, arrays, manifest):
+    """The raw texts that the indices of a split stand for."""
+    columns = {}
+    for column, field in enumerate(manifest.schema.categorical):
+        stored = pl.read_parquet(directory / "vocabulary" / f"{field.name}.parquet")
+        texts = dict(zip(stored["index"], stored["value"], strict=True))
+        columns[field.name] = [texts.get(i) for i in arrays["categorical"][:, column].tolist()]
+    return columns
+
+
+def as_texts(column):
+    """What pandas holds, as text; None where it is missing or no training row has it."""
+    text = {True: "true", False: "false"}
+    return [None if pd.isna(x) else text.get(x) if isinstance(x, bool) else str(x) for x in column]
+
+
+def test_every_cell_is_that_of_the_table(prepared, directory, frame):
+    manifest, arrays = prepared(frame)
+
+    assert [field.name for field in manifest.schema.categorical] == ["city", "shop", "open"]
+    assert manifest.schema.numerical == ("row", "item", "price")
+    assert manifest.schema.labels == ("click", "conversion")
+    assert sum(manifest.rows.values()) == ROWS
+    for split in ("train", "test"):
+        rows = frame.iloc[arrays[split]["numerical"][:, 0].astype(int)]
+        for name, texts in values_of(directory, arrays[split], manifest).items():
+            assert texts == as_texts(rows[name].tolist())
+        assert manifest.missing[split] == {name: n for name, n in rows.isna().sum().items() if n}
+        np.testing.assert_array_equal(arrays[split]["numerical"][:, 1], rows["item"])
+        np.testing.assert_array_equal(arrays[split]["labels"], rows[["click", "conversion"]])
+
+
+@pytest.mark.parametrize("rows_per_chunk", [64, 1 << 16])
+def test_the_form_of_the_file_does_not_matter(tmp_path, frame, monkeypatch, rows_per_chunk):
+    monkeypatch.setattr(source, "_ROWS_PER_CHUNK", rows_per_chunk)
+    csv = write(frame, tmp_path / "rows.csv")
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(csv.read_bytes()))
+    write(frame, tmp_path / "rows.parquet")
+    (tmp_path / "parts").mkdir()
+    for part, start in enumerate(range(0, ROWS, 70)):
+        write(frame[start : start + 70], tmp_path / "parts" / f"part-{part}.parquet")
+    (tmp_path / "parts" / "_SUCCESS").touch()
+
+    settings = {"standardise": True, "group": "item", "split": "grouped"}
+    found = []
+    for number, name in enumerate(["rows.csv", "rows.csv.gz", "rows.parquet", "parts"]):
+        directory = tmp_path / "data" / str(number)
+        manifest = table(directory, tmp_path / name, **settings).prepare()
+        arrays = bytes_of(directory, "*.npy") | bytes_of(directory, "*.parquet")
+        found.append((arrays, manifest.transforms, manifest.missing, manifest.positives))
+
+    assert len(found[0][0]) == 8 + 3
+    assert all(one == found[0] for one in found)
+
+
+def test_preparing_twice_gives_equal_bytes_that_name_no_folder(tmp_path, frame):
+    path = write(frame, tmp_path / "rows.csv")
+    folders = [tmp_path / "data" / name for name in ("first", "second")]
+
+    for folder in folders:
+        table(folder, path, standardise=True).prepare()
+
+    assert bytes_of(folders[0]) == bytes_of(folders[1])
+    assert str(tmp_path) not in (folders[0] / "schema.json").read_text()
+    parameters = json.loads((folders[0] / "schema.json").read_text())["parameters"]
+    assert parameters["train"] == [["rows.csv", path.stat().st_size]]
+
+
+def test_kinds_are_inferred_and_printed(prepared, frame, capsys):
+    few, many = np.arange(ROWS) % 100, np.arange(ROWS) % 101
+    zeros = pd.Series(few).map("{:03d}".format)
+    added = frame.assign(few=few, many=many, zip=zeros, user=few, day=few, left=few)
+
+    manifest, _ = prepared(added, exclude=["left"], group="user", time="day")
+
+    names = [field.name for field in manifest.schema.categorical]
+    assert names == ["city", "shop", "open", "few", "zip"]
+    assert manifest.schema.numerical == ("row", "item", "price", "many")
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    for name, expected in {
+        "few": "categorical 100 distinct integers",
+        "many": "numerical more than 100 distinct integers",
+        "zip": "categorical not a number",
+        "price": "numerical number",
+        "user": "group data.group",
+        "click": "label data.labels",
+        "left": "left out data.exclude",
+        "300": "rows to write, about",
+    }.items():
+        assert expected in " ".join(lines[name].split())
+
+
+def test_what_is_given_is_not_inferred(prepared, frame):
+    first, _ = prepared(frame, categorical=["item"])
+    second, _ = prepared(frame, numerical=["shop"])
+    third, _ = prepared(frame, categorical=["item"], numerical=["shop"])
+
+    names = [[field.name for field in m.schema.categorical] for m in (first, second, third)]
+    assert names == [["item", "city", "shop", "open"], ["city", "open"], ["item"]]
+    assert first.schema.numerical == ("row", "price")
+    assert second.schema.numerical == ("shop", "row", "item", "price")
+    assert third.schema.numerical == ("shop",)
+
+
+def test_vocabularies_are_of_training_rows_that_hold_a_value_often_enough(
+    prepared, directory, frame
+):
+    changes = {"categorical": ["shop", "item"], "numerical": ["row"]}
+    manifest, arrays = prepared(frame, **changes, min_count=2, test_share=0.5)
+
+    rows = frame.iloc[arrays["train"]["numerical"][:, 0].astype(int)]
+    for field in manifest.schema.categorical:
+        stored = pl.read_parquet(directory / "vocabulary" / f"{field.name}.parquet")
+        counts = rows[field.name].value_counts()
+        often = counts.index[counts >= 2]
+        assert stored["value"].to_list() == sorted(map(str, often))
+        assert stored["index"].to_list() == list(range(1, len(often) + 1))
+        assert field.vocabulary_size == len(often) + 1
+
+
+def test_unseen_values_of_a_second_file_have_index_zero(prepared, tmp_path, frame):
+    other = frame.assign(city="Oslo", shop=[3, 5] * (ROWS // 2))
+    test = write(other.sample(frac=1, axis=1, random_state=0), tmp_path / "later.parquet")
+
+    manifest, arrays = prepared(frame, test=test)
+
+    assert manifest.rows == {"train": ROWS, "test": ROWS}
+    city, shop, _ = arrays["test"]["categorical"].T
+    assert not city.any()
+    assert shop.astype(bool).tolist() == [True, False] * (ROWS // 2)
+    np.testing.assert_array_equal(arrays["train"]["numerical"][:, 0], np.arange(ROWS))
+    np.testing.assert_array_equal(arrays["test"]["numerical"][:, 0], np.arange(ROWS))
+
+
+@pytest.mark.parametrize(("fill", "strategy"), [("mean", "mean"), (-2.5, "constant")])
+@pytest.mark.parametrize("standardise", [False, True])
+def test_numbers_are_filled_and_standardised_as_sklearn_does(
+    prepared, frame, fill, strategy, standardise
+):
+    frame["constant"] = 0.1
+    manifest, arrays = prepared(frame, fill=fill, standardise=standardise, exclude=["row"])
+    # Read before the second preparation takes the folder; its rows are drawn alike.
+    stored = {split: of["numerical"].copy() for split, of in arrays.items()}
+    _, numbered = prepared(frame, numerical=["row"], categorical=[])
+    rows = {split: of["numerical"][:, 0].astype(int) for split, of in numbered.items()}
+
+    names = list(manifest.schema.numerical)
+    assert names == ["item", "price", "constant"]
+    steps = [SimpleImputer(strategy=strategy, fill_value=None if fill == "mean" else fill)]
+    pipeline = make_pipeline(*steps, *([StandardScaler()] if standardise else []))
+    values = frame[names].to_numpy(float)
+    pipeline.fit(values[rows["train"]])
+    for split, numbers in rows.items():
+        expected = pipeline.transform(values[numbers])
+        np.testing.assert_allclose(stored[split], expected, rtol=1e-5, atol=1e-6)
+        assert manifest.missing[split]["price"] == np.isnan(values[numbers, 1]).sum()
+    recorded = manifest.transforms["price"]
+    assert recorded["fill"] == pytest.approx(pipeline[0].statistics_[1], rel=1e-12)
+    if standardise:
+        assert recorded["shift"] == pytest.approx(pipeline[1].mean_[1], rel=1e-12)
+        assert recorded["scale"] == pytest.approx(pipeline[1].scale_[1], rel=1e-12)
+    else:
+        assert (recorded["shift"], recorded["scale"]) == (0, 1)
+
+
+def test_numbers_without_gaps_are_stored_as_they_are(prepared, frame):
+    manifest, arrays = prepared(frame[["item", "click", "conversion"]], fill=None)
+
+    stored = np.concatenate([arrays[split]["numerical"] for split in ("train", "test")])
+    assert sorted(stored[:, 0]) == sorted(frame["item"])
+    assert manifest.transforms == {}
+
+
+def test_a_random_share_tests_as_the_seed_says(prepared, frame):
+    rows = [
+        prepared(frame, test_share=0.3, test_seed=seed)[1]["test"]["numerical"][:, 0].copy()
+        for seed in (0, 0, 1)
+    ]
+
+    assert [len(one) for one in rows] == [90, 90, 90]
+    np.testing.assert_array_equal(rows[0], rows[1])
+    assert set(rows[0]) != set(rows[2])
+    # Hypergeometric: 45 of the 90 are from the first half on average.
+    assert abs(np.count_nonzero(rows[0] < ROWS / 2) - 45) < 5 * np.sqrt(90 * 0.25 * 0.7)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_whole_groups_test(prepared, frame, text):
+    users = np.random.default_rng(1).integers(-20, 20, ROWS)
+    frame["user"] = [f"u{user}" for user in users] if text else users
+
+    _, arrays = prepared(frame, group="user", split="grouped", test_share=0.25)
+
+    groups = {split: set(arrays[split]["group"].tolist()) for split in ("train", "test")}
+    assert not groups["train"] & groups["test"]
+    assert (len(groups["train"]), len(groups["test"])) == (30, 10)
+    numbering = {name: i for i, name in enumerate(sorted(set(frame["user"])), start=1)}
+    for split in ("train", "test"):
+        raw = frame["user"].iloc[arrays[split]["numerical"][:, 0].astype(int)]
+        expected = raw.map(numbering) if text else raw
+        np.testing.assert_array_equal(arrays[split]["group"], expected)
+
+
+def test_groups_of_two_files_are_numbered_together(prepared, tmp_path, frame):
+    test = write(frame.assign(user=["b", "c", "a"] * 100), tmp_path / "test.csv")
+
+    _, arrays = prepared(frame.assign(user=["b", "d", "b"] * 100), test=test, group="user")
+
+    assert arrays["train"]["group"][:3].tolist() == [2, 4, 2]
+    assert arrays["test"]["group"][:3].tolist() == [2, 3, 1]
+
+
+TIMES = {
+    "integer": lambda order: order // 3,
+    "number": lambda order: order // 3 / 7,
+    "date": lambda order: pd.Timestamp("2020-01-01") + pd.to_timedelta(order // 3, "D"),
+    "moment": lambda order: pd.Timestamp("2020-01-01") + pd.to_timedelta(order // 3, "s") / 3,
+}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("kind", TIMES)
+def test_the_latest_rows_test_and_rows_lie_in_order_of_time(
+    directory, tmp_path, frame, kind, suffix
+):
+    frame["time"] = TIMES[kind](np.random.default_rng(1).permutation(ROWS))
+    path = write(frame, tmp_path / f"rows.{suffix}")
+
+    manifest = table(directory, path, time="time", split="time", test_share=0.25).prepare()
+
+    _, arrays = open_prepared(directory)
+    expected = frame.sort_values("time", kind="stable")["row"].to_numpy()
+    stored = [arrays[split]["numerical"][:, 0] for split in ("train", "test")]
+    assert [len(rows) for rows in stored] == [225, 75]
+    np.testing.assert_array_equal(np.concatenate(stored), expected)
+    assert "time" not in (
+        *manifest.schema.numerical,
+        *(f.name for f in manifest.schema.categorical),
+    )
+    labels = frame.set_index("row")[["click", "conversion"]].loc[expected]
+    found = np.concatenate([arrays[split]["labels"] for split in ("train", "test")])
+    np.testing.assert_array_equal(found, labels)
+
+
+def test_rows_of_two_files_lie_in_order_of_time(prepared, tmp_path, frame):
+    frame["time"] = np.random.default_rng(1).permutation(ROWS)
+    test = write(frame, tmp_path / "test.csv")
+
+    _, arrays = prepared(frame, test=test, time="time")
+
+    expected = frame.sort_values("time")["row"]
+    for split in ("train", "test"):
+        np.testing.assert_array_equal(arrays[split]["numerical"][:, 0], expected)
+
+
+def test_labels_may_be_true_and_false(prepared, frame):
+    reference = bytes_of_arrays(prepared(frame)[1])
+
+    for labels in (frame["click"] == 1, (frame["click"] == 1).map({True: "TRUE", False: "False"})):
+        assert bytes_of_arrays(prepared(frame.assign(click=labels))[1]) == reference
+
+
+def bytes_of_arrays(arrays):
+    return {
+        (split, stem): array.tobytes() for split, of in arrays.items() for stem, array in of.items()
+    }
+
+
+def test_labels_without_a_funnel_are_independent(prepared, frame):
+    frame["conversion"] = 1 - frame["click"]
+
+    manifest, _ = prepared(frame, funnel=False)
+
+    assert [task.name for task in manifest.schema.tasks] == ["click", "conversion"]
+
+
+HEADER = "city,price,click\n"
+LINES = [f"{'ab'[i % 2]},{i / 2 + 0.5},{i % 2}" for i in range(20)]
+ONE_LABEL = {"labels": ["click"], "funnel": False}
+
+
+def text_with(line, row):
+    """The small table with another line; the header is line 1."""
+    lines = [*LINES]
+    lines[line - 2] = row
+    return HEADER + "\n".join(lines) + "\n"
+
+
+def test_quoted_cells_hold_commas_quotes_and_line_breaks(prepared, directory):
+    odd = ['"x, y"', '"say ""no"""', '"two\nlines"', '"plain"']
+    lines = [f"{cell},1.5,{i % 2}" for i in range(4) for cell in odd]
+
+    manifest, _ = prepared(HEADER + "\n".join(lines), **ONE_LABEL, numerical=["price"])
+
+    stored = pl.read_parquet(directory / "vocabulary" / "city.parquet")["value"].to_list()
+    assert stored == ["plain", 'say "no"', "two\nlines", "x, y"]
+    assert sum(manifest.rows.values()) == 16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text[:-1],
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("a,", '"a",'),
+        lambda text: text.replace("city", '"city"'),
+    ],
+)
+def test_other_spellings_of_a_csv_file_are_the_same_table(prepared, change):
+    text = HEADER + "\n".join(LINES) + "\n"
+
+    found = [bytes_of_arrays(prepared(t, **ONE_LABEL)[1]) for t in (text, change(text))]
+
+    assert found[0] == found[1]
+
+
+BAD_ROWS = [
+    ("a,1.5", "line 9: expected 3 values, got 2; the row is cut or malformed"),
+    ("a,1.5,1,", "line 9: expected 3 values, got 4"),
+    ("", "line 9: expected 3 values, got 0"),
+    ("a,1.5,2", r"line 9, column 'click': a label must be 0 or 1 \(or false, true\), got '2'"),
+    ("a,1.5,1.0", "line 9, column 'click': a label must be 0 or 1 .* got '1.0'"),
+    ("a,1.5,", "line 9, column 'click': a label must be 0 or 1 .* got nothing"),
+    ("a,many,1", "line 9, column 'price': expected a number, got 'many'"),
+    ("a,1 5,1", "line 9, column 'price': expected a number, got '1 5'"),
+    ("a,inf,1", "line 9, column 'price': a number must be finite in 32 bits, got 'inf'"),
+    ("a,-1e39,1", "line 9, column 'price': a number must be finite in 32 bits, got '-1e39'"),
+    ("a,,1", r"line 9, column 'price': a number is missing \(data.fill=NUMBER .* got nothing"),
+    ("a,NaN,1", r"line 9, column 'price': a number is missing .* got 'NaN'"),
+]
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS)
+def test_a_bad_row_is_refused_and_leaves_nothing(
+    directory, tmp_path, monkeypatch, row, message, quoted
+):
+    monkeypatch.setattr(source, "_ROWS_PER_CHUNK", 7)
+    text = text_with(9, row).replace("b,", '"b",' if quoted else "b,")
+    path = write(text, tmp_path / "rows.csv")
+
+    with pytest.raises(InputError, match=f"{path}, {message}.*data.on_error=skip skips and counts"):
+        table(directory, path, **ONE_LABEL, numerical=["price"], fill=None).prepare()
+
+    assert list(directory.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+@pytest.mark.parametrize("source_key", ["train", "test"])
+def test_bad_rows_are_skipped_and_counted_on_demand(
+    directory, tmp_path, monkeypatch, caplog, quoted, source_key
+):
+    monkeypatch.setattr(source, "_ROWS_PER_CHUNK", 7)
+    good = (HEADER + "\n".join(LINES) + "\n").replace("b,", '"b",' if quoted else "b,")
+    lines = good.splitlines()
+    for position, (row, _) in enumerate(BAD_ROWS):
+        lines.insert(1 + 2 * position, row)
+    paths = {"train": write(good, tmp_path / "train.csv"), "test": write(good, tmp_path / "t.csv")}
+    settings = {**ONE_LABEL, "numerical": ["price"], "fill": None}
+    table(directory, paths["train"], test=paths["test"], **settings).prepare()
+    expected = bytes_of(directory, "*.npy")
+    write("\n".join(lines), paths[source_key])
+
+    with caplog.at_level(logging.WARNING):
+        one = table(directory, paths["train"], test=paths["test"], on_error="skip", **settings)
+        manifest = one.prepare()
+
+    assert bytes_of(directory, "*.npy") == expected
+    counts = {"train_rows_skipped": 0, "test_rows_skipped": 0}
+    assert manifest.report == counts | {f"{source_key}_rows_skipped": len(BAD_ROWS)}
+    assert len(caplog.messages) == 5
+    assert f"{paths[source_key]}, line 2: expected 3 values, got 2" in "\n".join(caplog.messages)
+
+
+def test_a_split_by_rows_keeps_its_share_where_rows_are_skipped(prepared):
+    text = HEADER + "\n".join(["a,1.5,7", *LINES * 10])
+
+    manifest, _ = prepared(text, **ONE_LABEL, on_error="skip")
+
+    assert manifest.report == {"train_rows_skipped": 1}
+    assert sum(manifest.rows.values()) == 200
+    assert manifest.rows["test"] in (39, 40)
+
+
+def test_a_conversion_without_a_click_is_refused_or_dropped(prepared, frame, directory):
+    orphans = [5, 77, 290]
+    frame.loc[orphans, ["click", "conversion"]] = [0, 1]
+
+    message = (
+        r"line 7, column 'conversion': a conversion needs a click "
+        r"\(data.conversion_without_click=drop drops and counts such rows\), got '1'"
+    )
+    with pytest.raises(InputError, match=message):
+        prepared(frame)
+    manifest, arrays = prepared(frame, conversion_without_click="drop")
+
+    rows = np.concatenate([arrays[split]["numerical"][:, 0] for split in ("train", "test")])
+    assert sorted(rows) == sorted(set(range(ROWS)) - set(orphans))
+    assert manifest.report == {"train_conversions_without_click": 3}
+
+
+@pytest.mark.parametrize(
+    ("key", "cell", "message"),
+    [
+        ("group", None, "column 'user': a group must be given.* got nothing"),
+        ("time", None, "column 'user': expected an integer, got nothing"),
+    ],
+)
+def test_a_row_without_group_or_time_is_refused(prepared, frame, key, cell, message):
+    users = pd.array(range(ROWS), dtype="Int64")
+    users[3] = cell
+
+    with pytest.raises(InputError, match=f"line 5, {message}"):
+        prepared(frame.assign(user=users), **{key: "user"})
+
+
+def test_rows_of_parquet_are_named_by_file_and_row(directory, tmp_path, frame):
+    (tmp_path / "parts").mkdir()
+    frame["click"] = frame["click"].astype(float)
+    frame.loc[123, "click"] = 0.5
+    for part, start in enumerate(range(0, ROWS, 100)):
+        write(frame[start : start + 100], tmp_path / "parts" / f"{part}.parquet")
+
+    with pytest.raises(InputError, match=r"parts/1\.parquet, row 24, column 'click': .* got 0\.5"):
+        table(directory, tmp_path / "parts").prepare()
+
+
+WRONG = "city,price,click\na,1.5,1\nb,2.5,0\n"
+BAD_TABLES = {
+    "twice": ("city,city,click\na,b,1\n", {}, "rows.csv names the column 'city' twice: rename one"),
+    "no name": (",city,click\n0,a,1\n", {}, "rows.csv: column 1 has no name in the header"),
+    "empty": ("", {}, "rows.csv is empty or starts with an empty line: a header is expected"),
+    "no rows": ("city,click\n", {}, "rows.csv has no rows"),
+    "no label": (
+        WRONG,
+        {"labels": ["buy"]},
+        "rows.csv lacks the column 'buy' of data.labels; it has 'city', 'price', 'click'",
+    ),
+    "no feature": (WRONG, {"categorical": ["town"]}, "lacks the column 'town' of data.categorical"),
+    "no excluded": (WRONG, {"exclude": ["town"]}, "lacks the column 'town' of data.exclude"),
+    "no group": (WRONG, {"group": "user"}, "lacks the column 'user' of data.group"),
+    "nothing left": (
+        WRONG,
+        {"exclude": ["city", "price"]},
+        "rows.csv has no column that is left to be a feature",
+    ),
+    "constant": (
+        "city,click\n" + "a,1\n" * 9,
+        {},
+        "the label click is 1 in all 7 training rows: there is nothing to learn",
+    ),
+    "blank column": (
+        "city,price,click\na,,1\nb,,0\n",
+        {},
+        "the column 'price' has no value in any row: leave it out with data.exclude",
+    ),
+    "dates": (
+        "city,day,click\na,2020-01-01,1\nb,2020-01-02,0\n",
+        {},
+        "the column 'day' holds dates: leave it out with data.exclude, name it in data.time",
+    ),
+    "no times": (
+        WRONG,
+        {"time": "city", "split": "time"},
+        "the column 'city' of data.time holds neither numbers nor dates",
+    ),
+    "slash": ("a/b,click\nx,1\ny,0\n", {}, "the categorical column 'a/b' cannot name the file"),
+    "dot": (".a,click\nx,1\ny,0\n", {}, "the categorical column '.a' cannot .* rename it"),
+    "open quote": (
+        'city,click\na,1\n"b,0\nc,1\n',
+        {},
+        r"rows.csv cannot be read \(line 3: unexpected end of data\): it is damaged",
+    ),
+    "encoding": (b"city,click\na,1\n\xe9,0\n", {}, "rows.csv, line 3: the text is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TABLES)
+def test_a_bad_table_is_refused_and_leaves_nothing(directory, tmp_path, case):
+    content, settings, message = BAD_TABLES[case]
+    path = write(content, tmp_path / "rows.csv")
+
+    with pytest.raises(InputError, match=message):
+        table(directory, path, **ONE_LABEL | settings).prepare()
+
+    assert not any(directory.parent.glob("**/*"))
+
+
+@pytest.mark.parametrize("name", ["rows.csv.gz", "rows.parquet"])
+def test_a_file_that_was_cut_is_refused_and_leaves_nothing(directory, tmp_path, frame, name):
+    path = write(frame, tmp_path / "rows.parquet")
+    if name.endswith("gz"):
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(write(frame, tmp_path / "rows.csv").read_bytes()))
+    path.write_bytes(path.read_bytes()[:-1000])
+
+    with pytest.raises(
+        InputError, match=rf"{path} cannot be read \(.*\): it is damaged, cut short"
+    ):
+        table(directory, path).prepare()
+
+    assert not any(directory.parent.glob("**/*"))
+
+
+def test_a_column_of_lists_is_refused_unless_it_is_left_out(directory, tmp_path):
+    content = pl.DataFrame({"tags": [[1], [2, 3]] * 10, "x": range(20), "click": [0, 1] * 10})
+    content.write_parquet(tmp_path / "rows.parquet")
+
+    with pytest.raises(InputError, match=r"column 'tags' is of type List\(Int64\): leave it out"):
+        table(directory, tmp_path / "rows.parquet", **ONE_LABEL).prepare()
+    table(directory, tmp_path / "rows.parquet", **ONE_LABEL, exclude=["tags"]).prepare()
+
+
+@pytest.mark.parametrize("key", ["train", "test"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.csv", "data.{}: .*nowhere.csv is missing"),
+        ("notes.txt", "data.{} must be a .csv, .csv.gz or .parquet file or a folder .*notes.txt"),
+        ("folder", "data.{}: the folder .*folder has no .parquet files directly in it"),
+    ],
+)
+def test_what_is_no_table_is_refused(directory, tmp_path, frame, key, name, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "notes.txt").touch()
+    paths = {"train": write(frame, tmp_path / "rows.csv"), key: tmp_path / name}
+
+    with pytest.raises(InputError, match=message.format(key)):
+        table(directory, **paths).prepare()
+
+
+def test_parts_and_files_with_other_columns_are_refused(directory, tmp_path, frame):
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    write(frame, parts / "0.parquet")
+    write(frame.drop(columns="shop"), parts / "1.parquet")
+    less = write(frame.drop(columns="price"), tmp_path / "less.csv")
+
+    with pytest.raises(InputError, match=r"1\.parquet and 0\.parquet differ in the columns 'shop'"):
+        table(directory, parts).prepare()
+    with pytest.raises(InputError, match=r"less\.csv lacks the column 'price' of the features"):
+        table(directory, parts / "0.parquet", test=less).prepare()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": "click"}, r"data.labels must name columns, `data.labels=\[COLUMN,COLUMN\]`"),
+        ({"exclude": [True]}, r"data.exclude must name columns, .* got \[True\]"),
+        ({"group": 1.5}, r"data.group must name columns, .* got \[1.5\]"),
+        ({"labels": ["click"]}, "a funnel has two labels"),
+        ({"labels": [], "funnel": False}, "independent labels are at least one"),
+        ({"labels": ["a", "a"]}, "'a' is in data.labels and in data.labels: a column has one part"),
+        ({"numerical": ["click"]}, "'click' is in data.labels and in data.numerical"),
+        ({"categorical": ["u"], "group": "u"}, "'u' is in data.categorical and in data.group"),
+        ({"split": "grouped"}, "data.split=grouped needs data.group=COLUMN"),
+        ({"split": "time"}, "data.split=time needs data.time=COLUMN"),
+        ({"split": "last"}, "data.split must be one of random, grouped, time; got 'last'"),
+        ({"test_share": 0}, "data.test_share must be above 0"),
+        ({"test_share": 1}, r"data.test_share must be a number in \[0, 1\), got 1"),
+        ({"test_seed": -1}, "data.test_seed must be an integer >= 0, got -1"),
+        ({"min_count": 0}, "data.min_count must be an integer >= 1, got 0"),
+        ({"fill": "median"}, "data.fill must be a number in .*, got 'median'"),
+        ({"fill": np.inf}, "data.fill must be a number in .*, got inf"),
+        ({"standardise": 1}, "data.standardise must be true or false, got 1"),
+        ({"funnel": "yes"}, "data.funnel must be true or false, got 'yes'"),
+        ({"on_error": "drop"}, "data.on_error must be one of refuse, skip; got 'drop'"),
+        ({"conversion_without_click": "keep"}, "must be one of refuse, drop; got 'keep'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        table("nowhere", None, **changes)
+
+
+def test_without_a_table_the_remedy_is_named(directory):
+    with pytest.raises(InputError, match=r"data.train and data.labels are needed: .*`data.train="):
+        table(directory, None).prepare()
+    with pytest.raises(NotPreparedError, match=r"prepare data=table data.name=table data.train="):
+        table(directory, None).prepare_data()
+
+    assert not directory.parent.exists()
+
+
+def test_training_prepares_a_table_and_then_finds_it(directory, tmp_path, frame):
+    path = write(frame, tmp_path / "rows.csv")
+
+    table(directory, path).prepare_data()
+    before = (directory / "schema.json").stat()
+    table(directory, path).prepare_data()
+    path.unlink()
+    found = table(directory, None, labels=None)
+    found.prepare_data()
+    found.setup()
+
+    assert (directory / "schema.json").stat() == before
+    assert sum(found.split_rows.values()) == ROWS
+
+
+def test_a_prepared_table_of_other_settings_or_files_is_refused(directory, tmp_path, frame):
+    path = write(frame, tmp_path / "rows.csv")
+    table(directory, path).prepare_data()
+
+    message = (
+        rf"{directory} holds a table data set of other settings \(min_count\): choose another "
+        r"data\.dir"
+    )
+    with pytest.raises(InputError, match=message):
+        table(directory, path, min_count=2).prepare_data()
+    write(frame[:-1], path)
+    with pytest.raises(InputError, match=r"other settings \(train\)"):
+        table(directory, path).prepare_data()
+
+
+@pytest.mark.skipif(not HILLSTROM.is_file(), reason="the real table is not at hand")
+def test_hillstrom_is_prepared_and_trained_on(prepare, train, tmp_path):
+    keys = ["data=table", "data.name=hillstrom", f"data.dir={tmp_path / 'hillstrom'}"]
+    prepare(
+        *keys,
+        f"data.train={HILLSTROM}",
+        "data.labels=[visit,conversion]",
+        "data.funnel=true",
+        "data.exclude=[spend]",
+        "data.standardise=true",
+    )
+
+    folder = train(*keys, "data.batch_size=8192", "trainer.max_epochs=1")
+
+    manifest, arrays = open_prepared(tmp_path / "hillstrom")
+    frame = pd.read_csv(HILLSTROM)
+    assert sum(manifest.rows.values()) == len(frame) == 64_000
+    labels = np.concatenate([arrays[split]["labels"] for split in ("train", "test")])
+    assert labels.sum(axis=0).tolist() == frame[["visit", "conversion"]].sum().tolist()
+    names = {field.name: field.vocabulary_size - 1 for field in manifest.schema.categorical}
+    texts = ["recency", "history_segment", "mens", "womens", "zip_code", "newbie", "channel"]
+    assert names == frame[[*texts, "segment"]].nunique().to_dict()
+    record = json.loads((folder / "result.json").read_text())
+    assert record["counts"]["test/ctr"]["rows"] == 12_800
+    assert record["metrics"]["test/ctr_auc"] > 0.5
