@@ -25,7 +25,7 @@ def describe_tiny(directory):
     leaks = check_leaks(arrays["train"], rows, manifest.schema)
     statistics = {split: count_split(arrays[split], manifest.schema) for split in arrays}
     return lambda **changes: lay_out(
-        directory, dataclasses.replace(manifest, **changes), statistics, leaks
+        directory, dataclasses.replace(manifest, **changes), statistics, leaks, {}
     )
 
 
@@ -183,3 +183,39 @@ def test_a_task_that_cannot_be_judged_says_so(tmp_path, write_tiny):
 
     for definition in ("click on all rows", "conversion where click = 1", "conversion on all rows"):
         assert f"{definition:26} not judged: a class of under 20 rows" in report
+
+
+def test_what_noise_changes_is_described(describe, tmp_path, write_tiny, capsys):
+    """At proportion 1 and probability 1 whatever has another value changes."""
+    write_tiny(tmp_path / "tiny", train=200, test=20, multivalued=True)
+    data = ["data=table", f"data.dir={tmp_path / 'tiny'}", f"out={tmp_path / 'out.txt'}"]
+
+    describe(*data, "noise.proportion=1", "noise.feature_probability=1", "noise.splits=[val,test]")
+
+    report = (tmp_path / "out.txt").read_text()
+    assert cells(report, "rows", "100.00%") == [["100.00%"]]
+    assert cells(report, "categorical_1")[-1] == ["100.00%", "100.00%"]
+    assert "40 rows of val, 20 rows of test" in report
+    _, arrays = open_prepared(tmp_path / "tiny")
+    offsets, bag = arrays["test"]["bags/shops/offsets"], arrays["test"]["bag"][:, 1]
+    filled = np.diff(offsets)[bag] > 0
+    assert cells(report, "shops")[-1][1] == f"{filled.mean():.2%}"
+
+
+def test_half_a_proportion_changes_half_of_the_rows(describe, tmp_path, write_tiny):
+    write_tiny(tmp_path / "tiny", train=4000, test=20)
+    data = ["data=table", f"data.dir={tmp_path / 'tiny'}", f"out={tmp_path / 'out.txt'}"]
+
+    describe(*data, "noise.proportion=0.5", "noise.splits=[train]", "noise.feature_probability=0.3")
+
+    report = (tmp_path / "out.txt").read_text()
+    price = float(cells(report, "price")[-1][0].removesuffix("%")) / 100
+    assert abs(price - 0.15) < 5 * np.sqrt(0.15 * 0.85 / 3200)
+
+
+def test_a_transform_without_a_fill_is_described(tmp_path, write_tiny):
+    write_tiny(tmp_path / "tiny")
+
+    report = describe_tiny(tmp_path / "tiny")(transforms={"price": {"shift": 2.0, "scale": 0.5}})
+
+    assert cells(report, "price")[-1] == ["-", "2", "0.5"]

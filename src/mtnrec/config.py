@@ -74,12 +74,14 @@ class Describe:
 
     Args:
         data: Prepared data set to describe.
+        noise: What noise would change; nothing at proportion 0.
         seed: Not used by a description; the data configs refer to it.
         data_root: Folder of the prepared data sets.
         out: Text file of the report.
     """
 
     data: Any = MISSING
+    noise: Any = MISSING
     seed: int = 0
     data_root: str = MISSING
     out: str = MISSING

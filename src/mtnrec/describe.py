@@ -1,8 +1,10 @@
 """Describe a prepared data set: rates, fields, drift and suspected leaks.
 
-``python -m mtnrec.describe data=aliexpress_nl``
+``python -m mtnrec.describe data=aliexpress_nl``, or, to see what noise would change,
+``python -m mtnrec.describe data=aliexpress_nl noise.proportion=0.1``
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from omegaconf import DictConfig
 from rich import get_console
 
 from mtnrec.config import entry_point
-from mtnrec.data.statistics import count_split
+from mtnrec.data.statistics import count_changes, count_split
 from mtnrec.data.store import open_prepared
 from mtnrec.description import check_destination, lay_out
 from mtnrec.leak import check_leaks
@@ -31,7 +33,15 @@ def main(cfg: DictConfig) -> None:
     statistics = {split: count_split(found, schema) for split, found in arrays.items()}
     leaks = check_leaks(arrays["train"], np.arange(manifest.rows["train"]), schema)
 
-    report = lay_out(datamodule.dir, manifest, statistics, leaks)
+    noise, changes = instantiate(cfg.noise, _convert_="all"), {}
+    if noise.proportion:
+        datamodule.noise = noise
+        datamodule.setup()
+        for split in noise.splits:
+            arrays_of, rows = datamodule.stored(split)
+            changes[split] = count_changes(arrays_of, rows, schema, partial(noise.apply, split))
+
+    report = lay_out(datamodule.dir, manifest, statistics, leaks, changes)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, report)
     console = get_console()

@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from mtnrec.checks import InputError
-from mtnrec.data.statistics import SLICES, SplitStatistics
+from mtnrec.data.statistics import SLICES, Changes, SplitStatistics
 from mtnrec.data.store import Manifest
 from mtnrec.leak import FEWEST, THRESHOLD, LeakCheck
 from mtnrec.schema import Schema
@@ -49,7 +49,13 @@ def check_destination(out: Path, directory: Path) -> None:
         )
 
 
-def lay_out(directory: Path, manifest: Manifest, statistics: Statistics, leaks: LeakCheck) -> str:
+def lay_out(
+    directory: Path,
+    manifest: Manifest,
+    statistics: Statistics,
+    leaks: LeakCheck,
+    changes: Mapping[str, Changes],
+) -> str:
     """Return the report: lines of at most 80 characters, unless names are long.
 
     Args:
@@ -57,6 +63,7 @@ def lay_out(directory: Path, manifest: Manifest, statistics: Statistics, leaks: 
         manifest: Its manifest.
         statistics: Of each split.
         leaks: What each feature predicts alone.
+        changes: What noise changes, for each noisy split.
     """
     schema = manifest.schema
     # The manifest has them in the order of the alphabet.
@@ -65,6 +72,7 @@ def lay_out(directory: Path, manifest: Manifest, statistics: Statistics, leaks: 
         *_labels(schema, statistics),
         *_fields(manifest, statistics),
         _alone(schema, leaks),
+        *([_noise(changes)] if changes else []),
     ]
     buffer = io.StringIO()
     console = Console(file=buffer, width=_WIDTH, markup=False, highlight=False)
@@ -191,7 +199,8 @@ def _numerical(manifest: Manifest, statistics: Statistics) -> _Part:
 def _transforms(manifest: Manifest) -> _Part:
     table = _table("feature", "fill", "shift", "scale")
     for name, transform in manifest.transforms.items():
-        table.add_row(name, *(f"{transform[key]:.6g}" for key in ("fill", "shift", "scale")))
+        cells = (transform.get(key) for key in ("fill", "shift", "scale"))
+        table.add_row(name, *(_NOTHING if cell is None else f"{cell:.6g}" for cell in cells))
     title = "Transforms: a missing value became fill, and (value - shift) / scale is stored"
     return _Part(title, table)
 
@@ -211,3 +220,16 @@ def _alone(schema: Schema, leaks: LeakCheck) -> _Part:
     note = f"learnt on one half of {leaks.rows:,} training rows, measured on the other"
     nothing = (f"No feature that was judged has an AUC above {THRESHOLD} alone.",)
     return _Part("What features predict alone", table, (note, *(findings or nothing)))
+
+
+def _noise(changes: Mapping[str, Changes]) -> _Part:
+    table = _table("", *changes)
+    table.add_row("rows", *(_share(change.noisy_rows, change.rows) for change in changes.values()))
+    for feature in next(iter(changes.values())).features:
+        shares = [_share(change.features[feature], change.rows) for change in changes.values()]
+        table.add_row(feature, *shares)
+    looked_at = ", ".join(f"{change.rows:,} rows of {split}" for split, change in changes.items())
+    note = f"counted on {looked_at}; a feature without another value stays as it is"
+    return _Part(
+        "Noise: shares of the rows, and of each feature's cells, that change", table, (note,)
+    )

@@ -217,4 +217,8 @@ def test_rows_that_break_a_rule_are_counted_on_demand_and_the_first_is_shown(cap
     rows.refuse(np.zeros(4, bool), "must be 0 or 1", np.zeros(4), bad_rows)
 
     assert bad_rows.count == 2
-    assert caplog.messages == ["skipped: train.csv, line 103: must be 0 or 1, got 7"]
+    assert caplog.messages == []
+    bad_rows.warn()
+    assert caplog.messages == [
+        "skipped 2 rows; the first: train.csv, line 103: must be 0 or 1, got 7"
+    ]

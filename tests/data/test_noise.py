@@ -43,7 +43,8 @@ def make(directory, write_tiny):
         if not directory.exists():
             write_tiny(directory, **sizes, multivalued=True)
         loading = {"batch_size": 257, "validation_share": 0.2, "validation_split": "random"}
-        own = {"raw_dir": None, "conversion_without_click": "refuse", "verify": False}
+        own = {"country": "nl", "raw_dir": None, "verify": False}
+        own |= {"conversion_without_click": "refuse", "on_error": "refuse"}
         seeds = {"split_seed": 0, "seed": 0}
         settings = {"name": "tiny", "dir": directory} | loading | own | seeds | changes
         datamodule = AliExpress(**settings)

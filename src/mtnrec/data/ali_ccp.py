@@ -187,7 +187,7 @@ class AliCcp(DataModule):
         sources = [path for found in parts.values() for path in found]
         state_disk_need(sources, Path(self.dir), self._bytes_per_text_byte)
         threads = self.threads or available_cores()
-        bad_rows = BadRows(self.on_error)
+        bad_rows = {split: BadRows(self.on_error) for split in _SPLITS}
         with (
             write_prepared(Path(self.dir), _SPLITS) as writer,
             Meter() as meter,
@@ -195,13 +195,15 @@ class AliCcp(DataModule):
         ):
             logs = {}
             for split in _SPLITS:
-                log = logs[split] = Log(split, self._columns, writer, meter, bad_rows)
+                log = logs[split] = Log(split, self._columns, writer, meter, bad_rows[split])
                 for name, blocks in _read(parts[split], split, meter):
                     if name.startswith("common"):
                         log.read_common(map_in_order(pool, log.parse_common, blocks, ahead=threads))
                     else:
                         log.read_skeleton(map_in_order(pool, log.join, blocks, ahead=threads))
             writer.close_arrays()
+            for bad in bad_rows.values():
+                bad.warn()
             report = {name: n for log in logs.values() for name, n in log.finish().items()}
             schema, transforms = self._encode(writer, logs["train"], threads)
             return writer.finish(

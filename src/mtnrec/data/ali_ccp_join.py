@@ -118,7 +118,7 @@ class Log:
         self.lowest = np.full(len(columns.values), np.inf)
         self.highest = -self.lowest
         self._bag_lengths: dict[str, list[Integers]] = {name: [] for name in columns.common.bags}
-        self._rows = self._orphans = self._skipped = 0
+        self._rows = self._orphans = 0
 
     def parse_common(self, block: Block) -> Lines:
         """Parse lines of common features; for any thread."""
@@ -150,8 +150,8 @@ class Log:
         for place in np.flatnonzero(self._sorted[1:] == self._sorted[:-1]):
             first, second = lines_of[self._order[place : place + 2]].tolist()
             rule = f"a common index must occur once (line {first} has it too)"
-            self._skipped += 1
-            self._bad_rows.add(block.source, second, rule, f"{self._sorted[place]:016x}")
+            where = f"{block.source}, line {second}"
+            self._bad_rows.add(where, rule, f"{self._sorted[place]:016x}")
 
     def join(self, block: Block) -> "Joined":
         """Parse impressions and join them with their common features; for any thread."""
@@ -229,8 +229,7 @@ class Log:
 
     def _refuse(self, block: Block, errors: list[tuple[int, str, str]]) -> None:
         for row, rule, found in errors:
-            self._skipped += 1
-            self._bad_rows.add(block.source, block.first_line + int(row), rule, found)
+            self._bad_rows.add(f"{block.source}, line {block.first_line + row}", rule, found)
 
     def _look_up(self, index: npt.NDArray[np.uint64]) -> tuple[Integers, Flags]:
         """Return the common line of each row, and whether there is one."""
@@ -260,7 +259,7 @@ class Log:
                     self.counts[name].update(self._common_ids[:, column], self._common_rows)
         return {
             f"{self._split}_conversions_without_click": self._orphans,
-            f"{self._split}_rows_skipped": self._skipped,
+            f"{self._split}_rows_skipped": self._bad_rows.count,
             f"{self._split}_common_rows": len(self._index),
             f"{self._split}_common_rows_without_impression": int((self._common_rows == 0).sum()),
         }

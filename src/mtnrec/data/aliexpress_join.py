@@ -194,7 +194,9 @@ class Join:
                 values.update(arrays["categorical"][:, column])
 
     def report(self) -> dict[str, int]:
-        """Return what was counted."""
+        """Return what was counted, and warn of rows that were skipped."""
+        for bad in self.bad_rows.values():
+            bad.warn()
         skipped = {f"{split}_rows_skipped": bad.count for split, bad in self.bad_rows.items()}
         return self._report | skipped
 

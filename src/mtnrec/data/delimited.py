@@ -44,7 +44,7 @@ class Rows:
             bad_rows: Refuses or counts them.
         """
         for row in np.flatnonzero(bad):
-            bad_rows.add(self.source, int(self.lines[row]), rule, str(values[row]))
+            bad_rows.add(f"{self.source}, line {self.lines[row]}", rule, str(values[row]))
 
 
 def read_delimited(
@@ -120,7 +120,7 @@ def _parse(
     if frame is not None:
         yield line, frame
     elif count == 1:
-        bad_rows.add(source, line, *_explain(data, types))
+        bad_rows.add(f"{source}, line {line}", *_explain(data, types))
     else:
         cut = 0
         for _ in range(count // 2):

@@ -305,22 +305,30 @@ class BadRows:
 
     def __init__(self, on_error: str) -> None:
         self._skip = on_error == "skip"
-        self._reasons: Counter[str] = Counter()
-        self.count = 0
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
 
-    def add(self, source: str, line: int, rule: str, found: str) -> None:
-        """Refuse a row, or count it and say so where it is the first of its kind.
+    @property
+    def count(self) -> int:
+        """Rows that were skipped."""
+        return self._counts.total()
+
+    def add(self, where: str, rule: str, found: str) -> None:
+        """Refuse a row, or count it.
 
         Raises:
             InputError: Unless such rows are skipped.
         """
-        message = f"{source}, line {line}: {rule}, got {found}"
+        message = f"{where}: {rule}, got {found}"
         if not self._skip:
             raise InputError(f"{message} (data.on_error=skip skips and counts such rows)")
-        self.count += 1
-        self._reasons[rule] += 1
-        if self._reasons[rule] == 1:
-            _logger.warning("skipped: %s", message)
+        self._counts[rule] += 1
+        self._first.setdefault(rule, message)
+
+    def warn(self) -> None:
+        """Log how many rows broke each rule, and the first of them."""
+        for rule, count in self._counts.items():
+            _logger.warning("skipped %d rows; the first: %s", count, self._first[rule])
 
 
 def available_cores() -> int:

@@ -18,34 +18,13 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from mtnrec.checks import InputError
+from mtnrec.data.raw import BadRows
 
 _ROWS_PER_CHUNK = 1 << 16
-_REASONS = 5
 _UNREADABLE = (pl.Binary, pl.Object, pl.Time, pl.Duration)
 
 Booleans = npt.NDArray[np.bool_]
 Integers = npt.NDArray[np.int64]
-
-
-class BadRows:
-    """Refuses the first row that breaks a rule, or lets it be skipped and keeps why.
-
-    Args:
-        on_error: ``refuse`` or ``skip``.
-    """
-
-    def __init__(self, on_error: str) -> None:
-        self._refuse = on_error == "refuse"
-        self.skipped = 0
-        self.reasons: list[str] = []
-
-    def mark(self, bad: Booleans, say: Callable[[int], str]) -> None:
-        """Take note of the rows where ``bad`` is true; ``say`` tells what is wrong with one."""
-        for row in np.flatnonzero(bad)[: 1 if self._refuse else _REASONS]:
-            if self._refuse:
-                raise InputError(f"{say(int(row))} (data.on_error=skip skips and counts such rows)")
-            if len(self.reasons) < _REASONS:
-                self.reasons.append(say(int(row)))
 
 
 @dataclass(frozen=True)
@@ -216,15 +195,9 @@ def _read_csv(path: Path, columns: list[str], bad_rows: BadRows) -> Iterator[_Ro
     with _readable(path):
         for numbers, widths, make_frame in _split_csv(path, header):
             bad = widths != len(header)
-
-            def say(row: int, numbers: Integers = numbers, widths: Integers = widths) -> str:
-                return (
-                    f"{path}, line {numbers[row]}: expected {len(header)} values, got "
-                    f"{widths[row]}; the row is cut or malformed"
-                )
-
-            bad_rows.mark(bad, say)
-            bad_rows.skipped += int(np.count_nonzero(bad))
+            rule = f"expected {len(header)} values (the row is cut or malformed)"
+            for row in np.flatnonzero(bad):
+                bad_rows.add(f"{path}, line {numbers[row]}", rule, str(widths[row]))
             yield "line", numbers[~bad], make_frame(~bad).select(columns)
 
 

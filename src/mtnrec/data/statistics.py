@@ -1,17 +1,21 @@
 """What a prepared split holds, counted in one read and in bounded memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mtnrec.batch import Batch
+from mtnrec.data.datamodule import RowGatherer, Rows
 from mtnrec.data.store import Arrays, bag_stem
 from mtnrec.schema import Schema, Task
 
 SLICES = 10
 _ROWS_PER_PIECE = 1 << 16
+_ROWS_PER_COMPARISON = 1 << 13
+_SAMPLE = 1 << 18
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -45,6 +49,65 @@ class SplitStatistics:
     empty_bags: Counts
     tokens: Counts
     zero_tokens: Counts
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What noise changes in a split.
+
+    Args:
+        rows: Rows that were looked at.
+        noisy_rows: Those among them in which a feature changes.
+        features: For each feature, in how many of them it changes.
+    """
+
+    rows: int
+    noisy_rows: int
+    features: dict[str, int]
+
+
+def count_changes(
+    arrays: Arrays, rows: Rows, schema: Schema, change: Callable[[Rows, Batch], None]
+) -> Changes:
+    """Compare at most 262,144 evenly spaced rows with what noise makes of them.
+
+    Args:
+        arrays: Arrays that hold the split.
+        rows: Those of their rows that belong to it.
+        schema: Features.
+        change: Puts the noise into a batch.
+    """
+    count = min(_SAMPLE, len(rows))
+    rows = rows[np.arange(count) * len(rows) // max(1, count)]
+    gatherers = RowGatherer(arrays, rows, schema), RowGatherer(arrays, rows, schema, change)
+    features = [field.name for field in (*schema.categorical, *schema.multivalued)]
+    total = np.zeros(len(features) + len(schema.numerical), np.int64)
+    noisy_rows = 0
+    for start in range(0, count, _ROWS_PER_COMPARISON):
+        piece = np.arange(start, min(start + _ROWS_PER_COMPARISON, count))
+        clean, noisy = (gatherer[piece] for gatherer in gatherers)
+        changed = _compare(clean, noisy)
+        noisy_rows += int(np.count_nonzero(changed.any(axis=1)))
+        total += np.count_nonzero(changed, axis=0)
+    names = [*features, *schema.numerical]
+    return Changes(count, noisy_rows, dict(zip(names, total.tolist(), strict=True)))
+
+
+def _compare(clean: Batch, noisy: Batch) -> npt.NDArray[np.bool_]:
+    """Say which features of each row differ, ``(rows, F + M + N)``."""
+    bags = []
+    for before, after in zip(clean.bags, noisy.bags, strict=True):
+        row = np.arange(len(clean)).repeat(before.offsets.diff().numpy())
+        differing = row[(before.tokens != after.tokens).numpy()]
+        bags.append(np.bincount(differing, minlength=len(clean)) > 0)
+    return np.concatenate(
+        [
+            (clean.categorical != noisy.categorical).numpy(),
+            np.array(bags, np.bool_).reshape(len(bags), len(clean)).T,
+            (clean.numerical != noisy.numerical).numpy(),
+        ],
+        axis=1,
+    )
 
 
 def rows_of(task: Task, labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:

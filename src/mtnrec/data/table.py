@@ -5,7 +5,6 @@ vocabularies and means of the training rows; and to write. What grows with the d
 vocabularies, 9 bytes a row to draw a random split and 17 to sort by time.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,8 @@ from mtnrec.data.column import (
     times_of,
 )
 from mtnrec.data.datamodule import SelfPreparing
-from mtnrec.data.source import BadRows, Booleans, Chunk, Source
+from mtnrec.data.raw import BadRows
+from mtnrec.data.source import Booleans, Chunk, Source
 from mtnrec.data.store import Arrays, Manifest
 from mtnrec.data.vocabulary import TextCounts, TextVocabulary
 from mtnrec.data.writer import Writer, write_prepared
@@ -51,8 +51,6 @@ _INFERRED = {
 _NEEDS_CLICK = (
     "a conversion needs a click (data.conversion_without_click=drop drops and counts such rows)"
 )
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -448,9 +446,8 @@ class _Preparation:
                     self._count_missing(split, plan, rows, keep)
                     times[split].append(rows.time[keep])
                 orphans += rows.orphans
-            for reason in bad_rows.reasons:
-                _logger.warning("skipped, as data.on_error=skip asks: %s", reason)
-            report |= self._counted(source, bad_rows.skipped, orphans)
+            bad_rows.warn()
+            report |= self._counted(source, bad_rows.count, orphans)
         if self._table.time is not None:
             self._writer.close_arrays()
             for split, parts in times.items():
@@ -489,7 +486,6 @@ class _Preparation:
                 if self._table.conversion_without_click == "refuse":
                     rules.demand(self._labels[1], ~orphan, _NEEDS_CLICK)
             keep = ~(rules.broken | orphan)
-            bad_rows.skipped += int(np.count_nonzero(rules.broken))
             tests = plan.tests(chunk) if source == "train" else np.ones_like(keep)
             yield _Rows(
                 [text_of(chunk.frame[name]).filter(keep) for name in plan.categorical],
@@ -531,13 +527,10 @@ class _Rules:
 
     def demand(self, name: str, holds: Booleans, rule: str) -> None:
         broken = ~(holds | self.broken)
-
-        def say(row: int) -> str:
-            value = self._chunk.frame[name][row]
+        for row in np.flatnonzero(broken):
+            value = self._chunk.frame[name][int(row)]
             got = "nothing" if value is None else repr(value)[:40]
-            return f"{self._chunk.place(row)}, column {name!r}: {rule}, got {got}"
-
-        self._bad_rows.mark(broken, say)
+            self._bad_rows.add(f"{self._chunk.place(int(row))}, column {name!r}", rule, got)
         self.broken |= broken
 
     def read(self, name: str, read: pl.Series, rule: str) -> npt.NDArray[Any]:
