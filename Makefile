@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Each process imports torch: more of them than eight bring nothing.
+PARALLEL := --numprocesses=auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-all check format clean
@@ -22,10 +24,10 @@ train: $(STAMP)  ## Train ESMM with MTN on a click log that it makes itself
 	$(BIN)/python -m mtnrec.train model=esmm mtn.enabled=true
 
 test: $(STAMP)  ## Run the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(STAMP)  ## Run the test suite and the slow tests
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest $(PARALLEL) -m ''
 
 check: $(STAMP)  ## Lint, formatting, types
 	$(BIN)/ruff check .

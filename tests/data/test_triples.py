@@ -44,7 +44,7 @@ def line_of(number, index, click, runs, *, skeleton):
     return f"{head}{index:016x},{len(triples)}," + "\x01".join(triples) + "\n"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     rows=rows(),
     ids=st.lists(st.sampled_from(FIELDS), unique=True),
@@ -83,7 +83,7 @@ def test_runs_in_any_order_give_the_triples_of_each_field(rows, ids, bags, first
                 assert next(tokens[field]) == (i, np.float32(v))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     rows=rows().filter(len),
     place=st.floats(0, 1, exclude_max=True),
@@ -111,7 +111,7 @@ def test_no_byte_hides_or_harms_the_other_lines(rows, place, byte, skeleton):
             assert [b[0][row] for b in together.bags] == [b[0][0] for b in alone.bags]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(text=st.text("0123456789.-+eE naif", max_size=20))
 def test_a_value_is_read_as_python_reads_it_or_refused(text):
     line = f"{7:016x},1,205\x021\x03{text}\n".encode()

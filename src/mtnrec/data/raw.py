@@ -13,10 +13,10 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TypeVar, cast
@@ -36,11 +36,12 @@ from rich.table import Column
 
 from mtnrec.checks import InputError
 
-BLOCK_BYTES = 1 << 21  # larger ones cost more in fresh pages than they save in calls
+BLOCK_BYTES = 1 << 23  # smaller ones cost more in calls than they save in fresh pages
 _READ_BYTES = 1 << 20
 _LONGEST_LINE = 1 << 26
 _DEEPEST = 3  # folders below raw_dir that are searched
 _ZIP_RATIO = 4  # of text in a zip within a zip; only to estimate
+_CACHED_BYTES = 1 << 16
 _NEWLINE = ord("\n")
 _IGNORED = ("__MACOSX",)  # what archivers add
 
@@ -67,7 +68,9 @@ class Block:
 
 def count_lines(data: bytes) -> int:
     """Count the line ends, several times faster than ``bytes.count`` does."""
-    return int(np.count_nonzero(np.frombuffer(data, np.uint8) == _NEWLINE))
+    array = np.frombuffer(data, np.uint8)
+    pieces = range(0, len(array), _CACHED_BYTES)
+    return sum(int(np.count_nonzero(array[p : p + _CACHED_BYTES] == _NEWLINE)) for p in pieces)
 
 
 def list_files(raw_dir: Path) -> dict[str, list[Path]]:
@@ -279,19 +282,33 @@ def _check_members(source: str, names: list[str], expected: Sequence[str]) -> di
 def map_in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Apply ``function`` in other threads, at most ``ahead`` items in advance; order is kept."""
-    running: list[tuple[Item, Future[Result]]] = []
-    try:
-        for item in items:
-            running.append((item, pool.submit(function, item)))
-            if len(running) > ahead:
-                first, future = running.pop(0)
+    """Apply ``function`` in other threads, at most ``ahead`` items in advance; order is kept.
+
+    A thread of its own makes the items, so that reading waits for nothing.
+    """
+    running: deque[tuple[Item, Future[Result]]] = deque()
+    with closing(_made_in_advance(iter(items))) as made:
+        try:
+            for item in made:
+                running.append((item, pool.submit(function, item)))
+                if len(running) > ahead:
+                    first, future = running.popleft()
+                    yield first, future.result()
+            while running:
+                first, future = running.popleft()
                 yield first, future.result()
-        for first, future in running:
-            yield first, future.result()
-    finally:
-        for _, future in running:
-            future.cancel()
+        finally:
+            for _, future in running:
+                future.cancel()
+
+
+def _made_in_advance(items: Iterator[Item]) -> Generator[Item, None, None]:
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(next, items, end)
+        while (item := future.result()) is not end:
+            future = thread.submit(next, items, end)
+            yield cast(Item, item)
 
 
 class BadRows:

@@ -32,7 +32,7 @@ from mtnrec.data.store import (
 from mtnrec.schema import Schema
 
 _LOCK_FILE = ".lock"
-_BYTES_PER_CHUNK = 1 << 25
+_BYTES_PER_CHUNK = 1 << 20  # stays in the cache while its columns are taken one by one
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
