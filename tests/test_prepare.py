@@ -1,5 +1,7 @@
 import pytest
 
+from mtnrec.data.ali_ccp import AliCcp
+
 
 def test_a_preparation_reports_rows_and_positives(prepare, write_aliexpress, tmp_path, capsys):
     folder = tmp_path / ("long" * 30)
@@ -32,3 +34,16 @@ def test_a_preparation_leaves_nothing_behind_when_a_file_is_malformed(
         prepare("data=aliexpress_nl", f"data.raw_dir={raw_dir}")
 
     assert not any(path.is_file() for path in (tmp_path / "data").rglob("*"))
+
+
+def test_an_interrupted_command_ends_without_a_traceback(prepare, monkeypatch, capsys, tmp_path):
+    def interrupt(datamodule):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AliCcp, "prepare", interrupt)
+
+    with pytest.raises(SystemExit) as error:
+        prepare("data=ali_ccp", f"data.raw_dir={tmp_path}")
+
+    assert error.value.code == 130
+    assert capsys.readouterr().err == "mtnrec: interrupted\n"

@@ -87,6 +87,7 @@ class Describe:
     out: str = MISSING
 
 
+_INTERRUPTED = 130  # what shells make of Ctrl-C
 _store = ConfigStore.instance()
 _store.store(name="train_schema", node=Train)
 _store.store(name="prepare_schema", node=Prepare)
@@ -110,6 +111,9 @@ def entry_point(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[
                 if isinstance(error.__cause__, InputError):
                     sys.exit(f"mtnrec: {error.__cause__}")
                 raise
+            except KeyboardInterrupt:
+                sys.stderr.write("mtnrec: interrupted\n")
+                sys.exit(_INTERRUPTED)
 
         def main() -> None:
             _quiet()

@@ -465,7 +465,6 @@ def test_a_bad_archive_is_refused(raw_dir, prepared, tmp_path, damage, message):
     ("overrides", "message"),
     [
         (["preset=atim"], "data.preset must be one of aitm, rechub; got 'atim'"),
-        (["preset=null"], "data.preset must be one of aitm, rechub, or data.fields name a field"),
         (["fields=[204]"], "data.fields must be fields of Ali-CCP .*, got '204'"),
         (["fields=101"], "data.fields must be a list of fields, got 101"),
         (["fields=[101,101]"], "data.fields names a field twice: 101, 101"),
@@ -483,6 +482,24 @@ def test_a_bad_archive_is_refused(raw_dir, prepared, tmp_path, damage, message):
 def test_a_bad_key_is_refused(overrides, message, make_datamodule):
     with pytest.raises(Exception, match=re.escape(message).replace(r"\.\*", ".*")):
         make_datamodule("ali_ccp", *overrides)
+
+
+@pytest.mark.parametrize("overrides", [["preset=null"], ["fields=[]"]])
+def test_preparing_needs_a_field(overrides, raw_dir, prepared):
+    message = r"data\.preset must be one of aitm, rechub, or data\.fields name a field"
+    with pytest.raises(InputError, match=message):
+        prepared(raw_dir, *overrides)
+
+
+def test_training_takes_what_is_prepared_whatever_was_chosen(raw_dir, prepared, make_datamodule):
+    folder, manifest, _ = prepared(raw_dir, "preset=null", "fields=[205,210]", "tokens=all")
+
+    datamodule = make_datamodule("ali_ccp", f"dir={folder}", "preset=null")
+    datamodule.prepare_data()
+    datamodule.setup()
+
+    assert datamodule.schema == manifest.schema
+    assert next(iter(datamodule.test_dataloader())).bags[0].tokens.numel()
 
 
 def test_the_raw_folder_must_be_given_and_exist(make_datamodule, tmp_path):

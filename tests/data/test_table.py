@@ -20,6 +20,7 @@ from mtnrec.data.store import NotPreparedError, open_prepared, verify_prepared
 from mtnrec.data.table import Table
 
 HILLSTROM = Path(__file__).parents[3] / "shared" / "data" / "hillstrom" / "hillstrom.csv"
+RECHUB = HILLSTROM.parents[1] / "aliccp_sample_rechub"
 ROWS = 300
 SETTINGS = {
     "name": "table",
@@ -730,6 +731,37 @@ def test_a_prepared_table_of_other_settings_or_files_is_refused(directory, tmp_p
     write(frame[:-1], path)
     with pytest.raises(InputError, match=r"other settings \(train\)"):
         table(directory, path).prepare_data()
+
+
+@pytest.mark.skipif(not RECHUB.is_dir(), reason="the real sample rows are not at hand")
+def test_every_cell_of_the_real_sample_of_torch_rechub_is_read(prepare, tmp_path):
+    paths = {split: RECHUB / f"ali_ccp_{split}_sample.csv" for split in ("train", "test")}
+    frames = {split: pd.read_csv(path) for split, path in paths.items()}
+    values = [name for name in frames["train"].columns if name.startswith("D")]
+    ids = [name for name in frames["train"].columns[2:] if name not in values]
+
+    prepare(
+        "data=table",
+        f"data.dir={tmp_path / 'rechub'}",
+        *(f"data.{split}={path}" for split, path in paths.items()),
+        "data.labels=[click,purchase]",
+        "data.funnel=true",
+        f"data.numerical=[{','.join(values)}]",
+        f"data.categorical=[{','.join(repr(name) for name in ids)}]",
+    )
+
+    manifest, arrays = open_prepared(tmp_path / "rechub")
+    assert (len(ids), len(values)) == (23, 8)
+    assert manifest.rows == {"train": 100, "test": 50}
+    for split, frame in frames.items():
+        assert arrays[split]["labels"].tolist() == frame[["click", "purchase"]].to_numpy().tolist()
+        expected = frame[values].to_numpy(np.float32)
+        np.testing.assert_array_equal(arrays[split]["numerical"], expected)
+        for column, name in enumerate(ids):
+            path = tmp_path / "rechub" / "vocabulary" / f"{name}.parquet"
+            index = {str(value): number for value, number in pl.read_parquet(path).rows()}
+            found = [index.get(str(value), 0) for value in frame[name]]
+            assert arrays[split]["categorical"][:, column].tolist() == found
 
 
 @pytest.mark.skipif(not HILLSTROM.is_file(), reason="the real table is not at hand")

@@ -85,7 +85,7 @@ class AliCcp(DataModule):
     in 12 training rows or more. Preset ``rechub`` takes the 23 fields and 8 values of torch-rechub
     and 10 rows; unlike the original, whose scalers saw validation and test rows, values are scaled
     by the range of the training rows. The keys after ``preset`` replace its choices; without a
-    preset, ``fields`` or ``values`` must be given.
+    preset, ``fields`` or ``values`` must be given. All of them matter to ``prepare`` alone.
 
     The user id (field 101) becomes the group; rows without one are grouped by their common line and
     have a negative group. Conversions without a click are dropped and counted.
@@ -130,10 +130,6 @@ class AliCcp(DataModule):
             preset = PRESETS[self.preset]
         fields = _names("data.fields", preset.fields if self.fields is None else self.fields)
         self._values = _names("data.values", preset.values if self.values is None else self.values)
-        if not fields and not self._values:
-            raise InputError(
-                f"data.preset must be one of {', '.join(PRESETS)}, or data.fields name a field"
-            )
         self._scaling = preset.scaling if self.scaling is None else self.scaling
         check_choice("data.scaling", self._scaling, ["minmax", "none"])
         self._min_count = _by_field("data.min_count", self.min_count, preset.min_count, fields)
@@ -182,6 +178,10 @@ class AliCcp(DataModule):
             raise InputError(
                 "data.raw_dir is not given: name the folder of the raw files, "
                 f"`data.raw_dir=DIR`. {self.origin}"
+            )
+        if not self._ids and not self._bags and not self._values:
+            raise InputError(
+                f"data.preset must be one of {', '.join(PRESETS)}, or data.fields name a field"
             )
         parts = {split: _find(Path(self.raw_dir), split) for split in _SPLITS}
         sources = [path for found in parts.values() for path in found]
