@@ -26,6 +26,7 @@ from mtnrec.data.raw import (
     map_in_order,
     read_blocks,
     read_tar,
+    require_raw_dir,
     state_disk_need,
 )
 from mtnrec.data.store import Manifest, bag_stem
@@ -174,16 +175,12 @@ class AliCcp(DataModule):
             InputError: If ``raw_dir`` is not given or lacks a file, the disk is too small, or a
                 file breaks the format.
         """
-        if self.raw_dir is None:
-            raise InputError(
-                "data.raw_dir is not given: name the folder of the raw files, "
-                f"`data.raw_dir=DIR`. {self.origin}"
-            )
+        raw_dir = require_raw_dir(self.raw_dir, self.origin)
         if not self._ids and not self._bags and not self._values:
             raise InputError(
                 f"data.preset must be one of {', '.join(PRESETS)}, or data.fields name a field"
             )
-        parts = {split: _find(Path(self.raw_dir), split) for split in _SPLITS}
+        parts = {split: _find(raw_dir, split) for split in _SPLITS}
         sources = [path for found in parts.values() for path in found]
         state_disk_need(sources, Path(self.dir), self._bytes_per_text_byte)
         threads = self.threads or available_cores()

@@ -25,6 +25,7 @@ from mtnrec.data.raw import (
     open_plain,
     open_zip,
     read_blocks,
+    require_raw_dir,
     state_disk_need,
 )
 from mtnrec.data.store import Manifest
@@ -79,12 +80,8 @@ class AliExpress(DataModule):
             InputError: If ``raw_dir`` is not given or lacks a file, the disk is too small, or a
                 file breaks the format.
         """
-        if self.raw_dir is None:
-            raise InputError(
-                "data.raw_dir is not given: name the folder of the raw files, "
-                f"`data.raw_dir=DIR`. {self.origin}"
-            )
-        files = _find(Path(self.raw_dir), self.country.lower())
+        raw_dir = require_raw_dir(self.raw_dir, self.origin)
+        files = _find(raw_dir, self.country.lower())
         state_disk_need(files.paths, Path(self.dir), _PREPARED_BYTES_PER_TEXT_BYTE)
         with write_prepared(Path(self.dir), _SPLITS) as writer, Meter() as meter:
             join = Join(

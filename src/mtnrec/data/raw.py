@@ -73,6 +73,24 @@ def count_lines(data: bytes) -> int:
     return sum(int(np.count_nonzero(array[p : p + _CACHED_BYTES] == _NEWLINE)) for p in pieces)
 
 
+def require_raw_dir(raw_dir: str | Path | None, origin: str) -> Path:
+    """Return the folder of the raw files.
+
+    Args:
+        raw_dir: As the user gave it.
+        origin: Where the files come from.
+
+    Raises:
+        InputError: If it is not given.
+    """
+    if raw_dir is None:
+        raise InputError(
+            "data.raw_dir is not given: name the folder of the raw files, "
+            f"`data.raw_dir=DIR`. {origin}"
+        )
+    return Path(raw_dir)
+
+
 def list_files(raw_dir: Path) -> dict[str, list[Path]]:
     """Return the files in a folder and three levels below it, by lower-case name.
 
