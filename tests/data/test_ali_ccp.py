@@ -519,10 +519,12 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
         prepared(raw_dir)
 
 
-def test_preparing_shows_what_it_reads_and_writes(raw_dir, prepare, capsys, tmp_path):
-    prepare("data=ali_ccp", f"data.raw_dir={raw_dir}", "data.preset=aitm")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preparing_shows_what_it_reads_and_writes(preset, raw_dir, prepare, capsys):
+    prepare("data=ali_ccp", f"data.raw_dir={raw_dir}", f"data.preset={preset}")
 
     shown = capsys.readouterr().out
+    assert ("scaled by the range of the training rows alone" in shown) == (preset == "rechub")
     assert re.search(r"of raw files become about .* are free there", shown)
     assert "404 rows" in shown
     assert "train conversions without click: " in shown

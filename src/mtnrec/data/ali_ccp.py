@@ -202,6 +202,12 @@ class AliCcp(DataModule):
             for bad in bad_rows.values():
                 bad.warn()
             report = {name: n for log in logs.values() for name, n in log.finish().items()}
+            meter.say("Replacing ids by indices, and summing the files up")
+            if self._scaled:
+                meter.say(
+                    "Values are scaled by the range of the training rows alone; test values may "
+                    "lie outside [0, 1]"
+                )
             schema, transforms = self._encode(writer, logs["train"], threads)
             return writer.finish(
                 source=self.name,
@@ -210,6 +216,10 @@ class AliCcp(DataModule):
                 report=report,
                 transforms=transforms,
             )
+
+    @property
+    def _scaled(self) -> bool:
+        return self._scaling == "minmax" and bool(self._values)
 
     @property
     def _columns(self) -> Columns:
@@ -232,7 +242,7 @@ class AliCcp(DataModule):
         fields = encode_in_place(writer, _SPLITS, self._ids, vocabularies, threads=threads)
         multivalued = tuple(self._encode_bags(writer, train, name, threads) for name in self._bags)
         transforms = {}
-        if self._scaling == "minmax" and self._values:
+        if self._scaled:
             shift, scale = train.lowest, train.highest - train.lowest
             scale = np.where(scale > 0, scale, 1.0)
             for split in _SPLITS:

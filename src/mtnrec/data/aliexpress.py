@@ -100,6 +100,7 @@ class AliExpress(DataModule):
                         searches = join.read_searches(split, blocks, features)
                     with files.blocks(f"item_{split}", meter) as blocks:
                         join.join(split, searches, blocks)
+            meter.say("Replacing ids by indices, and summing the files up")
             vocabularies = [values.vocabulary() for values in join.counts]
             fields = encode_in_place(writer, _SPLITS, CATEGORICAL, vocabularies)
             return writer.finish(

@@ -154,6 +154,10 @@ class Meter:
             yield io.BufferedReader(metered, _READ_BYTES)
         self._progress.update(self._task, completed=path.stat().st_size)
 
+    def say(self, what: str) -> None:
+        """Print a line above the bars."""
+        self._progress.console.print(what, markup=False, highlight=False, soft_wrap=True)
+
     def advance(self, rows: int) -> None:
         """Count rows of the file that is open."""
         self._rows += rows
