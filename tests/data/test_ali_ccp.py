@@ -484,6 +484,29 @@ def test_a_bad_key_is_refused(overrides, message, make_datamodule):
         make_datamodule("ali_ccp", *overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "features"),
+    [
+        (["fields=[109_14]", "tokens=all"], (0, 1, 0)),
+        (["fields=[]", "values=[508,150_14]"], (0, 0, 2)),
+        (["fields=[101]"], (1, 0, 0)),
+    ],
+)
+def test_any_kind_of_feature_may_be_alone(overrides, features, raw_dir, prepared):
+    _, manifest, arrays = prepared(raw_dir, "preset=null", *overrides)
+
+    schema = manifest.schema
+    assert tuple(map(len, (schema.categorical, schema.multivalued, schema.numerical))) == features
+    assert len(arrays["test"]["labels"]) == 404
+
+
+def test_where_every_common_line_is_skipped_nothing_is_left(raw_dir, prepared, tmp_path):
+    folder = copy_with(raw_dir, tmp_path / "raw", COMMON, lambda lines: [b"x\n"] * len(lines))
+
+    with pytest.raises(InputError, match="the label click is 0 in all 0 training rows"):
+        prepared(folder, "on_error=skip")
+
+
 @pytest.mark.parametrize("overrides", [["preset=null"], ["fields=[]"]])
 def test_preparing_needs_a_field(overrides, raw_dir, prepared):
     message = r"data\.preset must be one of aitm, rechub, or data\.fields name a field"

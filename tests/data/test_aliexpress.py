@@ -588,3 +588,17 @@ def test_an_encrypted_zip_is_refused(forms, directory):
 
     with pytest.raises(InputError, match="is encrypted: unpack it yourself"):
         make(directory, forms["zips"]).prepare()
+
+
+def test_a_row_that_breaks_two_rules_is_skipped_and_counted_once(forms, directory, raw_dir):
+    path = forms["csv"] / "nl_item_train.csv"
+    rows = [text.split(",") for text in path.read_text().splitlines()]
+    rows[8][48], rows[8][1] = "7", "inf"
+    path.write_text("".join(",".join(row) + "\n" for row in rows))
+    edit(raw_dir / "train.csv", 5, click="0", conversion="1", numerical_3="nan")
+
+    raw = make(directory, forms["csv"], on_error="skip").prepare()
+    joined = make(directory.with_name("joined"), raw_dir, on_error="skip").prepare()
+
+    assert raw.report["train_rows_skipped"] == joined.report["train_rows_skipped"] == 1
+    assert joined.rows["train"] == 59

@@ -233,6 +233,8 @@ class Log:
 
     def _look_up(self, index: npt.NDArray[np.uint64]) -> tuple[Integers, Flags]:
         """Return the common line of each row, and whether there is one."""
+        if not len(self._sorted):  # every common line was skipped
+            return np.zeros(len(index), np.int64), np.zeros(len(index), np.bool_)
         # Rows come in runs of the same index: one search a run.
         starts = np.flatnonzero(np.r_[True, index[1:] != index[:-1]])
         lengths = np.diff(np.r_[starts, len(index)])

@@ -123,7 +123,7 @@ class Join:
                 rows.refuse(orphan, rule, labels, bad_rows)
             else:
                 orphans += int(orphan.sum())
-            numerical, infinite = _float32(rows, NUMERICAL, bad_rows)
+            numerical, infinite = _float32(rows, NUMERICAL, bad | orphan, bad_rows)
             arrays = {
                 "categorical": rows.frame.select(CATEGORICAL).to_numpy(),
                 "numerical": numerical,
@@ -141,7 +141,8 @@ class Join:
         ids = [np.empty(0, np.int64)]
         types = _user_types()
         for rows in read_delimited(blocks, types, bad_rows, has_header=False):
-            numerical, infinite = _float32(rows, NUMERICAL[:_USER_NUMERICAL], bad_rows)
+            none = np.zeros(rows.frame.height, np.bool_)
+            numerical, infinite = _float32(rows, NUMERICAL[:_USER_NUMERICAL], none, bad_rows)
             users = np.empty(len(numerical), _USER_ROW)
             users["numerical"] = numerical
             users["categorical"] = rows.frame.select(CATEGORICAL[:_USER_CATEGORICAL]).to_numpy()
@@ -160,7 +161,7 @@ class Join:
             bad = (label < 0) | (label > 2)
             rule = "the label must be 0 (impression), 1 (click) or 2 (purchase)"
             rows.refuse(bad, rule, label, bad_rows)
-            numerical, infinite = _float32(rows, NUMERICAL[_USER_NUMERICAL:], bad_rows)
+            numerical, infinite = _float32(rows, NUMERICAL[_USER_NUMERICAL:], bad, bad_rows)
             ids = rows.frame["search_id"].to_numpy()
             good = np.flatnonzero(~(bad | infinite))
             item, user = searches.match(ids[good])
@@ -202,14 +203,17 @@ class Join:
 
 
 def _float32(
-    rows: Rows, names: tuple[str, ...], bad_rows: BadRows
+    rows: Rows, names: tuple[str, ...], refused: npt.NDArray[np.bool_], bad_rows: BadRows
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Return numerical features, and which rows were refused because one is not finite."""
+    """Return numerical features, and which rows are refused because one is not finite.
+
+    Rows that were refused before are not refused once more.
+    """
     values = rows.frame.select(names).to_numpy()
     with np.errstate(over="ignore"):
         numerical = values.astype(np.float32)
     finite = np.isfinite(numerical)
-    infinite = ~finite.all(axis=1)
+    infinite = ~finite.all(axis=1) & ~refused
     for row in np.flatnonzero(infinite):
         column = int(np.flatnonzero(~finite[row])[0])
         only = np.arange(len(infinite)) == row
