@@ -97,7 +97,8 @@ class AliCcp(DataModule):
         preset: ``aitm``, ``rechub`` or None.
         fields: Fields whose ids are features, ``["101", "205", "109_14"]`` say.
         values: Fields whose value is a numerical feature, 0 where a row lacks it.
-        min_count: Training rows that an id must occur in; one number, or one for each field.
+        min_count: Training rows that an id must occur in (a token of a bag: times that it must
+            occur in them); one number, or one for each field.
         tokens: What is kept of a field: its ``last`` or ``first`` triple or, of the multi-valued
             fields, ``all``; one word, or one for each field.
         scaling: ``minmax``, by the training rows, or ``none``.
