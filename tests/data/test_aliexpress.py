@@ -602,3 +602,14 @@ def test_a_row_that_breaks_two_rules_is_skipped_and_counted_once(forms, director
 
     assert raw.report["train_rows_skipped"] == joined.report["train_rows_skipped"] == 1
     assert joined.rows["train"] == 59
+
+
+@pytest.mark.parametrize("kept", [-8, 400])
+def test_a_truncated_gzip_file_is_refused_and_leaves_nothing(forms, directory, kept):
+    path = forms["gzip"] / "test.csv.gz"
+    path.write_bytes(path.read_bytes()[:kept])
+
+    with pytest.raises(InputError, match=f"{path} is truncated or damaged"):
+        make(directory, forms["gzip"]).prepare()
+
+    assert not directory.parent.exists()
