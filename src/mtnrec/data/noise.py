@@ -26,7 +26,7 @@ from mtnrec.schema import CategoricalField, Schema
 
 _FILES = {"train": 0, "val": 0, "test": 1}  # the validation rows are rows of the training file
 _SAMPLED_ROWS = 1 << 16
-_LISTED_TICKETS = 1 << 23  # 32 MiB; the values of more are searched for, which is slower
+_LISTED_TICKETS = 1 << 23  # 32 MiB; the holders of more are searched for, which is slower
 _ROWS_PER_HASH = 1 << 14  # a chunk's hashes stay in the processor's cache
 _ROWS_PER_COUNT = 1 << 17
 _BAGS_PER_COUNT = 1 << 12
@@ -241,14 +241,14 @@ class _Alternatives:
         # The last value is no column's: a column without values draws it, and does not take it.
         behind = np.zeros(1, values[0].dtype if values else np.int32)
         self._values = np.concatenate([*values, behind])
-        self._values_by_ticket: Values | None = self._values
+        self._holders: Values | None = None  # of each ticket, the number of its value
         self._ends: Integers | None = None  # of each value's tickets
         sizes = [len(column) for column in values]
         if counts is not None:
             sizes = [int(column.sum()) for column in counts]
             each = np.concatenate([*counts, np.ones(1, np.int64)])
-            few = sum(sizes) <= _LISTED_TICKETS
-            self._values_by_ticket = np.repeat(self._values, each) if few else None
+            if sum(sizes) <= _LISTED_TICKETS:
+                self._holders = np.repeat(np.arange(len(each), dtype=np.int32), each)
             self._ends = each.cumsum()
         self._tickets = np.array(sizes, np.int64)
         self._first = self._tickets.cumsum() - self._tickets
@@ -277,13 +277,15 @@ class _Alternatives:
 
     def _value(self, tickets: Integers) -> Values:
         """Return the values that hold some tickets."""
-        if self._values_by_ticket is not None:
-            return self._values_by_ticket[tickets]
         return self._values[self._number(tickets)]
 
     def _number(self, tickets: Integers) -> Integers:
         """Return which values hold some tickets."""
-        return tickets if self._ends is None else self._ends.searchsorted(tickets, side="right")
+        if self._ends is None:  # one ticket each
+            return tickets
+        if self._holders is None:
+            return self._ends.searchsorted(tickets, side="right")
+        return self._holders[tickets]
 
     def _span(self, tickets: Integers) -> tuple[Integers, Integers]:
         """Return, of the values that hold some tickets, the first ticket and the next value's."""
