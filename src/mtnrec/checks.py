@@ -63,3 +63,15 @@ def check_flag(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise InputError(f"{name} must be true or false, got {value!r}")
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Quote names for a message, five of them at most.
+
+    >>> name_some(["price", "age"])
+    "'price', 'age'"
+    >>> name_some("abcdefg")
+    "'a', 'b', 'c', 'd', 'e', … (7 in all)"
+    """
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown}, … ({len(names)} in all)"

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import polars as pl
 from polars.exceptions import PolarsError
 
-from mtnrec.checks import InputError
+from mtnrec.checks import InputError, name_some
 from mtnrec.data.raw import BadRows, Block
 
 Types = Mapping[str, pl.DataType | type[pl.DataType]]
@@ -96,19 +96,14 @@ def _check_header(source: str, first: str, types: Types) -> list[str]:
     header = first.split(",")
     if missing := [name for name in types if name not in header]:
         raise InputError(
-            f"{source} lacks the column {_some(missing)}; its header has {_some(header)}"
+            f"{source} lacks the column {name_some(missing)}; its header has {name_some(header)}"
         )
     if unknown := [name for name in header if name not in types]:
-        raise InputError(f"{source} has an unknown column {_some(unknown)}: remove it")
+        raise InputError(f"{source} has an unknown column {name_some(unknown)}: remove it")
     if len(set(header)) < len(header):
         twice = sorted({name for name in header if header.count(name) > 1})
-        raise InputError(f"{source} names the column {_some(twice)} twice")
+        raise InputError(f"{source} names the column {name_some(twice)} twice")
     return header
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown}, … ({len(names)} in all)"
 
 
 def _parse(

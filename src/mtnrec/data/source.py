@@ -17,7 +17,7 @@ import numpy.typing as npt
 import polars as pl
 from polars.exceptions import PolarsError
 
-from mtnrec.checks import InputError
+from mtnrec.checks import InputError, name_some
 from mtnrec.data.raw import BadRows
 
 _ROWS_PER_CHUNK = 1 << 16
@@ -69,8 +69,8 @@ class Source:
             header = _header(file)
             if differing := sorted(set(header) ^ set(self.columns)):
                 raise InputError(
-                    f"{file} and {self._files[0].name} differ in the columns {_some(differing)}: "
-                    "the parts of a folder have the same columns"
+                    f"{file} and {self._files[0].name} differ in the columns "
+                    f"{name_some(differing)}: the parts of a folder have the same columns"
                 )
 
     @property
@@ -82,8 +82,8 @@ class Source:
         """Refuse names that are no columns; ``key`` is the setting that has them."""
         if missing := [name for name in names if name not in self.columns]:
             raise InputError(
-                f"{self.path} lacks the column {_some(missing)} of {key}; it has "
-                f"{_some(self.columns)}"
+                f"{self.path} lacks the column {name_some(missing)} of {key}; it has "
+                f"{name_some(self.columns)}"
             )
 
     def chunks(self, columns: list[str], bad_rows: BadRows) -> Iterator[Chunk]:
@@ -151,13 +151,8 @@ def _header(path: Path) -> list[str]:
             "(pandas writes none with index=False)"
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"{path} names the column {_some(twice)} twice: rename one")
+        raise InputError(f"{path} names the column {name_some(twice)} twice: rename one")
     return names
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown}, … ({len(names)} in all)"
 
 
 def _missing_to_null(frame: pl.DataFrame) -> pl.DataFrame:

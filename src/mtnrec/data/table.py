@@ -130,7 +130,7 @@ class Table(SelfPreparing):
             check_number("data.fill", self.fill, minimum=-_LARGEST, maximum=_LARGEST)
         drop = ["refuse", "drop"]
         check_choice("data.conversion_without_click", self.conversion_without_click, drop)
-        check_choice("data.on_error", self.on_error, ["refuse", "skip"])
+        check_choice("data.on_error", self.on_error, BadRows.CHOICES)
         self._check_roles()
 
     def _check_roles(self) -> None:

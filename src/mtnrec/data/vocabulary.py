@@ -33,11 +33,9 @@ class ValueCounts:
             rows: Training rows that each entry of ``column`` stands for, ``(n,)``; one if None.
         """
         if rows is None:
-            values, counts = np.unique(column, return_counts=True)
-            self._pending.append((values, counts.astype(np.int64)))
-        else:
-            self._pending.append(_sum_by_value(column, rows))
-        self._pending_size += len(self._pending[-1][0])
+            column, rows = np.unique(column, return_counts=True)
+        self._pending.append((column, rows.astype(np.int64, copy=False)))
+        self._pending_size += len(column)
         # Merging costs as much as all that was seen, so it waits until as much is pending.
         if self._pending_size > max(_SMALLEST_MERGE, len(self._values)):
             self._merge()

@@ -48,6 +48,7 @@ class Writer:
         self._splits = splits
         self._files: dict[str, IO[bytes]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._starts: dict[str, int] = {}  # where the rows begin, in bytes
         self._positives: dict[str, Any] = {}
         self.missing: dict[str, Counter[str]] = {split: Counter() for split in splits}
 
@@ -85,6 +86,7 @@ class Writer:
             self._files[name] = path.open("wb+")
             self._shapes[name] = (0, *chunk.shape[1:])
             self._write_header(name, dtype)
+            self._starts[name] = self._files[name].tell()
         self._files[name].write(chunk.data if chunk.size else b"")
         self._shapes[name] = (self._shapes[name][0] + len(chunk), *chunk.shape[1:])
 
@@ -130,40 +132,39 @@ class Writer:
         threads: int = 1,
     ) -> None:
         """Replace the rows of a finished array by what ``change`` makes of them, chunk by chunk."""
-        dtype = dtype_of(stem)
-        path = self.directory / split / f"{stem}.npy"
+        dtype, name = dtype_of(stem), f"{split}/{stem}.npy"
 
         def rewrite(window: tuple[int, int]) -> None:
             start, stop = window
             rows = np.ascontiguousarray(change(self._read(split, stem, start, stop)), dtype)
-            with path.open("rb+", buffering=0) as file:
-                file.seek(_header_bytes(path) + start * (rows.nbytes // max(len(rows), 1)))
+            with (self.directory / name).open("rb+", buffering=0) as file:
+                file.seek(self._starts[name] + start * (rows.nbytes // max(len(rows), 1)))
                 file.write(rows.data if rows.size else b"")
 
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(rewrite, _windows(self._shapes[f"{split}/{stem}.npy"], dtype)))
+            list(pool.map(rewrite, _windows(self._shapes[name], dtype)))
 
     def permute(self, split: str, order: npt.NDArray[np.int64]) -> None:
         """Put the rows of a split's finished arrays into another order, ``(rows,)``."""
         for stem in DTYPES:
             if not self.has(split, stem):
                 continue
-            path = self.directory / split / f"{stem}.npy"
-            shape = self._shapes[f"{split}/{stem}.npy"]
+            name = f"{split}/{stem}.npy"
+            path, shape = self.directory / name, self._shapes[name]
             permuted = path.with_suffix(".permuted")
             with path.open("rb") as source, permuted.open("wb") as file:
-                file.write(source.read(_header_bytes(path)))
+                file.write(source.read(self._starts[name]))
                 for start, stop in _windows(shape, dtype_of(stem)):
                     rows = open_array(path, dtype_of(stem), shape)  # a map of its own each time:
                     file.write(rows[order[start:stop]].data)  # its pages are given back
             permuted.replace(path)
 
     def _read(self, split: str, stem: str, start: int, stop: int) -> npt.NDArray[Any]:
-        path, dtype = self.directory / split / f"{stem}.npy", dtype_of(stem)
-        columns = self._shapes[f"{split}/{stem}.npy"][1:]
+        name, dtype = f"{split}/{stem}.npy", dtype_of(stem)
+        columns = self._shapes[name][1:]
         width = math.prod(columns)
-        offset = _header_bytes(path) + start * width * dtype.itemsize
-        flat = np.fromfile(path, dtype, (stop - start) * width, offset=offset)
+        offset = self._starts[name] + start * width * dtype.itemsize
+        flat = np.fromfile(self.directory / name, dtype, (stop - start) * width, offset=offset)
         return flat.reshape(stop - start, *columns)
 
     def finish(
@@ -220,13 +221,6 @@ def _windows(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[tuple[int
     step = max(1, _BYTES_PER_CHUNK // max(1, math.prod(shape[1:]) * dtype.itemsize))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
-
-
-def _header_bytes(path: Path) -> int:
-    with path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        np.lib.format.read_array_header_1_0(file)
-        return file.tell()
 
 
 @contextmanager
