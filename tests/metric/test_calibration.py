@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import rankdata
+from sklearn import calibration as sklearn_calibration
 from sklearn import metrics
 
-from mtnrec.metric.calibration import calibration, expected_calibration_error, log_loss
+from mtnrec.metric.calibration import (
+    calibration,
+    calibration_curve,
+    expected_calibration_error,
+    log_loss,
+)
 
 
 def draw(rows, *, levels=None, seed=0):
@@ -22,6 +28,10 @@ def slow_calibration_error(p, labels, bins):
     for rank_twice, probability, label in zip(ranks_twice, p, labels, strict=True):
         excess[int(rank_twice) * bins // (2 * len(p))] += float(probability) - float(label)
     return sum(map(abs, excess)) / len(p)
+
+
+def calibration_error(p, labels, **keys):
+    return expected_calibration_error(calibration_curve(p, labels, **keys))
 
 
 def test_log_loss_equals_sklearn():
@@ -72,7 +82,7 @@ def test_calibration_without_positives_is_nan(rows):
 def test_calibration_error_equals_a_slow_loop(rows, levels, bins):
     p, labels = draw(rows, levels=levels)
 
-    result = expected_calibration_error(*map(torch.from_numpy, (p, labels)), bins=bins)
+    result = calibration_error(*map(torch.from_numpy, (p, labels)), bins=bins)
 
     assert result.item() == pytest.approx(slow_calibration_error(p, labels, bins), abs=1e-13)
 
@@ -80,7 +90,7 @@ def test_calibration_error_equals_a_slow_loop(rows, levels, bins):
 def test_calibration_error_has_twenty_bins_unless_told():
     p, labels = draw(1000)
 
-    result = expected_calibration_error(*map(torch.from_numpy, (p, labels)))
+    result = calibration_error(*map(torch.from_numpy, (p, labels)))
 
     assert result.item() == pytest.approx(slow_calibration_error(p, labels, 20), abs=1e-13)
 
@@ -90,7 +100,7 @@ def test_rows_next_to_a_border_fall_into_their_bin():
     p = np.arange(99_999) / 99_999
     labels = (np.random.default_rng(0).random(len(p)) < p).astype(np.uint8)
 
-    result = expected_calibration_error(*map(torch.from_numpy, (p, labels)), bins=1000)
+    result = calibration_error(*map(torch.from_numpy, (p, labels)), bins=1000)
 
     assert result.item() == pytest.approx(slow_calibration_error(p, labels, 1000), abs=1e-13)
 
@@ -102,8 +112,8 @@ def test_calibration_error_does_not_depend_on_the_order_of_the_rows(levels):
     for seed in range(5):
         shuffled = torch.randperm(777, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(
-            expected_calibration_error(p[shuffled], labels[shuffled]),
-            expected_calibration_error(p, labels),
+            calibration_error(p[shuffled], labels[shuffled]),
+            calibration_error(p, labels),
             rtol=0,
             atol=1e-14,
         )
@@ -114,7 +124,7 @@ def test_calibration_error_lies_between_the_excess_and_the_mean_distance(seed):
     rng = np.random.default_rng(seed)
     p, labels = rng.beta(0.2, 0.2, 300), rng.integers(0, 2, 300)
 
-    result = expected_calibration_error(*map(torch.from_numpy, (p, labels))).item()
+    result = calibration_error(*map(torch.from_numpy, (p, labels))).item()
 
     assert abs((p - labels).mean()) - 1e-14 <= result <= np.abs(p - labels).mean() + 1e-14 <= 1
 
@@ -122,15 +132,63 @@ def test_calibration_error_lies_between_the_excess_and_the_mean_distance(seed):
 def test_calibration_error_of_the_worst_scores_is_one():
     labels = torch.tensor([0, 1]).repeat(50)
 
-    assert expected_calibration_error(1.0 - labels, labels).item() == 1
+    assert calibration_error(1.0 - labels, labels).item() == 1
 
 
 def test_calibration_error_of_the_observed_rate_is_zero():
     labels = torch.tensor([0, 0, 0, 1]).repeat(50)
 
-    assert expected_calibration_error(torch.full((200,), 0.25), labels).item() == 0
+    assert calibration_error(torch.full((200,), 0.25), labels).item() == 0
 
 
 def test_calibration_error_is_nan_for_no_rows_and_for_nan_scores():
-    assert expected_calibration_error(torch.empty(0), torch.empty(0)).isnan()
-    assert expected_calibration_error(torch.tensor([0.2, torch.nan]), torch.tensor([0, 1])).isnan()
+    assert calibration_error(torch.empty(0), torch.empty(0)).isnan()
+    assert calibration_error(torch.tensor([0.2, torch.nan]), torch.tensor([0, 1])).isnan()
+
+
+@pytest.mark.parametrize("bins", [1, 8, 20])
+@pytest.mark.parametrize("bend", [0.3, 1, 3])
+def test_the_curve_equals_sklearn_where_all_probabilities_differ(bend, bins):
+    p, labels = draw(1000)
+    p = p**bend
+
+    curve = calibration_curve(*map(torch.from_numpy, (p, labels)), bins=bins)
+
+    observed, predicted = sklearn_calibration.calibration_curve(
+        labels, p, n_bins=bins, strategy="quantile"
+    )
+    np.testing.assert_allclose(curve.predicted, predicted, rtol=1e-13)
+    np.testing.assert_allclose(curve.observed, observed, rtol=1e-13)
+    assert curve.rows.tolist() == [1000 // bins] * bins
+
+
+def test_equal_probabilities_fall_into_the_bin_of_their_mean_rank():
+    p = torch.tensor([0.5, 0.1, 0.5, 0.5, 0.9, 0.1, 0.5, 0.5])
+    labels = torch.tensor([1, 0, 0, 1, 1, 1, 0, 0])
+
+    # Of ranks 0 to 7 the mean ones are 0.5, 4 and 7; four bins begin at 0, 2, 4 and 6.
+    curve = calibration_curve(p, labels, bins=4)
+
+    np.testing.assert_allclose(curve.predicted, [0.1, 0.5, 0.9], rtol=1e-7)
+    assert curve.observed.tolist() == [0.5, 0.4, 1.0]
+    assert curve.rows.tolist() == [2, 5, 1]
+    assert curve.rows.dtype == torch.int64
+
+
+@pytest.mark.parametrize("levels", [None, 40, 3, 1])
+@pytest.mark.parametrize("rows", [1, 13, 1000])
+def test_the_bins_hold_every_row_once_in_the_order_of_the_probabilities(rows, levels):
+    p, labels = draw(rows, levels=levels)
+
+    predicted, observed, in_bin = calibration_curve(*map(torch.from_numpy, (p, labels)))
+
+    assert in_bin.sum() == rows
+    assert in_bin.min() > 0
+    assert len(in_bin) <= min(20, len(set(p)))
+    assert predicted.diff().gt(0).all()
+    assert (predicted @ in_bin.double()).item() == pytest.approx(p.sum(), rel=1e-13)
+    assert (observed @ in_bin.double()).item() == pytest.approx(labels.sum(), rel=1e-13)
+
+
+def test_the_curve_of_no_rows_has_no_bins():
+    assert [len(column) for column in calibration_curve(torch.empty(0), torch.empty(0))] == [0] * 3

@@ -10,7 +10,7 @@ import torch
 from sklearn import metrics
 
 from mtnrec.batch import LogProbabilities
-from mtnrec.metric.calibration import expected_calibration_error
+from mtnrec.metric.calibration import calibration_curve, expected_calibration_error
 from mtnrec.metric.ranking import grouped_auc
 from mtnrec.metric.task_metrics import TaskMetrics, bayes_aucs
 from mtnrec.schema import Schema
@@ -32,13 +32,21 @@ def draw(rows, *, labels=2, seed=0):
     return output, torch.from_numpy(y), torch.from_numpy(rng.integers(0, rows // 9 + 1, rows))
 
 
+def compute(task_metrics):
+    """Metrics and, as ``task_bins_column``, the curves."""
+    found = task_metrics.compute()
+    for task, curve in task_metrics.curves.items():
+        found |= {f"{task}_bins_{name}": column for name, column in curve._asdict().items()}
+    return found
+
+
 def measure(schema, output, labels, groups, cuts=()):
-    """Metrics of the rows, fed in pieces that end at ``cuts``."""
+    """Metrics and curves of the rows, fed in pieces that end at ``cuts``."""
     task_metrics = TaskMetrics(schema)
     for piece in torch.arange(len(labels)).tensor_split(list(cuts)):
         part = LogProbabilities(output.positive[piece], output.negative[piece])
         task_metrics.update(part, labels[piece], None if groups is None else groups[piece])
-    return task_metrics.compute()
+    return compute(task_metrics)
 
 
 def assert_same(found, expected):
@@ -54,7 +62,7 @@ def assert_agrees(found, task, p, labels, groups):
     assert found[f"{task}_auc"].item() == pytest.approx(metrics.roc_auc_score(labels, p), abs=1e-12)
     assert found[f"{task}_log_loss"].item() == pytest.approx(log_loss, rel=1e-5)
     assert found[f"{task}_calibration"].item() == pytest.approx(p.sum() / labels.sum(), rel=1e-6)
-    ece = expected_calibration_error(*map(torch.from_numpy, (p, labels)))
+    ece = expected_calibration_error(calibration_curve(*map(torch.from_numpy, (p, labels))))
     assert found[f"{task}_ece"].item() == pytest.approx(ece.item(), rel=1e-3)
     grouped = grouped_auc(*map(torch.from_numpy, (p, labels)), groups)
     assert found[f"{task}_grouped_auc"].item() == pytest.approx(grouped.item(), abs=1e-12)
@@ -133,6 +141,37 @@ def test_a_quotient_above_one_has_a_finite_log_loss():
     assert found["cvr_log_loss"].item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_curve_of_a_quotient_may_exceed_one_and_agrees_with_the_error():
+    p = torch.tensor([[0.2, 0.6], [0.5, 0.4], [0.9, 0.3]], dtype=torch.float64)
+    labels = torch.tensor([[1, 0], [1, 1], [0, 0]])
+    task_metrics = TaskMetrics(FUNNEL)
+    task_metrics.update(LogProbabilities(p.log(), (1 - p).log()), labels, None)
+
+    found = task_metrics.compute()
+
+    predicted, observed, rows = task_metrics.curves["cvr"]
+    assert predicted.tolist() == pytest.approx([0.8, 3])
+    assert observed.tolist() == [1, 0]
+    assert rows.tolist() == [1, 1]
+    assert found["cvr_ece"].item() == pytest.approx((0.2 + 3) / 2)
+
+
+def test_each_task_has_the_curve_of_its_rows():
+    output, labels, groups = draw(2000, labels=3)
+    task_metrics = TaskMetrics(INDEPENDENT)
+    task_metrics.update(output, labels, groups)
+
+    found = task_metrics.compute()
+
+    assert list(task_metrics.curves) == list(INDEPENDENT.labels)
+    for column, (task, curve) in enumerate(task_metrics.curves.items()):
+        p, y = output.positive[:, column].double().exp(), labels[:, column]
+        by_hand = (curve.predicted - curve.observed).abs().numpy()
+        torch.testing.assert_close(curve, calibration_curve(p, y), rtol=0, atol=0)
+        weighted = np.average(by_hand, weights=curve.rows.numpy())
+        assert found[f"{task}_ece"].item() == pytest.approx(weighted, abs=1e-13)
+
+
 def test_independent_labels_are_tasks_of_their_own():
     output, labels, groups = draw(500, labels=3)
 
@@ -175,7 +214,7 @@ def test_reset_forgets_the_rows():
     task_metrics.reset()
     task_metrics.update(output, labels, groups)
 
-    assert_same(task_metrics.compute(), measure(FUNNEL, output, labels, groups))
+    assert_same(compute(task_metrics), measure(FUNNEL, output, labels, groups))
 
 
 def test_predictions_are_kept_without_their_graph():
@@ -222,6 +261,8 @@ def measure(rank, folder):
         for positive, negative, labels, groups in split:
             metrics.update(LogProbabilities(positive, negative), labels, groups)
         found.append(metrics.compute())
+        for task, curve in metrics.curves.items():
+            found[-1] |= {f"{task}_bins_{name}": column for name, column in curve._asdict().items()}
         metrics.reset()
     torch.save(found, f"{folder}/found_{rank}.pt")
     distributed.destroy_process_group()

@@ -11,11 +11,18 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from mtnrec.batch import LogProbabilities
-from mtnrec.metric.calibration import calibration, expected_calibration_error, log_loss
+from mtnrec.metric.calibration import (
+    CalibrationCurve,
+    calibration,
+    calibration_curve,
+    expected_calibration_error,
+    log_loss,
+)
 from mtnrec.metric.ranking import auc, grouped_auc
 from mtnrec.schema import Schema, Task
 
-# Where CVR is a quotient it can exceed 1; its log loss takes it to be this instead.
+# Where CVR is a quotient it can exceed 1; its log loss, undefined there, takes this instead.
+# Calibration, its curve and its error take it as it is: what lies above 1 is part of the error.
 _LARGEST_QUOTIENT = 1 - 1e-7
 
 
@@ -35,18 +42,19 @@ class TaskRows:
     labels: Tensor
     groups: Tensor | None
 
-    def metrics(self) -> dict[str, Tensor]:
-        """Return AUC, log loss, calibration, expected calibration error, grouped AUC."""
+    def metrics(self) -> tuple[dict[str, Tensor], CalibrationCurve]:
+        """Return AUC, log loss, calibration, expected calibration error, grouped AUC; the curve."""
         probabilities = self.positive.double().exp()
+        curve = calibration_curve(probabilities, self.labels)
         values = {
             "auc": auc(self.positive, self.labels),
             "log_loss": log_loss(self.positive, self.negative, self.labels),
             "calibration": calibration(probabilities, self.labels),
-            "ece": expected_calibration_error(probabilities, self.labels),
+            "ece": expected_calibration_error(curve),
         }
         if self.groups is not None:
             values["grouped_auc"] = grouped_auc(self.positive, self.labels, self.groups)
-        return values
+        return values, curve
 
 
 def rows_of_task(
@@ -96,7 +104,8 @@ class TaskMetrics(Metric):
     """Collects the predictions of a split and measures every task on all of them at once.
 
     Never an average over batches; under DDP the predictions of all ranks come together first.
-    Keeps ``9 T + 8`` bytes a row.
+    Keeps ``9 T + 8`` bytes a row. ``curves`` holds, by the name of the task, the calibration curves
+    of the last ``compute()``; their bins are those of the calibration error and cost nothing more.
 
     Args:
         schema: Fields and labels of the data.
@@ -111,6 +120,7 @@ class TaskMetrics(Metric):
     def __init__(self, schema: Schema) -> None:
         super().__init__()
         self._schema = schema
+        self.curves: dict[str, CalibrationCurve] = {}
         for state in ("positive", "negative", "labels", "groups"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
@@ -142,7 +152,7 @@ class TaskMetrics(Metric):
         values: dict[str, Tensor] = {}
         for task in self._schema.tasks:
             rows = rows_of_task(task, output, labels, groups)
-            metrics = rows.metrics()
+            metrics, self.curves[task.name] = rows.metrics()
             values |= {f"{task.name}_{metric}": value for metric, value in metrics.items()}
             values[f"{task.name}_rows"] = torch.tensor(len(rows.labels))
             values[f"{task.name}_positives"] = rows.labels.long().sum()

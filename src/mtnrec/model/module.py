@@ -26,7 +26,8 @@ class MultiTaskModule(L.LightningModule):
     """Trains a network on the sum of its labels' cross entropies.
 
     Each epoch logs ``train/loss`` (without any penalty) and ``val/task_metric``; the test logs
-    ``test/task_metric``. ``results`` keeps the last values of each split in full precision.
+    ``test/task_metric``. ``results`` keeps the last values of each split in full precision, and
+    ``calibration_curves`` the columns of each task's curve after a test, as ``test/task``.
 
     Args:
         network: Called with a :class:`Batch`, returns :class:`LogProbabilities`. It offers
@@ -49,6 +50,7 @@ class MultiTaskModule(L.LightningModule):
         self.val_metrics = TaskMetrics(schema)
         self.test_metrics = TaskMetrics(schema)
         self.results: dict[str, dict[str, float]] = {}
+        self.calibration_curves: dict[str, dict[str, list[float]]] = {}
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
@@ -78,6 +80,10 @@ class MultiTaskModule(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test", self.test_metrics)
+        self.calibration_curves = {
+            f"test/{task}": {name: column.tolist() for name, column in curve._asdict().items()}
+            for task, curve in self.test_metrics.curves.items()
+        }
 
     def _log_metrics(self, split: str, metrics: TaskMetrics) -> None:
         values = {f"{split}/{name}": value.item() for name, value in metrics.compute().items()}
