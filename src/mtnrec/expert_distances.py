@@ -1,0 +1,64 @@
+"""How far the experts of a network are apart in what they say (paper, figure 3)."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+def output_distances(outputs: Tensor) -> Tensor:
+    """Return the Euclidean distance of each pair of experts' outputs, row by row.
+
+    Args:
+        outputs: ``(B, E, O)``.
+
+    Returns:
+        ``(B, E, E)``, symmetric, float32 at least.
+
+    >>> output_distances(torch.tensor([[[0.0, 0.0], [3.0, 4.0]]]))
+    tensor([[[0., 5.],
+             [5., 0.]]])
+    """
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    # By differences: a matrix product would cancel where two experts are close.
+    return torch.cdist(outputs, outputs, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class ExpertDistances(L.Callback):
+    """Measures in the test the mean distance of two experts' outputs over all rows.
+
+    It watches the network's own forward pass, so that no expert is computed twice. After the test
+    ``distances`` is an ``E x E`` matrix, the same on all ranks; None for a network without
+    ``shared_end``, the module that the outputs ``(B, E, O)`` of its experts pass.
+    """
+
+    def __init__(self) -> None:
+        self.distances: list[list[float]] | None = None
+        self._sums = torch.zeros(0, dtype=torch.float64)
+        self._rows = 0
+        self._watch: RemovableHandle | None = None
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        network: Any = pl_module.network
+        self.distances = None
+        if hasattr(network, "shared_end"):
+            experts = len(network.shared_layers()[0])
+            self._sums, self._rows = torch.zeros(experts, experts, dtype=torch.float64), 0
+            self._watch = network.shared_end.register_forward_hook(self._add)
+
+    def _add(self, module: nn.Module, inputs: tuple[Tensor], outputs: Tensor) -> None:
+        # Summed on the CPU: not every accelerator has float64.
+        self._sums += output_distances(outputs.detach()).cpu().sum(dim=0, dtype=torch.float64)
+        self._rows += len(outputs)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._watch is None:
+            return
+        self._watch.remove()
+        self._watch = None
+        totals = torch.cat([self._sums.flatten(), self._sums.new_tensor([self._rows])])
+        if trainer.world_size > 1:  # NCCL sums on the GPU only
+            totals = trainer.strategy.reduce(totals.to(pl_module.device), reduce_op="sum").cpu()
+        self.distances = (totals[:-1] / totals[-1]).view_as(self._sums).tolist()
