@@ -24,6 +24,7 @@ from mtnrec.data.writer import write_prepared
 from mtnrec.describe import main as describe_main
 from mtnrec.prepare import main as prepare_main
 from mtnrec.schema import CategoricalField, Schema
+from mtnrec.status import main as status_main
 from mtnrec.train import main as train_main
 
 _SMALL_MODELS = {
@@ -161,6 +162,12 @@ def prepare() -> Callable[..., None]:
 def describe() -> Callable[..., None]:
     """Run the describing command in this process."""
     return lambda *overrides: _call(describe_main, *overrides)
+
+
+@pytest.fixture
+def status() -> Callable[..., None]:
+    """Run the status command in this process."""
+    return lambda *overrides: _call(status_main, *overrides)
 
 
 def _call(main: Callable[[], None], *arguments: str) -> None:

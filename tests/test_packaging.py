@@ -31,18 +31,19 @@ def test_a_wheel_made_from_the_sdist_trains_without_the_checkout(tmp_path):
     where = "import mtnrec; print(mtnrec.__file__)"
     found = run(sys.executable, "-c", where, cwd=elsewhere, PYTHONPATH=str(site))
     tiny = ["data.rows=1000", "model.embedding_dim=2", "model.tower_widths=[4]"]
-    quick = ["trainer.max_epochs=1", "trainer.accelerator=cpu", "hydra.run.dir=run"]
-    command = (sys.executable, "-m", "mtnrec.train", *tiny, *quick)
+    quick = ["trainer.max_epochs=1", "trainer.accelerator=cpu", "hydra.sweep.dir=runs"]
+    command = (sys.executable, "-m", "mtnrec.train", "-m", *tiny, *quick)
     run(*command, cwd=elsewhere, PYTHONPATH=str(site))
 
     with tarfile.open(sdist) as archive:
         assert any(name.endswith("/conf/model/esmm.yaml") for name in archive.getnames())
     assert found.strip() == str(site / "mtnrec" / "__init__.py")
     (entries,) = site.glob("mtnrec-*.dist-info/entry_points.txt")
-    for name in ("describe", "prepare", "train"):
+    for name in ("describe", "prepare", "status", "train"):
         assert (site / "mtnrec" / "conf" / f"{name}.yaml").is_file()
         assert f"mtnrec-{name} = mtnrec.{name}:main\n" in f"{entries.read_text()}\n"
-    record = json.loads((elsewhere / "run" / "result.json").read_text())
+    (path,) = (elsewhere / "runs").glob("*/result.json")
+    record = json.loads(path.read_text())
     assert record["status"] == "finished"
     assert record["data"]["rows"]["test"] == 200
 

@@ -1,19 +1,14 @@
 import io
-import json
 import math
-import os
 
 import pytest
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from mtnrec.record import (
-    cell_of,
     closing_table,
     peak_memory_bytes,
     split_counts,
     versions,
-    write_record,
 )
 from mtnrec.schema import Schema
 
@@ -49,88 +44,6 @@ def render(table):
 
 def words(text):
     return " ".join(text.split())
-
-
-def test_nothing_but_the_record_is_left_in_the_folder(tmp_path):
-    write_record(tmp_path, {"seed": 0, "metrics": {"test/ctr_auc": 0.1 + 0.2}})
-
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert found == {"seed": 0, "metrics": {"test/ctr_auc": 0.1 + 0.2}}
-
-
-def test_what_is_undefined_becomes_null(tmp_path):
-    write_record(tmp_path, {"a": math.nan, "b": [math.inf, 1.0], "c": {"d": -math.inf, "e": None}})
-
-    text = (tmp_path / "result.json").read_text()
-    assert json.loads(text) == {"a": None, "b": [None, 1.0], "c": {"d": None, "e": None}}
-
-
-def test_an_old_record_survives_a_failing_write(tmp_path, monkeypatch):
-    def full_disk(_):
-        raise OSError("no space left on device")
-
-    write_record(tmp_path, {"seed": 0})
-    monkeypatch.setattr(os, "fsync", full_disk)
-
-    with pytest.raises(OSError, match="no space left"):
-        write_record(tmp_path, {"seed": 1})
-
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-    assert json.loads((tmp_path / "result.json").read_text()) == {"seed": 0}
-
-
-def test_an_old_record_survives_values_that_json_cannot_hold(tmp_path):
-    write_record(tmp_path, {"seed": 0})
-
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        write_record(tmp_path, {"seed": object()})
-
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-    assert json.loads((tmp_path / "result.json").read_text()) == {"seed": 0}
-
-
-@pytest.fixture
-def cell(compose_config):
-    config = compose_config("output_dir=run")
-
-    def make(key=None, value=None, *, checksum="abc"):
-        changed = config.copy()
-        if key is not None:
-            OmegaConf.update(changed, key, value)
-        return cell_of(OmegaConf.to_container(changed, resolve=True), checksum)
-
-    return make
-
-
-def test_a_cell_does_not_depend_on_where_a_run_reads_and_writes(cell):
-    assert cell("logger.name", "other") == cell()
-    assert cell("output_dir", "elsewhere") == cell()
-    assert cell("data_root", "elsewhere") == cell()
-    assert cell("data.dir", "elsewhere") == cell()
-    assert cell("data.verify", value=False) == cell()
-
-
-def test_every_setting_and_content_of_the_data_set_makes_a_cell_of_its_own(cell):
-    cells = [
-        cell(),
-        cell("seed", 1),
-        cell("mtn.lam", 1e-4),
-        cell("mtn.enabled", value=True),
-        cell("model.embedding_dim", 64),
-        cell("data.split_seed", 1),
-        cell("patience", 4),
-        cell(checksum="abd"),
-    ]
-
-    assert len(set(cells)) == len(cells)
-
-
-def test_a_cell_does_not_depend_on_the_order_of_the_keys():
-    data = {"name": "tiny", "batch_size": 2}
-    backwards = {"batch_size": 2, "name": "tiny"}
-
-    assert cell_of({"seed": 0, "data": data}, "") == cell_of({"data": backwards, "seed": 0}, "")
 
 
 def test_counts_are_told_apart_from_metrics():

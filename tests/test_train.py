@@ -266,7 +266,7 @@ def test_each_job_of_a_sweep_is_an_offline_run_of_wandb_of_its_own(train):
     sweep = train(*LOG, "hydra.mode=MULTIRUN", "seed=0,1", "logger=wandb", "logger.offline=true")
 
     for seed in (0, 1):
-        (path,) = sweep.glob(f"{seed}/wandb/offline-run-*/*.wandb")
+        (path,) = sweep.glob(f"*-seed{seed}-*/wandb/offline-run-*/*.wandb")
         config, history = {}, {}
         for record in read_wandb(path):
             for update in record.config.update:
@@ -274,7 +274,7 @@ def test_each_job_of_a_sweep_is_an_offline_run_of_wandb_of_its_own(train):
             for item in record.history.item:
                 name = item.key or "/".join(item.nested_key)
                 history.setdefault(name, []).append(json.loads(item.value_json))
-        result = read_record(sweep / str(seed))
+        result = read_record(path.parents[2])
         assert config["seed"] == seed
         assert config["model"] == result["config"]["model"]
         assert len(history["val/cvr_auc"]) == 2
@@ -289,8 +289,7 @@ def test_each_job_of_a_sweep_is_an_offline_run_of_wandb_of_its_own(train):
 def test_a_second_run_in_a_folder_replaces_the_first(plain_run, train, tmp_path):
     train(*LOG, "seed=1", folder=tmp_path)
 
-    with pytest.warns(UserWarning, match="exists and is not empty"):
-        train(*LOG, folder=tmp_path)
+    train(*LOG, folder=tmp_path)
 
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["best.ckpt"]
     expected, found = (read_checkpoint(folder)["state_dict"] for folder in (plain_run, tmp_path))

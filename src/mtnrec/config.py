@@ -1,6 +1,7 @@
 """Where the configuration lies, the typed root of each entry point, and how one is run."""
 
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,8 +11,12 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig
+from rich import get_console
+from rich.logging import RichHandler
 
 from mtnrec.checks import InputError
 
@@ -35,6 +40,8 @@ class Train:
         seed: Seed of the initial weights and of the order of the rows.
         monitor: Validation metric that chooses the epoch and stops the training.
         patience: Epochs without a better ``monitor`` after which training stops.
+        resume: Whether a finished run is kept, and an interrupted one goes on where it was.
+        threads: Of this process; None leaves it to torch.
         data_root: Folder of the prepared data sets.
         output_dir: Folder of the run; Hydra's unless given.
     """
@@ -49,6 +56,8 @@ class Train:
     seed: int = 0
     monitor: str = MISSING
     patience: int = MISSING
+    resume: bool = True
+    threads: int | None = None
     data_root: str = MISSING
     output_dir: str = MISSING
 
@@ -87,42 +96,91 @@ class Describe:
     out: str = MISSING
 
 
+@dataclass
+class Status:
+    """Keys of ``conf/status.yaml``.
+
+    Args:
+        runs: Folder of a sweep, or of several.
+        refresh: Seconds between two looks.
+    """
+
+    runs: str = MISSING
+    refresh: float = MISSING
+
+
+_logger = logging.getLogger(__name__)
+
 _INTERRUPTED = 130  # what shells make of Ctrl-C
 _store = ConfigStore.instance()
 _store.store(name="train_schema", node=Train)
 _store.store(name="prepare_schema", node=Prepare)
 _store.store(name="describe_schema", node=Describe)
+_store.store(name="status_schema", node=Status)
 
 
-def entry_point(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make a command of a function of the composed config ``conf/<name>.yaml``.
 
-    What the user got wrong ends the command with one message and exit status 1.
+    What the user got wrong ends the command with one message and exit status 1. In a sweep every
+    error is the job's own: it is logged, and raised for the sweeper.
     """
 
-    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=name)
-        def command(cfg: DictConfig) -> None:
+        def command(cfg: DictConfig) -> Any:
+            _quiet()
             try:
-                task(cfg)
-            except InputError as error:
-                sys.exit(f"mtnrec: {error}")
-            except InstantiationException as error:
-                if isinstance(error.__cause__, InputError):
-                    sys.exit(f"mtnrec: {error.__cause__}")
-                raise
+                return task(cfg)
             except KeyboardInterrupt:
                 sys.stderr.write("mtnrec: interrupted\n")
                 sys.exit(_INTERRUPTED)
+            except Exception as error:
+                known = find_input_error(error)
+                if _is_job_of_a_sweep():
+                    _logger.error("%s", error if known is None else known, exc_info=known is None)
+                    raise
+                if known is None:
+                    raise
+                sys.exit(f"mtnrec: {known}")
 
-        def main() -> None:
-            _quiet()
-            command()
-
-        main.__doc__ = task.__doc__
+        command.__doc__ = task.__doc__
+        main: Callable[[], None] = command
         return main
 
     return decorate
+
+
+def find_input_error(error: BaseException) -> InputError | None:
+    """Return what the user got wrong, if an error is of that kind; Hydra wraps it."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return error if isinstance(error, InputError) else None
+
+
+def _is_job_of_a_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def has_the_screen() -> bool:
+    """Say whether this run is the only one that draws on the screen."""
+    return not _is_job_of_a_sweep() or draws_on_the_screen(HydraConfig.get().launcher._target_)
+
+
+def draws_on_the_screen(launcher: str) -> bool:
+    """Say whether a launcher's runs draw on the screen, one after the other."""
+    return launcher.endswith(".BasicLauncher")
+
+
+def overrides_of_job() -> list[str]:
+    """Return what the job's config overrides, of the keys that are not Hydra's own."""
+    return list(HydraConfig.get().overrides.task)
+
+
+def command_of_job(output_dir: Path) -> str:
+    """Return the command that makes this run again, by itself and in the same folder."""
+    place = ["hydra.mode=RUN", f"hydra.run.dir={output_dir}"]
+    return f"python -m mtnrec.train {shlex.join([*place, *overrides_of_job()])}"
 
 
 def _quiet() -> None:
@@ -132,4 +190,11 @@ def _quiet() -> None:
     warnings.filterwarnings(
         "ignore", message=".*isinstance.treespec, LeafSpec", category=FutureWarning
     )
+    # Of a folder that is gone on in, or whose run is replaced.
+    warnings.filterwarnings("ignore", message=".*exists and is not empty")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    if not has_the_screen():
+        get_console().quiet = True
+        logging.captureWarnings(capture=True)
+        root = logging.getLogger()
+        root.handlers = [one for one in root.handlers if not isinstance(one, RichHandler)]

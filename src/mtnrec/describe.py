@@ -16,8 +16,8 @@ from mtnrec.config import entry_point
 from mtnrec.data.statistics import count_changes, count_split
 from mtnrec.data.store import open_prepared
 from mtnrec.description import check_destination, lay_out
+from mtnrec.files import write_whole
 from mtnrec.leak import check_leaks
-from mtnrec.record import write_whole
 
 
 @entry_point("describe")

@@ -64,6 +64,7 @@ def make_callbacks(
         ModelCheckpoint,
         dirpath=directory / "checkpoints",
         filename="best",
+        save_weights_only=True,  # `ResumePoint` keeps what a training goes on from
         enable_version_counter=False,
     )
     if (problem := _undefined(monitor, schema, validation_labels)) is not None:

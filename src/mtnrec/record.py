@@ -1,10 +1,7 @@
 """The run record ``result.json``: what was run, on what, and what came out."""
 
-import hashlib
-import json
 import logging
 import math
-import os
 import platform
 import resource
 import sys
@@ -20,35 +17,62 @@ from rich import box
 from rich.table import Table
 
 from mtnrec.batch import Batch
+from mtnrec.cell import report_progress
 from mtnrec.schema import Schema
 
-RECORD_FILE = "result.json"
-# Keys of the config that say where a run reads and writes, not what comes out; of the data the
-# checksum says it.
-_NOT_OF_THE_CELL = ("logger", "output_dir", "data_root")
-_NOT_OF_THE_DATA = ("dir", "raw_dir", "train", "test", "verify", "threads")
 _PACKAGES = ("mtnrec", "torch", "lightning", "torchmetrics", "numpy", "hydra-core")
 
 _logger = logging.getLogger(__name__)
 
 
 class RunRecorder(L.Callback):
-    """Times a run, keeps each validation's metrics by global step and logs a line on each."""
+    """Times a run, keeps the metrics of each validation and each epoch, and logs a line on each.
+
+    A resumed run goes on where the checkpoint was written: it counts what was spent until then,
+    and logs the epochs that it takes over, so that each logger has them all. It stands behind MTN,
+    whose metrics it keeps.
+
+    ``validations`` holds, by global step, what was measured; ``epochs`` each epoch's last values.
+    """
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._stage_started = 0.0
-        self.seconds: dict[str, float] = {}
-        self.history: dict[int, dict[str, float]] = {}
+        self._validated: dict[str, float] = {}
+        self.seconds: dict[str, float] = {"fit": 0.0}
+        self.validations: dict[int, dict[str, float]] = {}
+        self.epochs: list[dict[str, float]] = []
         self._rows = {"train": 0, "evaluate": 0}
         self._spent = {"train": 0.0, "evaluate": 0.0}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "fit_seconds": self.seconds["fit"] + time.perf_counter() - self._stage_started,
+            "validations": self.validations,
+            "epochs": self.epochs,
+            "rows": self._rows,
+            "spent": self._spent,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds["fit"] = state_dict["fit_seconds"]
+        self.validations = state_dict["validations"]
+        self.epochs = state_dict["epochs"]
+        self._rows = state_dict["rows"]
+        self._spent = state_dict["spent"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for epoch in self.epochs:
+            values = {name: value for name, value in epoch.items() if name != "step"}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=int(epoch["step"]) - 1)  # as Lightning counts
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seconds["setup"] = time.perf_counter() - self._started
         self._stage_started = time.perf_counter()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seconds["fit"] = time.perf_counter() - self._stage_started
+        self.seconds["fit"] += time.perf_counter() - self._stage_started
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stage_started = time.perf_counter()
@@ -62,6 +86,16 @@ class RunRecorder(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._spent["train"] += time.perf_counter()
+        metrics = trainer.callback_metrics
+        logged = {name: metrics[name].item() for name in metrics if _is_of_training(name)}
+        place = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        self.epochs.append(place | logged | self._validated)
+        self._validated = {}
+        if trainer.is_global_zero:
+            report_progress(
+                Path(trainer.default_root_dir),
+                {"epochs": len(self.epochs), "max_epochs": trainer.max_epochs},
+            )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Validation runs inside the training epoch.
@@ -72,7 +106,8 @@ class RunRecorder(L.Callback):
         self._spent["evaluate"] += time.perf_counter()
         self._spent["train"] -= time.perf_counter()
         values = cast(dict[str, dict[str, float]], pl_module.results)["val"]
-        self.history[trainer.global_step] = values
+        self.validations[trainer.global_step] = values
+        self._validated = split_counts(values)[0]
         aucs = ", ".join(
             f"{name.removeprefix('val/').removesuffix('_auc')} {value:.4f}"
             for name, value in values.items()
@@ -110,14 +145,8 @@ class RunRecorder(L.Callback):
         }
 
 
-def cell_of(config: Mapping[str, Any], checksum: str) -> str:
-    """Return the hash of what determines a result: the settings and the data set's checksum."""
-    content = {key: value for key, value in config.items() if key not in _NOT_OF_THE_CELL}
-    content["data"] = {
-        key: value for key, value in config["data"].items() if key not in _NOT_OF_THE_DATA
-    }
-    text = json.dumps([content, checksum], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _is_of_training(name: str) -> bool:
+    return name.startswith(("train/", "mtn/"))
 
 
 def versions() -> dict[str, str]:
@@ -150,33 +179,6 @@ def split_counts(results: Mapping[str, float]) -> tuple[dict[str, Any], dict[str
         else:
             metrics[name] = value
     return metrics, counts
-
-
-def write_record(directory: Path, record: Mapping[str, Any]) -> None:
-    """Write ``result.json``, whole or not at all; NaN becomes null."""
-    text = json.dumps(_without_nan(record), indent=2, sort_keys=True, allow_nan=False) + "\n"
-    write_whole(directory / RECORD_FILE, text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def closing_table(schema: Schema, record: Mapping[str, Any]) -> Table:

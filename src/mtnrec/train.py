@@ -3,6 +3,7 @@
 ``python -m mtnrec.train model=esmm mtn.enabled=true``
 """
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -15,31 +16,58 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 
-from mtnrec.checks import InputError, check_integer
-from mtnrec.config import entry_point
+from mtnrec.cell import RECORD_FILE, cell_of, claim, find_record
+from mtnrec.checks import InputError, check_flag, check_integer
+from mtnrec.config import command_of_job, entry_point, has_the_screen, overrides_of_job
+from mtnrec.expert_distances import ExpertDistances
+from mtnrec.files import write_json
 from mtnrec.leak import check_leaks
 from mtnrec.metric.task_metrics import bayes_aucs
 from mtnrec.model.module import MultiTaskModule
 from mtnrec.protocol import make_callbacks
 from mtnrec.record import (
-    RECORD_FILE,
     RunRecorder,
-    cell_of,
     closing_table,
     peak_memory_bytes,
     split_counts,
     versions,
-    write_record,
 )
+from mtnrec.resume import ResumePoint
+
+_logger = logging.getLogger(__name__)
 
 
 @entry_point("train")
-def main(cfg: DictConfig) -> None:
-    """Train a model, test its best epoch once, and write ``result.json``."""
-    recorder = RunRecorder()
-    check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=1)
+def main(cfg: DictConfig) -> float | None:
+    """Train a model, test its best epoch once, and write ``result.json``.
+
+    Returns:
+        The monitor's value at the best epoch, for searches; None where it is undefined.
+    """
     output_dir = Path(cfg.output_dir)
-    datamodule = instantiate(cfg.data, _convert_="all")
+    with claim(output_dir, overrides_of_job(), command_of_job(output_dir)):
+        recorder = RunRecorder()
+        check_flag("resume", cfg.resume)
+        config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        datamodule = instantiate(cfg.data, _convert_="all")
+        finished = find_record(output_dir, config, datamodule.find_checksum())
+        if cfg.resume and finished is not None:
+            _logger.info("%s is finished; resume=false trains again", output_dir)
+            record = finished
+        else:
+            record = _run(cfg, config, datamodule, recorder, output_dir)
+    return record["metrics"][cfg.monitor]
+
+
+def _run(
+    cfg: DictConfig,
+    config: dict[str, Any],
+    datamodule: Any,
+    recorder: RunRecorder,
+    output_dir: Path,
+) -> dict[str, Any]:
+    check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=1)
+    _use_threads(cfg.threads)
     datamodule.noise = noise = instantiate(cfg.noise, _convert_="all")
     mtn = instantiate(cfg.mtn, _convert_="all")
     datamodule.prepare_data()
@@ -58,18 +86,22 @@ def main(cfg: DictConfig) -> None:
     checkpoint, followers = make_callbacks(
         cfg.monitor, cfg.patience, output_dir, schema=schema, validation_labels=validation_labels
     )
-    callbacks = [recorder, mtn, *followers, RichProgressBar()]
+    cell = cell_of(config, datamodule.manifest.checksum)
+    resume_point = ResumePoint(output_dir, cell)
+    experts = ExpertDistances()
+    callbacks = [mtn, recorder, experts, *followers, resume_point]
     trainer: L.Trainer = instantiate(
         cfg.trainer,
-        callbacks=callbacks,
+        callbacks=[*callbacks, RichProgressBar()] if has_the_screen() else callbacks,
+        enable_progress_bar=has_the_screen(),
         logger=instantiate(cfg.logger),
         default_root_dir=output_dir,
     )
-    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     for logger in trainer.loggers:
         logger.log_hyperparams(config)
     (output_dir / RECORD_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
-    trainer.fit(module, datamodule=datamodule)
+    start = resume_point.find() if cfg.resume else None
+    trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     best = checkpoint.best_model_path
     if not best:
         raise InputError(
@@ -81,21 +113,14 @@ def main(cfg: DictConfig) -> None:
         if isinstance(logger, WandbLogger):
             # Lightning leaves the run open, and the next job of a sweep would go on in it.
             logger.experiment.finish()
-    if not trainer.is_global_zero:
-        return
 
     chosen = torch.load(best, weights_only=True, mmap=True)
-    results = recorder.history[chosen["global_step"]] | module.results["test"]
+    results = recorder.validations[chosen["global_step"]] | module.results["test"]
     metrics, counts = split_counts(results)
-    for split in ("val", "test"):
-        probabilities = datamodule.column(split, "probabilities")
-        if probabilities is not None:
-            bayes = bayes_aucs(schema, probabilities, datamodule.column(split, "labels"))
-            metrics |= {f"{split}/{name}": value for name, value in bayes.items()}
     manifest = datamodule.manifest
     record = {
         "status": "finished",
-        "cell": cell_of(config, manifest.checksum),
+        "cell": cell,
         "seed": cfg.seed,
         "config": config,
         "versions": versions(),
@@ -110,17 +135,41 @@ def main(cfg: DictConfig) -> None:
         "noise": noise.record(datamodule.row_numbers),
         "mtn": config["mtn"],
         "best_epoch": chosen["epoch"],
-        "metrics": metrics,
+        "metrics": metrics | _bayes_aucs(datamodule),
         "counts": counts,
+        "history": recorder.epochs,
+        "calibration_curves": module.calibration_curves,
+        "expert_distances": experts.distances,
+        "threads": torch.get_num_threads(),
         "seconds": recorder.seconds,
         "samples_per_second": recorder.samples_per_second(),
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    write_record(output_dir, record)
-    get_console().print(closing_table(schema, record))
-    get_console().print(
-        f"The record of the run is {output_dir / RECORD_FILE}", markup=False, soft_wrap=True
-    )
+    if trainer.is_global_zero:
+        write_json(output_dir / RECORD_FILE, record)
+        resume_point.discard()
+        get_console().print(closing_table(schema, record))
+        get_console().print(
+            f"The record of the run is {output_dir / RECORD_FILE}", markup=False, soft_wrap=True
+        )
+    return record
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        check_integer("threads", threads, minimum=1)
+        torch.set_num_threads(threads)
+
+
+def _bayes_aucs(datamodule: Any) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for split in ("val", "test"):
+        probabilities = datamodule.column(split, "probabilities")
+        if probabilities is not None:
+            labels = datamodule.column(split, "labels")
+            bayes = bayes_aucs(datamodule.schema, probabilities, labels)
+            metrics |= {f"{split}/{name}": value for name, value in bayes.items()}
+    return metrics
 
 
 if __name__ == "__main__":

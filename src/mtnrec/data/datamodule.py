@@ -98,6 +98,13 @@ class DataModule(L.LightningDataModule, ABC):
             verify_prepared(Path(self.dir), manifest)
             self._verified = True
 
+    def find_checksum(self) -> str | None:
+        """Return the checksum of the prepared data set; None if there is none."""
+        try:
+            return open_prepared(Path(self.dir))[0].checksum
+        except NotPreparedError:
+            return None
+
     def _how_to_prepare(self) -> str:
         return f"\nThen: python -m mtnrec.prepare data={self.name} data.raw_dir=DIR"
 

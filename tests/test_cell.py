@@ -1,0 +1,173 @@
+import fcntl
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+
+import pytest
+from omegaconf import OmegaConf
+
+from mtnrec.cell import (
+    CellBusyError,
+    State,
+    cell_of,
+    claim,
+    folder_name,
+    report_progress,
+    resolve_settings,
+    state_of,
+)
+from mtnrec.checks import InputError
+
+
+@pytest.fixture
+def cell(compose_config):
+    config = compose_config("output_dir=run")
+
+    def make(key=None, value=None, *, checksum="abc"):
+        changed = config.copy()
+        if key is not None:
+            OmegaConf.update(changed, key, value)
+        return cell_of(OmegaConf.to_container(changed, resolve=True), checksum)
+
+    return make
+
+
+def test_a_cell_does_not_depend_on_where_a_run_reads_and_writes(cell):
+    assert cell("logger.name", "other") == cell()
+    assert cell("output_dir", "elsewhere") == cell()
+    assert cell("data_root", "elsewhere") == cell()
+    assert cell("data.dir", "elsewhere") == cell()
+    assert cell("data.verify", value=False) == cell()
+    assert cell("threads", 1) == cell()
+    assert cell("resume", value=False) == cell()
+    assert cell("trainer.enable_model_summary", value=True) == cell()
+
+
+def test_every_setting_and_content_of_the_data_set_makes_a_cell_of_its_own(cell):
+    cells = [
+        cell(),
+        cell("seed", 1),
+        cell("mtn.enabled", value=True),
+        cell("model.embedding_dim", 64),
+        cell("data.split_seed", 1),
+        cell("patience", 4),
+        cell(checksum="abd"),
+    ]
+
+    assert len(set(cells)) == len(cells)
+
+
+def test_a_cell_does_not_depend_on_the_order_of_the_keys(compose_config):
+    config = resolve_settings(compose_config())
+    backwards = {key: config[key] for key in reversed(config)}
+    backwards["data"] = dict(reversed(config["data"].items()))
+
+    assert cell_of(backwards, "abc") == cell_of(config, "abc")
+
+
+def test_what_is_switched_off_is_one_cell_whatever_its_settings(cell):
+    assert cell("mtn.lam", 0.1) == cell("mtn.target", "shared") == cell()
+    assert cell("noise.seed", 5) == cell()
+    assert cell("noise.proportion", 0.1) != cell()
+
+
+def test_an_mtn_setting_makes_a_cell_of_its_own_where_mtn_acts(compose_config):
+    configs = (
+        resolve_settings(compose_config("mtn.enabled=true", f"mtn.lam={lam}"))
+        for lam in (1e-5, 1e-4)
+    )
+
+    assert len({cell_of(config, "abc") for config in configs}) == 2
+
+
+def test_the_folder_of_a_cell_is_named_after_its_settings(compose_config):
+    names = {
+        folder_name(resolve_settings(compose_config(f"seed={seed}", f"data_root={root}")))
+        for seed in (0, 1)
+        for root in ("here", "there")
+    }
+
+    assert len(names) == 2
+    assert all(re.fullmatch("synthetic-esmm-seed[01]-[0-9a-f]{8}", name) for name in names)
+
+
+def test_a_cell_goes_from_waiting_over_running_to_finished(tmp_path):
+    folder = tmp_path / "cell"
+
+    assert state_of(folder) is State.WAITING
+    with claim(folder, ["seed=0"], "command"):
+        assert state_of(folder) is State.RUNNING
+        report_progress(folder, {"epochs": 3})
+        running = json.loads((folder / "running.json").read_text())
+        assert (running["pid"], running["epochs"]) == (os.getpid(), 3)
+        (folder / "result.json").write_text("{}")
+    assert state_of(folder) is State.FINISHED
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "result.json"]
+
+
+def test_what_goes_wrong_is_written_down_with_the_command_to_run_again(tmp_path):
+    with pytest.raises(InputError), claim(tmp_path, ["seed=0"], "run me"):
+        raise InputError("seed must be 1")
+
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert state_of(tmp_path) is State.FAILED
+    assert (failure["error"], failure["message"]) == ("InputError", "seed must be 1")
+    assert (failure["overrides"], failure["command"]) == (["seed=0"], "run me")
+    assert "test_cell.py" in failure["traceback"]
+
+
+def test_a_new_try_forgets_the_failure(tmp_path):
+    with pytest.raises(ValueError, match="bad"), claim(tmp_path, [], ""):
+        raise ValueError("bad")
+
+    with claim(tmp_path, [], ""):
+        assert not (tmp_path / "failure.json").exists()
+    assert state_of(tmp_path) is State.WAITING
+
+
+def test_two_processes_cannot_make_the_same_cell(tmp_path):
+    with (
+        claim(tmp_path, [], ""),
+        pytest.raises(CellBusyError, match=rf"\({os.getpid()} on ") as info,
+        claim(tmp_path, [], ""),
+    ):
+        pass
+
+    assert "is being made by another process" in str(info.value)
+    assert not (tmp_path / "failure.json").exists()
+
+
+def test_a_look_at_the_state_keeps_nobody_from_a_cell(tmp_path):
+    with claim(tmp_path, [], ""):
+        pass
+
+    with (tmp_path / ".lock").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.05, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        with claim(tmp_path, [], ""):
+            assert state_of(tmp_path) is State.RUNNING
+
+
+def _hold(folder, ready):
+    with claim(folder, [], ""):
+        ready.set()
+        signal.pause()
+
+
+def test_a_process_that_is_killed_leaves_an_interrupted_cell(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, ready))
+    process.start()
+    assert ready.wait(60)
+    assert state_of(tmp_path) is State.RUNNING
+
+    process.kill()
+    process.join()
+
+    assert state_of(tmp_path) is State.INTERRUPTED
+    with claim(tmp_path, [], ""):
+        assert state_of(tmp_path) is State.RUNNING

@@ -1,0 +1,61 @@
+import json
+import math
+import os
+
+import pytest
+
+from mtnrec.files import read_json, write_json, write_whole
+
+
+def test_nothing_but_the_file_is_left_in_the_folder(tmp_path):
+    write_json(tmp_path / "result.json", {"seed": 0, "metrics": {"test/ctr_auc": 0.1 + 0.2}})
+
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found == {"seed": 0, "metrics": {"test/ctr_auc": 0.1 + 0.2}}
+
+
+def test_what_is_undefined_becomes_null(tmp_path):
+    write_json(
+        tmp_path / "result.json",
+        {"a": math.nan, "b": [math.inf, 1.0], "c": {"d": -math.inf, "e": None}},
+    )
+
+    text = (tmp_path / "result.json").read_text()
+    assert json.loads(text) == {"a": None, "b": [None, 1.0], "c": {"d": None, "e": None}}
+
+
+def test_an_old_file_survives_a_failing_write(tmp_path, monkeypatch):
+    def full_disk(_):
+        raise OSError("no space left on device")
+
+    write_json(tmp_path / "result.json", {"seed": 0})
+    monkeypatch.setattr(os, "fsync", full_disk)
+
+    with pytest.raises(OSError, match="no space left"):
+        write_json(tmp_path / "result.json", {"seed": 1})
+
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    assert json.loads((tmp_path / "result.json").read_text()) == {"seed": 0}
+
+
+def test_an_old_file_survives_values_that_json_cannot_hold(tmp_path):
+    write_json(tmp_path / "result.json", {"seed": 0})
+
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        write_json(tmp_path / "result.json", {"seed": object()})
+
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    assert json.loads((tmp_path / "result.json").read_text()) == {"seed": 0}
+
+
+def test_an_absent_file_has_no_content(tmp_path):
+    assert read_json(tmp_path / "result.json") is None
+
+
+def test_what_is_written_is_read(tmp_path):
+    write_json(tmp_path / "a.json", {"b": [1, 0.1], "c": None})
+    write_whole(tmp_path / "a.bin", b"\x00\xff")
+
+    assert read_json(tmp_path / "a.json") == {"b": [1, 0.1], "c": None}
+    assert (tmp_path / "a.bin").read_bytes() == b"\x00\xff"
