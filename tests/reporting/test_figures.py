@@ -293,6 +293,25 @@ def test_the_same_runs_give_the_same_files(make_runs, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_a_run_whose_arrays_were_not_kept_has_no_figures_of_them(make_runs):
+    run, *_ = make_runs({"mtn": True, "epochs": 2})
+    run.record.update(expert_distances=None, calibration_curves={})
+
+    kinds = {kind for kind, _, figure in drawn_figures([run]) if figure is not None}
+
+    assert kinds == {"training_curves", "alphas", "effective_ranks"}
+
+
+def test_heat_maps_stand_as_in_the_paper(make_runs):
+    settings = ({"mtn": True}, {"mtn": False}, {"mtn": {"target": "shared"}})
+    runs = make_runs(*settings)
+
+    figures = {kind: figure for kind, _, figure in drawn_figures(runs)}
+
+    titles = [axes.get_title().split("\n")[0] for axes in figures["expert_distances"].axes[:3]]
+    assert titles == ["MTN on experts", "no MTN", "MTN on towers"]
+
+
 def test_pdf_fonts_are_embedded_as_truetype(tmp_path):
     figure, _ = panels(1, 1)
 

@@ -15,7 +15,7 @@ from mtnrec.reporting.plot import BASELINE, ordered, save, slug
 from mtnrec.reporting.runs import Run, epochs_table, results_table, settings_table
 
 MTN = "MTN"
-_MOST_ROWS = 6  # of panels, in one figure
+_MOST_ROWS = 5  # of panels, in one figure
 _MOST_VARIANTS = 8  # of the paired differences, in one figure
 _Drawn = tuple[str, tuple[str, ...], Figure | None]  # kind, parts of the name, figure
 _DISTANCE_TITLES = {"shared": "MTN on experts", "": "no MTN", "towers": "MTN on towers"}
@@ -62,7 +62,7 @@ KINDS = {
     "noise_curves": Kind(
         "AUC against noise",
         f"Test AUC against the proportion of noisy rows: {_INTERVAL}. The intervals are of each "
-        "arm; those of the differences, which pair the seeds, are narrower.",
+        "arm; those of the differences, which pair the seeds, are another figure.",
         "Line charts of test AUC against noise, a row a model and a column a task.",
     ),
     "paired_differences": Kind(
@@ -199,14 +199,18 @@ def _figures_of_arrays(runs: Sequence[Run], settings: pd.DataFrame) -> Iterator[
         }
         for matrices in _distances(arms):
             yield "expert_distances", parts, training_figures.expert_distances(matrices)
-        measured = [name for name in arms if _spectrum_files(arms[name][0])]
+        measured = {
+            name: kept
+            for name, arm in arms.items()
+            if (kept := [run for run in arm if run.record["best_epoch"] in _spectrum_files(run)])
+        }
         for target, suffix in (("towers", ()), ("shared", ("experts",))):
             of_target = [name for name in measured if _target(arms[name]) == target]
             for page in _pages(of_target, _MOST_ROWS):
-                best = pd.concat(_best_spectra(name, arms[name]) for name in page)
+                best = pd.concat(_best_spectra(name, measured[name]) for name in page)
                 yield "spectra", (*parts, *suffix), training_figures.spectra(best)
-        for variant in measured:
-            three = pd.concat(map(_three_spectra, arms[variant]))
+        for variant, arm in measured.items():
+            three = pd.concat(map(_three_spectra, arm))
             yield "spectra_over_epochs", (*parts, variant), training_figures.spectra(three)
 
 
@@ -223,7 +227,7 @@ def _distances(arms: Mapping[str, Sequence[Run]]) -> Iterator[dict[str, list[np.
         for name, place in places.items()
     }
     order = sorted(found, key=lambda name: list(_DISTANCE_TITLES).index(places[name]))
-    for page in _pages([name for name in order if name], _MOST_ROWS - 1) if any(order) else [order]:
+    for page in _pages([name for name in order if name], _MOST_ROWS) if any(order) else [order]:
         # The baseline stands on every page.
         yield {titles[name]: found[name] for name in order if name in page or not name}
 
@@ -239,8 +243,8 @@ def _spectrum_files(run: Run) -> dict[int, Path]:
 
 
 def _best_spectra(line: str, arm: Sequence[Run]) -> pd.DataFrame:
-    files = [(run, _spectrum_files(run).get(run.record["best_epoch"])) for run in arm]
-    return pd.concat(_spectrum(run, path, line) for run, path in files if path)
+    files = [(run, _spectrum_files(run)[run.record["best_epoch"]]) for run in arm]
+    return pd.concat(_spectrum(run, path, line) for run, path in files)
 
 
 def _three_spectra(run: Run) -> pd.DataFrame:
@@ -275,11 +279,12 @@ def _pages(names: Sequence[str], most: int) -> Iterator[Sequence[str]]:
 
 
 def _bins(runs: Sequence[Run]) -> pd.DataFrame:
-    tables = [
-        pd.DataFrame(curve).assign(run=run.name, task=place.removeprefix("test/"))
+    names = ["predicted", "observed", "rows"]
+    rows = [
+        (run.name, place.removeprefix("test/"), *values)
         for run in runs
         for place, curve in run.record["calibration_curves"].items()
+        for values in zip(*(curve[name] for name in names), strict=True)
         if place.startswith("test/")
     ]
-    columns = ["run", "task", "predicted", "observed", "rows"]
-    return pd.concat([pd.DataFrame(columns=columns), *tables])
+    return pd.DataFrame(rows, columns=["run", "task", *names])

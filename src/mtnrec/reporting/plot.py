@@ -101,7 +101,7 @@ def ordered(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def panels(
-    rows: int, columns: int, *, height: float = 1.5, **subplots: Any
+    rows: int, columns: int, *, height: float = 1.6, **subplots: Any
 ) -> tuple[Figure, np.ndarray]:
     """Return a figure as wide as a column of a page, or two, and its ``(rows, columns)`` axes.
 

@@ -137,7 +137,7 @@ def reliability(bins: pd.DataFrame) -> Figure | None:
     table = bins[positives].sort_values("task", key=along_funnel, kind="stable")
     table["column"] = table["task"].map(task_title)
     figure, found = facets(
-        table, _draw_reliability, x="predicted rate (%)", y="observed rate (%)", height=1.9
+        table, _draw_reliability, x="predicted rate (%)", y="observed rate (%)", height=1.8
     )
     for axes in found.values():
         rates = np.concatenate([np.ravel(line.get_xydata()) for line in axes.lines])

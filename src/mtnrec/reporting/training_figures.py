@@ -32,7 +32,7 @@ from mtnrec.reporting.plot import (
 
 LEAST_SHOWN = 1e-6  # of the largest singular value: float32 tells nothing below
 _MOST_COLUMNS = 3
-_UNFOLDINGS = ("task", "expert", "output", "input")
+_UNFOLDINGS = {"task": 0, "expert": 0, "output": 1, "input": 2}  # order of their lines
 
 
 @styled
@@ -154,7 +154,7 @@ def _over_epochs(
 def _of_unfoldings(epochs: pd.DataFrame, quantity: str) -> pd.DataFrame:
     """Return one quantity's rows: ``column`` is their layer, ``line`` their unfolding."""
     found = epochs["name"].str.extract(rf"^mtn/layer_(?P<layer>\d+)/{quantity}_(?P<unfolding>.+)$")
-    place = found["unfolding"].map(_UNFOLDINGS.index, na_action="ignore")
+    place = found["unfolding"].map(_UNFOLDINGS)
     curves = epochs.assign(column="layer " + found["layer"], line=found["unfolding"], place=place)
     return curves.dropna(subset="place").sort_values("place", kind="stable")
 
