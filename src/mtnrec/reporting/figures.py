@@ -151,7 +151,7 @@ def contrasts(settings: pd.DataFrame) -> pd.DataFrame:
         settings: `settings_table`'s rows of one data set and model.
     """
     parts = []
-    settings = settings.sort_values(["noise", "lam", "variant", "seed"], kind="stable")
+    settings = settings.sort_values(["lam", "variant", "seed"], kind="stable")
     for noise, cell in settings.groupby("noise"):
         without = cell[~cell["mtn"]].assign(line=BASELINE)
         for variant, arm in cell[cell["mtn"]].groupby("variant", sort=False):
@@ -164,7 +164,9 @@ def contrasts(settings: pd.DataFrame) -> pd.DataFrame:
 
 def drawn_figures(runs: Sequence[Run]) -> Iterator[_Drawn]:
     """Yield every kind of figure for every data set, model and noise; None where it is empty."""
-    results, settings = ordered(results_table(runs)), settings_table(runs)
+    results = ordered(results_table(runs))
+    by = ["data", "model", "noise", "mtn", "lam", "variant", "seed"]
+    settings = settings_table(runs).sort_values(by, kind="stable")
     for (data,), of_data in _groups(results, "data"):
         yield "noise_curves", (data,), result_figures.noise_curves(of_data)
         variants = of_data["variant"].unique()
@@ -190,7 +192,6 @@ def drawn_figures(runs: Sequence[Run]) -> Iterator[_Drawn]:
 
 def _figures_of_arrays(runs: Sequence[Run], settings: pd.DataFrame) -> Iterator[_Drawn]:
     by_name = {run.name: run for run in runs}
-    settings = settings.sort_values(["mtn", "lam", "variant", "seed"], kind="stable")
     for (data, model, noise), cell in _groups(settings, "data", "model", "noise"):
         parts = _parts(data, model, noise)
         arms = {

@@ -95,9 +95,9 @@ def along_funnel(tasks: pd.Series) -> pd.Series:
 
 
 def ordered(table: pd.DataFrame) -> pd.DataFrame:
-    """Sort rows as they are drawn: baselines first, by model, lambda, noise, along the funnel."""
+    """Sort results as they are drawn: baselines first, by model, lambda, noise and task."""
     by_task = table.sort_values("task", key=along_funnel, kind="stable")
-    return by_task.sort_values(["mtn", "model", "lam", "variant", "noise"], kind="stable")
+    return by_task.sort_values(["data", "mtn", "model", "lam", "variant", "noise"], kind="stable")
 
 
 def panels(

@@ -125,7 +125,7 @@ def expert_distances(matrices: Mapping[str, Sequence[np.ndarray]]) -> Figure | N
         panel.set_ylabel("expert")
     for panel in drawn[-columns:]:
         panel.set_xlabel("expert")
-    figure.colorbar(images[0], ax=drawn, label="distance of outputs", aspect=25, pad=0.02)
+    figure.colorbar(images[0], ax=drawn, label="distance of outputs", aspect=20, shrink=0.8)
     return figure
 
 
