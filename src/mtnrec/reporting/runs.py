@@ -124,7 +124,7 @@ def settings_table(runs: Sequence[Run]) -> pd.DataFrame:
     _check_masks(runs, baselines)
     data = _data_labels(runs)
     models = _model_labels(runs, arms)
-    variants = _variant_labels(arms, baselines)
+    variants = _variant_labels(models, arms, baselines)
     rows = [
         {
             "run": run.name,
@@ -332,21 +332,24 @@ def _model_labels(runs: Sequence[Run], arms: Sequence[Mapping[str, Any]]) -> lis
     return _labels(names, groups, settings)
 
 
-def _variant_labels(arms: Sequence[Mapping[str, Any]], baselines: Sequence[str]) -> list[str]:
-    treated = [index for index, arm in enumerate(arms) if arm["mtn.enabled"]]
+def _variant_labels(
+    models: Sequence[str], arms: Sequence[Mapping[str, Any]], baselines: Sequence[str]
+) -> list[str]:
     settings = [
         {
             key.removeprefix("mtn."): value
-            for key, value in arms[index].items()
-            if key.startswith("mtn.")
+            for key, value in arm.items()
+            if key.startswith("mtn.") and key != "mtn.enabled"
         }
-        for index in treated
+        for arm in arms
     ]
-    labels = _labels(["+MTN"] * len(treated), [baselines[index] for index in treated], settings)
-    variants = [""] * len(arms)
-    for index, label in zip(treated, labels, strict=True):
-        variants[index] = label
-    return variants
+    # The baseline has no settings of MTN, so it would make every one of them tell.
+    groups = [(baseline, arm["mtn.enabled"]) for baseline, arm in zip(baselines, arms, strict=True)]
+    labels = _labels(models, groups, settings)
+    return [
+        f"+MTN{label.removeprefix(model)}" if arm["mtn.enabled"] else ""
+        for model, label, arm in zip(models, labels, arms, strict=True)
+    ]
 
 
 def _labels(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import special, stats  # type: ignore[import-untyped]
 
 from mtnrec.checks import InputError
 
@@ -182,8 +182,7 @@ def _wilcoxon(differences: NDArray[np.float64], rounding: float) -> float | None
 
 
 def _power(pairs: int, effect: float) -> float:
-    critical = stats.t.ppf(1 - _LEVEL / 2, pairs - 1)
-    shift = effect * math.sqrt(pairs)
-    upper = stats.nct.sf(critical, pairs - 1, shift)
-    lower = stats.nct.cdf(-critical, pairs - 1, shift)
-    return float(upper + np.nan_to_num(lower))  # scipy gives NaN where it is below 1e-16
+    # Of the noncentral t; scipy.stats.nct, which calls the same functions, is ten times slower.
+    critical = special.stdtrit(pairs - 1, 1 - _LEVEL / 2)
+    below, above = special.nctdtr(pairs - 1, effect * math.sqrt(pairs), (-critical, critical))
+    return float(1 - above + np.nan_to_num(below))  # NaN where it is next to nothing
