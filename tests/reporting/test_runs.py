@@ -1,0 +1,305 @@
+import csv
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+from mtnrec.checks import InputError
+from mtnrec.reporting.runs import (
+    costs_table,
+    epochs_table,
+    read_runs,
+    results_table,
+    settings_table,
+    unfinished,
+    write_results,
+)
+
+
+def edit(folder, change):
+    path = folder / "result.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def arms(root):
+    return settings_table(read_runs(root)).set_index("run")
+
+
+def test_runs_are_found_at_any_depth_and_sorted_by_name(tmp_path, write_run):
+    for seed, name in enumerate(("b", "a/c/d", "a/b")):
+        write_run(tmp_path, name, seed=seed)
+
+    runs = read_runs(tmp_path)
+
+    assert [run.name for run in runs] == ["a/b", "a/c/d", "b"]
+    assert [run.folder for run in runs] == [tmp_path / run.name for run in runs]
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"there is no folder .*nowhere: give the one"):
+        read_runs(tmp_path / "nowhere")
+
+
+def test_a_folder_without_a_finished_run_says_how_to_make_one(tmp_path):
+    with pytest.raises(InputError, match=r"no finished run \(result.json\).*mtnrec.train -m .*"):
+        read_runs(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b'{"status": "fin', b"\xff\xfe"])
+def test_a_record_that_is_not_json_is_refused(tmp_path, write_run, content):
+    (write_run(tmp_path, "a") / "result.json").write_bytes(content)
+
+    with pytest.raises(InputError, match=r"a/result\.json is not valid JSON"):
+        read_runs(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["cell", "config.mtn.enabled", "noise.checksum", "history.step"])
+def test_a_record_that_lacks_a_key_names_it(tmp_path, write_run, key):
+    *parents, last = key.split(".")
+
+    def drop(record):
+        for parent in parents:
+            record = record[parent][0] if parent == "history" else record[parent]
+        del record[last]
+
+    edit(write_run(tmp_path, "a"), drop)
+
+    with pytest.raises(InputError, match=f"a/result.json lacks the key {key}"):
+        read_runs(tmp_path)
+
+
+def test_a_copy_of_a_run_counts_once(tmp_path, write_run):
+    shutil.copytree(write_run(tmp_path, "a"), tmp_path / "b")
+
+    assert [run.name for run in read_runs(tmp_path)] == ["a"]
+
+
+def test_the_same_run_with_unlike_metrics_is_refused(tmp_path, write_run):
+    write_run(tmp_path, "a", seed=3, auc={"ctr": 0.7})
+    write_run(tmp_path, "b", seed=3, auc={"ctr": 0.8})
+
+    with pytest.raises(InputError, match=r"a and b in .* the same settings and seed 3, but unlike"):
+        read_runs(tmp_path)
+
+
+def test_unfinished_runs_are_named_with_the_first_line_of_their_error(tmp_path, write_run):
+    failure = {"error": "InputError", "message": "lam must be >= 0\nsecond line"}
+    for name, file, content in (
+        ("failed", "failure", json.dumps(failure)),
+        ("broken", "failure", "{"),
+        ("running", "running", "{}"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{file}.json").write_text(content)
+    (write_run(tmp_path, "retried") / "failure.json").write_text(json.dumps(failure))
+
+    found = {run.name: run.reason for run in unfinished(tmp_path)}
+
+    assert found == {
+        "broken": "failed; its failure.json cannot be read",
+        "failed": "InputError: lam must be >= 0",
+        "running": "has not ended",
+    }
+
+
+def test_runs_that_differ_in_seed_folder_and_display_are_one_arm(tmp_path, write_run):
+    write_run(tmp_path, "a", seed=0)
+    display = {
+        "trainer.log_every_n_steps": 50,
+        "data.dir": "elsewhere",
+        "trainer.profiler": {"a": 1},
+    }
+    write_run(tmp_path, "b", seed=1, **display)
+    write_run(tmp_path, "c", seed=2, **{"mtn.lam": 3.0, "noise.sampling": "empirical"})
+    write_run(tmp_path, "d", seed=3, **{"noise.proportion": 0})
+
+    table = arms(tmp_path)
+
+    assert table["arm"].nunique() == 1
+    assert set(table["model"]) == {"MMoE"}
+
+
+def test_an_mtn_arm_and_its_baseline_share_the_baseline_and_no_arm(tmp_path, write_run):
+    write_run(tmp_path, "off")
+    write_run(tmp_path, "on", mtn=True)
+    write_run(tmp_path, "noisy", mtn=True, noise=0.1)
+
+    table = arms(tmp_path)
+
+    assert table["arm"].nunique() == 3
+    assert table.loc["off", "baseline"] == table.loc["on", "baseline"]
+    assert table.loc["off", "baseline"] != table.loc["noisy", "baseline"]
+    assert table["variant"].to_dict() == {"off": "", "on": "+MTN", "noisy": "+MTN"}
+
+
+def test_variants_name_only_the_mtn_settings_that_differ(tmp_path, write_run):
+    write_run(tmp_path, "a", mtn={"lam": 1e-4, "layers": [0, 1], "target": "shared"})
+    write_run(tmp_path, "b", mtn={"lam": 0.01, "layers": "all", "target": "shared"})
+
+    table = arms(tmp_path)
+
+    assert table.loc["a", "variant"] == "+MTN (lam=0.0001, layers=[0, 1])"
+    assert table.loc["b", "variant"] == "+MTN (lam=0.01, layers=all)"
+    assert table.loc["a", "layers"] == "[0, 1]"
+
+
+def test_a_setting_tuned_for_each_model_makes_no_variants(tmp_path, write_run):
+    write_run(tmp_path, "a", model="MMoE", mtn={"lam": 1e-4})
+    write_run(tmp_path, "b", model="ESMM", mtn={"lam": 1e-5})
+
+    assert set(arms(tmp_path)["variant"]) == {"+MTN"}
+
+
+def test_the_model_label_tells_unlike_runs_apart(tmp_path, write_run):
+    write_run(tmp_path, "a")
+    write_run(tmp_path, "b", **{"optimizer.lr": 0.01})
+    write_run(tmp_path, "c", model="ESMM")
+    write_run(tmp_path, "d", model="Shared-bottom", **{"model.dropout": 0.5})
+    write_run(tmp_path, "e", model="Shared-bottom", noise=0.1)
+    write_run(tmp_path, "f", model="Shared-bottom", noise=0.1, **{"noise.sampling": "empirical"})
+    write_run(tmp_path, "g", model="Tower")
+
+    assert arms(tmp_path)["model"].to_dict() == {
+        "a": "MMoE (optimizer.lr=0.001)",
+        "b": "MMoE (optimizer.lr=0.01)",
+        "c": "ESMM",
+        "d": "Shared-bottom",
+        "e": "Shared-bottom (noise.sampling=uniform)",
+        "f": "Shared-bottom (noise.sampling=empirical)",
+        "g": "Tower",
+    }
+
+
+def test_data_sets_of_one_name_are_told_apart_by_their_parameters(tmp_path, write_run):
+    write_run(tmp_path, "a", **{"data.rows": 5000})
+    write_run(tmp_path, "b")
+    write_run(tmp_path, "c", data="aliexpress_nl")
+
+    assert arms(tmp_path)["data"].to_dict() == {
+        "a": "synthetic (rows=5000)",
+        "b": "synthetic (rows=3000)",
+        "c": "aliexpress_nl",
+    }
+
+
+def test_data_sets_of_the_same_parameters_are_told_apart_by_their_checksum(tmp_path, write_run):
+    write_run(tmp_path, "a")
+    edit(write_run(tmp_path, "b"), lambda record: record["data"].update(checksum="ab" * 32))
+
+    assert arms(tmp_path).loc["b", "data"] == "synthetic (checksum=abababab)"
+
+
+def test_labels_and_noise_tell_every_two_arms_apart(tmp_path, write_run):
+    changes = [{}, {"optimizer.lr": 0.1}, {"data.rows": 9}, {"data.batch_size": 64}]
+    settings = [
+        (noise, mtn, change)
+        for noise in (0.0, 0.1)
+        for mtn in (False, True, {"lam": 0.1})
+        for change in [*changes, *([{"noise.seed": 5}] if noise else [])]
+    ]
+    for number, (noise, mtn, change) in enumerate(settings):
+        for seed in (0, 1):
+            name = f"{number}-{seed}"
+            write_run(tmp_path, name, noise=noise, mtn=mtn, seed=seed, auc={"ctr": 0.7}, **change)
+
+    table = arms(tmp_path)
+    labels = table[["data", "model", "noise", "variant"]].apply(tuple, axis=1)
+
+    assert table["arm"].nunique() == len(settings)
+    assert labels.nunique() == table["arm"].nunique()
+    assert (table.groupby("arm")["seed"].nunique() == 2).all()
+
+
+def test_unlike_noise_under_the_same_settings_is_refused(tmp_path, write_run):
+    write_run(tmp_path, "a", noise=0.1)
+    changed = write_run(tmp_path, "b", noise=0.1, mtn=True)
+    edit(changed, lambda record: record["noise"].update(checksum="0" * 64))
+
+    with pytest.raises(InputError, match="a and b have the same noise settings, but saw unlike"):
+        settings_table(read_runs(tmp_path))
+
+
+def test_settings_of_mtn_are_missing_where_it_is_off(tmp_path, write_run):
+    write_run(tmp_path, "off")
+    write_run(tmp_path, "on", mtn={"refresh_every": 4})
+
+    table = arms(tmp_path)
+
+    assert table.loc["off", ["lam", "target", "refresh_every"]].isna().all()
+    assert table.loc["on", "lam"] == 1e-5
+    assert table.loc["on", "refresh_every"] == 4
+
+
+def test_results_have_a_row_for_each_split_task_and_metric(tmp_path, write_run):
+    auc = {"buy": 0.7, "buy_now": 0.8}
+    write_run(tmp_path, "a", auc=auc, metrics={"test/buy_auc": None})
+
+    table = results_table(read_runs(tmp_path)).set_index(["split", "task", "metric"])
+
+    assert len(table) == 2 * 2 * 6
+    assert pd.isna(table.loc[("test", "buy", "auc"), "value"])
+    assert table.loc[("test", "buy_now", "auc"), "value"] == 0.8
+    assert table.loc[("test", "buy", "auc"), ["rows", "positives"]].tolist() == [600, 60]
+    assert table.loc[("test", "buy_now", "log_loss"), ["rows", "positives"]].tolist() == [300, 54]
+
+
+def test_epochs_hold_every_logged_value(tmp_path, write_run):
+    folder = write_run(tmp_path, "a", mtn=True, epochs=2)
+    history = json.loads((folder / "result.json").read_text())["history"]
+
+    table = epochs_table(read_runs(tmp_path))
+
+    assert len(table) == sum(len(entry) - 2 for entry in history)
+    values = table.set_index(["epoch", "name"])["value"]
+    assert values[1, "mtn/layer_0/alpha_task"] == history[1]["mtn/layer_0/alpha_task"]
+
+
+def test_costs_are_those_of_the_records(tmp_path, write_run):
+    folder = write_run(tmp_path, "a")
+    record = json.loads((folder / "result.json").read_text())
+
+    (row,) = costs_table(read_runs(tmp_path)).to_dict("records")
+
+    assert row["seconds_fit"] == record["seconds"]["fit"]
+    assert row["train_samples_per_second"] == record["samples_per_second"]["train"]
+    assert row["peak_memory_bytes"] == record["peak_memory_bytes"]
+
+
+def test_written_tables_give_back_every_digit(tmp_path, write_run):
+    for seed in range(3):
+        write_run(tmp_path / "runs", f"{seed}", seed=seed, mtn=bool(seed))
+    runs = read_runs(tmp_path / "runs")
+
+    write_results(tmp_path / "out", runs)
+
+    results = results_table(runs)
+    with (tmp_path / "out" / "results.csv").open() as file:
+        assert [float(row["value"]) for row in csv.DictReader(file)] == results["value"].tolist()
+    stored = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    pd.testing.assert_frame_equal(stored, results)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"{name}.{kind}" for name in ("costs", "epochs", "results") for kind in ("csv", "parquet")
+    ]
+
+
+def test_the_results_do_not_depend_on_what_the_runs_cost(tmp_path, write_run):
+    def slow(record):
+        record["seconds"]["fit"] *= 7
+        record["samples_per_second"]["train"] /= 7
+        record["peak_memory_bytes"] += 1
+
+    for root in ("first", "second"):
+        folder = write_run(tmp_path / root, "a")
+    edit(folder, slow)
+
+    for root in ("first", "second"):
+        write_results(tmp_path / f"out_{root}", read_runs(tmp_path / root))
+
+    for kind in ("csv", "parquet"):
+        first, second = (
+            tmp_path / f"out_{root}" / f"results.{kind}" for root in ("first", "second")
+        )
+        assert first.read_bytes() == second.read_bytes()
