@@ -15,7 +15,7 @@ ALLOWED = {
     "metric": SHARED | {"metric"},
     "model": SHARED | {"model", "metric"},
     "mtn": SHARED | {"mtn"},
-    "reporting": {"checks", "reporting"},
+    "reporting": {"cell", "checks", "files", "reporting"},
 }
 MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")

@@ -109,6 +109,23 @@ class Status:
     refresh: float = MISSING
 
 
+@dataclass
+class Report:
+    """Keys of ``conf/report.yaml``.
+
+    Args:
+        runs: Folder of the runs, at any depth.
+        out: Folder of the report.
+        metric: Of the tables: ``auc``, ``log_loss``, ...
+        split: Of the tables: ``test`` or ``val``.
+    """
+
+    runs: str = MISSING
+    out: str = MISSING
+    metric: str = MISSING
+    split: str = MISSING
+
+
 _logger = logging.getLogger(__name__)
 
 _INTERRUPTED = 130  # what shells make of Ctrl-C
@@ -117,6 +134,7 @@ _store.store(name="train_schema", node=Train)
 _store.store(name="prepare_schema", node=Prepare)
 _store.store(name="describe_schema", node=Describe)
 _store.store(name="status_schema", node=Status)
+_store.store(name="report_schema", node=Report)
 
 
 def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -193,6 +211,7 @@ def _quiet() -> None:
     # Of a folder that is gone on in, or whose run is replaced.
     warnings.filterwarnings("ignore", message=".*exists and is not empty")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # tells of every font it embeds
     if not has_the_screen():
         get_console().quiet = True
         logging.captureWarnings(capture=True)

@@ -1,8 +1,9 @@
-"""Small files that are there whole or not at all."""
+"""Names of files, and files that are there whole or not at all."""
 
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return content
+
+
+def slug(*parts: str) -> str:
+    """Return a file name: parts joined by ``-``, what is neither letter nor digit as ``_``.
+
+    >>> slug("noise_curves", "ali_ccp", "Shared-bottom", "+MTN (lam=1e-05)")
+    'noise_curves-ali_ccp-shared_bottom-mtn_lam_1e_05'
+    """
+    return "-".join(re.sub(r"[\W_]+", "_", part.lower()).strip("_") for part in parts)
 
 
 def _without_nan(value: Any) -> Any:

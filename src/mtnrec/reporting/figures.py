@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from mtnrec.files import slug
 from mtnrec.reporting import result_figures, training_figures
-from mtnrec.reporting.plot import BASELINE, ordered, save, slug
+from mtnrec.reporting.plot import BASELINE, ordered, save
 from mtnrec.reporting.runs import Run, epochs_table, results_table, settings_table
 
 MTN = "MTN"

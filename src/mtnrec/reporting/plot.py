@@ -6,7 +6,6 @@ vision. A line also has its own marker and dashes, so that no figure rests on co
 
 import functools
 import itertools
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -254,12 +253,3 @@ def save(figure: Figure, folder: Path, name: str) -> tuple[Path, ...]:
         figure.savefig(path, metadata={date: None} if date else None)
         paths.append(path)
     return tuple(paths)
-
-
-def slug(*parts: str) -> str:
-    """Return a file name: parts joined by ``-``, what is neither letter nor digit as ``_``.
-
-    >>> slug("noise_curves", "ali_ccp", "Shared-bottom", "+MTN (lam=1e-05)")
-    'noise_curves-ali_ccp-shared_bottom-mtn_lam_1e_05'
-    """
-    return "-".join(re.sub(r"[\W_]+", "_", part.lower()).strip("_") for part in parts)

@@ -4,7 +4,10 @@ import html
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from mtnrec.files import slug, write_whole
 
 _DAGGERS = {"": "", "*": "†", "**": "‡"}
 _LATEX = {
@@ -159,6 +162,15 @@ def to_html(table: Table) -> str:
     below += [_tag("p", html.escape(text), class_="warning") for text in table.warnings]
     content = _tag("table", "\n".join(parts)) + "\n" + _tag("figcaption", "\n".join(below))
     return _tag("figure", content, class_="table") + "\n"
+
+
+def write_tables(out: Path, tables: Sequence[Table]) -> None:
+    """Write each table as md, tex and html; its file is named after its title."""
+    out.mkdir(parents=True, exist_ok=True)
+    formats = {"md": to_markdown, "tex": to_latex, "html": to_html}
+    for table in tables:
+        for suffix, render in formats.items():
+            write_whole(out / f"{slug(table.title)}.{suffix}", render(table))
 
 
 def _render(cell: Cell, escape: Callable[[str], str], bold: str, mark: str, note: str) -> str:

@@ -15,16 +15,10 @@ from typing import Any
 
 import pandas as pd
 
+from mtnrec.cell import settings_of
 from mtnrec.checks import InputError
 
-# Settings that say where a run reads, writes and shows, not what comes out; of the data the
-# checksum says it.
-_NOT_OF_THE_RESULT = (
-    *("logger", "output_dir", "data_root", "threads", "resume", "seed"),
-    *(f"data.{key}" for key in ("dir", "raw_dir", "train", "test", "verify", "threads", "seed")),
-    *(f"trainer.{key}" for key in ("enable_progress_bar", "enable_model_summary")),
-    *("trainer.log_every_n_steps", "trainer.profiler"),
-)
+_NOT_OF_THE_ARM = ("seed", "data.seed")
 _MODEL_NAMES = {"SharedBottom": "Shared-bottom"}  # the paper's, where they are not the class's
 _MTN_NUMBERS = ("lam", "refresh_every")
 _MTN_TEXTS = ("target", "layers", "alpha", "alpha_sharing", "layer_weighting", "coupling")
@@ -257,23 +251,20 @@ def _reason(folder: Path) -> str:
 
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what determines the result but the seed, by dotted key."""
-    flat = {
-        key: value
-        for key, value in _flatten(record["config"])
-        if not any(f"{key}.".startswith(f"{name}.") for name in _NOT_OF_THE_RESULT)
-    }
-    for part, key, off in (("mtn", "enabled", False), ("noise", "proportion", 0)):
-        if flat[f"{part}.{key}"] == off:
-            # What is off has no settings.
-            kept = {name: value for name, value in flat.items() if not name.startswith(f"{part}.")}
-            flat = kept | {f"{part}.{key}": off}
+    settings = flatten(settings_of(record["config"]))
+    flat = {key: value for key, value in settings if key not in _NOT_OF_THE_ARM}
     return flat | {"checksum": record["data"]["checksum"]}
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested settings by dotted key.
+
+    >>> dict(flatten({"mtn": {"lam": 1.0, "layers": [0, 1]}}))
+    {'mtn.lam': 1, 'mtn.layers': [0, 1]}
+    """
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", _plain(value)
 
@@ -308,7 +299,7 @@ def _check_masks(runs: Sequence[Run], baselines: Sequence[str]) -> None:
 def _data_labels(runs: Sequence[Run]) -> list[str]:
     records = [run.record["data"] for run in runs]
     names = [record["name"] for record in records]
-    parameters = [dict(_flatten(record["parameters"])) for record in records]
+    parameters = [dict(flatten(record["parameters"])) for record in records]
     labels = _labels(names, names, parameters)
     checksums = [{"checksum": record["checksum"][:8]} for record in records]
     told = {(label, part["checksum"]) for label, part in zip(labels, checksums, strict=True)}

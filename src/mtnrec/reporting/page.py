@@ -1,0 +1,149 @@
+"""One self-contained page: tables, figures and how the runs were made."""
+
+import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import groupby
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mtnrec.files import write_whole
+from mtnrec.reporting.appendix import (
+    cost_table,
+    data_table,
+    deviation_table,
+    settings_tables,
+    version_table,
+)
+from mtnrec.reporting.figures import KINDS, WrittenFigure
+from mtnrec.reporting.paper import MTRECLIB_PROTOCOL, PAPER_PROTOCOL, TABLE_2_REMARK
+from mtnrec.reporting.render import Table, to_html
+from mtnrec.reporting.runs import Run, UnfinishedRun, settings_table
+
+_PROTOCOL = (
+    "A share of the training rows validates; the monitored validation metric chooses the epoch and "
+    "stops the training; the test rows are read once, by the weights of that epoch. AUCs are "
+    "exact, over all rows of a split, ties counted half. CTR and CTCVR are measured on all rows, "
+    "CVR on the clicked ones. Runs are compared in pairs of the same seed, the same split and the "
+    "same noise; the settings below hold the rest."
+)
+
+
+@dataclass(frozen=True)
+class _Image:
+    title: str
+    caption: str
+    alt: str
+    source: str
+
+
+@dataclass(frozen=True)
+class _Section:
+    title: str
+    texts: Sequence[str] = ()
+    tables: Sequence[Markup] = ()
+    images: Sequence[_Image] = ()
+
+    @property
+    def anchor(self) -> str:
+        return self.title.lower().replace(" ", "-")
+
+
+def write_page(
+    path: Path,
+    runs: Sequence[Run],
+    *,
+    left_out: Sequence[UnfinishedRun],
+    cells: Sequence[pd.DataFrame],
+    tables: Sequence[Table],
+    figures: Sequence[WrittenFigure],
+) -> None:
+    """Write a page that any browser opens offline: style and figures are in the file.
+
+    Args:
+        path: The file.
+        runs: Finished runs.
+        left_out: Runs without a result.
+        cells: What :func:`mtnrec.reporting.tables.comparisons` returns, by table.
+        tables: Scores and differences.
+        figures: Written figures; their svg is shown.
+    """
+    settings = settings_table(runs)
+    environment = Environment(
+        loader=PackageLoader("mtnrec.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    page = environment.get_template("page.html.jinja").render(
+        title=f"MTN on {', '.join(sorted(settings['data'].unique()))}",
+        summary=list(summarise(cells)),
+        numbers={
+            "runs": len(runs),
+            "arms": settings["arm"].nunique(),
+            "models": settings["model"].nunique(),
+            "data sets": settings["data"].nunique(),
+            "noise proportions": settings["noise"].nunique(),
+            "seeds": settings["seed"].nunique(),
+        },
+        left_out=left_out,
+        sections=list(_sections(runs, cells, tables, figures)),
+        version=metadata.version("mtnrec"),
+    )
+    write_whole(path, page)
+
+
+def summarise(cells: Sequence[pd.DataFrame]) -> Iterator[str]:
+    """Say in words what the comparisons of each table came to.
+
+    Args:
+        cells: What :func:`mtnrec.reporting.tables.comparisons` returns, by table.
+    """
+    compared = pd.concat([table[table["pairs"] > 0] for table in cells])
+    if compared.empty:
+        yield "No run with MTN has a run of the same seed without MTN to be compared with."
+        return
+    better = compared["improved"]
+    yield (
+        f"With MTN the metric is better than the baseline's in {better.sum()} of {len(compared)} "
+        f"comparisons: {_significant(compared[better])}. It is not better in {(~better).sum()}: "
+        f"{_significant(compared[~better])}."
+    )
+
+
+def _significant(cells: pd.DataFrame) -> str:
+    plain, corrected = ((cells[key] < 0.05).sum() for key in ("p_value", "holm_p"))
+    return f"{plain} of them with p < 0.05, {corrected} after Holm's correction"
+
+
+def _sections(
+    runs: Sequence[Run],
+    cells: Sequence[pd.DataFrame],
+    tables: Sequence[Table],
+    figures: Sequence[WrittenFigure],
+) -> Iterator[_Section]:
+    yield _Section("Results", tables=_rendered(tables))
+    beside = [found for table in cells if (found := deviation_table(table)) is not None]
+    if beside:
+        texts = (f"Paper: {PAPER_PROTOCOL}.", TABLE_2_REMARK, f"{MTRECLIB_PROTOCOL}.")
+        yield _Section("The paper's numbers", texts, _rendered(beside))
+    for kind, of_kind in groupby(figures, key=lambda figure: figure.kind):
+        yield _Section(KINDS[kind].title, images=[_image(figure) for figure in of_kind])
+    yield _Section("Cost", tables=_rendered([cost_table(runs)]))
+    how = [data_table(runs), *settings_tables(runs), version_table(runs)]
+    yield _Section("Protocol", (_PROTOCOL,), _rendered(how))
+
+
+def _rendered(tables: Sequence[Table]) -> list[Markup]:
+    return [Markup(to_html(table)) for table in tables]
+
+
+def _image(figure: WrittenFigure) -> _Image:
+    (svg,) = (path for path in figure.paths if path.suffix == ".svg")
+    data = base64.b64encode(svg.read_bytes()).decode()
+    source = f"data:image/svg+xml;base64,{data}"
+    return _Image(figure.title, figure.caption, figure.alt, source)
