@@ -84,7 +84,7 @@ def test_latex_escapes_what_the_labels_hold(hostile):
 
     bare = re.sub(r"\\[&%$#_{}]", "", text)
     assert bare.count("{") == bare.count("}")
-    assert not re.search(r"[_#%~<>|]", bare.replace("|", "", 0).replace(" | ", " "))
+    assert not re.search(r"[_#%~<>|]", bare)
     assert text.isascii()
     rows = re.findall(r"^(.*) \\\\$", text, flags=re.MULTILINE)
     assert [len(re.findall(r"(?<!\\)&", row)) for row in rows] == [1, 1, 1]

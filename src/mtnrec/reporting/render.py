@@ -16,6 +16,7 @@ _LATEX = {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     "—": "---",
     "†": r"\dag{}",
     "‡": r"\ddag{}",
