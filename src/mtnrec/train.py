@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 
@@ -31,9 +30,11 @@ from mtnrec.record import (
     versions,
     write_record,
 )
+from mtnrec.tracking import closing_wandb_run, describe_run, make_logger, report_run
 
 
 @entry_point("train")
+@closing_wandb_run()
 def main(cfg: DictConfig) -> None:
     """Train a model, test its best epoch once, and write ``result.json``."""
     recorder = RunRecorder()
@@ -59,15 +60,14 @@ def main(cfg: DictConfig) -> None:
         cfg.monitor, cfg.patience, output_dir, schema=schema, validation_labels=validation_labels
     )
     callbacks = [recorder, mtn, *followers, RichProgressBar()]
+    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     trainer: L.Trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,
-        logger=instantiate(cfg.logger),
+        logger=make_logger(cfg.logger, config, datamodule.manifest.checksum),
         default_root_dir=output_dir,
     )
-    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    for logger in trainer.loggers:
-        logger.log_hyperparams(config)
+    describe_run(trainer.loggers, config)
     (output_dir / RECORD_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
     trainer.fit(module, datamodule=datamodule)
     best = checkpoint.best_model_path
@@ -77,10 +77,6 @@ def main(cfg: DictConfig) -> None:
             "epochs or steps"
         )
     trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            # Lightning leaves the run open, and the next job of a sweep would go on in it.
-            logger.experiment.finish()
     if not trainer.is_global_zero:
         return
 
@@ -117,6 +113,7 @@ def main(cfg: DictConfig) -> None:
         "peak_memory_bytes": peak_memory_bytes(),
     }
     write_record(output_dir, record)
+    report_run(trainer.loggers, record)
     get_console().print(closing_table(schema, record))
     get_console().print(
         f"The record of the run is {output_dir / RECORD_FILE}", markup=False, soft_wrap=True
