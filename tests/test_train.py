@@ -5,14 +5,17 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import wandb
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sklearn.metrics import log_loss, roc_auc_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from wandb.proto.wandb_internal_pb2 import Record
 
 from mtnrec.batch import Batch
@@ -239,12 +242,26 @@ def test_tensorboard_shows_the_scalars_that_csv_does(run, train):
     folder = train(*LOG, *OVERFIT, "logger=tensorboard")
 
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    names = set(events.Tags()["scalars"]) - {"epoch", "hp_metric"}
+    best = {name for name in events.Tags()["scalars"] if name.startswith("best/")}
+    names = set(events.Tags()["scalars"]) - {"epoch"} - best
     found = {name: [event.value for event in events.Scalars(name)] for name in names}
     expected = {name: list(values.values()) for name, values in read_csv(run).items()}
     assert found.keys() == expected.keys()
     for name in names:
         assert found[name] == pytest.approx(expected[name], rel=1e-6)
+
+    metrics = read_record(folder)["metrics"]
+    assert best == {f"best/{name}" for name, value in metrics.items() if value is not None}
+    for name in ("val/cvr_auc", "test/ctr_auc"):
+        (event,) = events.Scalars(f"best/{name}")
+        assert event.value == pytest.approx(metrics[name], rel=1e-6)
+    stored = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(stored).session_start_info.hparams
+    assert settings["model"].string_value == "esmm"
+    assert settings["mtn.enabled"].number_value == 1
+    assert settings["mtn.lam"].number_value == 1e-5
+    assert settings["noise.proportion"].number_value == 0
+    assert settings["model_settings.tower_widths"].string_value == "[16, 8]"
 
 
 def read_wandb(path):
@@ -262,21 +279,44 @@ def read_wandb(path):
             parts.clear()
 
 
+def values_of(items):
+    return [(item.key or "/".join(item.nested_key), json.loads(item.value_json)) for item in items]
+
+
+def read_wandb_run(path):
+    """Its config, history, summary, axis of each metric, run and exit code."""
+    history, axes, kept = {}, {}, {"config": {}, "summary": {}}
+    for record in read_wandb(path):
+        for part in ("config", "summary"):
+            kept[part] |= values_of(getattr(record, part).update)
+        for name, value in values_of(record.history.item):
+            history.setdefault(name, []).append(value)
+        kind = record.WhichOneof("record_type")
+        if kind == "metric":
+            axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+        elif kind in ("run", "exit"):
+            kept[kind] = getattr(record, kind)
+    return SimpleNamespace(**kept, history=history, axes=axes)
+
+
 def test_each_job_of_a_sweep_is_an_offline_run_of_wandb_of_its_own(train):
     sweep = train(*LOG, "hydra.mode=MULTIRUN", "seed=0,1", "logger=wandb", "logger.offline=true")
 
+    groups, names = set(), set()
     for seed in (0, 1):
         (path,) = sweep.glob(f"*-seed{seed}-*/wandb/offline-run-*/*.wandb")
-        config, history = {}, {}
-        for record in read_wandb(path):
-            for update in record.config.update:
-                config[update.key] = json.loads(update.value_json)
-            for item in record.history.item:
-                name = item.key or "/".join(item.nested_key)
-                history.setdefault(name, []).append(json.loads(item.value_json))
+        found = read_wandb_run(path)
+        config, history = found.config, found.history
         result = read_record(path.parents[2])
-        assert config["seed"] == seed
-        assert config["model"] == result["config"]["model"]
+        groups.add(found.run.run_group)
+        names.add(found.run.display_name)
+        assert list(found.run.tags) == ["synthetic", "esmm", "baseline", "clean"]
+        assert found.exit.exit_code == 0
+        assert (config["model"], config["data"], config["seed"]) == ("esmm", "synthetic", seed)
+        assert config["model_settings"] == result["config"]["model"]
+        assert config["mtn"] == {"enabled": False}
+        assert config["noise"] == {"proportion": 0}
+        assert {found.axes[f"{part}/*"] for part in ("train", "val", "mtn")} == {"epoch"}
         assert len(history["val/cvr_auc"]) == 2
         assert history["val/cvr_auc"][result["best_epoch"]] == pytest.approx(
             result["metrics"]["val/cvr_auc"]
@@ -284,6 +324,29 @@ def test_each_job_of_a_sweep_is_an_offline_run_of_wandb_of_its_own(train):
         assert history["test/ctcvr_log_loss"] == pytest.approx(
             [result["metrics"]["test/ctcvr_log_loss"]]
         )
+        assert history["tables/metrics/nrows"] == [len(result["counts"])]
+        assert history["figures/training_curves/_type"] == ["image-file"]
+        assert found.summary["best_epoch"] == result["best_epoch"]
+        for name, value in result["metrics"].items():
+            assert found.summary[name] == pytest.approx(value)
+    assert len(groups) == 1
+    assert len(names) == 2
+
+
+def test_a_run_that_fails_closes_its_run_of_wandb_as_failed(train, tmp_path):
+    with pytest.raises(SystemExit, match="ESMM has no shared layers"):
+        train(
+            *LOG,
+            "logger=wandb",
+            "logger.offline=true",
+            "mtn.enabled=true",
+            "mtn.target=shared",
+            folder=tmp_path,
+        )
+
+    assert wandb.run is None
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert read_wandb_run(path).exit.exit_code == 1
 
 
 def test_a_second_run_in_a_folder_replaces_the_first(plain_run, train, tmp_path):

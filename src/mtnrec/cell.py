@@ -66,6 +66,19 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested settings by dotted key.
+
+    >>> dict(flatten({"seed": 0, "mtn": {"lam": 1e-05, "layers": [0, 1]}}))
+    {'seed': 0, 'mtn.lam': 1e-05, 'mtn.layers': [0, 1]}
+    """
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def cell_of(config: Mapping[str, Any], checksum: str) -> str:
     """Return the hash of what determines a result: the settings and the data set's checksum."""
     return _hash([settings_of(config), checksum])

@@ -126,6 +126,29 @@ class Report:
     split: str = MISSING
 
 
+@dataclass
+class Dashboard:
+    """Keys of ``conf/dashboard.yaml``.
+
+    Args:
+        entity: W&B's user or team.
+        project: W&B's project.
+        experiment: Tag of the runs to show; all runs unless given.
+        kind: ``workspace`` or ``report``.
+        tasks: Names of the tasks.
+        offline: Write the specification and send nothing.
+        out: File of the specification.
+    """
+
+    entity: str = MISSING
+    project: str = MISSING
+    experiment: str | None = None
+    kind: str = MISSING
+    tasks: list[str] = MISSING
+    offline: bool = False
+    out: str = MISSING
+
+
 _logger = logging.getLogger(__name__)
 
 _INTERRUPTED = 130  # what shells make of Ctrl-C
@@ -135,6 +158,7 @@ _store.store(name="prepare_schema", node=Prepare)
 _store.store(name="describe_schema", node=Describe)
 _store.store(name="status_schema", node=Status)
 _store.store(name="report_schema", node=Report)
+_store.store(name="dashboard_schema", node=Dashboard)
 
 
 def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:

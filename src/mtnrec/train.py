@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 
@@ -33,11 +32,13 @@ from mtnrec.record import (
     versions,
 )
 from mtnrec.resume import ResumePoint
+from mtnrec.tracking import closing_wandb_run, describe_run, make_logger, report_run
 
 _logger = logging.getLogger(__name__)
 
 
 @entry_point("train")
+@closing_wandb_run()
 def main(cfg: DictConfig) -> float | None:
     """Train a model, test its best epoch once, and write ``result.json``.
 
@@ -94,11 +95,10 @@ def _run(
         cfg.trainer,
         callbacks=[*callbacks, RichProgressBar()] if has_the_screen() else callbacks,
         enable_progress_bar=has_the_screen(),
-        logger=instantiate(cfg.logger),
+        logger=make_logger(cfg.logger, config, datamodule.manifest.checksum),
         default_root_dir=output_dir,
     )
-    for logger in trainer.loggers:
-        logger.log_hyperparams(config)
+    describe_run(trainer.loggers, config)
     (output_dir / RECORD_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
     start = resume_point.find() if cfg.resume else None
     trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
@@ -109,10 +109,6 @@ def _run(
             "epochs or steps"
         )
     trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            # Lightning leaves the run open, and the next job of a sweep would go on in it.
-            logger.experiment.finish()
 
     chosen = torch.load(best, weights_only=True, mmap=True)
     results = recorder.validations[chosen["global_step"]] | module.results["test"]
@@ -148,6 +144,7 @@ def _run(
     if trainer.is_global_zero:
         write_json(output_dir / RECORD_FILE, record)
         resume_point.discard()
+        report_run(trainer.loggers, record)
         get_console().print(closing_table(schema, record))
         get_console().print(
             f"The record of the run is {output_dir / RECORD_FILE}", markup=False, soft_wrap=True

@@ -6,9 +6,10 @@ from typing import Any
 
 import pandas as pd
 
+from mtnrec.cell import flatten, settings_of
 from mtnrec.reporting.paper import deviations
 from mtnrec.reporting.render import Cell, Group, Row, Table
-from mtnrec.reporting.runs import Run, costs_table, flatten
+from mtnrec.reporting.runs import Run, costs_table
 
 _EMPTY = "—"
 _MOST_VALUES = 12  # of a setting, in a cell
@@ -92,12 +93,12 @@ def data_table(runs: Sequence[Run]) -> Table:
         *("training rows", "validation rows", "test rows", "positives of the test rows"),
         *("suspected leaks", "checksum (SHA-256)"),
     )
-    return Table("Data sets", "Name", (Group("", columns),), tuple(rows))
+    return Table("Data sets", "Name", (Group("", columns),), tuple(rows), is_text=True)
 
 
 def settings_tables(runs: Sequence[Run]) -> tuple[Table, Table]:
     """Return the settings that differ between runs, and those that all share."""
-    configs = [dict(flatten(run.record["config"])) for run in runs]
+    configs = [dict(flatten(settings_of(run.record["config"]))) for run in runs]
     values = {key: _values(configs, key) for key in sorted({k for c in configs for k in c})}
     differing = {key: found for key, found in values.items() if len(found) > 1}
     shared = {key: found for key, found in values.items() if len(found) == 1}
@@ -127,7 +128,7 @@ def _text(value: Any) -> str:
 
 def _two_columns(title: str, stub: str, header: str, found: Mapping[str, Sequence[str]]) -> Table:
     rows = tuple(_row(key, ", ".join(_shortened(values))) for key, values in found.items())
-    return Table(title, stub, (Group("", (header,)),), rows)
+    return Table(title, stub, (Group("", (header,)),), rows, is_text=True)
 
 
 def _shortened(values: Sequence[str]) -> Iterator[str]:

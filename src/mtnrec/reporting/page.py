@@ -4,7 +4,6 @@ import base64
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import groupby
 from pathlib import Path
 
 import pandas as pd
@@ -131,8 +130,10 @@ def _sections(
     if beside:
         texts = (f"Paper: {PAPER_PROTOCOL}.", TABLE_2_REMARK, f"{MTRECLIB_PROTOCOL}.")
         yield _Section("The paper's numbers", texts, _rendered(beside))
-    for kind, of_kind in groupby(figures, key=lambda figure: figure.kind):
-        yield _Section(KINDS[kind].title, images=[_image(figure) for figure in of_kind])
+    for kind, said in KINDS.items():
+        images = [_image(figure) for figure in figures if figure.kind == kind]
+        if images:
+            yield _Section(said.title, images=images)
     yield _Section("Cost", tables=_rendered([cost_table(runs)]))
     how = [data_table(runs), *settings_tables(runs), version_table(runs)]
     yield _Section("Protocol", (_PROTOCOL,), _rendered(how))

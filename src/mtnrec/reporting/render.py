@@ -71,6 +71,7 @@ class Table:
         rows: As many cells each as the groups have columns.
         notes: Sentences that explain the marks.
         warnings: Sentences on what the numbers cannot carry.
+        is_text: Whether the cells are words, not numbers, and so begin at the left.
     """
 
     title: str
@@ -79,6 +80,7 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    is_text: bool = False
 
 
 def to_markdown(table: Table) -> str:
@@ -88,7 +90,7 @@ def to_markdown(table: Table) -> str:
     ]
     lines = [f"**{_markdown(table.title)}**", ""]
     lines.append(_pipes([_markdown(text) for text in (table.stub, *grouped)]))
-    lines.append(_pipes(["---", *["---:"] * len(grouped)]))
+    lines.append(_pipes(["---", *["---" if table.is_text else "---:"] * len(grouped)]))
     for row in table.rows:
         cells = [
             _render(cell, _markdown, "**{}**", "<sup>{}</sup>", " <sub>{}</sub>")
@@ -105,7 +107,10 @@ def to_latex(table: Table) -> str:
     columns = [column for group in table.groups for column in group.columns]
     caption = [f"{table.title}.", *table.notes, *(f"Warning: {text}" for text in table.warnings)]
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(' '.join(caption))}}}"]
-    lines += [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
+    lines += [
+        rf"\begin{{tabular}}{{l{('l' if table.is_text else 'r') * len(columns)}}}",
+        r"\toprule",
+    ]
     if any(group.header for group in table.groups):
         headers, rules, first = [""], [], 2
         for group in table.groups:
@@ -162,7 +167,8 @@ def to_html(table: Table) -> str:
     below = [_tag("p", html.escape(text), class_="note") for text in table.notes]
     below += [_tag("p", html.escape(text), class_="warning") for text in table.warnings]
     content = _tag("table", "\n".join(parts)) + "\n" + _tag("figcaption", "\n".join(below))
-    return _tag("figure", content, class_="table") + "\n"
+    kind = "table text" if table.is_text else "table"
+    return _tag("figure", content, class_=kind) + "\n"
 
 
 def write_tables(out: Path, tables: Sequence[Table]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from mtnrec.cell import settings_of
+from mtnrec.cell import flatten, settings_of
 from mtnrec.checks import InputError
 
 _NOT_OF_THE_ARM = ("seed", "data.seed")
@@ -252,21 +252,8 @@ def _reason(folder: Path) -> str:
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what determines the result but the seed, by dotted key."""
     settings = flatten(settings_of(record["config"]))
-    flat = {key: value for key, value in settings if key not in _NOT_OF_THE_ARM}
+    flat = {key: _plain(value) for key, value in settings if key not in _NOT_OF_THE_ARM}
     return flat | {"checksum": record["data"]["checksum"]}
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested settings by dotted key.
-
-    >>> dict(flatten({"mtn": {"lam": 1.0, "layers": [0, 1]}}))
-    {'mtn.lam': 1, 'mtn.layers': [0, 1]}
-    """
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _plain(value)
 
 
 def _plain(value: Any) -> Any:
