@@ -23,6 +23,7 @@ from mtnrec.data.store import Manifest
 from mtnrec.data.writer import write_prepared
 from mtnrec.describe import main as describe_main
 from mtnrec.prepare import main as prepare_main
+from mtnrec.report import main as report_main
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.status import main as status_main
 from mtnrec.train import main as train_main
@@ -168,6 +169,12 @@ def describe() -> Callable[..., None]:
 def status() -> Callable[..., None]:
     """Run the status command in this process."""
     return lambda *overrides: _call(status_main, *overrides)
+
+
+@pytest.fixture(scope="session")
+def report() -> Callable[..., None]:
+    """Run the report command in this process."""
+    return lambda *overrides: _call(report_main, *overrides)
 
 
 def _call(main: Callable[[], None], *arguments: str) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import cloudpickle
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -16,6 +17,7 @@ from hydra.types import RunMode
 from mtnrec import sweep
 from mtnrec.cell import State, state_of
 from mtnrec.config import CONF_DIR
+from mtnrec.train import main as train_main
 
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3", "trainer.max_epochs=1"]
 SWEEP = [*LOG, "hydra.mode=MULTIRUN", "mtn.enabled=true", "seed=0,1", "mtn.lam=1e-4,-1"]
@@ -190,6 +192,12 @@ def test_a_launcher_that_fails_of_itself_ends_the_sweep(tmp_path):
 
     with pytest.raises(RuntimeError, match="no such partition"):
         sweep._launch([sweep.Job(("a",), tmp_path / "a", {})], Broken())
+
+
+def test_the_training_can_be_sent_to_a_worker_process():
+    task = train_main.__wrapped__  # what Hydra's launchers pickle
+
+    assert callable(cloudpickle.loads(cloudpickle.dumps(task)))
 
 
 OUTCOME = ("cell", "metrics", "counts", "history", "best_epoch", "calibration_curves")

@@ -38,7 +38,6 @@ _logger = logging.getLogger(__name__)
 
 
 @entry_point("train")
-@closing_wandb_run()
 def main(cfg: DictConfig) -> float | None:
     """Train a model, test its best epoch once, and write ``result.json``.
 
@@ -46,7 +45,8 @@ def main(cfg: DictConfig) -> float | None:
         The monitor's value at the best epoch, for searches; None where it is undefined.
     """
     output_dir = Path(cfg.output_dir)
-    with claim(output_dir, overrides_of_job(), command_of_job(output_dir)):
+    claimed = claim(output_dir, overrides_of_job(), command_of_job(output_dir))
+    with claimed, closing_wandb_run():
         recorder = RunRecorder()
         check_flag("resume", cfg.resume)
         config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mtnrec.checks import InputError
-from mtnrec.reporting.paper import DATA_NAMES, MODELS, TASKS
+from mtnrec.reporting.paper import DATA_NAMES, MODELS, TASKS, has_paper_settings
 from mtnrec.reporting.render import Cell, Group, Row, Table
 from mtnrec.reporting.statistics import compare, holm, stars
 
@@ -37,22 +37,23 @@ _EMPTY = "—"
 def split_by_table(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the results that belong in one table each, by title.
 
-    Runs without noise make one table, the noisy ones a table for each data set; a model that was
-    trained with several variants of MTN has a table of its own instead.
+    Runs without noise make one table, the noisy ones a table for each data set. Where a model was
+    trained with several variants of MTN these tables hold the paper's alone, and all of them have
+    a table of their own.
 
     Args:
         results: What :func:`mtnrec.reporting.runs.results_table` returns.
     """
-    treated = results[results["mtn"]]
-    variants = treated.groupby("model")["variant"].nunique()
-    varied = [name for name in _ordered(results["model"], MODELS) if variants.get(name, 0) > 1]
-    pairs = results[~results["model"].isin(varied)]
+    place = ["model", "data", "noise"]
+    variants = results[results["mtn"]].groupby(place)["variant"].nunique().rename("variants")
+    varied = results.join(variants, on=place)["variants"] > 1
+    pairs = results[~results["mtn"] | ~varied | has_paper_settings(results)]
     parts = {"Models without noise": pairs[pairs["noise"] == 0]}
     for data in _ordered(results["data"], DATA_NAMES):
         noisy = pairs[(pairs["data"] == data) & (pairs["noise"] > 0)]
         parts[f"Models under noise, {_data_name(data)}"] = noisy
-    for model in varied:
-        parts[f"Variants of MTN, {model}"] = results[results["model"] == model]
+    for model in _ordered(results["model"], MODELS):
+        parts[f"Variants of MTN, {model}"] = results[varied & (results["model"] == model)]
     return {title: part for title, part in parts.items() if len(part)}
 
 

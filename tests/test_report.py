@@ -1,0 +1,64 @@
+import json
+
+import pandas as pd
+import pytest
+
+LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
+SWEEP = [*LOG, "hydra.mode=MULTIRUN", "mtn.enabled=false,true"]
+
+
+@pytest.fixture(scope="module")
+def runs(train):
+    return train(*SWEEP, model="mmoe")
+
+
+@pytest.fixture(scope="module")
+def reported(runs, report, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "report"
+    report(f"runs={runs}", f"out={out}", "metric=log_loss", "split=val")
+    return out
+
+
+def test_a_sweep_becomes_results_tables_figures_and_a_page(reported):
+    names = {path.name for path in reported.rglob("*") if path.is_file()}
+    assert {"index.html", "results.csv", "results.parquet", "costs.csv", "epochs.csv"} <= names
+    assert {f"models_without_noise.{suffix}" for suffix in ("md", "tex", "html")} <= names
+    kinds = {path.name.partition("-")[0] for path in (reported / "figures").glob("*.png")}
+    assert kinds >= {"training_curves", "alphas", "effective_ranks", "spectra", "reliability"}
+    assert kinds >= {"paired_differences", "expert_distances"}
+    assert "Mean log loss on the validation rows" in (reported / "index.html").read_text()
+
+
+def test_every_metric_of_every_record_is_in_the_results(runs, reported):
+    table = pd.read_csv(reported / "results.csv")
+    parquet = pd.read_parquet(reported / "results.parquet")
+    for path in runs.rglob("result.json"):
+        record = json.loads(path.read_text())
+        own = table[table["run"] == path.parent.name]
+        names = own["split"] + "/" + own["task"] + "_" + own["metric"]
+        found = dict(zip(names, own["value"], strict=True))
+        assert found == {
+            name: pytest.approx(value, rel=0, abs=0) for name, value in record["metrics"].items()
+        }
+        assert set(own["seed"]) == {record["seed"]}
+        assert set(own["mtn"]) == {record["mtn"]["enabled"]}
+    assert parquet["value"].tolist() == table["value"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["runs=nowhere"], "there is no folder nowhere"),
+        (["runs=.", "out=report"], "there is no finished run"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused(overrides, message, report):
+    with pytest.raises(SystemExit, match=f"^mtnrec: {message}"):
+        report(*overrides)
+
+
+def test_an_unknown_metric_is_refused_before_anything_is_written(runs, report, tmp_path):
+    with pytest.raises(SystemExit, match="no run has the metric test/auk: choose of test/auc"):
+        report(f"runs={runs}", f"out={tmp_path / 'report'}", "metric=auk")
+
+    assert not (tmp_path / "report").exists()
