@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 PARALLEL := --numprocesses=auto --maxprocesses=8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check format clean
+.PHONY: help setup train quickstart test test-all check format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,6 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 train: $(STAMP)  ## Train ESMM with MTN on a click log that it makes itself
 	$(BIN)/python -m mtnrec.train model=esmm mtn.enabled=true
+
+quickstart: $(STAMP)  ## Sweep small models on a small log, and make the report of it
+	$(BIN)/python -m mtnrec.train experiment=quickstart
+	$(BIN)/python -m mtnrec.report runs=runs/quickstart
 
 test: $(STAMP)  ## Run the test suite
 	$(BIN)/python -m pytest $(PARALLEL)

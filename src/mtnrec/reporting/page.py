@@ -1,6 +1,7 @@
 """One self-contained page: tables, figures and how the runs were made."""
 
 import base64
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,6 +24,7 @@ from mtnrec.reporting.paper import MTRECLIB_PROTOCOL, PAPER_PROTOCOL, TABLE_2_RE
 from mtnrec.reporting.render import Table, to_html
 from mtnrec.reporting.runs import Run, UnfinishedRun, settings_table
 
+_PIXELS_PER_POINT = 96 / 72 * 1.3  # the text of a figure is set for print, 8 points high
 _PROTOCOL = (
     "A share of the training rows validates; the monitored validation metric chooses the epoch and "
     "stops the training; the test rows are read once, by the weights of that epoch. AUCs are "
@@ -38,6 +40,7 @@ class _Image:
     caption: str
     alt: str
     source: str
+    width: int
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ def _rendered(tables: Sequence[Table]) -> list[Markup]:
 
 def _image(figure: WrittenFigure) -> _Image:
     (svg,) = (path for path in figure.paths if path.suffix == ".svg")
-    data = base64.b64encode(svg.read_bytes()).decode()
-    source = f"data:image/svg+xml;base64,{data}"
-    return _Image(figure.title, figure.caption, figure.alt, source)
+    content = svg.read_bytes()
+    source = f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
+    points = re.search(rb'width="([\d.]+)pt"', content)
+    width = 0 if points is None else round(float(points[1]) * _PIXELS_PER_POINT)
+    return _Image(figure.title, figure.caption, figure.alt, source, width)

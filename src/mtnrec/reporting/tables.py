@@ -250,9 +250,10 @@ def _score(cell: dict[Hashable, Any]) -> Cell:
     if np.isnan(cell["mean"]):
         return Cell(_EMPTY, note="undefined")
     short = cell["seeds"] < cell["all_seeds"]
+    text = f"{cell['mean']:.4f}"
     return Cell(
-        text=f"{cell['mean']:.4f}",
-        bold=bool(cell["improved"]),
+        text=text,
+        bold=bool(cell["improved"]) and text != f"{cell['baseline_mean']:.4f}",
         stars=stars(cell["p_value"]),
         holm_stars=stars(cell["holm_p"]),
         note=f"{cell['seeds']} of {cell['all_seeds']} seeds" if short else "",
@@ -270,8 +271,9 @@ def _notes(cells: pd.DataFrame) -> tuple[str, ...]:
     tests = int(cells["p_value"].notna().sum())
     if cells["mtn"].any():
         notes.append(
-            "Bold: better than the baseline. * p < 0.05, ** p < 0.01: two-sided paired t-test "
-            "against the baseline over the same seeds; a starred number that is not bold is worse. "
+            "Bold: better than the baseline, by the digits shown. * p < 0.05, ** p < 0.01: "
+            "two-sided paired t-test against the baseline over the same seeds; a starred number "
+            "that is not bold is no better. "
             f"† and ‡: the same two levels after Holm's correction for the {tests} tests of the "
             "table."
         )
