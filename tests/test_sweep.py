@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from mtnrec import sweep
-from mtnrec.cell import State, state_of
+from mtnrec.cell import State, claim, state_of
 from mtnrec.config import CONF_DIR
 from mtnrec.train import main as train_main
 
@@ -183,6 +184,29 @@ def test_a_cell_that_kills_its_worker_is_tried_three_times_and_the_others_go_on(
         "its process died 3 times: a worker was killed"
     )
     assert state_of(folders["c"]) is State.FINISHED
+
+
+class Sharing(Launcher):
+    """Finds one cell in the hands of another process, which gives it up unfinished."""
+
+    def launch(self, job_overrides, initial_job_idx):
+        super().launch(job_overrides, initial_job_idx)
+        if len(self.launches) == 1:
+            (self.folders["b"] / "result.json").unlink()
+            other = claim(self.folders["b"], [], "")
+            other.__enter__()
+            threading.Timer(0.1, other.__exit__, (None, None, None)).start()
+
+
+def test_a_cell_that_another_process_makes_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_PAUSE", 0.02)
+    folders = {name: tmp_path / name for name in "ab"}
+    launcher = Sharing(folders, None)
+
+    sweep._launch([sweep.Job((name,), folder, {}) for name, folder in folders.items()], launcher)
+
+    assert launcher.launches == [["a", "b"], ["b"]]
+    assert state_of(folders["b"]) is State.FINISHED
 
 
 def test_a_launcher_that_fails_of_itself_ends_the_sweep(tmp_path):

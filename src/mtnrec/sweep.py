@@ -39,6 +39,7 @@ from mtnrec.files import read_json, write_json
 from mtnrec.overview import PLAN_FILE, lay_out, read_cells
 
 _DEATHS = 3  # of its process, after which a cell counts as failed
+_PAUSE = 1.0  # seconds between two looks at what other processes do
 
 _logger = logging.getLogger(__name__)
 
@@ -151,11 +152,24 @@ def _launch(pending: Sequence[Job], launcher: Launcher) -> None:
                 deaths[job.folder] += 1
                 if deaths[job.folder] == _DEATHS:
                     _give_up(job, error)
-            pending = [
-                job for job in pending if state_of(job.folder) in (State.INTERRUPTED, State.WAITING)
-            ]
         else:
-            return
+            pending = _wait_for_others(pending)
+        pending = [
+            job for job in pending if state_of(job.folder) in (State.INTERRUPTED, State.WAITING)
+        ]
+
+
+def _wait_for_others(jobs: Sequence[Job]) -> list[Job]:
+    """Return the cells that other processes are making, when they are done with them.
+
+    Another sweep may be at them, or a worker of one that was killed, which ends its cell first.
+    """
+    busy = [job for job in jobs if state_of(job.folder) is State.RUNNING]
+    if busy:
+        _logger.info("%d cells are being made by other processes; waiting for them", len(busy))
+    while any(state_of(job.folder) is State.RUNNING for job in busy):
+        time.sleep(_PAUSE)
+    return busy
 
 
 def _give_up(job: Job, error: Exception) -> None:
