@@ -180,6 +180,7 @@ trainer.test(module, datamodule=Data(), verbose=False)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_unequal_rows_find_what_one_finds(
     tmp_path, run_test, funnel_schema, make_batch
 ):
