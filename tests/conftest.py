@@ -14,6 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from rich import get_console
 
 from mtnrec.batch import Bags, Batch
 from mtnrec.config import CONF_DIR
@@ -190,6 +191,8 @@ def _call(main: Callable[[], None], *arguments: str) -> None:
             handler.close()
         root.handlers[:] = handlers
         root.setLevel(level)
+        logging.captureWarnings(capture=False)
+        get_console().quiet = False
         torch.use_deterministic_algorithms(mode=False)
 
 

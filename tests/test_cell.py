@@ -98,7 +98,7 @@ def test_a_cell_goes_from_waiting_over_running_to_finished(tmp_path):
     folder = tmp_path / "cell"
 
     assert state_of(folder) is State.WAITING
-    with claim(folder, ["seed=0"], "command"):
+    with claim(folder, ["seed=0"], ["command"]):
         assert state_of(folder) is State.RUNNING
         report_progress(folder, {"epochs": 3})
         running = json.loads((folder / "running.json").read_text())
@@ -109,7 +109,7 @@ def test_a_cell_goes_from_waiting_over_running_to_finished(tmp_path):
 
 
 def test_what_goes_wrong_is_written_down_with_the_command_to_run_again(tmp_path):
-    with pytest.raises(InputError), claim(tmp_path, ["seed=0"], "run me"):
+    with pytest.raises(InputError), claim(tmp_path, ["seed=0"], ["run", "me"]):
         raise InputError("seed must be 1")
 
     failure = json.loads((tmp_path / "failure.json").read_text())
@@ -120,19 +120,19 @@ def test_what_goes_wrong_is_written_down_with_the_command_to_run_again(tmp_path)
 
 
 def test_a_new_try_forgets_the_failure(tmp_path):
-    with pytest.raises(ValueError, match="bad"), claim(tmp_path, [], ""):
+    with pytest.raises(ValueError, match="bad"), claim(tmp_path, [], []):
         raise ValueError("bad")
 
-    with claim(tmp_path, [], ""):
+    with claim(tmp_path, [], []):
         assert not (tmp_path / "failure.json").exists()
     assert state_of(tmp_path) is State.WAITING
 
 
 def test_two_processes_cannot_make_the_same_cell(tmp_path):
     with (
-        claim(tmp_path, [], ""),
+        claim(tmp_path, [], []),
         pytest.raises(CellBusyError, match=rf"\({os.getpid()} on ") as info,
-        claim(tmp_path, [], ""),
+        claim(tmp_path, [], []),
     ):
         pass
 
@@ -141,18 +141,18 @@ def test_two_processes_cannot_make_the_same_cell(tmp_path):
 
 
 def test_a_look_at_the_state_keeps_nobody_from_a_cell(tmp_path):
-    with claim(tmp_path, [], ""):
+    with claim(tmp_path, [], []):
         pass
 
     with (tmp_path / ".lock").open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         threading.Timer(0.05, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
-        with claim(tmp_path, [], ""):
+        with claim(tmp_path, [], []):
             assert state_of(tmp_path) is State.RUNNING
 
 
 def _hold(folder, ready):
-    with claim(folder, [], ""):
+    with claim(folder, [], []):
         ready.set()
         signal.pause()
 
@@ -169,5 +169,5 @@ def test_a_process_that_is_killed_leaves_an_interrupted_cell(tmp_path):
     process.join()
 
     assert state_of(tmp_path) is State.INTERRUPTED
-    with claim(tmp_path, [], ""):
+    with claim(tmp_path, [], []):
         assert state_of(tmp_path) is State.RUNNING

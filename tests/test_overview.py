@@ -26,7 +26,7 @@ def sweep(tmp_path):
     names = [f"log-esmm-seed{seed}-abc" for seed in range(4)]
     (tmp_path / "sweep.json").write_text(json.dumps({"cells": {name: [] for name in names}}))
     finish(tmp_path / names[0], {"setup": 1.0, "fit": 8.0, "test": 1.0})
-    with pytest.raises(ValueError, match="no"), claim(tmp_path / names[1], [], "python again"):
+    with pytest.raises(ValueError, match="no"), claim(tmp_path / names[1], [], ["python", "again"]):
         raise ValueError("no luck")
     return tmp_path
 
@@ -51,7 +51,7 @@ def test_a_folder_of_several_sweeps_holds_the_cells_of_all(sweep):
 
 def test_a_running_cell_says_how_far_it_is(sweep):
     folder = sweep / "log-esmm-seed2-abc"
-    with claim(folder, [], ""):
+    with claim(folder, [], []):
         text = render(read_cells(sweep))
 
     assert "4 cells: 1 finished, 1 running, 1 failed, 1 waiting" in text

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import socket
 import time
 import traceback
@@ -149,7 +150,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 @contextmanager
-def claim(folder: Path, overrides: Sequence[str], command: str) -> Iterator[None]:
+def claim(folder: Path, overrides: Sequence[str], command: Sequence[str]) -> Iterator[None]:
     """Hold a cell's folder while its run is made; what goes wrong is written to ``failure.json``.
 
     The system lets go of the folder however the process ends.
@@ -174,10 +175,17 @@ def claim(folder: Path, overrides: Sequence[str], command: str) -> Iterator[None
         try:
             yield
         except Exception as error:
-            write_json(folder / FAILURE_FILE, _failure(error, overrides, command))
-            (folder / RUNNING_FILE).unlink()
+            record_failure(folder, error, overrides, command)
             raise
         (folder / RUNNING_FILE).unlink()  # it stays where the process was stopped
+
+
+def record_failure(
+    folder: Path, error: Exception, overrides: Sequence[str], command: Sequence[str]
+) -> None:
+    """Write ``failure.json`` of a run that has ended; the arguments are those of :func:`claim`."""
+    write_json(folder / FAILURE_FILE, _failure(error, overrides, command))
+    (folder / RUNNING_FILE).unlink(missing_ok=True)
 
 
 def report_progress(folder: Path, progress: dict[str, Any]) -> None:
@@ -213,7 +221,7 @@ def _owner(folder: Path) -> str:
     return "" if running is None else f" ({running['pid']} on {running['host']})"
 
 
-def _failure(error: Exception, overrides: Sequence[str], command: str) -> dict[str, Any]:
+def _failure(error: Exception, overrides: Sequence[str], command: Sequence[str]) -> dict[str, Any]:
     root = find_input_error(error) or error
     return {
         "status": "failed",
@@ -221,5 +229,5 @@ def _failure(error: Exception, overrides: Sequence[str], command: str) -> dict[s
         "message": str(root),
         "traceback": "".join(traceback.format_exception(error)),
         "overrides": list(overrides),
-        "command": command,
+        "command": shlex.join(command),
     }

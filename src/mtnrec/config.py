@@ -1,7 +1,6 @@
 """Where the configuration lies, the typed root of each entry point, and how one is run."""
 
 import logging
-import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import MISSING, DictConfig
 from rich import get_console
 from rich.logging import RichHandler
@@ -179,7 +179,7 @@ def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                 sys.exit(_INTERRUPTED)
             except Exception as error:
                 known = find_input_error(error)
-                if _is_job_of_a_sweep():
+                if is_job_of_a_sweep():
                     _logger.error("%s", error if known is None else known, exc_info=known is None)
                     raise
                 if known is None:
@@ -200,13 +200,21 @@ def find_input_error(error: BaseException) -> InputError | None:
     return error if isinstance(error, InputError) else None
 
 
-def _is_job_of_a_sweep() -> bool:
+def is_job_of_a_sweep() -> bool:
+    """Say whether Hydra's multirun started this run."""
     return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def has_the_screen() -> bool:
-    """Say whether this run is the only one that draws on the screen."""
-    return not _is_job_of_a_sweep() or draws_on_the_screen(HydraConfig.get().launcher._target_)
+    """Say whether this process is the only one that draws on the screen."""
+    alone = not is_job_of_a_sweep() or draws_on_the_screen(HydraConfig.get().launcher._target_)
+    return alone and is_first_process()
+
+
+def is_first_process() -> bool:
+    """Say whether this process is the one that writes and speaks, of those that share a run."""
+    # Lightning sets the rank when it is imported; a command that does without it has one process.
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def draws_on_the_screen(launcher: str) -> bool:
@@ -219,10 +227,10 @@ def overrides_of_job() -> list[str]:
     return list(HydraConfig.get().overrides.task)
 
 
-def command_of_job(output_dir: Path) -> str:
-    """Return the command that makes this run again, by itself and in the same folder."""
+def command_of_job(output_dir: Path) -> list[str]:
+    """Return the command that makes this run, by itself and in the same folder."""
     place = ["hydra.mode=RUN", f"hydra.run.dir={output_dir}"]
-    return f"python -m mtnrec.train {shlex.join([*place, *overrides_of_job()])}"
+    return ["python", "-m", "mtnrec.train", *place, *overrides_of_job()]
 
 
 def _quiet() -> None:

@@ -4,6 +4,7 @@
 """
 
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +16,17 @@ from lightning.pytorch.callbacks import RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 
+from mtnrec.apart import run_apart
 from mtnrec.cell import RECORD_FILE, cell_of, claim, find_record
 from mtnrec.checks import InputError, check_flag, check_integer
-from mtnrec.config import command_of_job, entry_point, has_the_screen, overrides_of_job
+from mtnrec.config import (
+    command_of_job,
+    entry_point,
+    has_the_screen,
+    is_first_process,
+    is_job_of_a_sweep,
+    overrides_of_job,
+)
 from mtnrec.expert_distances import ExpertDistances
 from mtnrec.files import write_json
 from mtnrec.leak import check_leaks
@@ -45,8 +54,10 @@ def main(cfg: DictConfig) -> float | None:
         The monitor's value at the best epoch, for searches; None where it is undefined.
     """
     output_dir = Path(cfg.output_dir)
+    if is_job_of_a_sweep() and cfg.trainer.devices != 1:
+        return run_apart(output_dir)["metrics"][cfg.monitor]
     claimed = claim(output_dir, overrides_of_job(), command_of_job(output_dir))
-    with claimed, closing_wandb_run():
+    with claimed if is_first_process() else nullcontext(), closing_wandb_run():
         recorder = RunRecorder()
         check_flag("resume", cfg.resume)
         config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
