@@ -20,6 +20,7 @@ from mtnrec.reporting.training_figures import (
     alphas,
     effective_ranks,
     expert_distances,
+    over_epochs,
     spectra,
     training_curves,
 )
@@ -89,6 +90,13 @@ def test_the_limits_of_a_noise_panel_hold_every_interval(make_runs):
 
     low, high = axes.get_ylim()
     assert all(low < y < high for bar in axes.collections[0].get_segments() for y in bar[:, 1])
+
+
+def test_a_noise_curve_says_what_its_values_are(make_runs):
+    results = results_table(make_runs({"noise": 0.0}, {"noise": 0.1}))
+
+    assert noise_curves(results).axes[0].get_ylabel() == "test AUC"
+    assert noise_curves(results, y="change").axes[0].get_ylabel() == "change"
 
 
 def test_one_noise_is_no_curve(make_runs):
@@ -179,6 +187,19 @@ def test_training_curves_end_where_the_first_seed_stopped(make_runs):
     band = ctr.collections[0].get_paths()[0].vertices[:, 1]
     intervals = stats.t.interval(0.95, 1, np.mean(histories, axis=0), stats.sem(histories))
     assert (band.min(), band.max()) == pytest.approx((np.min(intervals), np.max(intervals)))
+
+
+def test_any_logged_value_is_drawn_over_the_epochs_that_all_seeds_trained(make_runs):
+    runs = make_runs(*({"mtn": True, "seed": seed, "epochs": 2 + seed} for seed in range(3)))
+    epochs = epochs_table(runs)
+    gaps = epochs[epochs["name"] == "mtn/layer_1/gap"]
+
+    figure = over_epochs(gaps.assign(row="MMoE", column="layer 1", line="+MTN"), y="gap")
+
+    (axes,) = figure.axes
+    histories = [[e["mtn/layer_1/gap"] for e in run.record["history"][:2]] for run in runs]
+    assert drawn(axes, "+MTN") == pytest.approx(np.mean(histories, axis=0))
+    assert (axes.get_title(), axes.get_ylabel()) == ("layer 1", "gap")
 
 
 def test_alphas_and_ranks_have_a_line_an_unfolding_and_a_panel_a_layer(make_runs):

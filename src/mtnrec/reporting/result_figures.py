@@ -29,20 +29,19 @@ CALIBRATION_BINS = 20
 
 
 @styled
-def noise_curves(results: pd.DataFrame) -> Figure | None:
+def noise_curves(results: pd.DataFrame, *, y: str = "test AUC") -> Figure | None:
     """Draw test AUC against noise: a row a model, a column a task (paper, Figure 1).
 
     Args:
         results: `results_table`'s rows of one data set; variants with one noise are left out.
+        y: What the values are, if they were made something else.
     """
     table = _aucs(results, "test")
     table = table.assign(row=table["model"], x=table["noise"])
     table = table[table.groupby(["row", "line"])["noise"].transform("nunique") > 1]
     if table.empty:
         return None
-    figure, found = facets(
-        table, points, x="noise proportion", y="test AUC", sharex=True, sharey="col"
-    )
+    figure, found = facets(table, points, x="noise proportion", y=y, sharex=True, sharey="col")
     for axes in found.values():
         axes.set_xticks(sorted(table["noise"].unique()))
     legend(figure)

@@ -48,7 +48,7 @@ def training_curves(epochs: pd.DataFrame) -> Figure | None:
     aucs = aucs.sort_values("task", key=along_funnel, kind="stable")
     aucs["column"] = aucs["task"].map(task_title) + " validation AUC"
     loss = epochs[epochs["name"] == "train/loss"].assign(column="training loss")
-    return _over_epochs(pd.concat([loss, aucs]), _curve_and_best, y="", sharey="col")
+    return over_epochs(pd.concat([loss, aucs]), _curve_and_best, sharey="col")
 
 
 @styled
@@ -58,7 +58,7 @@ def alphas(epochs: pd.DataFrame) -> Figure | None:
     Args:
         epochs: `epochs_table`'s rows, with the ``row`` of their run.
     """
-    return _over_epochs(_of_unfoldings(epochs, "alpha"), curve, y="alpha", ylim=(-0.03, 1.03))
+    return over_epochs(_of_unfoldings(epochs, "alpha"), curve, y="alpha", ylim=(-0.03, 1.03))
 
 
 @styled
@@ -69,7 +69,7 @@ def effective_ranks(epochs: pd.DataFrame) -> Figure | None:
         epochs: `epochs_table`'s rows, with the ``row`` of their run.
     """
     ranks = _of_unfoldings(epochs, "effective_rank")
-    figure = _over_epochs(ranks, curve, y="effective rank", sharey=True)
+    figure = over_epochs(ranks, curve, y="effective rank", sharey=True)
     for axes in figure.axes if figure else ():
         log_scale(axes, "y", 0.9, 1.2 * ranks["value"].max())
     return figure
@@ -129,15 +129,24 @@ def expert_distances(matrices: Mapping[str, Sequence[np.ndarray]]) -> Figure | N
     return figure
 
 
-def _over_epochs(
+@styled
+def over_epochs(
     curves: pd.DataFrame,
-    draw: Draw,
+    draw: Draw = curve,
     *,
-    y: str,
+    y: str = "",
     ylim: tuple[float, float] | None = None,
     **subplots: Any,
 ) -> Figure | None:
-    """Draw curves over the epochs that all seeds of an arm have trained."""
+    """Draw any logged values over the epochs that all seeds of an arm have trained.
+
+    Args:
+        curves: `epochs_table`'s rows, with their ``row``, ``column`` and ``line`` of `facets`.
+        draw: Draws one line.
+        y: Label of the vertical axes.
+        ylim: Their limits.
+        subplots: See `panels`.
+    """
     if curves.empty:
         return None
     last = curves.groupby(["arm", "run"])["epoch"].max().groupby("arm").min()

@@ -1,0 +1,176 @@
+"""The notebooks, run from top to bottom on one tiny sweep."""
+
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from mtnrec.mtn.callback import COLLAPSED_ALPHA
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NAMES = ("quickstart", "noise_robustness", "mechanism")
+TASKS = ("ctr", "cvr", "ctcvr")
+SEEDS = (0, 1)
+LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
+QUICK_ALPHAS = "mtn.alpha_optimizer.lr=2"  # which collapse in two epochs
+PAIRS = ["seed=0,1", "noise.proportion=0,0.1", "mtn.enabled=false,true", "mtn.lam=1e-3"]
+ARMS = ["seed=0", "mtn.enabled=true", "mtn.target=towers,shared", "mtn.lam=0"]
+
+
+@pytest.fixture(scope="module")
+def sweep(train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    for grid in (PAIRS, ARMS):
+        train("hydra.mode=MULTIRUN", *LOG, QUICK_ALPHAS, *grid, model="mmoe", folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(sweep):
+    """The records by target (None without MTN), lambda, noise and seed."""
+    found = {}
+    for path in sweep.rglob("result.json"):
+        record = json.loads(path.read_text())
+        mtn = record["mtn"]
+        arm = (mtn["target"], mtn["lam"]) if mtn["enabled"] else (None, None)
+        found[*arm, record["noise"]["proportion"], record["seed"]] = record
+    return found
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """One kernel for all notebooks: most of the time goes to its imports."""
+    home = str(tmp_path_factory.mktemp("jupyter"))
+    names = ("JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR")
+    folders = dict.fromkeys((*names, "MPLCONFIGDIR"), home)
+    client = NotebookClient(nbformat.v4.new_notebook(), resources={"metadata": {"path": home}})
+    with (
+        mock.patch.dict(os.environ, folders, PYTHONPATH=os.pathsep.join(sys.path)),
+        client.setup_kernel(),
+    ):
+        yield client
+
+
+@pytest.fixture
+def execute(kernel, sweep):
+    """Run a notebook on the sweep, with no name that another one has left behind."""
+
+    def run(name):
+        notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        start = f"%reset -f\n%env MTNREC_RUNS={sweep}"
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(start))
+        kernel.nb = notebook
+        kernel.execute(cleanup_kc=False)
+        return notebook
+
+    return run
+
+
+def kinds(notebook):
+    """How many outputs there are of each kind."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return Counter(kind for output in outputs for kind in output.get("data", ()))
+
+
+def said(notebook, tag):
+    """What the cell with this tag prints."""
+    (cell,) = (cell for cell in notebook.cells if tag in cell.metadata.get("tags", ()))
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def aucs(records, task, *arm):
+    """The test AUCs of an arm, a seed each."""
+    return np.array([records[*arm, seed]["metrics"][f"test/{task}_auc"] for seed in SEEDS])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_kept_without_what_it_put_out(name):
+    notebook = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
+
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert {str((cell["outputs"], cell["execution_count"])) for cell in code} == {"([], None)"}
+    assert list(notebook["metadata"]) == ["kernelspec"]
+
+
+def test_every_notebook_is_run():
+    assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == sorted(NAMES)
+
+
+def test_the_quickstart_compares_the_pairs_of_the_records(execute, records):
+    notebook = execute("quickstart")
+
+    baseline = aucs(records, "cvr", None, None, 0.1)
+    treated = aucs(records, "cvr", "towers", 1e-3, 0.1)
+    sentence = said(notebook, "comparison")
+    assert "(lam=0.001, target=towers) on synthetic, noise 0.1, test cvr AUC" in sentence
+    assert f": {treated.mean():.6f} with MTN, {baseline.mean():.6f} without;" in sentence
+    assert f"over 2 pairs is {(treated - baseline).mean():+.6f}." in sentence
+    assert kinds(notebook)["image/png"] == 1
+    assert kinds(notebook)["text/html"] == 4 + 1 + 1 + 2  # pandas, scores, differences, origin
+
+
+def test_the_noise_notebook_takes_changes_seed_by_seed_and_corrects_for_all_tests(execute, records):
+    notebook = execute("noise_robustness")
+
+    arms = [(None, None), ("towers", 1e-3)]
+    changes = np.concatenate(
+        [aucs(records, t, *a, 0.1) - aucs(records, t, *a, 0) for t in TASKS for a in arms]
+    )
+    losses, mean = (changes < 0).sum(), changes.mean()
+    assert said(notebook, "reference") == (
+        f"{len(changes)} changes since noise 0, {losses} of them losses; the mean is {mean:+.6f}.\n"
+    )
+    # Without noise one seed has all variants, and of one pair there is no test.
+    tests = [
+        stats.ttest_rel(*(aucs(records, task, *arm, 0.1) for arm in reversed(arms)))
+        for task in TASKS
+    ]
+    told = multipletests([test.pvalue for test in tests], method="holm")[0]
+    higher = np.array([test.statistic > 0 for test in tests])
+    assert said(notebook, "holm") == (
+        f"synthetic: 3 comparisons, {told.sum()} with a Holm-corrected p below 0.05; MTN has the "
+        f"higher mean in {(told & higher).sum()} of these and in {higher.sum()} of all.\n"
+    )
+    assert kinds(notebook)["image/png"] == 3
+    assert kinds(notebook)["text/html"] == 5
+
+
+def test_the_mechanism_notebook_counts_collapses_and_pairs_with_lambda_0(execute, records):
+    notebook = execute("mechanism")
+
+    last = [
+        record["history"][-1]
+        for (target, _, noise, _), record in records.items()
+        if target and noise == 0
+    ]
+    largest = [
+        max(entry[f"{layer}/alpha_{mode}"] for mode in (first, "output", "input"))
+        for entry in last
+        for first in ("task", "expert")
+        for layer in {name.rpartition("/")[0] for name in entry if name.endswith(f"alpha_{first}")}
+    ]
+    collapsed = sum(alpha > COLLAPSED_ALPHA for alpha in largest)
+    assert 0 < collapsed < len(largest)
+    assert said(notebook, "collapse").startswith(f"{collapsed} of {len(largest)} layers,")
+    penalised, free = (
+        run["history"][run["best_epoch"]]
+        for run in (records["towers", lam, 0, 0] for lam in (1e-3, 0))
+    )
+    names = [name for name in free if name.endswith("/distance") or "/effective_rank_" in name]
+    lower = sum(penalised[name] < free[name] for name in names)
+    assert said(notebook, "unpenalised") == (
+        f"{len(names)} comparisons with lambda 0; the value is lower under the penalty in "
+        f"{lower} of them.\n"
+    )
+    # Spectra over epochs of 3 variants, at the best epoch of 2 targets, 5 curves, heat maps.
+    assert kinds(notebook)["image/png"] == 3 + 2 + 5 + 1
+    assert kinds(notebook)["text/html"] == 5
