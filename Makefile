@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# Each process imports torch: more of them than eight bring nothing.
-PARALLEL := --numprocesses=auto --maxprocesses=8
+# Each process imports torch: more of them than eight bring nothing. The tests of a file share runs.
+PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train quickstart test test-all check format clean

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import cloudpickle
 import pytest
+import yaml
 from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
 from mtnrec import sweep
@@ -78,25 +81,29 @@ def test_the_command_line_narrows_every_grid(plan):
 
 
 @pytest.mark.parametrize(
-    ("name", "cells"),
+    ("name", "swept", "narrowed", "cells"),
     [
-        ("table_1", 2),
-        ("table_2", 3 * 2),
-        ("figure_1", 6),
-        ("figure_3", 1 + 2),
-        ("analysis_3_target", 1 + 2),
-        ("analysis_3_layers", 1 + 4),
-        ("lambda", 1 + 2 * 2),
-        ("alpha", 1 + 5),
-        ("layer_weighting", 1 + 4),
+        ("table_1", 10 * 4 * 3 * 2, [], 2),
+        ("table_2", 10 * 3 * 3 * 2, ["noise.proportion=0.1"], 2),
+        ("figure_1", 10 * 6, ["noise.proportion=0,0.1"], 2),
+        ("figure_3", 10 * 2 * 2, [], 3),  # without MTN its target makes no difference
+        ("analysis_3_target", 10 * 2 * 2, [], 3),
+        ("analysis_3_layers", 10 * 2 * 4, ["mtn.layers=all,[0]"], 3),
+        ("lambda", 5 * 2 * 2 * 6, ["mtn.lam=1e-4"], 3),
+        ("alpha", 10 * 2 * 5, ["mtn.alpha=uniform,[0,0,1]"], 3),
+        ("layer_weighting", 10 * 2 * 4, ["mtn.layer_weighting=mean,gated"], 3),
     ],
 )
-def test_an_experiment_has_the_cells_of_its_description_and_narrows(name, cells, plan):
-    few = ["mtn.lam=1e-5,1e-4"] if name == "lambda" else []
-
-    jobs = plan(None, "seed=3", "data=synthetic", "model=mmoe", *few, experiment=name)
-
+def test_an_experiment_sweeps_what_it_says_and_narrows(name, swept, narrowed, cells, plan):
+    file = yaml.safe_load((CONF_DIR / "experiment" / f"{name}.yaml").read_text())
     folder = "analysis_3_target" if name == "figure_3" else name  # they share their runs
+    if "hydra" in file:
+        params = [f"{key}={value}" for key, value in file["hydra"]["sweeper"]["params"].items()]
+        overrides = OverridesParser.create().parse_overrides(params)
+        assert len(BasicSweeper.split_arguments(overrides, None)[0]) == swept
+
+    jobs = plan(None, "seed=3", "data=synthetic", "model=mmoe", *narrowed, experiment=name)
+
     assert len(jobs) == cells
     assert {job.folder.parent.as_posix() for job in jobs} == {f"runs/{folder}"}
     assert {job.config["seed"] for job in jobs} == {3}

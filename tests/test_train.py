@@ -2,9 +2,6 @@ import csv
 import json
 import re
 import struct
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -454,17 +451,14 @@ def test_the_closing_lines_name_the_record_on_one_line(train, tmp_path, capsys):
     assert f"The record of the run is {folder / 'result.json'}\n" in capsys.readouterr().out
 
 
-def test_absent_data_ends_in_one_message_that_says_what_to_do(tmp_path):
-    script = Path(sys.executable).with_name("mtnrec-train")
-    command = [script, "data=aliexpress_nl", "hydra.run.dir=run"]
+def test_absent_data_ends_in_one_message_that_says_what_to_do(train, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train("data=aliexpress_nl", folder=tmp_path)
 
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("mtnrec: there is no prepared data set in ")
-    assert "https://tianchi.aliyun.com/dataset/74690" in done.stderr
-    assert done.stderr.endswith(
-        "Then: python -m mtnrec.prepare data=aliexpress_nl data.raw_dir=DIR\n"
-    )
+    message = str(ended.value)
+    assert message.startswith("mtnrec: there is no prepared data set in ")
+    assert "https://tianchi.aliyun.com/dataset/74690" in message
+    assert message.endswith("Then: python -m mtnrec.prepare data=aliexpress_nl data.raw_dir=DIR")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -120,7 +121,8 @@ def lay_out(cells: Sequence[Cell]) -> RenderableType:
     if done < len(cells) and left is not None:
         summary += f"; about {_duration(left)} left"
     bar = ProgressBar(total=len(cells), completed=counts[State.FINISHED])
-    return Group(Text(f"{len(cells)} cells: {summary}"), bar, *_running(cells), *_failed(cells))
+    head = Text(f"{len(cells)} cells: {summary}")
+    return Group(head, Padding(bar), *_running(cells), *_failed(cells))
 
 
 def _running(cells: Sequence[Cell]) -> Iterator[RenderableType]:

@@ -52,14 +52,14 @@ def test_deviations_are_ours_less_the_papers(tmp_path, write_run, cells):
         for mtn in (False, True):
             write_run(tmp_path, f"{mtn}{seed}", seed=seed, mtn=mtn, auc=auc, data="aliexpress_nl")
 
-    found = deviations(cells())
+    found = deviations(cells(), paper_results())
 
     assert len(found) == 6
     for row in found.itertuples():
         mtn = row.variant == "+MTN"
-        assert row.paper == published("aliexpress_nl", "MMoE", row.task, mtn=mtn)
+        assert row.published == published("aliexpress_nl", "MMoE", row.task, mtn=mtn)
         assert row.ours == pytest.approx(np.mean(ours[row.task]))
-        assert row.deviation == pytest.approx(row.ours - row.paper)
+        assert row.deviation == pytest.approx(row.ours - row.published)
         assert row.seeds == 2
 
 
@@ -67,17 +67,17 @@ def test_noise_is_matched_with_the_second_table(tmp_path, write_run, cells):
     for noise in (0.1, 0.2):
         write_run(tmp_path, f"{noise}", noise=noise, data="ali_ccp", model="ESMM")
 
-    found = deviations(cells())
+    found = deviations(cells(), paper_results())
 
     assert set(found["noise"]) == {0.1}
-    assert found["paper"].tolist() == [0.6162, 0.6547, 0.6421]
+    assert found["published"].tolist() == [0.6162, 0.6547, 0.6421]
 
 
 def test_synthetic_data_has_no_deviations(tmp_path, write_run, cells):
     for mtn in (False, True):
         write_run(tmp_path, f"{mtn}", mtn=mtn)
 
-    found = deviations(cells())
+    found = deviations(cells(), paper_results())
 
     assert found.empty
     assert "deviation" in found
@@ -88,8 +88,8 @@ def test_other_metrics_and_other_variants_are_not_the_papers(tmp_path, write_run
     write_run(tmp_path, "b", data="ali_ccp", mtn={"lam": 1e-3})
     write_run(tmp_path, "c", data="ali_ccp", mtn={"layers": [0]})
 
-    assert deviations(cells()).empty
-    assert deviations(cells(metric="log_loss")).empty
+    assert deviations(cells(), paper_results()).empty
+    assert deviations(cells(metric="log_loss"), paper_results()).empty
 
 
 def test_labels_that_tell_runs_apart_are_matched_by_name(tmp_path, write_run, cells):
@@ -97,7 +97,7 @@ def test_labels_that_tell_runs_apart_are_matched_by_name(tmp_path, write_run, ce
     write_run(tmp_path, "b", data="ali_ccp", **{"optimizer.lr": 0.1})
     write_run(tmp_path, "c", data="ali_ccp")
 
-    found = deviations(cells())
+    found = deviations(cells(), paper_results())
 
     assert set(found["model"]) == {"MMoE (optimizer.lr=0.1)", "MMoE (optimizer.lr=0.001)"}
     assert set(found["data"]) == {"ali_ccp (rows=1)", "ali_ccp (rows=3000)"}

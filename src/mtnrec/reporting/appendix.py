@@ -7,7 +7,14 @@ from typing import Any
 import pandas as pd
 
 from mtnrec.cell import flatten, settings_of
-from mtnrec.reporting.paper import deviations
+from mtnrec.reporting.paper import (
+    MTRECLIB_PROTOCOL,
+    PAPER_PROTOCOL,
+    TABLE_2_REMARK,
+    deviations,
+    mtreclib_results,
+    paper_results,
+)
 from mtnrec.reporting.render import Cell, Group, Row, Table
 from mtnrec.reporting.runs import Run, costs_table
 
@@ -16,25 +23,30 @@ _MOST_VALUES = 12  # of a setting, in a cell
 _GIB = 2**30
 
 
-def deviation_table(cells: pd.DataFrame) -> Table | None:
-    """Lay the paper's numbers beside ours; None if the runs match none of them.
+def deviation_tables(cells: pd.DataFrame) -> Iterator[Table]:
+    """Lay the paper's numbers beside ours, and MTReclib's; no table where nothing matches.
 
     Args:
         cells: What :func:`mtnrec.reporting.tables.comparisons` returns.
     """
-    found = deviations(cells)
-    if found.empty:
-        return None
-    rows = [
-        _row(
-            f"{row['model']} {row['variant']}".strip(),
-            *(row["data"], f"{row['noise']:g}", row["task"].upper(), f"{row['paper']:.4f}"),
-            *(f"{row['ours']:.4f}", f"{row['deviation']:+.4f}", f"{row['seeds']}"),
+    sources = (
+        ("the paper's", paper_results(), (PAPER_PROTOCOL, TABLE_2_REMARK)),
+        ("MTReclib's", mtreclib_results(), (MTRECLIB_PROTOCOL,)),
+    )
+    columns = ("data", "noise", "task", "theirs", "ours", "deviation", "our seeds")
+    for whose, published, notes in sources:
+        rows = tuple(
+            _row(
+                f"{row['model']} {row['variant']}".strip(),
+                *(row["data"], f"{row['noise']:g}", row["task"].upper()),
+                *(f"{row['published']:.4f}", f"{row['ours']:.4f}", f"{row['deviation']:+.4f}"),
+                f"{row['seeds']}",
+            )
+            for row in deviations(cells, published).to_dict("records")
         )
-        for row in found.to_dict("records")
-    ]
-    columns = ("data", "noise", "task", "paper", "ours", "deviation", "our seeds")
-    return Table("The paper's test AUCs beside ours", "Model", (Group("", columns),), tuple(rows))
+        if rows:
+            title = f"Our test AUCs beside {whose}"
+            yield Table(title, "Model", (Group("", columns),), rows, notes)
 
 
 def cost_table(runs: Sequence[Run]) -> Table:

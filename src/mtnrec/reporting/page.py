@@ -15,12 +15,11 @@ from mtnrec.files import write_whole
 from mtnrec.reporting.appendix import (
     cost_table,
     data_table,
-    deviation_table,
+    deviation_tables,
     settings_tables,
     version_table,
 )
 from mtnrec.reporting.figures import KINDS, WrittenFigure
-from mtnrec.reporting.paper import MTRECLIB_PROTOCOL, PAPER_PROTOCOL, TABLE_2_REMARK
 from mtnrec.reporting.render import Table, to_html
 from mtnrec.reporting.runs import Run, UnfinishedRun, settings_table
 
@@ -129,10 +128,9 @@ def _sections(
     figures: Sequence[WrittenFigure],
 ) -> Iterator[_Section]:
     yield _Section("Results", tables=_rendered(tables))
-    beside = [found for table in cells if (found := deviation_table(table)) is not None]
+    beside = [found for table in cells for found in deviation_tables(table)]
     if beside:
-        texts = (f"Paper: {PAPER_PROTOCOL}.", TABLE_2_REMARK, f"{MTRECLIB_PROTOCOL}.")
-        yield _Section("The paper's numbers", texts, _rendered(beside))
+        yield _Section("Published numbers", tables=_rendered(beside))
     for kind, said in KINDS.items():
         images = [_image(figure) for figure in figures if figure.kind == kind]
         if images:

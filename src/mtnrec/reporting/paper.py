@@ -3,8 +3,8 @@
 import pandas as pd
 
 PAPER_PROTOCOL = (
-    "mean of 10 runs; 20 % of the training rows validate; the epoch and the stop are chosen by the "
-    "validation CVR AUC, patience 3"
+    "Paper: mean of 10 runs; 20 % of the training rows validate; the epoch and the stop are chosen "
+    "by the validation CVR AUC, patience 3."
 )
 TABLE_2_REMARK = (
     "The second table is scrambled in the copy of the paper that was read: the rows of ESMM and "
@@ -12,7 +12,7 @@ TABLE_2_REMARK = (
 )
 MTRECLIB_PROTOCOL = (
     "README of MTReclib: mean of 5 runs with batch norm and dropout 0.2; the epoch is chosen on "
-    "the test set"
+    "the test set."
 )
 DATA_NAMES = {
     "aliexpress_nl": "AliExpress NL",
@@ -117,24 +117,25 @@ def has_paper_settings(table: pd.DataFrame) -> pd.Series:
     return same
 
 
-def deviations(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return how far test AUCs are from the paper's, a row a number that both have.
+def deviations(cells: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """Return how far test AUCs are from published ones, a row a number that both have.
 
-    Data sets and models are matched by name; MTN where lambda, target, layers, alphas and layer
-    weighting are the paper's. Other choices (widths, optimiser) may differ from the paper's.
+    Data sets and models are matched by name; MTN where lambda, target, layers, alphas, layer
+    weighting and coupling are the paper's. Other choices (widths, optimiser) may differ.
 
     Args:
         cells: What :func:`mtnrec.reporting.tables.comparisons` returns.
+        published: :func:`paper_results` or :func:`mtreclib_results`.
 
     Returns:
-        ``data``, ``noise``, ``model``, ``variant``, ``task``, ``paper``, ``ours``, ``deviation``
-        (ours less the paper's) and ``seeds``; no row if nothing matches.
+        ``data``, ``noise``, ``model``, ``variant``, ``task``, ``published``, ``ours``,
+        ``deviation`` (ours less theirs) and ``seeds``; no row if nothing matches.
     """
     as_in_paper = ~cells["mtn"] | has_paper_settings(cells)
     chosen = cells[as_in_paper & (cells["metric"] == "auc") & (cells["split"] == "test")]
     names = {key: chosen[key].map(_name) for key in ("data", "model")}
     labels = {f"{key}_label": chosen[key] for key in names}
-    matched = chosen.assign(**names, **labels).merge(paper_results(), on=_PLACE)
+    matched = chosen.assign(**names, **labels).merge(published, on=_PLACE)
     return pd.DataFrame(
         {
             "data": matched["data_label"],
@@ -142,7 +143,7 @@ def deviations(cells: pd.DataFrame) -> pd.DataFrame:
             "model": matched["model_label"],
             "variant": matched["variant"],
             "task": matched["task"],
-            "paper": matched["auc"],
+            "published": matched["auc"],
             "ours": matched["mean"],
             "deviation": matched["mean"] - matched["auc"],
             "seeds": matched["seeds"],
