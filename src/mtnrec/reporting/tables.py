@@ -102,6 +102,7 @@ def score_table(cells: pd.DataFrame, title: str) -> Table:
     """
     groups = _groups(cells)
     by_place = {tuple(cell[key] for key in _PLACE): cell for cell in cells.to_dict("records")}
+    names = _variant_names(cells)
     rows = []
     previous = None
     for model, variant in cells[["model", "variant"]].drop_duplicates().itertuples(index=False):
@@ -114,7 +115,8 @@ def score_table(cells: pd.DataFrame, title: str) -> Table:
             _score(by_place[place]) if place in by_place else Cell(_EMPTY) for place in places
         )
         starts = model != previous
-        header = model if not variant else f"{model} {variant}" if starts else variant
+        name = names[model, variant]
+        header = model if not name else f"{model} {name}" if starts else name
         rows.append(Row(header, found, starts))
         previous = model
     return Table(
@@ -142,11 +144,12 @@ def difference_table(cells: pd.DataFrame, title: str) -> Table:
         *("Wilcoxon p", "seeds for 0.001"),
     )
     headers = {(data, noise): (header, tasks) for data, noise, header, tasks in _groups(cells)}
+    names = _variant_names(cells)
     rows = []
     previous = None
     for cell in cells[cells["pairs"] > 0].to_dict("records"):
         group, tasks = headers[cell["data"], cell["noise"]]
-        header = f"{cell['model']} {cell['variant']}"
+        header = f"{cell['model']} {names[cell['model'], cell['variant']]}"
         texts = (
             group,
             _task_name(cell["task"], tasks),
@@ -244,6 +247,16 @@ def _groups(cells: pd.DataFrame) -> list[tuple[str, float, str, list[str]]]:
         parts += [f"noise {noise:g}"] if several_noise or noise else []
         groups.append((data, noise, ", ".join(parts), _ordered(tasks, TASKS)))
     return groups
+
+
+def _variant_names(cells: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """Return what each model's variants are called: ``+MTN`` where the table has only one."""
+    found = cells[["model", "variant"]].drop_duplicates()
+    several = found[found["variant"] != ""].groupby("model")["variant"].count()
+    return {
+        (model, variant): "+MTN" if variant and several[model] == 1 else variant
+        for model, variant in found.itertuples(index=False)
+    }
 
 
 def _score(cell: dict[Hashable, Any]) -> Cell:
