@@ -3,7 +3,7 @@
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,8 +229,13 @@ def overrides_of_job() -> list[str]:
 
 def command_of_job(output_dir: Path) -> list[str]:
     """Return the command that makes this run, by itself and in the same folder."""
-    place = ["hydra.mode=RUN", f"hydra.run.dir={output_dir}"]
-    return ["python", "-m", "mtnrec.train", *place, *overrides_of_job()]
+    return command_of(output_dir, overrides_of_job())
+
+
+def command_of(folder: Path, overrides: Sequence[str]) -> list[str]:
+    """Return the command that makes a run of these overrides, by itself and in its folder."""
+    place = ["hydra.mode=RUN", f"hydra.run.dir={folder}"]
+    return ["python", "-m", "mtnrec.train", *place, *overrides]
 
 
 def _quiet() -> None:

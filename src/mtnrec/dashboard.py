@@ -3,7 +3,6 @@
 ``python -m mtnrec.dashboard entity=TEAM experiment=table_1 kind=report``
 """
 
-import json
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich import get_console
 
 from mtnrec.checks import InputError, check_choice, check_flag
 from mtnrec.config import entry_point
-from mtnrec.files import write_whole
+from mtnrec.files import write_json
 
 LAYER = "mtn/layer_[0-9]+"
 TABLES = ("metrics", "alphas", "spectra", "calibration")  # of mtnrec.tracking
@@ -29,7 +28,7 @@ def main(cfg: DictConfig) -> None:
     view = make(cfg.entity, cfg.project, cfg.experiment, list(cfg.tasks))
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, json.dumps(specification(view), indent=2, sort_keys=True) + "\n")
+    write_json(out, specification(view))
     again = "the same command with offline=false sends it"
     if cfg.offline:
         said = f"The specification is {out}; {again}"

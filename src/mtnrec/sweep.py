@@ -29,11 +29,12 @@ from mtnrec.cell import (
     RUNNING_FILE,
     State,
     find_record,
+    record_failure,
     resolve_settings,
     state_of,
 )
 from mtnrec.checks import InputError
-from mtnrec.config import draws_on_the_screen
+from mtnrec.config import command_of, draws_on_the_screen
 from mtnrec.data.datamodule import DataModule
 from mtnrec.files import read_json, write_json
 from mtnrec.overview import PLAN_FILE, lay_out, read_cells
@@ -173,9 +174,8 @@ def _wait_for_others(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _give_up(job: Job, error: Exception) -> None:
-    message = f"its process died {_DEATHS} times: {error}"
-    failure = {"status": "failed", "error": type(error).__name__, "message": message}
-    write_json(job.folder / FAILURE_FILE, failure | {"overrides": list(job.overrides)})
+    died = RuntimeError(f"its process died {_DEATHS} times: {error}")
+    record_failure(job.folder, died, job.overrides, command_of(job.folder, job.overrides))
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Tables of how runs were made: what they cost, their settings, data and versions."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from mtnrec.reporting.paper import (
     paper_results,
 )
 from mtnrec.reporting.render import Cell, Group, Row, Table
-from mtnrec.reporting.runs import Run, costs_table
+from mtnrec.reporting.runs import Run, as_text, costs_table
 
 _EMPTY = "—"
 _MOST_VALUES = 12  # of a setting, in a cell
@@ -130,12 +129,8 @@ def version_table(runs: Sequence[Run]) -> Table:
 
 
 def _values(mappings: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    texts = {_text(mapping[key]) if key in mapping else _EMPTY for mapping in mappings}
+    texts = {as_text(mapping[key]) if key in mapping else _EMPTY for mapping in mappings}
     return sorted(texts, key=lambda text: (len(text), text))
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _two_columns(title: str, stub: str, header: str, found: Mapping[str, Sequence[str]]) -> Table:

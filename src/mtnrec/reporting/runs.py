@@ -352,16 +352,17 @@ def _differing(settings: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def _label(name: str, settings: Mapping[str, Any]) -> str:
-    parts = [f"{key}={_text(value)}" for key, value in settings.items()]
+    parts = [f"{key}={as_text(value)}" for key, value in settings.items()]
     return f"{name} ({', '.join(parts)})" if parts else name
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Write a setting as the command line does."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _text_or_none(settings: Mapping[str, Any], key: str) -> str | None:
-    return _text(settings[key]) if key in settings else None
+    return as_text(settings[key]) if key in settings else None
 
 
 def _metrics(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
