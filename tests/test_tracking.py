@@ -1,8 +1,17 @@
+import json
+import struct
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import wandb
 from omegaconf import OmegaConf
+from wandb.proto.wandb_internal_pb2 import Record
 
 from mtnrec.tracking import make_logger, run_labels, tables_of
+
+# Rates at which every split has both classes of every task.
+LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
 
 
 @pytest.fixture
@@ -88,3 +97,88 @@ def test_a_record_without_history_and_curves_has_its_metrics_only(tmp_path):
     }
 
     assert list(tables_of(record)) == ["metrics"]
+
+
+def read_wandb(path):
+    """The records of an offline run: LevelDB's log format, after a header of 7 bytes."""
+    content, position, parts = path.read_bytes(), 7, []
+    while position + 7 <= len(content):
+        if (left := 32768 - position % 32768) < 7:  # too short for a header: the block is padded
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        parts.append(content[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(b"".join(parts))
+            parts.clear()
+
+
+def values_of(items):
+    return [(item.key or "/".join(item.nested_key), json.loads(item.value_json)) for item in items]
+
+
+def read_wandb_run(path):
+    """Its config, history, summary, axis of each metric, run and exit code."""
+    history, axes, kept = {}, {}, {"config": {}, "summary": {}}
+    for record in read_wandb(path):
+        for part in ("config", "summary"):
+            kept[part] |= values_of(getattr(record, part).update)
+        for name, value in values_of(record.history.item):
+            history.setdefault(name, []).append(value)
+        kind = record.WhichOneof("record_type")
+        if kind == "metric":
+            axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+        elif kind in ("run", "exit"):
+            kept[kind] = getattr(record, kind)
+    return SimpleNamespace(**kept, history=history, axes=axes)
+
+
+def test_each_job_of_a_sweep_is_an_offline_run_of_wandb_of_its_own(train):
+    sweep = train(*LOG, "hydra.mode=MULTIRUN", "seed=0,1", "logger=wandb", "logger.offline=true")
+
+    groups, names = set(), set()
+    for seed in (0, 1):
+        (path,) = sweep.glob(f"*-seed{seed}-*/wandb/offline-run-*/*.wandb")
+        found = read_wandb_run(path)
+        config, history = found.config, found.history
+        result = json.loads((path.parents[2] / "result.json").read_text())
+        groups.add(found.run.run_group)
+        names.add(found.run.display_name)
+        assert list(found.run.tags) == ["synthetic", "esmm", "baseline", "clean"]
+        assert found.exit.exit_code == 0
+        assert (config["model"], config["data"], config["seed"]) == ("esmm", "synthetic", seed)
+        assert config["model_settings"] == result["config"]["model"]
+        assert config["mtn"] == {"enabled": False}
+        assert config["noise"] == {"proportion": 0}
+        assert {found.axes[f"{part}/*"] for part in ("train", "val", "mtn")} == {"epoch"}
+        assert len(history["val/cvr_auc"]) == 2
+        assert history["val/cvr_auc"][result["best_epoch"]] == pytest.approx(
+            result["metrics"]["val/cvr_auc"]
+        )
+        assert history["test/ctcvr_log_loss"] == pytest.approx(
+            [result["metrics"]["test/ctcvr_log_loss"]]
+        )
+        assert history["tables/metrics/nrows"] == [len(result["counts"])]
+        assert history["figures/training_curves/_type"] == ["image-file"]
+        assert found.summary["best_epoch"] == result["best_epoch"]
+        for name, value in result["metrics"].items():
+            assert found.summary[name] == pytest.approx(value)
+    assert len(groups) == 1
+    assert len(names) == 2
+
+
+def test_a_run_that_fails_closes_its_run_of_wandb_as_failed(train, tmp_path):
+    with pytest.raises(SystemExit, match="ESMM has no shared layers"):
+        train(
+            *LOG,
+            "logger=wandb",
+            "logger.offline=true",
+            "mtn.enabled=true",
+            "mtn.target=shared",
+            folder=tmp_path,
+        )
+
+    assert wandb.run is None
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert read_wandb_run(path).exit.exit_code == 1

@@ -9,6 +9,7 @@ from functools import partial
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
 
 from mtnrec.batch import Batch
@@ -67,16 +68,22 @@ def main(devices: int, out: str) -> None:
         refresh_every=2,
         alpha_optimizer=partial(torch.optim.Adam, lr=1e-2),
     )
+
+    def keep(trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            alpha = mtn.state_dict()["weights"]["alpha_logits"]
+            torch.save({"model": network.state_dict(), "alpha": alpha}, out)
+
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy="ddp_fork" if devices > 1 else "auto",  # torch is imported once
         precision="64-true",
         max_epochs=3,
         gradient_clip_val=0.5,
         use_distributed_sampler=False,
         logger=False,
-        callbacks=[mtn],
+        callbacks=[mtn, LambdaCallback(on_train_end=keep)],
         limit_val_batches=0,
         log_every_n_steps=1,
         enable_checkpointing=False,
@@ -86,9 +93,6 @@ def main(devices: int, out: str) -> None:
     optimizer = partial(torch.optim.Adam, lr=1e-2)
     module = MultiTaskModule(network, schema=SCHEMA, optimizer=optimizer)
     trainer.fit(module, datamodule=Data())
-    if trainer.is_global_zero:
-        alpha = mtn.state_dict()["weights"]["alpha_logits"]
-        torch.save({"model": network.state_dict(), "alpha": alpha}, out)
 
 
 if __name__ == "__main__":

@@ -246,7 +246,7 @@ def _marked(values: pd.DataFrame, style: Style) -> dict[str, Any]:
 def save(figure: Figure, folder: Path, name: str) -> tuple[Path, ...]:
     """Write a figure in each format; the same figure gives the same bytes."""
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # it has placed the panels; the formats share the places
+    figure.set_layout_engine(None)  # it has placed the panels; the formats share the places
     paths = []
     for suffix, date in zip(FORMATS, ("CreationDate", "Date", None), strict=True):
         path = folder / f"{name}.{suffix}"

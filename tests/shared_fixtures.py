@@ -1,0 +1,236 @@
+"""Tiny data in the real formats, written by code."""
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich import get_console
+
+from mtnrec.batch import Bags, Batch
+from mtnrec.config import CONF_DIR
+from mtnrec.data.aliexpress_join import CATEGORICAL, LABELS, NUMERICAL
+from mtnrec.data.datamodule import DataModule
+from mtnrec.data.store import Manifest
+from mtnrec.data.writer import write_prepared
+from mtnrec.describe import main as describe_main
+from mtnrec.prepare import main as prepare_main
+from mtnrec.report import main as report_main
+from mtnrec.schema import CategoricalField, Schema
+from mtnrec.status import main as status_main
+from mtnrec.train import main as train_main
+
+_SMALL_MODELS = {
+    "shared_bottom": ["model.bottom_widths=[16]", "model.tower_widths=[8]"],
+    "esmm": ["model.tower_widths=[16,8]"],
+    "mmoe": ["model.experts=3", "model.expert_widths=[16]", "model.tower_widths=[8]"],
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # a second thread costs more than it brings on tiny tensors
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MTNREC_DATA", str(tmp_path / "data"))
+
+
+@pytest.fixture
+def funnel_schema() -> Schema:
+    fields = tuple(CategoricalField(f"categorical_{i}", size) for i, size in enumerate((3, 40, 2)))
+    return Schema(fields, ("price", "age"), ("click", "conversion"), funnel=True)
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., Batch]:
+    """Draw ``rows`` rows of a schema; labels follow the funnel if there is one."""
+
+    def make(schema: Schema, rows: int = 16, seed: int = 0) -> Batch:
+        rng = np.random.default_rng(seed)
+        sizes = [field.vocabulary_size for field in schema.categorical]
+        categorical = rng.integers(0, sizes, (rows, len(sizes)), dtype=np.int32)
+        numerical = rng.random((rows, len(schema.numerical)), dtype=np.float32)
+        labels = rng.integers(0, 2, (rows, len(schema.labels)))
+        if schema.funnel:
+            labels[:, 1] &= labels[:, 0]
+        arrays = categorical, numerical, labels.astype(np.float32), rng.integers(0, 4, rows)
+        bags = []
+        for field in schema.multivalued:
+            lengths = rng.integers(0, 5, rows)
+            tokens = rng.integers(0, field.vocabulary_size, lengths.sum(), dtype=np.int32)
+            weights = rng.random(lengths.sum(), dtype=np.float32)
+            offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+            bags.append(Bags(*map(torch.from_numpy, (tokens, weights, offsets))))
+        return Batch(*map(torch.from_numpy, arrays), tuple(bags))
+
+    return make
+
+
+@pytest.fixture
+def compose_config() -> Callable[..., DictConfig]:
+    """Compose ``conf/<name>.yaml`` as the command line does."""
+
+    def make(*overrides: str, name: str = "train") -> DictConfig:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            return compose(name, overrides=list(overrides))
+
+    return make
+
+
+@pytest.fixture
+def make_datamodule(compose_config: Callable[..., DictConfig]) -> Callable[..., DataModule]:
+    """Build the DataModule of ``data=<name>`` with overrides of its keys."""
+
+    def make(name: str, *overrides: str) -> DataModule:
+        keys = [f"data.{override}" for override in overrides]
+        return instantiate(compose_config(f"data={name}", *keys).data, _convert_="all")
+
+    return make
+
+
+@pytest.fixture
+def write_aliexpress() -> Callable[..., Path]:
+    """Write ``train.csv`` and ``test.csv`` in MTReclib's layout."""
+
+    def make(folder: Path, rows: int = 60, seed: int = 0) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        header = ",".join(["search_id", *CATEGORICAL, *NUMERICAL, *LABELS])
+        for number, split in enumerate(("train", "test")):
+            rng = np.random.default_rng([seed, number])
+            lines = [header]
+            for row in range(rows):
+                click = row % 3 == 0
+                conversion = row % 6 == 0
+                cells = [
+                    row // 4,
+                    8,
+                    *rng.integers(0, [9, 3, 6, 1, 20, 6, 49, 7, 6, 1, 1, 1, 1, 1, 1]),
+                    *(f"{value:.6f}" for value in rng.random(60)),
+                    *rng.integers(0, 3, 3),
+                    int(click),
+                    int(conversion),
+                ]
+                lines.append(",".join(map(str, cells)))
+            (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Run the training command in this process, tiny; return the folder of the run."""
+    data_root = tmp_path_factory.mktemp("data")
+
+    def run(*overrides: str, model: str = "esmm", folder: Path | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("run") if folder is None else folder
+        _call(
+            train_main,
+            f"data_root={data_root}",
+            f"hydra.run.dir={folder}",
+            f"hydra.sweep.dir={folder}",
+            "trainer.accelerator=cpu",
+            "trainer.max_epochs=2",
+            "data.batch_size=512",
+            f"model={model}",
+            "model.embedding_dim=4",
+            *_SMALL_MODELS[model],
+            *overrides,
+        )
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def prepare() -> Callable[..., None]:
+    """Run the preparation command in this process."""
+    return lambda *overrides: _call(prepare_main, *overrides)
+
+
+@pytest.fixture
+def describe() -> Callable[..., None]:
+    """Run the describing command in this process."""
+    return lambda *overrides: _call(describe_main, *overrides)
+
+
+@pytest.fixture
+def status() -> Callable[..., None]:
+    """Run the status command in this process."""
+    return lambda *overrides: _call(status_main, *overrides)
+
+
+@pytest.fixture(scope="session")
+def report() -> Callable[..., None]:
+    """Run the report command in this process."""
+    return lambda *overrides: _call(report_main, *overrides)
+
+
+def _call(main: Callable[[], None], *arguments: str) -> None:
+    """Call an entry point as the command line does, and leave the process as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        with mock.patch.object(sys, "argv", ["mtnrec", *arguments]), mock.patch.dict(os.environ):
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            main()
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.captureWarnings(capture=False)
+        get_console().quiet = False
+        torch.use_deterministic_algorithms(mode=False)
+
+
+@pytest.fixture
+def write_tiny(funnel_schema: Schema) -> Callable[..., Manifest]:
+    """Write a prepared data set whose first numerical feature numbers the rows of a split.
+
+    Each of its two multi-valued fields has 5 bags; the first of them is empty.
+    """
+
+    def make(
+        folder: Path, *, train: int = 23, test: int = 7, seed: int = 0, multivalued: bool = False
+    ) -> Manifest:
+        rng = np.random.default_rng(seed)
+        schema = funnel_schema
+        if multivalued:
+            histories = (CategoricalField("brands", 9), CategoricalField("shops", 30))
+            schema = dataclasses.replace(schema, multivalued=histories)
+        sizes = [field.vocabulary_size for field in schema.categorical]
+        with write_prepared(folder, ("train", "test")) as writer:
+            for split, rows in (("train", train), ("test", test)):
+                click = rng.random(rows) < 0.5
+                conversion = click & (rng.random(rows) < 0.5)
+                for label in (click, conversion):
+                    label[:2] = [False, True][:rows]  # both occur
+                arrays = {
+                    "categorical": rng.integers(0, sizes, (rows, len(sizes))),
+                    "numerical": np.stack([np.arange(rows), rng.random(rows)], axis=1),
+                    "labels": np.stack([click, conversion], axis=1),
+                    "group": rng.integers(0, 4, rows),
+                }
+                if multivalued:
+                    arrays["bag"] = rng.integers(0, 5, (rows, 2))
+                writer.append(split, arrays)
+                for field in schema.multivalued:
+                    lengths = np.array([0, *rng.integers(1, 6, 4)])
+                    tokens = rng.integers(0, field.vocabulary_size, lengths.sum())
+                    writer.append_bags(split, field.name, lengths, tokens, rng.random(len(tokens)))
+            return writer.finish(source="tiny", parameters={"seed": seed}, schema=schema, report={})
+
+    return make
