@@ -20,6 +20,7 @@ from mtnrec.checks import InputError
 from mtnrec.files import read_json
 
 PLAN_FILE = "sweep.json"
+_TRACES = (RECORD_FILE, FAILURE_FILE, RUNNING_FILE)  # of a cell that was begun
 _ORDER = (State.FINISHED, State.RUNNING, State.FAILED, State.INTERRUPTED, State.WAITING)
 
 
@@ -63,9 +64,6 @@ def read_cells(root: Path) -> list[Cell]:
             "runs"
         )
     return [_read_cell(root, folder) for folder in sorted(folders)]
-
-
-_TRACES = (RECORD_FILE, FAILURE_FILE, RUNNING_FILE)
 
 
 def _read_cell(root: Path, folder: Path) -> Cell:

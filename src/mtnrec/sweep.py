@@ -98,8 +98,8 @@ def run(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     cells = {job.folder.relative_to(directory).as_posix(): list(job.overrides) for job in jobs}
     write_json(directory / PLAN_FILE, {"started": time.time(), "cells": cells})
-    _prepare_data(jobs)
-    pending = [job for job in jobs if not _is_finished(job)]
+    checksums = _prepare_data(jobs)
+    pending = [job for job in jobs if not _is_finished(job, checksums[_data_of(job)])]
     _logger.info(
         "%d cells in %s, %d of them finished before", len(jobs), directory, len(jobs) - len(pending)
     )
@@ -111,32 +111,37 @@ def run(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> None:
     _close(jobs, pending)
 
 
-def _by_data(jobs: Iterable[Job]) -> list[list[Job]]:
-    groups: dict[str, list[Job]] = {}
+def _data_of(job: Job) -> str:
+    """Name a job's data set; the seed is of the order of the rows, which it does not know."""
+    return json.dumps(job.config["data"] | {"seed": 0})
+
+
+def _prepare_data(jobs: Sequence[Job]) -> dict[str, str | None]:
+    """Prepare data before several runs want it at once, and tell early what is not there.
+
+    Returns:
+        The checksum of each data set; None where there is none.
+    """
+    checksums: dict[str, str | None] = {}
+    cells = Counter(map(_data_of, jobs))
     for job in jobs:
-        # The seed is of the order of the rows, which a preparation does not know.
-        groups.setdefault(json.dumps(job.config["data"] | {"seed": 0}), []).append(job)
-    return list(groups.values())
-
-
-def _prepare_data(jobs: Sequence[Job]) -> None:
-    """Prepare data before several runs want it at once, and tell early what is not there."""
-    for group in _by_data(jobs):
+        data = _data_of(job)
+        if data in checksums:
+            continue
+        checksums[data] = None
         try:
-            _datamodule_of(group[0]).prepare_data()
+            datamodule: DataModule = instantiate(job.config["data"], _convert_="all")
+            datamodule.prepare_data()
+            checksums[data] = datamodule.find_checksum()
         except (InputError, InstantiationException) as error:
-            _logger.warning("%d of %d cells will fail: %s", len(group), len(jobs), error)
+            _logger.warning("%d of %d cells will fail: %s", cells[data], len(jobs), error)
+    return checksums
 
 
-def _is_finished(job: Job) -> bool:
+def _is_finished(job: Job, checksum: str | None) -> bool:
     if not job.config["resume"] or state_of(job.folder) is not State.FINISHED:
         return False
-    checksum = _datamodule_of(job).find_checksum()
     return find_record(job.folder, job.config, checksum) is not None
-
-
-def _datamodule_of(job: Job) -> DataModule:
-    return instantiate(job.config["data"], _convert_="all")
 
 
 def _launch(pending: Sequence[Job], launcher: Launcher) -> None:

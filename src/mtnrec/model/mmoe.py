@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import check_integer
@@ -57,7 +57,7 @@ class MMoE(nn.Module):
         self.experts = ParallelMLPs(
             experts, width, expert_widths, dropout=dropout, batch_norm=batch_norm
         )
-        self.shared_end = nn.Identity()  # the experts' outputs pass it, for a forward hook to see
+        self.shared_end = nn.Identity()  # for a forward hook to see their outputs
         self.gates = nn.ModuleList(nn.Linear(width, experts) for _ in schema.labels)
         self.towers = ParallelMLPs(
             len(schema.labels),
@@ -70,20 +70,13 @@ class MMoE(nn.Module):
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
-        experts, gates = self._experts_and_gates(batch)
-        mixtures = [torch.einsum("be,beo->bo", gate.softmax(dim=1), experts) for gate in gates]
+        gates = [gate for gate in self.gates if isinstance(gate, nn.Linear)]
+        firsts = self.input.feed(batch, [*self.experts.first_layers(), *gates])
+        outputs = self.experts.rest(firsts[: len(self.experts)])
+        experts = self.shared_end(torch.stack(outputs, dim=1))  # (B, E, O)
+        logits = firsts[len(self.experts) :]
+        mixtures = [torch.einsum("be,beo->bo", gate.softmax(dim=1), experts) for gate in logits]
         return label_log_probabilities(self.towers(mixtures))
-
-    def shared_outputs(self, batch: Batch) -> Tensor:
-        """Return the outputs of the experts, ``(B, E, O)``."""
-        return self._experts_and_gates(batch)[0]
-
-    def _experts_and_gates(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """Return the experts' outputs, ``(B, E, O)``, and the logits of each gate, ``(B, E)``."""
-        gate_layers = [gate for gate in self.gates if isinstance(gate, nn.Linear)]
-        firsts = self.input.feed(batch, [*self.experts.first_layers(), *gate_layers])
-        experts = torch.stack(self.experts.rest(firsts[: len(self.experts)]), dim=1)
-        return self.shared_end(experts), firsts[len(self.experts) :]
 
     def task_layers(self) -> list[list[nn.Linear]]:
         """Return, for each depth of the towers, the ``T`` linear layers."""

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from mtnrec.reporting.paper import TASKS
 from mtnrec.reporting.statistics import mean_interval
 
 P = ParamSpec("P")
@@ -26,7 +27,6 @@ R = TypeVar("R")
 Style = Mapping[str, Any]  # keywords of Axes.plot
 Draw = Callable[[Axes, pd.DataFrame, str, Style], None]
 
-FUNNEL = ("ctr", "cvr", "ctcvr")
 FORMATS = ("pdf", "svg", "png")
 BASELINE = "baseline"
 SEQUENTIAL = "cividis"  # even steps of lightness, in grey and for the colour-blind too
@@ -85,12 +85,12 @@ def task_title(task: str) -> str:
     >>> task_title("ctcvr"), task_title("buy_now")
     ('CTCVR', 'buy_now')
     """
-    return task.upper() if task in FUNNEL else task
+    return task.upper() if task in TASKS else task
 
 
 def along_funnel(tasks: pd.Series) -> pd.Series:
     """Return keys that sort tasks: those of the funnel first, in its order; others by name."""
-    return tasks.map(lambda task: f"{(*FUNNEL, task).index(task)} {task}")
+    return tasks.map(lambda task: f"{(*TASKS, task).index(task)} {task}")
 
 
 def ordered(table: pd.DataFrame) -> pd.DataFrame:
@@ -179,6 +179,7 @@ def points(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
     )
     # Matplotlib leaves what is drawn beside its data out of the limits.
     axes.update_datalim(np.column_stack([np.repeat(found.index, 3), found.to_numpy().ravel()]))
+    axes.margins(x=0.05 + 0.03 * len(axes.containers))
     axes.autoscale_view()
 
 

@@ -197,6 +197,7 @@ def _draw_differences(
             **mean_style | {"marker": "D", "linestyle": "none"},
         )
     axes.axvline(0, color="0.55", linewidth=0.8, zorder=0)
+    axes.locator_params("x", nbins=3)  # the numbers are long
     for height in range(1, len(cells)):
         if cells[height][0] != cells[height - 1][0]:
             axes.axhline(height - 0.5, color="0.85", linewidth=0.6, zorder=0)

@@ -15,8 +15,9 @@ from typing import Any
 
 import pandas as pd
 
-from mtnrec.cell import flatten, settings_of
+from mtnrec.cell import FAILURE_FILE, RECORD_FILE, RUNNING_FILE, flatten, settings_of
 from mtnrec.checks import InputError
+from mtnrec.files import read_json
 
 _NOT_OF_THE_ARM = ("seed", "data.seed")
 _MODEL_NAMES = {"SharedBottom": "Shared-bottom"}  # the paper's, where they are not the class's
@@ -75,7 +76,7 @@ def read_runs(root: Path) -> list[Run]:
     if not root.is_dir():
         raise InputError(f"there is no folder {root}: give the one that holds the runs")
     runs: dict[tuple[str, int], Run] = {}
-    for path in sorted(root.rglob("result.json"), key=lambda path: _name(path, root)):
+    for path in sorted(root.rglob(RECORD_FILE), key=lambda path: _name(path, root)):
         run = Run(path.parent, _name(path, root), _read_record(path))
         other = runs.setdefault((_hash(_settings(run.record)), run.record["seed"]), run)
         if other.record["metrics"] != run.record["metrics"]:
@@ -93,13 +94,11 @@ def read_runs(root: Path) -> list[Run]:
 
 def unfinished(root: Path) -> list[UnfinishedRun]:
     """Return the folders below ``root`` whose run was started and did not finish, by name."""
-    started = {
-        path.parent for name in ("failure", "running") for path in root.rglob(f"{name}.json")
-    }
+    started = {path.parent for name in (FAILURE_FILE, RUNNING_FILE) for path in root.rglob(name)}
     return [
-        UnfinishedRun(_name(folder / "result.json", root), _reason(folder))
+        UnfinishedRun(_name(folder / RECORD_FILE, root), _reason(folder))
         for folder in sorted(started)
-        if not (folder / "result.json").exists()
+        if not (folder / RECORD_FILE).exists()
     ]
 
 
@@ -240,13 +239,12 @@ def _lacks(path: Path, key: str) -> InputError:
 
 def _reason(folder: Path) -> str:
     try:
-        failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
-        lines = f"{failure['error']}: {failure['message']}".splitlines()
-    except FileNotFoundError:
-        return "has not ended"
+        failure = read_json(folder / FAILURE_FILE)
+        if failure is None:
+            return "has not ended"
+        return f"{failure['error']}: {failure['message']}".splitlines()[0]
     except (ValueError, KeyError, TypeError):
-        return "failed; its failure.json cannot be read"
-    return lines[0]
+        return f"failed; its {FAILURE_FILE} cannot be read"
 
 
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
