@@ -1,6 +1,7 @@
 """Tiny data in the real formats, written by code."""
 
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 
 from mtnrec.batch import Bags, Batch
@@ -81,21 +83,26 @@ def make_batch() -> Callable[..., Batch]:
 @pytest.fixture
 def compose_config() -> Callable[..., DictConfig]:
     """Compose ``conf/<name>.yaml`` as the command line does."""
+    return lambda *overrides, name="train": _compose(name, *overrides)
 
-    def make(*overrides: str, name: str = "train") -> DictConfig:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            return compose(name, overrides=list(overrides))
 
-    return make
+def _compose(name: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+_compose_once = functools.cache(_compose)
 
 
 @pytest.fixture
-def make_datamodule(compose_config: Callable[..., DictConfig]) -> Callable[..., DataModule]:
+def make_datamodule() -> Callable[..., DataModule]:
     """Build the DataModule of ``data=<name>`` with overrides of its keys."""
 
     def make(name: str, *overrides: str) -> DataModule:
-        keys = [f"data.{override}" for override in overrides]
-        return instantiate(compose_config(f"data={name}", *keys).data, _convert_="all")
+        config = _compose_once("train", f"data={name}").copy()
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            OmegaConf.update(config.data, override.key_or_group, override.value())
+        return instantiate(config.data, _convert_="all")
 
     return make
 
