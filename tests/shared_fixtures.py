@@ -5,15 +5,19 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
@@ -190,7 +194,11 @@ def _call(main: Callable[[], None], *arguments: str) -> None:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
-        with mock.patch.object(sys, "argv", ["mtnrec", *arguments]), mock.patch.dict(os.environ):
+        with (
+            mock.patch.object(sys, "argv", ["mtnrec", *arguments]),
+            mock.patch.dict(os.environ),
+            _known_mode(arguments),
+        ):
             os.environ["HYDRA_FULL_ERROR"] = "1"
             main()
     finally:
@@ -201,6 +209,14 @@ def _call(main: Callable[[], None], *arguments: str) -> None:
         logging.captureWarnings(capture=False)
         get_console().quiet = False
         torch.use_deterministic_algorithms(mode=False)
+
+
+def _known_mode(arguments: Sequence[str]) -> AbstractContextManager[Any]:
+    """Spare Hydra the composing of a config for its mode alone, unless an experiment sets it."""
+    if any(argument.startswith("experiment=") for argument in arguments):
+        return nullcontext()
+    mode = RunMode.MULTIRUN if "hydra.mode=MULTIRUN" in arguments else None  # -m, or one run
+    return mock.patch.object(Hydra, "get_mode", return_value=mode)
 
 
 @pytest.fixture
