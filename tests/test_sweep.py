@@ -43,8 +43,9 @@ def plan():
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
             lines = [] if experiment is None else [f"experiment={experiment}"]
-            config = loader.load_configuration("train", lines, RunMode.MULTIRUN)
-            grids = grids or [config.hydra.sweeper.params]
+            config = loader.load_configuration("train", [*arguments, *lines], RunMode.MULTIRUN)
+            sweeper = config.hydra.sweeper
+            grids = grids or [{**sweeper.params, **g} for g in (sweeper.grids or {"": {}}).values()]
             return sweep.plan(config, loader, grids, [*arguments, *lines])
 
     return make
@@ -108,6 +109,12 @@ def test_an_experiment_sweeps_what_it_says_and_narrows(name, swept, narrowed, ce
     assert {job.folder.parent.as_posix() for job in jobs} == {f"runs/{folder}"}
     assert {job.config["seed"] for job in jobs} == {3}
     assert {job.config["data"]["name"] for job in jobs} == {"synthetic"}
+
+
+def test_the_quickstart_runs_on_any_launcher(plan):
+    jobs = plan(None, "hydra/launcher=basic", "seed=0", experiment="quickstart")
+
+    assert len(jobs) == 3 * 6 + (6 - 1) + 1  # the grid of lambda has one of shared-bottom's cells
 
 
 def test_a_failing_cell_does_not_end_a_sweep_and_says_how_to_run_it_again(train, tmp_path, capsys):
