@@ -307,7 +307,9 @@ def test_decoupled_moves_weights_beside_the_optimisers_step(fit, funnel_schema):
         torch.testing.assert_close(step.detach(), -1e-2 * LAM / 3 * stack.grad, rtol=1e-7, atol=0)
 
 
-def test_stale_factors_stay_close_to_the_exact_method_and_report_their_gap(fit, funnel_schema):
+def test_stale_factors_stay_close_to_the_exact_method_and_report_their_gap(
+    fit, funnel_schema, make_batch
+):
     keys = {"optimizer": partial(torch.optim.Adam, lr=1e-3), "max_epochs": 4}
     exact, exact_trainer = fit(make_network(funnel_schema), make_mtn(refresh_every=1), **keys)
     stale, trainer = fit(make_network(funnel_schema), make_mtn(refresh_every=5), **keys)
@@ -316,7 +318,45 @@ def test_stale_factors_stay_close_to_the_exact_method_and_report_their_gap(fit, 
     assert len(gaps) == 3
     assert all(-1e-6 <= gap < 0.01 for gap in gaps)
     assert max(gaps) > max(v for k, v in exact_trainer.callback_metrics.items() if "/gap" in k)
-    assert 0 < distance(exact.network, stale.network) < 1e-3
+    batch = make_batch(funnel_schema, 64, seed=99)
+    batch = dataclasses.replace(batch, numerical=batch.numerical.double())
+    scores = [torch.cat(model(batch)) for model in (exact, stale)]
+    assert 0 < (scores[0] - scores[1]).abs().max() < 1e-2
+
+
+def test_an_old_direction_leaves_weights_without_a_data_gradient_alone(funnel_schema):
+    network = make_network(funnel_schema)
+    mtn = make_mtn(refresh_every=4, alpha="uniform")
+    start(mtn, network)
+    weight = network.towers[0][0].weight
+    dead = torch.arange(weight.numel()).reshape(weight.shape) % 3 == 0
+    added = {}
+    for step in (8, 9, 10, 11, 12):
+        for depth in network.task_layers():
+            for layer in depth:
+                layer.weight.grad = torch.ones_like(layer.weight)
+        weight.grad[dead] = 0
+        before = weight.grad.clone()
+        mtn.on_before_optimizer_step(fake_trainer(step), None, SGD(network.parameters()))
+        added[step] = weight.grad - before
+
+    for step in (8, 12):  # the factors are new
+        assert added[step].ne(0).all()
+    for step in (9, 10, 11):
+        assert torch.equal(added[step] == 0, dead)
+        torch.testing.assert_close(added[step][~dead], added[8][~dead])
+
+
+def test_a_new_direction_is_the_exact_one(funnel_schema):
+    added = []
+    for refresh_every in (1, 4):
+        network = make_network(funnel_schema).double()
+        mtn = make_mtn(refresh_every=refresh_every)
+        start(mtn, network)
+        mtn.on_before_optimizer_step(fake_trainer(), None, SGD(network.parameters()))
+        added.append(network.towers[0][0].weight.grad)
+
+    assert torch.equal(*added)
 
 
 def test_each_epoch_logs_the_mechanism(fit, funnel_schema, tmp_path):
@@ -422,7 +462,7 @@ def test_only_fused_optimisers_under_a_scaler_get_scaled_gradients():
     fused = torch.optim.Adam([parameter], fused=True)
 
     scale = gradient_scale(trainer, fused)
-    add_to_gradients([parameter], [torch.full((3,), 2.0)], scale=scale)
+    add_to_gradients([(parameter, torch.full((3,), 4.0), 0.5)], scale=scale)
     scaler.unscale_(fused)
 
     assert parameter.grad.tolist() == [3.0, 3.0, 3.0]
@@ -443,11 +483,11 @@ def test_bf16_mixed_trains_under_the_penalty(fit, funnel_schema):
 
 def start(mtn, network):
     mtn.setup(None, SimpleNamespace(network=network), "fit")
-    mtn.on_train_start(None, SimpleNamespace(device=torch.device("cpu")))
+    mtn.on_train_start(fake_trainer(), SimpleNamespace(device=torch.device("cpu")))
 
 
-def fake_trainer():
-    return SimpleNamespace(precision_plugin=SimpleNamespace())
+def fake_trainer(step=0):
+    return SimpleNamespace(precision_plugin=SimpleNamespace(), global_step=step)
 
 
 def frozen(parameters):

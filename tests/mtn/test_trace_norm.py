@@ -14,6 +14,7 @@ from mtnrec.mtn.trace_norm import (
     norms_along,
     polar_factor,
     polar_factors,
+    polar_iteration,
     tensor_trace_norm,
     unfold,
     unfoldings,
@@ -129,6 +130,32 @@ def test_float32_weights_keep_their_small_singular_values():
 
     u, _, vh = torch.linalg.svd(matrix.float().double())
     assert (factor.double() - u @ vh).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float32, 1e-4), (torch.float64, 1e-12)], ids=str
+)
+@pytest.mark.parametrize("shape", [(2, 900), (24, 24), (40, 160), (160, 40)], ids=str)
+def test_matrix_products_alone_give_the_polar_factor(shape, dtype, error):
+    matrix = gaussian(*shape, dtype=dtype)
+
+    factor = polar_iteration(matrix).factor
+
+    u, _, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    assert factor.dtype == dtype
+    assert (factor.double() - u @ vh).abs().max() < error
+
+
+@pytest.mark.parametrize("name", degenerate_stacks())
+def test_matrix_products_alone_give_a_lower_bound_of_the_norm_everywhere(name):
+    stack = degenerate_stacks()[name].float()
+
+    for rows, polar in zip(unfoldings(3), polar_factors(stack, None, polar_iteration), strict=True):
+        matrix, factor = unfold(stack, rows), unfold(polar.factor, rows)
+        assert torch.linalg.matrix_norm(factor.double(), 2) <= 1 + 1e-6
+        # Rounding noise on the null space may be amplified, but meets zeros of the matrix.
+        assert (factor * matrix).sum().item() == pytest.approx(nuclear(stack, rows), rel=1e-5)
+        assert not len(polar.singular_values)
 
 
 def test_norms_do_not_change_with_the_order_of_tasks_or_units():

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -52,8 +52,10 @@ class MTN(L.Callback):
         biases: Whether a bias counts as one more input of its layer.
         coupling: Add to the ``gradient`` (the paper's), or move the weights beside the optimiser's
             step by ``lr * lam * dR/dW``, ``decoupled``, as AdamW does with weight decay.
-        refresh_every: Steps between two decompositions; 1 is the exact method. In between the
-            norm is replaced by its lower bound from the last factor.
+        refresh_every: Most steps between two decompositions; 1 is the exact method. In between the
+            norm is replaced by its lower bound from the last factor. At the start of a training,
+            and where they cost little, they are more often: see
+            :func:`mtnrec.mtn.penalty.service`.
         alpha_optimizer: Makes the optimiser of what is learned.
 
     Raises:
@@ -185,7 +187,7 @@ class MTN(L.Callback):
                 self._optimizer.load_state_dict(self._restored["optimizer"])
         # A run that resumes at the start of an epoch takes the factors that an uninterrupted one
         # took at the end of the epoch before: the same bits.
-        self._penalty.refresh()
+        self._penalty.measure(trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         if self._penalty is None:
@@ -203,33 +205,34 @@ class MTN(L.Callback):
     ) -> None:
         if self._penalty is None:
             return
-        self._penalty.refresh_if_due()
-        parameters = self._penalty.parameters()
-        if self._penalty.age == 0:
-            self._zero_gradient_shares.append(_zero_gradient_share(parameters))
-        self._penalty.age += 1
+        if self._penalty.refresh(trainer.global_step):
+            self._zero_gradient_shares.append(_zero_gradient_share(self._penalty.parameters()))
         if self.lam == 0:
             return
-        learned = list(self._penalty.weights.parameters())
-        with torch.enable_grad():
-            objective = self.lam * self._penalty.value()
-            both = torch.autograd.grad(objective, [*parameters, *learned])
-        gradients, of_learned = both[: len(parameters)], both[len(parameters) :]
         if self.coupling == "gradient":
-            add_to_gradients(parameters, gradients, scale=gradient_scale(trainer, optimizer))
+            scale = self.lam * gradient_scale(trainer, optimizer)
+            add_to_gradients(self._penalty.gradients(), scale=scale)
         else:
-            move_parameters(parameters, gradients, optimizer)
-        if self._optimizer is not None:
-            for weight, gradient in zip(learned, of_learned, strict=True):
-                weight.grad = gradient
-            self._optimizer.step()
+            move_parameters(self._penalty.gradients(), optimizer, strength=self.lam)
+        self._step_weights(self._penalty)
+
+    def _step_weights(self, penalty: Penalty) -> None:
+        """Step with what is learned: alpha, and the layers' weights."""
+        if self._optimizer is None:
+            return
+        learned = list(penalty.weights.parameters())
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(self.lam * penalty.value(), learned)
+        for weight, gradient in zip(learned, gradients, strict=True):
+            weight.grad = gradient
+        self._optimizer.step()
 
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._penalty is None:
             return
-        self._penalty.refresh()
-        norms = self._penalty.layer_norms()
+        spectra = self._penalty.measure(trainer.global_step)
+        norms = self._penalty.norms()
         layer_weights = self._penalty.weights.layer_weights(norms)
         alpha = self._penalty.weights.alpha()
         penalty = self.lam * (layer_weights @ norms)
@@ -240,29 +243,31 @@ class MTN(L.Callback):
         if self._zero_gradient_shares:
             shares = torch.stack(self._zero_gradient_shares)
             values["zero_gradient_share"] = shares.mean()
-        gaps = torch.stack(self._penalty.gaps).amax(dim=0) if self._penalty.gaps else None
+        gaps = self._penalty.take_gaps()
         names = self._unfolding_names()
-        stacks = self._penalty.stacks()
         for row, depth in enumerate(self._penalty.depths):
             layer = f"layer_{depth}"
             values[f"{layer}/norm"] = norms[row]
             values[f"{layer}/weight"] = layer_weights[row]
-            values[f"{layer}/distance"] = mean_distance(stacks[row])
+            values[f"{layer}/distance"] = mean_distance(self._penalty.stack(depth))
             if gaps is not None:
                 values[f"{layer}/gap"] = gaps[row]
             for column, name in enumerate(names):
-                spectrum = self._penalty.factors[row][column].singular_values
                 values[f"{layer}/alpha_{name}"] = alpha[row, column]
-                values[f"{layer}/effective_rank_{name}"] = effective_rank(spectrum)
+                values[f"{layer}/effective_rank_{name}"] = effective_rank(spectra[row][column])
             self._warn_of_collapse(depth, alpha[row])
         logged = {f"mtn/{name}": value.float() for name, value in values.items()}
         pl_module.log_dict(logged, sync_dist=True)
-        self._penalty.gaps.clear()
         self._zero_gradient_shares.clear()
         if trainer.is_global_zero:
-            self._write_spectra(
-                self._penalty, Path(trainer.default_root_dir), trainer.current_epoch
-            )
+            folder = Path(trainer.default_root_dir) / "spectra"
+            folder.mkdir(parents=True, exist_ok=True)
+            named = {
+                f"layer_{depth}/{name}": spectrum.cpu().numpy()
+                for depth, of_depth in zip(self._penalty.depths, spectra, strict=True)
+                for name, spectrum in zip(names, of_depth, strict=True)
+            }
+            np.savez(folder / f"epoch_{trainer.current_epoch:03d}.npz", **cast(Any, named))
 
     def _unfolding_names(self) -> tuple[str, ...]:
         return UNFOLDINGS if self.target == "towers" else ("expert", *UNFOLDINGS[1:])
@@ -281,36 +286,37 @@ class MTN(L.Callback):
             largest,
         )
 
-    def _write_spectra(self, penalty: Penalty, directory: Path, epoch: int) -> None:
-        spectra: dict[str, Any] = {
-            f"layer_{depth}/{name}": polar.singular_values.cpu().numpy()
-            for depth, polars in zip(penalty.depths, penalty.factors, strict=True)
-            for name, polar in zip(self._unfolding_names(), polars, strict=True)
-        }
-        folder = directory / "spectra"
-        folder.mkdir(parents=True, exist_ok=True)
-        np.savez(folder / f"epoch_{epoch:03d}.npz", **spectra)
-
 
 def add_to_gradients(
-    parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], *, scale: float
+    gradients: Iterable[tuple[nn.Parameter, Tensor, float]], *, scale: float
 ) -> None:
-    """Add ``scale`` times the penalty's gradients to those of the loss."""
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+    """Add to the gradients of the loss those of the penalty, each times its weight and ``scale``.
+
+    Frozen parameters are left alone.
+    """
+    for parameter, gradient, weight in gradients:
+        if not parameter.requires_grad:
+            continue
         if parameter.grad is None:
-            parameter.grad = scale * gradient
-        else:
-            parameter.grad.add_(gradient, alpha=scale)
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.add_(gradient, alpha=scale * weight)
 
 
 @torch.no_grad()
 def move_parameters(
-    parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor], optimizer: Optimizer
+    gradients: Iterable[tuple[nn.Parameter, Tensor, float]],
+    optimizer: Optimizer,
+    *,
+    strength: float,
 ) -> None:
-    """Step against the penalty's gradients, at the learning rate of each parameter's group."""
+    """Step against the penalty's gradients, at the learning rate of each parameter's group.
+
+    What the optimiser does not have is left alone.
+    """
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.sub_(rates[id(parameter)] * gradient)
+    for parameter, gradient, weight in gradients:
+        if parameter.requires_grad and id(parameter) in rates:
+            parameter.sub_(gradient, alpha=rates[id(parameter)] * strength * weight)
 
 
 def gradient_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:
@@ -325,11 +331,9 @@ def gradient_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:
 
 
 def _zero_gradient_share(parameters: Sequence[nn.Parameter]) -> Tensor:
-    zeros = [(p.grad == 0).sum() for p in parameters if p.grad is not None]
-    without = sum(p.numel() for p in parameters if p.grad is None)
-    return (torch.stack(zeros).sum() if zeros else torch.tensor(0)).add(without) / sum(
-        p.numel() for p in parameters
-    )
+    others = [p.grad.count_nonzero() for p in parameters if p.grad is not None]
+    total = sum(p.numel() for p in parameters)
+    return 1 - (torch.stack(others).sum() if others else torch.tensor(0)) / total
 
 
 def _check_layers(layers: Any) -> None:

@@ -1,24 +1,81 @@
-"""The penalty ``sum_i w_i R_i`` of a model's layers, with factors that may be some steps old."""
+"""The penalty ``sum_i w_i R_i`` of a model's layers, with factors that may be some steps old.
 
-from collections.abc import Mapping, Sequence
+``R_i`` is convex, and the factors of an earlier ``W'`` give a direction ``D_i = dR_i/dW'`` with
+``<D_i, W> <= R_i(W)``: between two decompositions ``R_i`` is replaced by that bound, whose gradient
+costs one addition. How far it was below is measured whenever a factor is replaced.
+
+An old direction acts only on weights that had a data gradient when it was taken. Adam moves the
+others (behind a dead unit, say) by the penalty alone and at its full rate, so that ``k`` steps
+along one direction would carry them ``k`` rates past zero; they feel the penalty at the steps at
+which a factor is new, and shrink the more slowly. The model's outputs do not depend on them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import torch
 from torch import Tensor, nn
 
-from mtnrec.mtn.trace_norm import PolarFactor, layer_norms, norms_along, polar_factors
+from mtnrec.mtn.trace_norm import (
+    PolarFactor,
+    layer_norms,
+    norms_along,
+    polar_factor,
+    polar_factors,
+    polar_iteration,
+    unfoldings,
+)
 from mtnrec.mtn.weights import PenaltyWeights
+
+ROWS = unfoldings(3)
+_FEWEST = 16  # steps that the cheapest factors serve
+
+
+def service(shape: Sequence[int], column: int, step: int, longest: int) -> int:
+    """Return how many steps a factor of a stack's unfolding serves.
+
+    Few at first, when Adam turns all weights at full rate: as many as were made before it was
+    taken. Then the more, the more it costs: an eighth of its matrix's shorter side, and at least
+    16. Never more than ``longest``.
+
+    Args:
+        shape: Of the stack, ``(T, O, I)``.
+        column: Which of the unfoldings.
+        step: Steps made before it is taken.
+        longest: ``refresh_every``.
+
+    >>> [service((2, 512, 2176), column, 1000, longest=128) for column in range(3)]
+    [16, 64, 128]
+    >>> [service((2, 512, 2176), 2, step, longest=128) for step in (0, 1, 2, 100)]
+    [1, 1, 2, 100]
+    """
+    side = shape[ROWS[column][0]]
+    rest = shape[0] * shape[1] * shape[2] // side
+    return min(longest, max(_FEWEST, min(side, rest) // 8), max(step, 1))
+
+
+@dataclass(frozen=True)
+class _InService:
+    """A factor, the step at which it was taken, and the norm then."""
+
+    polar: PolarFactor
+    step: int
+    norm: Tensor
 
 
 class Penalty:
-    """The layers that are penalised, their weights, and their polar factors.
+    """The layers that are penalised, their weights, and their factors.
+
+    Keeps five tensors of the size of the penalised weights: a factor of each unfolding and two
+    directions.
 
     Args:
         depths: By depth, the layers that are stacked: alike in shape, at least two.
         weights: Alpha and layer weights.
         frobenius: Whether ``R_i`` has its Frobenius term.
         biases: Whether a bias counts as one more input of its layer.
-        refresh_every: Steps that the factors serve; 1 is the exact method.
+        refresh_every: Most steps that a factor serves; 1 is the exact method.
     """
 
     def __init__(
@@ -33,66 +90,151 @@ class Penalty:
         self.depths = depths
         self.weights = weights
         self._frobenius = frobenius
-        self._biases = biases
+        self._names = ("weight", "bias") if biases else ("weight",)
         self._refresh_every = refresh_every
-        self.factors: list[list[PolarFactor]] = []
-        self.age = 0
-        self.gaps: list[Tensor] = []
+        self._factors: dict[int, dict[int, _InService]] = {depth: {} for depth in depths}
+        self._frobenius_norms: dict[int, Tensor] = {}
+        self._new: dict[int, Tensor] = {}
+        self._old: dict[int, Tensor] = {}
+        self._layer_weights: list[float] = []
+        self._largest_gaps: dict[int, dict[int, Tensor]] = {depth: {} for depth in depths}
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the model's parameters that the penalty acts on; frozen ones are left alone."""
-        names = ("weight", "bias") if self._biases else ("weight",)
         layers = [layer for depth in self.depths.values() for layer in depth]
-        found = [layer.get_parameter(name) for layer in layers for name in names]
+        found = [layer.get_parameter(name) for layer in layers for name in self._names]
         return [parameter for parameter in found if parameter.requires_grad]
 
-    def stacks(self) -> list[Tensor]:
-        """Return the stack of each depth, ``(T, O, I)``, at least in float32."""
-        stacks = []
-        for layers in self.depths.values():
-            stack = torch.stack([layer.weight for layer in layers])
-            if self._biases:
-                bias = torch.stack([layer.bias for layer in layers])
-                stack = torch.cat([stack, bias.unsqueeze(-1)], dim=-1)
-            stacks.append(stack.to(torch.promote_types(stack.dtype, torch.float32)))
-        return stacks
+    @torch.no_grad()
+    def stack(self, depth: int) -> Tensor:
+        """Return the stack of a depth, ``(T, O, I)``, at least in float32."""
+        layers = self.depths[depth]
+        stack = torch.stack([layer.weight for layer in layers])
+        if "bias" in self._names:
+            bias = torch.stack([layer.bias for layer in layers])
+            stack = torch.cat([stack, bias.unsqueeze(-1)], dim=-1)
+        return stack.to(torch.promote_types(stack.dtype, torch.float32))
 
-    def refresh_if_due(self) -> None:
-        """Take new factors where there are none or they have served their steps."""
-        if not self.factors or self.age >= self._refresh_every:
-            self.refresh()
+    def refresh(self, step: int) -> bool:
+        """Take new factors where they have served their steps; say whether any is new.
+
+        Called with the gradients of the loss at hand, before they are changed.
+
+        Args:
+            step: Steps of the optimiser so far.
+        """
+        self._new.clear()
+        for depth in self.depths:
+            if due := self._due(depth, step):
+                self._take(depth, due, step, exact=False)
+            fresh = [factor.step == step for factor in self._of(depth)]
+            if any(fresh):
+                self._aim(depth, fresh)
+        if self._new:
+            with torch.no_grad():
+                self._layer_weights = self.weights.layer_weights(self.norms()).tolist()
+        return bool(self._new)
+
+    def measure(self, step: int) -> list[list[Tensor]]:
+        """Take all factors anew and return the spectra, ``L`` times ``S``, descending, float64."""
+        for depth in self.depths:
+            self._take(depth, range(len(ROWS)), step, exact=True)
+        return [
+            [factor.polar.singular_values for factor in self._of(depth)] for depth in self.depths
+        ]
+
+    def _of(self, depth: int) -> list[_InService]:
+        return [self._factors[depth][column] for column in range(len(ROWS))]
+
+    def _due(self, depth: int, step: int) -> list[int]:
+        shape = self._factors[depth][0].polar.factor.shape
+        return [
+            column
+            for column, factor in enumerate(self._of(depth))
+            if step - factor.step >= service(shape, column, factor.step, self._refresh_every)
+        ]
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def _take(self, depth: int, columns: Sequence[int], step: int, *, exact: bool) -> None:
         """Take new factors, and note by how much the old ones missed the norm."""
-        stacks = self.stacks()
-        old, self.factors = self.factors, [polar_factors(stack) for stack in stacks]
-        if old and self.age:
-            exact, bounds = (_norms(factors, stacks) for factors in (self.factors, old))
-            alpha = self.weights.alpha()
-            total = (alpha * exact).sum(dim=1)
-            missed = total - (alpha * bounds).sum(dim=1)
-            self.gaps.append(missed / total.clamp(min=torch.finfo(total.dtype).tiny))
-        self.age = 0
+        stack = self.stack(depth)
+        # On a GPU decompositions of small matrices wait for latency, matrix products do not.
+        polar = polar_factor if exact or stack.device.type == "cpu" else polar_iteration
+        known, gaps = self._factors[depth], self._largest_gaps[depth]
+        new = polar_factors(stack, [ROWS[column] for column in columns], polar)
+        for column, factor, norm in zip(columns, new, norms_along(new, stack), strict=True):
+            norm = norm.double()
+            if column in known and known[column].step < step:
+                (bound,) = norms_along([known[column].polar], stack).double()
+                gap = (norm - bound) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+                gaps[column] = torch.maximum(gaps.get(column, gap), gap)
+            known[column] = _InService(factor, step, norm)
+        self._frobenius_norms[depth] = torch.linalg.vector_norm(stack).double() * self._frobenius
 
-    def layer_norms(self) -> Tensor:
-        """Return ``R_i`` by the factors at hand, float64 ``(L,)``, differentiable throughout."""
-        stacks = self.stacks()
-        norms = _norms(self.factors, stacks)
-        frobenius = torch.stack([torch.linalg.vector_norm(stack) for stack in stacks]).double()
-        if not self._frobenius:
-            frobenius = torch.zeros_like(frobenius)
+    @torch.no_grad()
+    def _aim(self, depth: int, fresh: Sequence[bool]) -> None:
+        """Set the directions of a depth, some of whose factors are new."""
+        stack = self.stack(depth)
+        row = list(self.depths).index(depth)
+        frobenius = self._frobenius_norms[depth].item()
+        new = stack / frobenius if frobenius else torch.zeros_like(stack)
+        kept = torch.zeros_like(stack)
+        alphas = self.weights.alpha()[row].tolist()
+        for factor, alpha, is_new in zip(self._of(depth), alphas, fresh, strict=True):
+            (new if is_new else kept).add_(factor.polar.factor, alpha=alpha)
+        if all(fresh) and self._refresh_every == 1:
+            self._new[depth] = new
+            return
+        has_gradient = self._has_gradient(depth)
+        self._old[depth] = (new + kept).mul_(has_gradient)
+        self._new[depth] = new.addcmul_(kept, has_gradient)
+
+    def _has_gradient(self, depth: int) -> Tensor:
+        """Say of each weight, as 1 or 0 in the stack, whether the loss has a gradient there."""
+        found = []
+        for layer in self.depths[depth]:
+            parts = [layer.get_parameter(name) for name in self._names]
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parts]
+            found.append(torch.cat([g.reshape(layer.out_features, -1) for g in gradients], dim=1))
+        stack = torch.stack(found)
+        return (stack != 0).to(self._factors[depth][0].polar.factor.dtype)
+
+    def norms(self) -> Tensor:
+        """Return ``R_i`` when its factors were taken, float64 ``(L,)``, differentiable in alpha."""
+        norms = torch.stack([torch.stack([f.norm for f in self._of(d)]) for d in self.depths])
+        frobenius = torch.stack([self._frobenius_norms[depth] for depth in self.depths])
         return layer_norms(norms, self.weights.alpha(), frobenius)
 
     def value(self) -> Tensor:
-        """Return ``sum_i w_i R_i`` by the factors at hand, a float64 scalar."""
-        norms = self.layer_norms()
+        """Return ``sum_i w_i R_i``, float64, differentiable in the penalty's weights."""
+        norms = self.norms()
         return self.weights.layer_weights(norms) @ norms
 
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
+        """Yield each parameter, ``dR_i`` by it along the direction at hand, and ``w_i``."""
+        for (depth, layers), weight in zip(self.depths.items(), self._layer_weights, strict=True):
+            inputs = layers[0].in_features
+            directions = self._new if depth in self._new else self._old
+            for layer, direction in zip(layers, directions[depth], strict=True):
+                yield layer.get_parameter("weight"), direction[:, :inputs], weight
+                if "bias" in self._names:
+                    yield layer.get_parameter("bias"), direction[:, inputs], weight
 
-def _norms(factors: list[list[PolarFactor]], stacks: list[Tensor]) -> Tensor:
-    pairs = zip(factors, stacks, strict=True)
-    return torch.stack([norms_along(layer, stack) for layer, stack in pairs]).double()
+    def take_gaps(self) -> list[Tensor] | None:
+        """Return the largest relative error of each layer's norm since the last call.
+
+        That of a layer is the mean over its unfoldings, weighted by their shares of the norm. None
+        if no factor was replaced.
+        """
+        if not all(self._largest_gaps.values()):
+            return None
+        found = []
+        for alpha, depth in zip(self.weights.alpha().detach(), self.depths, strict=True):
+            shares = alpha * torch.stack([factor.norm for factor in self._of(depth)])
+            gaps = torch.stack([self._largest_gaps[depth][c] for c in range(len(ROWS))])
+            found.append(shares @ gaps / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny))
+            self._largest_gaps[depth].clear()
+        return found
 
 
 def mean_distance(stack: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ product.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -60,7 +61,8 @@ class PolarFactor(NamedTuple):
 
     Args:
         factor: ``U V^T``, of the matrix's shape and dtype.
-        singular_values: Descending, float64, as many as the shorter side.
+        singular_values: Descending, float64, as many as the shorter side; empty where they are not
+            known.
     """
 
     factor: Tensor
@@ -89,31 +91,75 @@ def polar_factor(matrix: Tensor) -> PolarFactor:
     threshold = eigenvalues[-1] * max(matrix.shape) * torch.finfo(torch.float64).eps
     in_range = eigenvalues > threshold.clamp(min=0)
     inverse_roots = torch.where(in_range, eigenvalues.rsqrt(), 0)
-    factor = (vectors * inverse_roots) @ (vectors.T @ work)
+    factor = ((vectors * inverse_roots) @ vectors.T) @ work
     singular_values = torch.where(in_range, eigenvalues, 0).sqrt().flip(0)
     return PolarFactor(factor.to(matrix.dtype), singular_values)
 
 
-def polar_factors(stack: Tensor) -> list[PolarFactor]:
-    """Return the polar factor of each distinct unfolding, folded back to the shape of ``stack``.
+def polar_iteration(matrix: Tensor, smallest: float = 1e-5) -> PolarFactor:
+    """Return the polar factor from matrix products alone, without the spectrum; for GPUs.
+
+    Newton-Schulz steps ``X <- a X + b X X^T X`` whose coefficients bring an interval that holds
+    the singular values as close to 1 as a cubic can (Higham, *Functions of Matrices*, section 8.6,
+    scaled by the cubic's equioscillation). The result has no singular value above 1, so it gives a
+    lower bound of the norm however far the iteration has come.
+
+    Args:
+        matrix: ``(m, n)``; the products are in its dtype.
+        smallest: Singular values below this share of ``||M||_F`` come out below 1.
+
+    Returns:
+        The factor. Costs 17 steps in float32 and 18 in float64, of ``2 min(m, n) m n``
+        multiplications each, and waits for nothing.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        transposed = polar_iteration(matrix.T, smallest)
+        return PolarFactor(transposed.factor.T, transposed.singular_values)
+    work = matrix.detach()
+    eps = torch.finfo(work.dtype).eps
+    work = work / torch.linalg.vector_norm(work).clamp(min=torch.finfo(work.dtype).tiny)
+    low, high = smallest, 1.0
+    while high - low > eps:
+        scale = math.sqrt(3 / (low * low + low * high + high * high))
+        high = 4 / (2 + low * high * (low + high) * scale**3)
+        low = 2 - high
+        work = _newton_schulz(scale * work, high)
+    # Rounding leaves some above 1; there the plain step is below it.
+    return PolarFactor(_newton_schulz(work, 1.0), work.new_empty(0, dtype=torch.float64))
+
+
+def _newton_schulz(matrix: Tensor, scale: float) -> Tensor:
+    """Return ``scale (3 X - X X^T X) / 2``."""
+    gram = matrix @ matrix.T
+    return torch.addmm(matrix, gram, matrix, beta=1.5 * scale, alpha=-0.5 * scale)
+
+
+def polar_factors(
+    stack: Tensor,
+    which: Sequence[Modes] | None = None,
+    polar: Callable[[Tensor], PolarFactor] = polar_factor,
+) -> list[PolarFactor]:
+    """Return the polar factors of unfoldings, folded back to the shape of ``stack``.
 
     A mode of size 1 makes unfoldings transposes of each other (the last layer has ``O = 1``); each
-    spectrum is computed once.
+    is decomposed once.
 
     Args:
         stack: ``(T, O, I)``, or a tensor of any order.
+        which: Row modes of the unfoldings; all of :func:`unfoldings` if not given.
+        polar: :func:`polar_factor` or :func:`polar_iteration`.
 
     Returns:
-        One entry for each of :func:`unfoldings`, in its order.
+        One entry for each of ``which``, in its order.
     """
     wide = frozenset(mode for mode, size in enumerate(stack.shape) if size > 1)
     known: dict[frozenset[frozenset[int]], PolarFactor] = {}
     factors = []
-    for rows in unfoldings(stack.dim()):
+    for rows in unfoldings(stack.dim()) if which is None else which:
         row_side = wide.intersection(rows)
         sides = frozenset({row_side, wide - row_side})
         if sides not in known:
-            matrix = polar_factor(unfold(stack, rows))
+            matrix = polar(unfold(stack, rows))
             folded = fold(matrix.factor, rows, stack.shape).contiguous()
             known[sides] = PolarFactor(folded, matrix.singular_values)
         factors.append(known[sides])
