@@ -35,6 +35,7 @@ def test_every_group_has_its_choices():
     synthetic = ["synthetic", "synthetic_ali_ccp"]
     assert choices("data") == ["ali_ccp", *countries, *synthetic, "table"]
     assert choices("model") == ["esmm", "mmoe", "shared_bottom"]
+    assert choices("optimizer") == ["adam", "lazy_adam"]
     assert choices("logger") == ["csv", "tensorboard", "wandb"]
 
 
