@@ -65,6 +65,16 @@ class FeatureInput(nn.Module):
         self._one_hot_width = starts.pop()
         self.register_buffer("_one_hot_starts", torch.tensor(starts), persistent=False)
 
+    def make_gradients(self, *, sparse: bool) -> None:
+        """Choose sparse or dense gradients for the tables whose rows are looked up.
+
+        They are those with more rows than columns, and those of multi-valued fields. A sparse
+        gradient holds the rows that the batch has; not every optimiser takes one.
+        """
+        large = [_embeddings(self.tables)[field] for field in self._large]
+        for table in [*large, *_embeddings(self.bag_tables)]:
+            table.sparse = sparse
+
     def forward(self, batch: Batch) -> Tensor:
         """Return the rows, ``(B, (F + M + 1) * D)``, and one ``D`` less without numericals."""
         columns = batch.categorical.unbind(dim=1)
@@ -133,9 +143,14 @@ class FeatureInput(nn.Module):
             totals = weights.new_zeros(len(lengths)).index_add(0, row, weights)
             # Where all weights are zero the sum is zero too, whatever it is divided by.
             weights = weights / totals.where(totals != 0, 1)[row]
+        tokens, vectors = bags.tokens, table.weight
+        if table.sparse and torch.is_grad_enabled():
+            # A row of gradient for each token would take more than a dense gradient does.
+            present, tokens = tokens.unique(return_inverse=True)
+            vectors = table(present)
         return F.embedding_bag(
-            bags.tokens,
-            table.weight,
+            tokens,
+            vectors,
             bags.offsets,
             mode="sum",
             per_sample_weights=weights,
