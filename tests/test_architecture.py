@@ -13,7 +13,8 @@ ALLOWED = {
     "checks": SHARED,
     "data": SHARED | {"data"},
     "metric": SHARED | {"metric"},
-    "model": SHARED | {"model", "metric"},
+    "model": SHARED | {"model", "metric", "optimizer"},
+    "optimizer": SHARED | {"optimizer"},
     "mtn": SHARED | {"mtn"},
     "reporting": {"cell", "checks", "files", "reporting"},
 }
@@ -42,7 +43,8 @@ def test_imports_point_one_way(part):
 
 
 @pytest.mark.parametrize("model", ["layer", "shared_bottom", "esmm", "mmoe"])
-def test_a_network_knows_nothing_of_lightning_and_metrics(model):
+def test_a_network_knows_nothing_of_lightning_metrics_and_optimisers(model):
     names = set(imports(MODULES[f"model/{model}"]))
 
-    assert not [name for name in names if name.startswith(("lightning", "mtnrec.metric"))]
+    strangers = ("lightning", "mtnrec.metric", "mtnrec.optimizer")
+    assert not [name for name in names if name.startswith(strangers)]

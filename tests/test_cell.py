@@ -68,6 +68,17 @@ def test_a_cell_does_not_depend_on_the_order_of_the_keys(compose_config):
     assert cell_of(backwards, "abc") == cell_of(config, "abc")
 
 
+def test_a_cell_takes_a_key_for_the_same_as_a_number_and_as_text(compose_config):
+    widths = [{"default": 8, 101: 4, 99: 2}, {"99": 2, "101": 4, "default": 8}, {"default": 8}]
+    configs = [resolve_settings(compose_config()) for _ in widths]
+    for config, width in zip(configs, widths, strict=True):
+        config["model"]["embedding_dim"] = width
+
+    number, text, other = (cell_of(config, "abc") for config in configs)
+
+    assert number == text != other
+
+
 def test_what_is_switched_off_is_one_cell_whatever_its_settings(cell):
     assert cell("mtn.lam", 0.1) == cell("mtn.target", "shared") == cell()
     assert cell("noise.seed", 5) == cell()

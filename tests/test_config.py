@@ -15,6 +15,7 @@ from mtnrec.config import CONF_DIR
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.noise import Noise
 from mtnrec.mtn.callback import MTN
+from mtnrec.schema import CategoricalField, Schema
 
 PARTS = ("data/loading", "data/aliexpress")  # of other files; no choices
 
@@ -34,6 +35,7 @@ def test_every_group_has_its_choices():
     synthetic = ["synthetic", "synthetic_ali_ccp"]
     assert choices("data") == ["ali_ccp", *countries, *synthetic, "table"]
     assert choices("model") == ["esmm", "mmoe", "shared_bottom"]
+    assert choices("optimizer") == ["adam", "lazy_adam"]
     assert choices("logger") == ["csv", "tensorboard", "wandb"]
 
 
@@ -72,6 +74,16 @@ def test_every_model_is_built_from_a_schema(name, compose_config, funnel_schema,
 
     assert isinstance(network, nn.Module)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_gives_fields_widths_of_their_own(compose_config):
+    fields = tuple(CategoricalField(name, 300) for name in ("101", "109_14", "205"))
+    schema = Schema(fields, (), ("click", "conversion"), funnel=True)
+    config = compose_config("model.embedding_dim={default:9,101:3,109_14:4}")
+
+    network = build_network(config.model, schema)
+
+    assert [table.embedding_dim for table in network.input.tables] == [3, 4, 9]
 
 
 @pytest.mark.parametrize("name", choices("mtn"))
@@ -193,6 +205,7 @@ def test_a_bad_value_is_refused_with_rule_and_value(key, value, message, mmoe_co
         ("tower_widths", 64, "model.tower_widths must be a list of at least one width"),
         ("tower_widths", [64, 0], "model.tower_widths must be an integer >= 1, got 0"),
         ("embedding_dim", -1, "model.embedding_dim must be an integer >= 1, got -1"),
+        ("embedding_dim", {"price": 4}, "model.embedding_dim needs a default"),
         ("experts", 0, "model.experts must be an integer >= 1, got 0"),
         ("batch_norm", 1, "model.batch_norm must be true or false, got 1"),
     ],

@@ -25,6 +25,12 @@ def test_what_is_undefined_becomes_null(tmp_path):
     assert json.loads(text) == {"a": None, "b": [None, 1.0], "c": {"d": None, "e": None}}
 
 
+def test_numbers_and_words_may_be_keys_together(tmp_path):
+    write_json(tmp_path / "result.json", {"widths": {"default": 128, 101: 16}})
+
+    assert read_json(tmp_path / "result.json") == {"widths": {"default": 128, "101": 16}}
+
+
 def test_an_old_file_survives_a_failing_write(tmp_path, monkeypatch):
     def full_disk(_):
         raise OSError("no space left on device")

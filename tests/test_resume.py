@@ -101,6 +101,20 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
     assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 
+def test_the_moments_of_rows_go_on_where_they_were(train, kill, tmp_path):
+    lazy = [*LOG, "data=synthetic_ali_ccp", "optimizer=lazy_adam", "trainer.gradient_clip_val=0.1"]
+    expected = train(*lazy, "trainer.max_epochs=3")
+    kill("on_validation_end", 2)
+    with pytest.raises(Killed):
+        train(*lazy, "trainer.max_epochs=3", folder=tmp_path)
+
+    train(*lazy, "trainer.max_epochs=3", folder=tmp_path)
+
+    assert "last.ckpt, after epoch 0" in (tmp_path / "train.log").read_text()
+    assert outcome(tmp_path) == outcome(expected)
+    assert len(outcome(tmp_path)["history"]) == 3
+
+
 def test_a_resumed_run_counts_the_time_before(train, kill, tmp_path):
     kill("on_test_start", 1)
     with pytest.raises(Killed):

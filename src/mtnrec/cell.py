@@ -95,7 +95,9 @@ def folder_name(config: Mapping[str, Any]) -> str:
 
 
 def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    # Keys like 101 and `default` are not sorted with each other before they are text.
+    as_text = json.loads(json.dumps(content))
+    return hashlib.sha256(json.dumps(as_text, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def resolve_settings(config: DictConfig) -> dict[str, Any]:

@@ -23,8 +23,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all; NaN becomes null."""
-    text = json.dumps(_without_nan(content), indent=2, sort_keys=True, allow_nan=False)
+    """Write a JSON file, whole or not at all; NaN becomes null, keys become text."""
+    text = json.dumps(_for_json(content), indent=2, sort_keys=True, allow_nan=False)
     write_whole(path, text + "\n")
 
 
@@ -46,9 +46,9 @@ def slug(*parts: str) -> str:
     return "-".join(re.sub(r"[\W_]+", "_", part.lower()).strip("_") for part in parts)
 
 
-def _without_nan(value: Any) -> Any:
+def _for_json(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {str(key): _for_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [_for_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

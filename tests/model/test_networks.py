@@ -16,14 +16,14 @@ from mtnrec.schema import CategoricalField, Schema
 
 BUILD = {
     "shared_bottom": lambda schema, **keys: SharedBottom(
-        schema, embedding_dim=5, bottom_widths=[7, 6], tower_widths=[4, 3], **keys
+        schema, bottom_widths=[7, 6], tower_widths=[4, 3], **keys
     ),
-    "esmm": lambda schema, **keys: ESMM(schema, embedding_dim=5, tower_widths=[7, 6, 4], **keys),
+    "esmm": lambda schema, **keys: ESMM(schema, tower_widths=[7, 6, 4], **keys),
     "mmoe": lambda schema, **keys: MMoE(
-        schema, embedding_dim=5, experts=3, expert_widths=[7, 6], tower_widths=[4, 3], **keys
+        schema, experts=3, expert_widths=[7, 6], tower_widths=[4, 3], **keys
     ),
 }
-PLAIN = {"dropout": 0.0, "batch_norm": False, "bag_mode": "mean"}
+PLAIN = {"embedding_dim": 5, "dropout": 0.0, "batch_norm": False, "bag_mode": "mean"}
 INDEPENDENT = Schema(
     (CategoricalField("a", 4), CategoricalField("b", 30)), ("x",), ("like", "share", "buy"), False
 )
@@ -108,16 +108,26 @@ SCHEMAS = {
     ),
     "bags_alone": Schema((), (), ("click", "conversion"), funnel=True, multivalued=fields(30)),
     "all_small": Schema(fields(3, 2), ("x",), ("click", "conversion"), funnel=True),
+    "widths": Schema(
+        fields(3, 40, 9, 6, 20),
+        ("x", "y"),
+        ("click", "conversion"),
+        funnel=True,
+        multivalued=(CategoricalField("history", 4), CategoricalField("1_4", 30)),
+    ),
 }
+# c0 and c3 are looked up, c2 is no wider than its vectors; YAML makes a number of 1_4.
+WIDTHS = {"widths": {"default": 5, "c0": 2, "c1": 7, "c2": 9, "c3": 1, "history": 3, 14: 4}}
 
 
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("schema", SCHEMAS)
 @pytest.mark.parametrize("model", BUILD)
 def test_outputs_and_gradients_equal_the_formulas(model, schema, rows, make_batch):
+    keys = PLAIN | {"embedding_dim": WIDTHS.get(schema, 5)}
     schema = SCHEMAS[schema]
     torch.manual_seed(1)
-    network, batch = in_float64(BUILD[model](schema, **PLAIN), make_batch(schema, rows))
+    network, batch = in_float64(BUILD[model](schema, **keys), make_batch(schema, rows))
     weights = {n: p.detach().clone().requires_grad_() for n, p in network.named_parameters()}
 
     output = network(batch)
@@ -132,6 +142,43 @@ def test_outputs_and_gradients_equal_the_formulas(model, schema, rows, make_batc
         expected = weights[name].grad  # None where the only bag is empty
         expected = torch.zeros_like(parameter) if expected is None else expected
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-13, msg=name)
+
+
+def test_a_field_has_the_width_it_is_given(make_batch):
+    network = BUILD["esmm"](SCHEMAS["widths"], **PLAIN | {"embedding_dim": WIDTHS["widths"]})
+
+    tables = [*network.input.tables, *network.input.bag_tables]
+    assert [table.weight.shape[1] for table in tables] == [2, 7, 9, 1, 5, 3, 4]
+    assert network.input.numerical.out_features == 5
+    assert network.input(make_batch(SCHEMAS["widths"])).shape == (16, network.input.out_features)
+
+
+def test_equal_widths_field_by_field_are_one_width_for_all(funnel_schema, make_batch):
+    networks = []
+    for embedding_dim in (5, {"default": 5, "categorical_1": 5}):
+        torch.manual_seed(0)
+        networks.append(BUILD["mmoe"](funnel_schema, **PLAIN | {"embedding_dim": embedding_dim}))
+
+    one, several = (network(make_batch(funnel_schema)).positive for network in networks)
+
+    assert torch.equal(one, several)
+
+
+@pytest.mark.parametrize(
+    ("embedding_dim", "message"),
+    [
+        ({"default": 5, "c7": 2, 205: 2}, "names 'c7', '205'; the fields of the data are c0, c1"),
+        ({"c0": 2}, r"needs a default for what it does not name.*got {'c0': 2}"),
+        ({"default": 0}, "model.embedding_dim.default must be an integer >= 1, got 0"),
+        ({"default": 5, "c1": 2.5}, "model.embedding_dim.c1 must be an integer >= 1, got 2.5"),
+        ("wide", "model.embedding_dim must be an integer >= 1, got 'wide'"),
+    ],
+)
+def test_widths_that_fit_no_field_are_refused(embedding_dim, message):
+    schema = Schema(fields(3, 40), (), ("click", "conversion"), funnel=True)
+
+    with pytest.raises(InputError, match=message):
+        BUILD["esmm"](schema, **PLAIN | {"embedding_dim": embedding_dim})
 
 
 @pytest.mark.parametrize("model", BUILD)

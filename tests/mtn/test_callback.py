@@ -177,11 +177,12 @@ def test_biases_count_as_one_more_input(fit, funnel_schema):
     assert distance(with_callback.network, inside.network) < 1e-9
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adam", "lazy_adam"])
+def test_two_processes_equal_one(optimizer, tmp_path):
     script = Path(__file__).with_name("two_processes.py")
 
-    runpy.run_path(str(script))["main"](1, str(tmp_path / "1.pt"))
-    command = [sys.executable, str(script), "2", str(tmp_path / "2.pt")]
+    runpy.run_path(str(script))["main"](1, str(tmp_path / "1.pt"), optimizer)
+    command = [sys.executable, str(script), "2", str(tmp_path / "2.pt"), optimizer]
     subprocess.run(command, check=True, timeout=120, cwd=tmp_path, capture_output=True)
 
     one, two = (torch.load(tmp_path / f"{devices}.pt") for devices in (1, 2))

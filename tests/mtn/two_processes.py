@@ -1,6 +1,6 @@
 """Train with MTN on one or two processes over the same global batches; run by a test.
 
-``python two_processes.py DEVICES OUT``
+``python two_processes.py DEVICES OUT OPTIMIZER``
 """
 
 import sys
@@ -17,10 +17,16 @@ from mtnrec.data.datamodule import RowGatherer, TrainSampler
 from mtnrec.model.module import MultiTaskModule
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.mtn.callback import MTN
+from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import CategoricalField, Schema
 
 ROWS, GLOBAL_BATCH = 96, 32
-SCHEMA = Schema((CategoricalField("a", 5),), ("x", "y"), ("click", "conversion"), funnel=True)
+# More values of "a" than rows in a batch: some rows of its table are in none.
+SCHEMA = Schema((CategoricalField("a", 40),), ("x", "y"), ("click", "conversion"), funnel=True)
+OPTIMIZERS = {
+    "adam": partial(torch.optim.Adam, lr=1e-2),
+    "lazy_adam": partial(LazyAdam, lr=1e-2, betas=[0.9, 0.999], eps=1e-8),
+}
 
 
 class Data(L.LightningDataModule):
@@ -28,7 +34,7 @@ class Data(L.LightningDataModule):
         rng = np.random.default_rng(0)
         click = rng.integers(0, 2, ROWS)
         arrays = {
-            "categorical": rng.integers(0, 5, (ROWS, 1), dtype=np.int32),
+            "categorical": rng.integers(0, 40, (ROWS, 1), dtype=np.int32),
             "numerical": rng.random((ROWS, 2)),
             "labels": np.stack([click, click * rng.integers(0, 2, ROWS)], 1).astype(np.uint8),
         }
@@ -42,7 +48,7 @@ class Data(L.LightningDataModule):
         return self.train_dataloader()
 
 
-def main(devices: int, out: str) -> None:
+def main(devices: int, out: str, optimizer: str) -> None:
     torch.manual_seed(0)
     network = SharedBottom(
         SCHEMA,
@@ -90,10 +96,9 @@ def main(devices: int, out: str) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    optimizer = partial(torch.optim.Adam, lr=1e-2)
-    module = MultiTaskModule(network, schema=SCHEMA, optimizer=optimizer)
+    module = MultiTaskModule(network, schema=SCHEMA, optimizer=OPTIMIZERS[optimizer])
     trainer.fit(module, datamodule=Data())
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -1,6 +1,7 @@
 """ESMM (X. Ma et al., Entire Space Multi-Task Model, SIGIR 2018)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,7 @@ class ESMM(nn.Module):
 
     Args:
         schema: Fields and labels of the data, which must be a funnel.
-        embedding_dim: ``D``.
+        embedding_dim: ``D``, or one by field as in :class:`~mtnrec.model.layer.FeatureInput`.
         bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
         tower_widths: Outputs of each tower's hidden layers; they hold the widths of what other
             models call bottom and tower.
@@ -37,7 +38,7 @@ class ESMM(nn.Module):
         self,
         schema: Schema,
         *,
-        embedding_dim: int,
+        embedding_dim: int | Mapping[Any, int],
         bag_mode: str,
         tower_widths: Sequence[int],
         dropout: float,

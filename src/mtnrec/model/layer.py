@@ -1,14 +1,22 @@
 """The layers that the networks share, and label probabilities in log space."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtnrec.batch import Bags, Batch, LogProbabilities
-from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
+from mtnrec.checks import (
+    InputError,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    name_some,
+)
 from mtnrec.schema import Schema
 
 
@@ -21,39 +29,51 @@ class FeatureInput(nn.Module):
 
     Args:
         schema: The fields.
-        embedding_dim: ``D``.
+        embedding_dim: ``D``; one for all, or one for each field that it names and, for the other
+            fields and the numerical features, a ``default``.
         bag_mode: ``mean``, the weighted mean of the tokens' vectors, or ``sum``.
     """
 
-    def __init__(self, schema: Schema, embedding_dim: int, bag_mode: str) -> None:
+    def __init__(
+        self, schema: Schema, embedding_dim: int | Mapping[Any, int], bag_mode: str
+    ) -> None:
         super().__init__()
-        check_integer("model.embedding_dim", embedding_dim, minimum=1)
+        widths, default = _widths(schema, embedding_dim)
         check_choice("model.bag_mode", bag_mode, ["mean", "sum"])
         if not schema.categorical and not schema.multivalued and not schema.numerical:
             raise InputError("the data set has no features: a model needs at least one")
-        sizes = [field.vocabulary_size for field in schema.categorical]
-        self.tables = nn.ModuleList(nn.Embedding(size, embedding_dim) for size in sizes)
-        self.bag_tables = nn.ModuleList(
-            nn.Embedding(field.vocabulary_size, embedding_dim) for field in schema.multivalued
+        self.tables, self.bag_tables = (
+            nn.ModuleList(nn.Embedding(f.vocabulary_size, widths[f.name]) for f in fields)
+            for fields in (schema.categorical, schema.multivalued)
         )
         self._bag_mode = bag_mode
-        for table in [*_embeddings(self.tables), *_embeddings(self.bag_tables)]:
+        tables = [*_embeddings(self.tables), *_embeddings(self.bag_tables)]
+        for table in tables:
             nn.init.xavier_uniform_(table.weight)
             with torch.no_grad():
                 table.weight[0] = 0  # missing or unseen: rare in training, so start it neutral
-        self.numerical = (
-            nn.Linear(len(schema.numerical), embedding_dim) if schema.numerical else None
-        )
-        self.out_features = embedding_dim * (
-            len(sizes) + len(schema.multivalued) + bool(schema.numerical)
-        )
-        self._embedding_dim = embedding_dim
+        self.numerical = nn.Linear(len(schema.numerical), default) if schema.numerical else None
+        self._widths = [table.embedding_dim for table in tables]
+        if self.numerical is not None:
+            self._widths.append(default)
+        self.out_features = sum(self._widths)
         # A one-hot vector no wider than the embedding makes a product no dearer.
-        self._small = [field for field, size in enumerate(sizes) if size <= embedding_dim]
-        self._large = [field for field, size in enumerate(sizes) if size > embedding_dim]
+        sizes = [field.vocabulary_size for field in schema.categorical]
+        self._small = [i for i, size in enumerate(sizes) if size <= self._widths[i]]
+        self._large = [i for i, size in enumerate(sizes) if size > self._widths[i]]
         starts = list(itertools.accumulate((sizes[field] for field in self._small), initial=0))
         self._one_hot_width = starts.pop()
         self.register_buffer("_one_hot_starts", torch.tensor(starts), persistent=False)
+
+    def make_gradients(self, *, sparse: bool) -> None:
+        """Choose sparse or dense gradients for the tables whose rows are looked up.
+
+        They are those with more rows than columns, and those of multi-valued fields. A sparse
+        gradient holds the rows that the batch has; not every optimiser takes one.
+        """
+        large = [_embeddings(self.tables)[field] for field in self._large]
+        for table in [*large, *_embeddings(self.bag_tables)]:
+            table.sparse = sparse
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the rows, ``(B, (F + M + 1) * D)``, and one ``D`` less without numericals."""
@@ -84,7 +104,7 @@ class FeatureInput(nn.Module):
         """
         weights = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
-        blocks = weights.split(self._embedding_dim, dim=1)
+        blocks = weights.split(self._widths, dim=1)
         columns, maps = [], []
         tables = _embeddings(self.tables)
         if self._small:
@@ -123,14 +143,47 @@ class FeatureInput(nn.Module):
             totals = weights.new_zeros(len(lengths)).index_add(0, row, weights)
             # Where all weights are zero the sum is zero too, whatever it is divided by.
             weights = weights / totals.where(totals != 0, 1)[row]
+        tokens, vectors = bags.tokens, table.weight
+        if table.sparse and torch.is_grad_enabled():
+            # A row of gradient for each token would take more than a dense gradient does.
+            present, tokens = tokens.unique(return_inverse=True)
+            vectors = table(present)
         return F.embedding_bag(
-            bags.tokens,
-            table.weight,
+            tokens,
+            vectors,
             bags.offsets,
             mode="sum",
             per_sample_weights=weights,
             include_last_offset=True,
         )
+
+
+def _widths(schema: Schema, embedding_dim: int | Mapping[Any, int]) -> tuple[dict[str, int], int]:
+    """Return the width of the vectors of each field, and that of what no key names."""
+    names = [field.name for field in (*schema.categorical, *schema.multivalued)]
+    if not isinstance(embedding_dim, Mapping):
+        check_integer("model.embedding_dim", embedding_dim, minimum=1)
+        return dict.fromkeys(names, embedding_dim), embedding_dim
+    # YAML reads the names 101 and 109_14 as the numbers 101 and 10914.
+    by_number = {name.replace("_", ""): name for name in names if name[:1].isdigit()}
+    widths = {
+        str(key) if str(key) in names else by_number.get(str(key), str(key)): width
+        for key, width in embedding_dim.items()
+    }
+    for name, width in widths.items():
+        check_integer(f"model.embedding_dim.{name}", width, minimum=1)
+    if "default" not in widths:
+        raise InputError(
+            "model.embedding_dim needs a default for what it does not name, as in "
+            f"{{default: 128, 101: 16}}; got {widths}"
+        )
+    default = widths.pop("default")
+    if unknown := [name for name in widths if name not in names]:
+        raise InputError(
+            f"model.embedding_dim names {name_some(unknown)}; the fields of the data are "
+            f"{', '.join(names) or 'none'}"
+        )
+    return dict.fromkeys(names, default) | widths, default
 
 
 def _embeddings(tables: nn.ModuleList) -> list[nn.Embedding]:

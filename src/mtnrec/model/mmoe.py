@@ -1,6 +1,7 @@
 """MMoE (J. Ma et al., Multi-gate Mixture-of-Experts, KDD 2018)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ class MMoE(nn.Module):
 
     Args:
         schema: Fields and labels of the data; one gate and one tower a label.
-        embedding_dim: ``D``.
+        embedding_dim: ``D``, or one by field as in :class:`~mtnrec.model.layer.FeatureInput`.
         bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
         experts: ``E``.
         expert_widths: Outputs of each expert's layers.
@@ -36,7 +37,7 @@ class MMoE(nn.Module):
         self,
         schema: Schema,
         *,
-        embedding_dim: int,
+        embedding_dim: int | Mapping[Any, int],
         bag_mode: str,
         experts: int,
         expert_widths: Sequence[int],

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterable
 
 import lightning as L
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError
 from mtnrec.metric.task_metrics import TaskMetrics
+from mtnrec.model.layer import FeatureInput
+from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import Schema
 
 
@@ -93,11 +96,37 @@ class MultiTaskModule(L.LightningModule):
             if not name.endswith(("_rows", "_positives")):
                 self.log(name, value, sync_dist=True)
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            # DDP looks for sparse gradients before Lightning asks for the optimiser.
+            self.configure_optimizers()
+
     def configure_optimizers(self) -> Optimizer:
         try:
-            return self._optimizer(self.network.parameters())
+            optimizer = self._optimizer(self.network.parameters())
         except ValueError as error:  # a rate out of range, say: torch names rule and value
             raise InputError(f"optimizer: {error}") from error
+        lazy = isinstance(optimizer, LazyAdam)
+        if lazy and dist.is_initialized() and dist.get_backend() == "nccl":
+            raise InputError(
+                "optimizer=lazy_adam has sparse gradients, which NCCL does not add up over "
+                "processes: choose trainer.devices=1, optimizer=adam, or a strategy with "
+                "process_group_backend=gloo"
+            )
+        for part in self.network.modules():
+            if isinstance(part, FeatureInput):
+                part.make_gradients(sparse=lazy)
+        return optimizer
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val and isinstance(optimizer, LazyAdam):
+            optimizer = optimizer.gradients_to_clip()
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
 def _labels_of(batch: Batch) -> Tensor:

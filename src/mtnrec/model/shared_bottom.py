@@ -1,6 +1,7 @@
 """Shared-bottom (R. Caruana, Multitask Learning, 1997): one bottom network, one tower a label."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,7 @@ class SharedBottom(nn.Module):
 
     Args:
         schema: Fields and labels of the data; one tower a label.
-        embedding_dim: ``D``.
+        embedding_dim: ``D``, or one by field as in :class:`~mtnrec.model.layer.FeatureInput`.
         bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
         bottom_widths: Outputs of the bottom's layers.
         tower_widths: Outputs of each tower's hidden layers.
@@ -34,7 +35,7 @@ class SharedBottom(nn.Module):
         self,
         schema: Schema,
         *,
-        embedding_dim: int,
+        embedding_dim: int | Mapping[Any, int],
         bag_mode: str,
         bottom_widths: Sequence[int],
         tower_widths: Sequence[int],

@@ -1,0 +1,132 @@
+"""Adam for embedding tables that are too large to touch whole at every step."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.adam import adam
+
+from mtnrec.checks import InputError, check_number
+
+
+class LazyAdam(Adam):
+    """Adam, and where a gradient is sparse it moves the rows in it alone, weights and moments.
+
+    A row that is in every batch, and a parameter with a dense gradient, move as under
+    ``torch.optim.Adam(fused=True)``, whose kernel does the step. A row that is not in a batch is
+    left alone to the bit; under Adam its moments decay and go on moving it. The bias correction
+    counts the steps of the table, as ``torch.optim.SparseAdam`` does, not those of the row: late in
+    the training a row that one batch has moves by ``lr * (1 - beta1) / sqrt(1 - beta2)``, 3.2
+    ``lr`` with the usual betas, and under Adam by ten times that over the steps that follow.
+
+    A step costs what the batch has, whatever the size of the table. The state is Adam's, two values
+    a weight.
+
+    Args:
+        params: Parameters, or groups of them.
+        lr: At least 0.
+        betas: Decay of the two moments, in [0, 1).
+        eps: At least 0.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: Sequence[float],
+        eps: float,
+    ) -> None:
+        check_number("lr", lr, minimum=0)
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise InputError(f"betas must be a list of two numbers, got {betas!r}")
+        for beta in betas:
+            check_number("betas", beta, minimum=0, maximum=1, open_maximum=True)
+        check_number("eps", eps, minimum=0)
+        first, second = map(float, betas)
+        super().__init__(params, lr=lr, betas=(first, second), eps=eps, fused=True)
+        # Else fp16 gradients would stay scaled until the step, and could not be clipped before.
+        self._step_supports_amp_scaling = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        operands: list[list[Tensor]] = []
+        steps: list[Tensor] = []
+        copies: list[tuple[Tensor, list[Tensor], list[Tensor]]] = []
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            state = self._state_of(parameter)
+            steps.append(state["step"])
+            stored = [parameter, state["exp_avg"], state["exp_avg_sq"]]
+            if not gradient.is_sparse:
+                operands.append([gradient, *stored])
+                continue
+            gradient = gradient.coalesce()
+            rows = gradient.indices()[0]
+            copied = [tensor.index_select(0, rows) for tensor in stored]
+            operands.append([gradient.values(), *copied])
+            copies.append((rows, stored, copied))
+        if not operands:
+            return
+        gradients, weights, means, squares = map(list, zip(*operands, strict=True))
+        adam(
+            weights,
+            gradients,
+            means,
+            squares,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
+        for rows, stored, copied in copies:
+            for tensor, copy in zip(stored, copied, strict=True):
+                tensor.index_copy_(0, rows, copy)
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:  # as Adam names it and makes it
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+    @torch.no_grad()
+    def gradients_to_clip(self) -> Optimizer:
+        """Return the gradients, none of them sparse, as those of an optimiser of their own.
+
+        torch clips no sparse gradient. Here its place is taken by the gradients of the rows in it,
+        in the same memory: where these are clipped, it is.
+        """
+        stand_ins: list[Tensor] = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                stand_in = parameter
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    parameter.grad = parameter.grad.coalesce()
+                    stand_in = parameter.grad.values().detach()
+                    stand_in.grad = parameter.grad.values()
+                stand_ins.append(stand_in)
+        return SGD(stand_ins)
