@@ -76,21 +76,22 @@ def weighted_auc(scores: Tensor, positives: Tensor, negatives: Tensor) -> Tensor
     Returns:
         float64 scalar; NaN if a class has no weight or a score is NaN.
     """
-    if not len(scores):
-        return scores.new_full((), torch.nan, dtype=torch.float64)
+    values = _values(scores)
+    order = values.argsort()
+    values = values[order]
+    if not len(values) or np.isnan(values[-1]):  # sorting puts NaN last
+        return torch.tensor(torch.nan, dtype=torch.float64)
+    last = np.append(np.flatnonzero(values[1:] != values[:-1]), len(values) - 1)
     inexact = positives.is_floating_point() or negatives.is_floating_point()
-    dtype = torch.float64 if inexact else torch.int64
-    order = scores.argsort()
-    scores = scores[order]
-    is_last = torch.cat([scores[1:] != scores[:-1], torch.ones_like(scores[:1], dtype=torch.bool)])
+    dtype = np.float64 if inexact else np.int64
     positive_sums, negative_sums = (
-        weights.to(dtype)[order].cumsum(0)[is_last] for weights in (positives, negatives)
+        _values(weights)[order].cumsum(dtype=dtype)[last] for weights in (positives, negatives)
     )
     # The (positive, negative) pairs that the positives of each tie win, ties half, twice.
-    of_tie = negative_sums.diff(prepend=negative_sums.new_zeros(1))
-    pairs = positive_sums.diff(prepend=positive_sums.new_zeros(1)) * (2 * negative_sums - of_tie)
-    area = pairs.sum().double() / (2 * positive_sums[-1].double() * negative_sums[-1])
-    return torch.where(scores[-1].isnan(), torch.nan, area)  # sorting puts NaN last
+    of_tie = np.diff(negative_sums, prepend=0)
+    pairs = np.diff(positive_sums, prepend=0) * (2 * negative_sums - of_tie)
+    possible = 2 * float(positive_sums[-1]) * float(negative_sums[-1])
+    return torch.tensor(pairs.sum() / possible if possible else torch.nan, dtype=torch.float64)
 
 
 def grouped_auc(scores: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
