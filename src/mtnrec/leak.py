@@ -26,7 +26,7 @@ import torch
 from mtnrec.data.datamodule import Rows, gather_bags
 from mtnrec.data.statistics import rows_of
 from mtnrec.data.store import Arrays
-from mtnrec.metric.ranking import auc
+from mtnrec.metric.ranking import weighted_auc
 from mtnrec.schema import CategoricalField, Schema, Task
 
 THRESHOLD = 0.99
@@ -181,7 +181,7 @@ def _index_auc(scores: Floats, indices: Integers, outcome: _Outcome) -> float:
     measured, positives = (np.bincount(indices[rows], minlength=size) for rows in outcome)
     found = measured > 0
     parts = (scores[found], positives[found], (measured - positives)[found])
-    return auc(*map(torch.from_numpy, parts)).item()
+    return weighted_auc(*map(torch.from_numpy, parts)).item()
 
 
 def _value_auc(ascending: npt.NDArray[np.floating[Any]], outcome: _Outcome) -> float:

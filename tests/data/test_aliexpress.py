@@ -11,7 +11,8 @@ import pytest
 
 from mtnrec.checks import InputError
 from mtnrec.data import raw as raw_module
-from mtnrec.data.aliexpress import CATEGORICAL, LABELS, NUMERICAL, AliExpress
+from mtnrec.data.aliexpress import AliExpress
+from mtnrec.data.aliexpress_join import CATEGORICAL, LABELS, NUMERICAL
 from mtnrec.data.store import open_prepared, verify_prepared
 
 COLUMNS = ["search_id", *CATEGORICAL, *NUMERICAL, *LABELS]

@@ -67,13 +67,22 @@ def test_log_loss_of_no_rows_is_nan():
 def test_calibration_is_predicted_over_observed_positives():
     p = torch.tensor([0.5, 0.25, 0.75, 0.0])
 
-    assert calibration(p, torch.tensor([1, 0, 0, 0])).item() == 1.5
-    assert calibration(p, torch.tensor([1.0, 1.0, 1.0, 0.0])).item() == 0.5
+    for labels, expected in (([1, 0, 0, 0], 1.5), ([1.0, 1.0, 1.0, 0.0], 0.5)):
+        assert calibration(calibration_curve(p, torch.tensor(labels))).item() == expected
 
 
 @pytest.mark.parametrize("rows", [0, 3])
 def test_calibration_without_positives_is_nan(rows):
-    assert calibration(torch.full((rows,), 0.5), torch.zeros(rows)).isnan()
+    assert calibration(calibration_curve(torch.full((rows,), 0.5), torch.zeros(rows))).isnan()
+
+
+@pytest.mark.parametrize("levels", [None, 40])
+def test_calibration_is_the_ratio_of_the_sums(levels):
+    p, labels = draw(1000, levels=levels)
+
+    result = calibration(calibration_curve(*map(torch.from_numpy, (p, labels))))
+
+    assert result.item() == pytest.approx(p.sum() / labels.sum(), rel=1e-14)
 
 
 @pytest.mark.parametrize("bins", [1, 7, 20])

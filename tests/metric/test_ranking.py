@@ -9,7 +9,7 @@ import torch
 from scipy.stats import mannwhitneyu, rankdata
 from sklearn.metrics import roc_auc_score
 
-from mtnrec.metric.ranking import auc, grouped_auc
+from mtnrec.metric.ranking import auc, grouped_auc, weighted_auc
 
 
 def draw(rows, *, levels=None, seed=0):
@@ -127,7 +127,16 @@ def test_the_order_of_the_rows_does_not_matter(levels):
 
 
 @pytest.mark.parametrize(
-    "transform", [torch.log1p, torch.exp, lambda scores: 8 * scores - 3, torch.Tensor.float]
+    "transform",
+    [
+        torch.log1p,
+        torch.exp,
+        lambda scores: 8 * scores - 3,
+        lambda scores: (8 * scores - 3).float(),
+        lambda scores: (scores + 0.01).float().log(),
+        torch.Tensor.float,
+        torch.Tensor.bfloat16,  # 64 levels: it holds them all
+    ],
 )
 def test_only_the_order_of_the_scores_matters(transform):
     scores, labels, groups = tensors(*draw(2000, levels=64))
@@ -170,7 +179,7 @@ def test_weights_act_as_in_sklearn(levels, dtype):
     scores, _, _ = draw(1000, levels=levels)
     positives, negatives = np.random.default_rng(1).random((2, 1000)).astype(dtype)
 
-    result = auc(*tensors(scores, positives, negatives))
+    result = weighted_auc(*tensors(scores, positives, negatives))
 
     expected = roc_auc_score(
         np.repeat([1, 0], 1000),
@@ -184,7 +193,7 @@ def test_whole_weights_repeat_rows():
     scores, _, _ = draw(200, levels=30)
     positives, negatives = np.random.default_rng(1).integers(0, 4, (2, 200))
 
-    result = auc(*tensors(scores, positives, negatives))
+    result = weighted_auc(*tensors(scores, positives, negatives))
 
     repeated = np.concatenate([np.repeat(scores, positives), np.repeat(scores, negatives)])
     labels = np.repeat([1, 0], [positives.sum(), negatives.sum()])
@@ -195,7 +204,7 @@ def test_labels_mix_with_weights_of_the_negatives():
     scores, labels, _ = draw(500, levels=30)
     negatives = np.random.default_rng(1).random(500) * (1 - labels)
 
-    result = auc(*tensors(scores, labels, negatives))
+    result = weighted_auc(*tensors(scores, labels, negatives))
 
     weights = np.where(labels == 1, 1, negatives)
     assert result.item() == pytest.approx(roc_auc_score(labels, scores, sample_weight=weights))
@@ -245,9 +254,10 @@ def test_one_group_has_the_auc_of_the_split():
     assert grouped_auc(scores, labels, group) == auc(scores, labels)
 
 
-def test_groups_are_only_names():
+@pytest.mark.parametrize("step", [2**50, 2**32, (2**31 - 2) // 899, 1])
+def test_groups_are_only_names(step):
     scores, labels, groups = tensors(*draw(900, levels=50))
-    names = torch.randperm(900, generator=torch.Generator().manual_seed(1)) * 2**50 - 2**58
+    names = torch.randperm(900, generator=torch.Generator().manual_seed(1)) * step - 2**58
 
     torch.testing.assert_close(
         grouped_auc(scores, labels, names[groups]),

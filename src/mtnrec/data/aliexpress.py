@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from mtnrec.checks import InputError, check_choice
-from mtnrec.data.aliexpress_join import CATEGORICAL, LABELS, NUMERICAL, Join
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.raw import (
     BadRows,
@@ -29,7 +28,6 @@ from mtnrec.data.raw import (
     state_disk_need,
 )
 from mtnrec.data.store import Manifest
-from mtnrec.data.vocabulary import encode_in_place
 from mtnrec.data.writer import write_prepared
 from mtnrec.schema import Schema
 
@@ -80,6 +78,10 @@ class AliExpress(DataModule):
             InputError: If ``raw_dir`` is not given or lacks a file, the disk is too small, or a
                 file breaks the format.
         """
+        # Here, since training a prepared set needs no polars, whose import takes 0.1 s.
+        from mtnrec.data.aliexpress_join import CATEGORICAL, LABELS, NUMERICAL, Join
+        from mtnrec.data.vocabulary import encode_in_place
+
         raw_dir = require_raw_dir(self.raw_dir, self.origin)
         files = _find(raw_dir, self.country.lower())
         state_disk_need(files.paths, Path(self.dir), _PREPARED_BYTES_PER_TEXT_BYTE)

@@ -2,8 +2,12 @@
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from mtnrec.metric.ranking import SortedScores, sort_scores
 
 
 def log_loss(positive: Tensor, negative: Tensor, labels: Tensor) -> Tensor:
@@ -18,16 +22,6 @@ def log_loss(positive: Tensor, negative: Tensor, labels: Tensor) -> Tensor:
         float64 scalar; NaN if there are no rows.
     """
     return -torch.where(labels > 0, positive, negative).double().mean()
-
-
-def calibration(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Return predicted over observed positives, ``sum(p) / sum(y)``; 1 is calibrated.
-
-    Returns:
-        float64 scalar; NaN if there are no positives.
-    """
-    positives = labels.double().sum()
-    return torch.where(positives > 0, probabilities.double().sum() / positives, torch.nan)
 
 
 class CalibrationCurve(NamedTuple):
@@ -55,18 +49,43 @@ def calibration_curve(probabilities: Tensor, labels: Tensor, bins: int = 20) -> 
         labels: 0 or 1, ``(n,)``.
         bins: Number of bins; those without rows are left out.
     """
-    ordered, order = probabilities.sort()
-    _, tie, size = ordered.unique_consecutive(return_inverse=True, return_counts=True)
-    # The mean rank of a tie, from 0; in float32 the last rank of 2 * 10^7 rows falls off the bins.
-    middle = size.cumsum(0) - (size + 1).double() / 2
-    bin_of_tie = (middle * bins / len(ordered)).long()
-    bin_of_row = bin_of_tie[tie]
-    rows = size.new_zeros(bins).index_add_(0, bin_of_tie, size)
-    sums = middle.new_zeros(bins)
-    predicted = sums.index_add(0, bin_of_row, ordered.double()) / rows
-    observed = sums.index_add(0, bin_of_row, labels[order].double()) / rows
-    filled = rows > 0
-    return CalibrationCurve(predicted[filled], observed[filled], rows[filled])
+    return curve_of_sorted(sort_scores(probabilities.double(), labels), bins)
+
+
+def curve_of_sorted(probabilities: SortedScores, bins: int = 20) -> CalibrationCurve:
+    """Return what :func:`calibration_curve` does, of float64 probabilities."""
+    rows, positives = probabilities.rows.numpy(), probabilities.positives.numpy()
+    starts = _starts_of_bins(rows, bins)
+    ends = np.append(starts[1:], len(rows))
+    starts, ends = starts[starts < ends], ends[starts < ends]
+    sums = np.array([rows[start:end].sum() for start, end in zip(starts, ends, strict=True)])
+    positives_below = np.append(positives.searchsorted(rows[starts]), len(positives))
+    in_bin = ends - starts
+    columns = sums / in_bin, np.diff(positives_below) / in_bin, in_bin
+    return CalibrationCurve(*map(torch.from_numpy, columns))
+
+
+def _starts_of_bins(ascending: npt.NDArray[np.float64], bins: int) -> npt.NDArray[np.int64]:
+    """Return the first row of each bin, ``(bins,)``; a tie lies where its mean rank does."""
+    rows, border = len(ascending), np.arange(bins)
+    if not rows:
+        return np.zeros(bins, np.int64)
+    tie = ascending[(-(-border * rows // bins)).clip(max=rows - 1)]
+    first, end = ascending.searchsorted(tie, "left"), ascending.searchsorted(tie, "right")
+    # In whole numbers: the mean rank, from 0, is (first + end - 1) / 2.
+    return np.where((first + end - 1) * bins >= 2 * border * rows, first, end)
+
+
+def calibration(curve: CalibrationCurve) -> Tensor:
+    """Return predicted over observed positives, ``sum(p) / sum(y)``; 1 is calibrated.
+
+    Returns:
+        float64 scalar; NaN if there are no positives.
+    """
+    predicted, observed = (
+        (rates * curve.rows).sum() for rates in (curve.predicted, curve.observed)
+    )
+    return torch.where(observed > 0, predicted / observed, torch.nan)
 
 
 def expected_calibration_error(curve: CalibrationCurve) -> Tensor:

@@ -14,11 +14,11 @@ from mtnrec.batch import LogProbabilities
 from mtnrec.metric.calibration import (
     CalibrationCurve,
     calibration,
-    calibration_curve,
+    curve_of_sorted,
     expected_calibration_error,
     log_loss,
 )
-from mtnrec.metric.ranking import auc, grouped_auc
+from mtnrec.metric.ranking import SortedScores, auc, auc_of_sorted, grouped_auc, sort_scores
 from mtnrec.schema import Schema, Task
 
 # Where CVR is a quotient it can exceed 1; its log loss, undefined there, takes this instead.
@@ -44,12 +44,13 @@ class TaskRows:
 
     def metrics(self) -> tuple[dict[str, Tensor], CalibrationCurve]:
         """Return AUC, log loss, calibration, expected calibration error, grouped AUC; the curve."""
-        probabilities = self.positive.double().exp()
-        curve = calibration_curve(probabilities, self.labels)
+        scores = sort_scores(self.positive, self.labels)
+        # The probabilities are in the same order: nothing is sorted twice.
+        curve = curve_of_sorted(SortedScores(*(part.double().exp() for part in scores)))
         values = {
-            "auc": auc(self.positive, self.labels),
+            "auc": auc_of_sorted(scores),
             "log_loss": log_loss(self.positive, self.negative, self.labels),
-            "calibration": calibration(probabilities, self.labels),
+            "calibration": calibration(curve),
             "ece": expected_calibration_error(curve),
         }
         if self.groups is not None:
@@ -71,11 +72,12 @@ def rows_of_task(
         labels: 0 or 1, ``(n, T)``.
         groups: ``(n,)`` or None.
     """
-    positive, negative = output.positive[:, task.label], output.negative[:, task.label]
     if task.given is None:
+        positive, negative = (part[:, task.label] for part in output)
         return TaskRows(positive, negative, labels[:, task.label], groups)
-    chosen = labels[:, task.given] > 0
-    quotient = (positive - output.positive[:, task.given])[chosen]
+    chosen = labels[:, task.given].nonzero().squeeze(1)
+    picked = output.positive[chosen]  # first, since clicks are few
+    quotient = picked[:, task.label] - picked[:, task.given]
     ceiling = math.log(_LARGEST_QUOTIENT)
     complement = (-quotient.double().clamp(max=ceiling).expm1()).log()
     chosen_groups = None if groups is None else groups[chosen]
@@ -104,7 +106,8 @@ class TaskMetrics(Metric):
     """Collects the predictions of a split and measures every task on all of them at once.
 
     Never an average over batches; under DDP the predictions of all ranks come together first.
-    Keeps ``9 T + 8`` bytes a row. ``curves`` holds, by the name of the task, the calibration curves
+    Keeps ``9 T + 8`` bytes a row (8 of them for groups), and to compute takes as many again and
+    about 25 more. ``curves`` holds, by the name of the task, the calibration curves
     of the last ``compute()``; their bins are those of the calibration error and cost nothing more.
 
     Args:
