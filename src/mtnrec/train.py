@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 
+from mtnrec.allocator import keep_freed_memory
 from mtnrec.apart import run_apart
 from mtnrec.cell import RECORD_FILE, cell_of, claim, find_record
 from mtnrec.checks import InputError, check_flag, check_integer
@@ -84,6 +85,7 @@ def _run(
 ) -> dict[str, Any]:
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=1)
     _use_threads(cfg.threads)
+    keep_freed_memory()
     datamodule.noise = noise = instantiate(cfg.noise, _convert_="all")
     mtn = instantiate(cfg.mtn, _convert_="all")
     datamodule.prepare_data()

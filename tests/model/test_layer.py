@@ -38,7 +38,7 @@ def test_funnel_equals_high_precision_arithmetic(click, conversion, dtype):
 
 
 def test_labels_equal_high_precision_arithmetic():
-    output = label_log_probabilities([torch.tensor(LOGITS, dtype=torch.float64)[:, None]])
+    output = label_log_probabilities(torch.tensor([LOGITS], dtype=torch.float64)[..., None])
 
     with mpmath.workdps(80):
         positive = [float(mpmath.log(sigmoid(mpmath.mpf(x)))) for x in LOGITS]
@@ -52,7 +52,7 @@ def test_the_gradient_survives_saturation(logit):
     a = torch.tensor([[logit]], requires_grad=True)
     wrong = torch.tensor([[float(logit < 0)]])
 
-    cross_entropies(label_log_probabilities([a]), wrong).sum().backward()
+    cross_entropies(label_log_probabilities(a[None]), wrong).sum().backward()
 
     assert a.grad.abs().item() == pytest.approx(1)  # BCELoss clamps and gives 0 in float32
 

@@ -64,7 +64,8 @@ class ESMM(nn.Module):
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of click and conversion, ``(B, 2)`` each."""
-        click, conversion = self.towers.rest(self.input.feed(batch, self.towers.first_layers()))
+        (hidden,) = self.input.feed(batch, self.towers.first_layers())
+        click, conversion = self.towers.rest(hidden)
         return funnel_log_probabilities(click, conversion)
 
     def task_layers(self) -> list[list[nn.Linear]]:

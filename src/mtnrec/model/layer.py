@@ -85,7 +85,7 @@ class FeatureInput(nn.Module):
             vectors.append(self.numerical(batch.numerical))
         return torch.cat(vectors, dim=1)
 
-    def feed(self, batch: Batch, layers: Sequence[nn.Linear]) -> list[Tensor]:
+    def feed(self, batch: Batch, *groups: Sequence[nn.Linear]) -> list[Tensor]:
         """Return ``layer(self(batch))`` for each layer, without making the wide rows.
 
         With ``E_f`` the table of a field and ``W_f`` the columns of a layer that it meets, the
@@ -97,29 +97,40 @@ class FeatureInput(nn.Module):
 
         Args:
             batch: ``B`` rows.
-            layers: Linear layers with ``out_features`` of this module as their inputs.
+            groups: Linear layers alike, with ``out_features`` of this module as their inputs.
 
         Returns:
-            ``(B, O)`` for each layer.
+            The outputs of each group of ``E`` layers alike, ``(E, B, O)``.
         """
-        weights = torch.cat([layer.weight for layer in layers])
-        bias = torch.cat([layer.bias for layer in layers])
-        blocks = weights.split(self._widths, dim=1)
-        columns, maps = [], []
-        tables = _embeddings(self.tables)
+        columns = []
         if self._small:
             columns.append(self._one_hot(batch))
-            maps += [blocks[field] @ tables[field].weight.T for field in self._small]
         if self.numerical is not None:
             columns.append(batch.numerical)
+        columns += [self._table(field)(batch.categorical[:, field]) for field in self._large]
+        columns += self._bag_vectors(batch)
+        joined = torch.cat(columns, dim=1)
+        outputs = []
+        for layers in groups:
+            weight, bias = (part.unflatten(0, (len(layers), -1)) for part in self._fold(layers))
+            outputs.append(_products(joined.expand(len(layers), -1, -1), weight, bias))
+        return outputs
+
+    def _fold(self, layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of layers side by side, for the columns of :meth:`feed`."""
+        bias = torch.cat([layer.bias for layer in layers])
+        weight = torch.cat([layer.weight for layer in layers])
+        blocks = weight.split(self._widths, dim=1)
+        maps = [blocks[field] @ self._table(field).weight.T for field in self._small]
+        if self.numerical is not None:
             maps.append(blocks[-1] @ self.numerical.weight)
             bias = bias + blocks[-1] @ self.numerical.bias
-        columns += [tables[field](batch.categorical[:, field]) for field in self._large]
         maps += [blocks[field] for field in self._large]
-        columns += self._bag_vectors(batch)
-        maps += blocks[len(tables) : len(tables) + len(self.bag_tables)]
-        outputs = F.linear(torch.cat(columns, dim=1), torch.cat(maps, dim=1), bias)
-        return list(outputs.split([layer.out_features for layer in layers], dim=1))
+        maps += blocks[len(self.tables) : len(self.tables) + len(self.bag_tables)]
+        return torch.cat(maps, dim=1), bias
+
+    def _table(self, field: int) -> nn.Embedding:
+        return _embeddings(self.tables)[field]
 
     def _one_hot(self, batch: Batch) -> Tensor:
         """Return the small fields as ones among zeros, ``(B, sum of their vocabularies)``."""
@@ -216,18 +227,13 @@ class MLP(nn.Sequential):
             layers.append(nn.Linear(inputs, outputs))
             if batch_norm:
                 layers.append(nn.BatchNorm1d(outputs))
-            layers.append(nn.ReLU())
+            layers.append(nn.ReLU(inplace=True))  # nothing before it needs its input
             if dropout:
                 layers.append(nn.Dropout(dropout))
         if head:
             layers.append(nn.Linear(sizes[-1], 1))
         super().__init__(*layers)
         self.out_features = 1 if head else sizes[-1]
-
-    @property
-    def first(self) -> nn.Linear:
-        """The first linear layer."""
-        return self.linear_layers()[0]
 
     def rest(self, hidden: Tensor) -> Tensor:
         """Apply all that follows the first linear layer to its output."""
@@ -241,7 +247,10 @@ class MLP(nn.Sequential):
 
 
 class ParallelMLPs(nn.ModuleList):
-    """MLPs alike that stand side by side: the towers of the tasks, or experts.
+    """MLPs alike that stand side by side, computed together: the towers of the tasks, or experts.
+
+    Their layers of one depth are one batched matrix product; the parameters are those of separate
+    MLPs.
 
     Args:
         count: Number of MLPs.
@@ -271,23 +280,46 @@ class ParallelMLPs(nn.ModuleList):
         """Return the MLPs."""
         return [mlp for mlp in self if isinstance(mlp, MLP)]
 
-    def forward(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Apply each MLP to an input of its own."""
-        return [mlp(x) for mlp, x in zip(self.mlps(), inputs, strict=True)]
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Apply each MLP to an input of its own, ``(E, B, I)``; returns ``(E, B, O)``."""
+        return self._apply_from(0, inputs)
+
+    def rest(self, hidden: Tensor) -> Tensor:
+        """Apply what follows the first linear layers to their outputs, ``(E, B, O)``."""
+        return self._apply_from(1, hidden)
 
     def first_layers(self) -> list[nn.Linear]:
         """Return the first linear layer of each."""
-        return [mlp.first for mlp in self.mlps()]
+        return self.by_depth()[0]
 
-    def rest(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """Apply what follows the first linear layers to their outputs."""
-        return [mlp.rest(x) for mlp, x in zip(self.mlps(), hidden, strict=True)]
+    def _apply_from(self, start: int, hidden: Tensor) -> Tensor:
+        mlps = [list(mlp)[start:] for mlp in self.mlps()]
+        for alike in zip(*mlps, strict=True):
+            hidden = _apply_together(alike, hidden)
+        return hidden
 
     def by_depth(self) -> list[list[nn.Linear]]:
         """Return the linear layers, one list for each depth."""
         return [
             list(depth) for depth in zip(*(mlp.linear_layers() for mlp in self.mlps()), strict=True)
         ]
+
+
+def _apply_together(alike: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+    """Apply modules of one kind, each to its own slice of ``(E, B, I)``."""
+    if isinstance(alike[0], nn.Linear):
+        weights = torch.stack([layer.get_parameter("weight") for layer in alike])
+        biases = torch.stack([layer.get_parameter("bias") for layer in alike])
+        return _products(hidden, weights, biases)
+    if isinstance(alike[0], nn.BatchNorm1d):
+        slices = zip(alike, hidden.unbind(), strict=True)
+        return torch.stack([norm(part) for norm, part in slices])
+    return alike[0](hidden)  # ReLU and dropout act on each element alone
+
+
+def _products(hidden: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
+    """Return the outputs of ``E`` linear layers, ``(E, B, O)``, of inputs ``(E, B, I)``."""
+    return torch.baddbmm(biases.unsqueeze(1), hidden, weights.transpose(1, 2))
 
 
 def check_sizes(*, dropout: float, batch_norm: bool, **widths: Sequence[int]) -> None:
@@ -306,9 +338,9 @@ def check_sizes(*, dropout: float, batch_norm: bool, **widths: Sequence[int]) ->
             check_integer(f"model.{name}", size, minimum=1)
 
 
-def label_log_probabilities(logits: Sequence[Tensor]) -> LogProbabilities:
-    """Read the logit of each tower, ``(B, 1)``, as the log-odds of its own label."""
-    joined = _at_least_float32(torch.cat(list(logits), dim=1))
+def label_log_probabilities(logits: Tensor) -> LogProbabilities:
+    """Read the logits of the towers, ``(T, B, 1)``, as the log-odds of their own labels."""
+    joined = _at_least_float32(logits.squeeze(-1).T)
     return LogProbabilities(F.logsigmoid(joined), F.logsigmoid(-joined))
 
 

@@ -72,12 +72,11 @@ class MMoE(nn.Module):
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
         gates = [gate for gate in self.gates if isinstance(gate, nn.Linear)]
-        firsts = self.input.feed(batch, [*self.experts.first_layers(), *gates])
-        outputs = self.experts.rest(firsts[: len(self.experts)])
-        experts = self.shared_end(torch.stack(outputs, dim=1))  # (B, E, O)
-        logits = firsts[len(self.experts) :]
-        mixtures = [torch.einsum("be,beo->bo", gate.softmax(dim=1), experts) for gate in logits]
-        return label_log_probabilities(self.towers(mixtures))
+        hidden, logits = self.input.feed(batch, self.experts.first_layers(), gates)
+        experts = self.shared_end(self.experts.rest(hidden).transpose(0, 1))  # (B, E, O)
+        shares = logits.transpose(0, 1).softmax(dim=2)  # (B, T, E)
+        mixtures = torch.bmm(shares, experts)
+        return label_log_probabilities(self.towers(mixtures.transpose(0, 1)))
 
     def task_layers(self) -> list[list[nn.Linear]]:
         """Return, for each depth of the towers, the ``T`` linear layers."""
