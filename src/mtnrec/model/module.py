@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,6 +14,8 @@ from mtnrec.metric.task_metrics import TaskMetrics
 from mtnrec.model.layer import FeatureInput
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import Schema
+
+_STEPS_A_LOG = 16  # Lightning takes half a millisecond to log a value
 
 
 def cross_entropies(output: LogProbabilities, labels: Tensor) -> Tensor:
@@ -52,6 +55,7 @@ class MultiTaskModule(L.LightningModule):
         self._optimizer = optimizer
         self.val_metrics = TaskMetrics(schema)
         self.test_metrics = TaskMetrics(schema)
+        self._sum_of_losses, self._rows_of_losses = torch.zeros(()), 0
         self.results: dict[str, dict[str, float]] = {}
         self.calibration_curves: dict[str, dict[str, list[float]]] = {}
 
@@ -59,18 +63,25 @@ class MultiTaskModule(L.LightningModule):
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
         return self.network(batch)
 
-    def training_step(self, batch: Batch) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = cross_entropies(self(batch), _labels_of(batch)).sum()
+        self._sum_of_losses = self._sum_of_losses + len(batch) * loss.detach()
+        self._rows_of_losses += len(batch)
+        if batch_idx % _STEPS_A_LOG == 0 or self.trainer.is_last_batch:
+            self._log_losses()
+        return loss
+
+    def _log_losses(self) -> None:
         self.log(
             "train/loss",
-            loss,
+            self._sum_of_losses / self._rows_of_losses,
             on_step=False,
             on_epoch=True,
             prog_bar=True,
             sync_dist=True,
-            batch_size=len(batch),
+            batch_size=self._rows_of_losses,
         )
-        return loss
+        self._sum_of_losses, self._rows_of_losses = torch.zeros(()), 0
 
     def validation_step(self, batch: Batch) -> None:
         self.val_metrics.update(self(batch), _labels_of(batch), batch.group)
