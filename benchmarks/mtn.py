@@ -1,0 +1,149 @@
+"""What MTN costs a training step, and how exact it is.
+
+``python benchmarks/mtn.py``
+
+On rows shaped like AliExpress, batches of 2,048. *Step*: blocks of 128 training steps with and
+without MTN in turn, after the first 512 steps; 128 is the longest that a factor serves. *Start*:
+what MTN adds to the first 512 steps beyond that. *Epoch*: what it measures and logs at the end of
+an epoch. *Exact*: a step's penalty with ``refresh_every=1`` over the same by autograd through SVDs.
+*Gap*: the largest relative error of the norm of any layer, over ``--epochs`` epochs of training.
+"""
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from mtnrec.allocator import keep_freed_memory
+from mtnrec.batch import Batch
+from mtnrec.config import CONF_DIR
+from mtnrec.model.module import cross_entropies
+
+START, BLOCK, BLOCKS = 512, 128, 5
+MODELS = ("shared_bottom", "esmm", "mmoe")
+
+
+class Training:
+    """A model and what trains it, with or without MTN."""
+
+    def __init__(self, model: str, data_root: str, *overrides: str) -> None:
+        keys = [f"model={model}", f"data_root={data_root}", "mtn.enabled=true", *overrides]
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            cfg = compose("train", overrides=keys)
+        datamodule = instantiate(cfg.data, _convert_="all")
+        datamodule.prepare_data()
+        datamodule.setup()
+        torch.manual_seed(0)
+        self.network = instantiate(cfg.model, _partial_=True)(schema=datamodule.schema)
+        self.optimizer = instantiate(cfg.optimizer)(self.network.parameters())
+        self.mtn = instantiate(cfg.mtn, _convert_="all")
+        self.batches: Iterator[Batch] = cycle(list(islice(datamodule.train_dataloader(), 50)))
+        self.trainer: Any = SimpleNamespace(precision_plugin=None, global_step=0)
+        module: Any = SimpleNamespace(network=self.network, device=torch.device("cpu"))
+        self.mtn.setup(self.trainer, module, "fit")
+        self.mtn.on_train_start(self.trainer, module)
+
+    def steps(self, count: int, *, penalised: bool) -> float:
+        """Make steps; return their seconds."""
+        started = perf_counter()
+        for batch in islice(self.batches, count):
+            loss = cross_entropies(self.network(batch), batch.labels).sum()
+            self.optimizer.zero_grad()
+            loss.backward()
+            if penalised:
+                self.mtn.on_before_optimizer_step(self.trainer, None, self.optimizer)
+                self.trainer.global_step += 1
+            self.optimizer.step()
+        return perf_counter() - started
+
+    def penalty_by_autograd(self) -> float:
+        """Return the seconds of value and gradient of the penalty through SVDs."""
+        started = perf_counter()
+        terms = []
+        for layers in self.network.task_layers():
+            stack = torch.stack([layer.weight for layer in layers])
+            for mode in range(3):
+                matrix = stack.movedim(mode, 0).flatten(1)
+                terms.append(torch.linalg.svd(matrix, full_matrices=False).S.sum() / 3)
+            terms.append(torch.linalg.vector_norm(stack))
+        torch.stack(terms).sum().backward()
+        return perf_counter() - started
+
+    def penalty(self) -> float:
+        """Return the seconds of the callback's part of a step."""
+        started = perf_counter()
+        self.mtn.on_before_optimizer_step(self.trainer, None, self.optimizer)
+        self.trainer.global_step += 1
+        return perf_counter() - started
+
+
+def measure(model: str, data_root: str) -> list[str]:
+    """Return the cells of a model's row."""
+    training = Training(model, data_root)
+    training.steps(20, penalised=False)
+    first = training.steps(START, penalised=True)
+    pairs = [
+        (training.steps(BLOCK, penalised=True), training.steps(BLOCK, penalised=False))
+        for _ in range(BLOCKS)
+    ]
+    shares = sorted(on / off - 1 for on, off in pairs)
+    on, off = (median(column) for column in zip(*pairs, strict=True))
+    started = perf_counter()
+    training.mtn._penalty.measure(training.trainer.global_step)
+    epoch = perf_counter() - started
+
+    exact = Training(model, data_root, "mtn.refresh_every=1")
+    exact.steps(2, penalised=True)
+    ratios = sorted(exact.penalty() / exact.penalty_by_autograd() for _ in range(3))
+    return [
+        f"{off / BLOCK * 1e3:.1f} ms",
+        f"**{median(shares):.1%}** ({shares[0]:.1%} to {shares[-1]:.1%})",
+        f"{max(first - on / BLOCK * START, 0):.1f} s",
+        f"{epoch * 1e3:.0f} ms",
+        f"**1/{1 / median(ratios):.0f}** (1/{1 / ratios[-1]:.0f} to 1/{1 / ratios[0]:.0f})",
+    ]
+
+
+def largest_gap(model: str, data_root: str, epochs: int) -> float:
+    """Train by the command; return the largest gap that any epoch logged."""
+    with tempfile.TemporaryDirectory() as folder:
+        keys = [f"model={model}", f"data_root={data_root}", "mtn.enabled=true"]
+        keys += [f"trainer.max_epochs={epochs}", f"patience={epochs}", f"hydra.run.dir={folder}"]
+        command = [sys.executable, "-m", "mtnrec.train", *keys]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        record = json.loads((Path(folder) / "result.json").read_text())
+    return max(v for epoch in record["history"] for k, v in epoch.items() if k.endswith("/gap"))
+
+
+def main() -> None:
+    """Print a row for each model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--epochs", type=int, default=10)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    print("| model | step | MTN's share | start | epoch | exact | gap |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as data_root:
+        for model in arguments.models:
+            cells = measure(model, data_root)
+            gap = largest_gap(model, data_root, arguments.epochs)
+            print(f"| `{model}` | {' | '.join(cells)} | {gap:.2%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

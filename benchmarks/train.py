@@ -1,0 +1,125 @@
+"""Train end to end: mtnrec against the literal layout, in pairs.
+
+``python benchmarks/train.py``
+
+Both run as commands of their own on the same prepared rows (shaped like AliExpress), in turn:
+loader, metrics, logging, progress bar on a terminal and checkpoints included. ``fit`` counts the
+training rows of all epochs over all the time from the first batch on, validation and checkpoints
+included; ``train`` leaves out the validation, ``evaluate`` is the validation and the test.
+"""
+
+import argparse
+import json
+import os
+import pty
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+MEASURES = ("fit", "train", "evaluate")
+LITERAL = Path(__file__).with_name("literal.py")
+
+
+def run_on_a_terminal(command: Sequence[str]) -> str:
+    """Run a command whose output goes to a terminal; return the output."""
+    ours, theirs = pty.openpty()
+    output: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                chunk = os.read(ours, 1 << 16)
+            except OSError:  # the terminal is closed
+                return
+            output.append(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        done = subprocess.run(command, stdout=theirs, stderr=theirs, check=False)
+    finally:
+        os.close(theirs)
+        reader.join()
+        os.close(ours)
+    text = b"".join(output).decode(errors="replace")
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{text[-3000:]}")
+    return text
+
+
+def measure_literal(folder: Path, model: str, epochs: int, scratch: Path) -> dict[str, Any]:
+    """Run the literal program; return rows a second by measure, and the test AUCs."""
+    checkpoint = scratch / "literal.pt"
+    command = [sys.executable, str(LITERAL), str(folder), f"--model={model}"]
+    text = run_on_a_terminal([*command, f"--epochs={epochs}", f"--checkpoint={checkpoint}"])
+    return json.loads(text.strip().splitlines()[-1])
+
+
+def measure_mtnrec(
+    data: Sequence[str], model: str, epochs: int, scratch: Path, *overrides: str
+) -> dict[str, Any]:
+    """Run ``mtnrec.train``; return the same, from the record of the run."""
+    run = scratch / "run"
+    keys = [*data, f"model={model}", f"trainer.max_epochs={epochs}", f"patience={epochs}"]
+    place = [f"hydra.run.dir={run}", "resume=false", "trainer.accelerator=cpu"]
+    run_on_a_terminal([sys.executable, "-m", "mtnrec.train", *keys, *place, *overrides])
+    record = json.loads((run / "result.json").read_text())
+    rows = record["data"]["rows"]["train"] * len(record["history"])
+    speeds = record["samples_per_second"] | {"fit": rows / record["seconds"]["fit"]}
+    aucs = [record["metrics"][f"test/{task}_auc"] for task in ("ctr", "cvr", "ctcvr")]
+    return {"samples_per_second": speeds, "aucs": aucs}
+
+
+def main() -> None:
+    """Print a row for each model: rows a second of both, and the ratio of each measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["shared_bottom", "esmm", "mmoe"])
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--keys", nargs="*", default=[], help="trainer.precision=bf16-mixed")
+    arguments = parser.parse_args()
+    print("| model | literal, rows/s: fit, train, evaluate | mtnrec | ratios (pairs) |")
+    print("|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        prepared = scratch / "log"
+        data = ["data=synthetic", f"data.rows={arguments.rows}", f"data.dir={prepared}"]
+        prepare = [sys.executable, "-m", "mtnrec.prepare", *data]
+        subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
+        for model in arguments.models:
+            pairs = [
+                (
+                    measure_literal(prepared, model, arguments.epochs, scratch),
+                    measure_mtnrec(data, model, arguments.epochs, scratch, *arguments.keys),
+                )
+                for _ in range(arguments.pairs)
+            ]
+            print(_row(model, pairs), flush=True)
+
+
+def _row(model: str, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    literal, own = (
+        ", ".join(
+            f"{median(pair[side]['samples_per_second'][what] for pair in pairs):,.0f}"
+            for what in MEASURES
+        )
+        for side in (0, 1)
+    )
+    ratios = []
+    for what in MEASURES:
+        found = sorted(
+            own["samples_per_second"][what] / literal["samples_per_second"][what]
+            for literal, own in pairs
+        )
+        ratios.append(f"{what} **{median(found):.1f}** ({found[0]:.1f} to {found[-1]:.1f})")
+    return f"| `{model}` | {literal} | {own} | {', '.join(ratios)} |"
+
+
+if __name__ == "__main__":
+    main()
