@@ -1,0 +1,152 @@
+"""What a training step is made of, and what Lightning adds to it.
+
+``python benchmarks/step.py``
+
+On rows shaped like AliExpress, batches of 2,048. *Peak*: the matrix products of the step, counted,
+over its time, as a share of what a product of two 2,048 x 2,048 matrices reaches on this machine.
+*Products*, *optimiser*, *others*: shares of the time by the profiler of torch. *Lightning*: an
+epoch of the trainer with its callbacks, its logger and its progress bar over the bare steps.
+"""
+
+import argparse
+import io
+import logging
+import tempfile
+from collections.abc import Iterator
+from itertools import cycle, islice
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from rich import reconfigure
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtnrec.allocator import keep_freed_memory
+from mtnrec.batch import Batch
+from mtnrec.config import CONF_DIR
+from mtnrec.model.module import MultiTaskModule, cross_entropies
+from mtnrec.record import RunRecorder
+
+MODELS = ("shared_bottom", "esmm", "mmoe")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+EPOCHS = 4
+
+
+class EpochTimer(L.Callback):
+    """Keeps the seconds a batch of each training epoch."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._started = perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.seconds.append((perf_counter() - self._started) / trainer.num_training_batches)
+
+
+def peak(repetitions: int = 20) -> float:
+    """Return the floating-point operations a second of a large product in float32."""
+    a, b = torch.randn(2, 2048, 2048)
+    seconds = []
+    for _ in range(repetitions):
+        started = perf_counter()
+        a @ b
+        seconds.append(perf_counter() - started)
+    return 2 * 2048**3 / median(seconds)
+
+
+def measure(model: str, data_root: str, best: float) -> list[str]:
+    """Return the cells of a model's row."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("train", overrides=[f"model={model}", f"data_root={data_root}"])
+    datamodule = instantiate(cfg.data, _convert_="all")
+    datamodule.prepare_data()
+    datamodule.setup()
+    network = instantiate(cfg.model, _partial_=True, _convert_="all")(schema=datamodule.schema)
+    module = MultiTaskModule(
+        network, schema=datamodule.schema, optimizer=instantiate(cfg.optimizer)
+    )
+    optimizer = module.configure_optimizers()
+
+    def step(batch: Batch) -> None:
+        loss = cross_entropies(network(batch), batch.labels).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def epoch() -> float:
+        started = perf_counter()
+        loader = datamodule.train_dataloader()
+        for batch in loader:
+            step(batch)
+        return (perf_counter() - started) / len(loader)
+
+    batches: Iterator[Batch] = cycle(islice(datamodule.train_dataloader(), 8))
+    for batch in islice(batches, 8):
+        step(batch)
+    with FlopCounterMode(display=False) as counter:
+        step(next(batches))
+    with profile() as trace:
+        for batch in islice(batches, 8):
+            step(batch)
+    times = {row.key: row.self_cpu_time_total for row in trace.key_averages()}
+    products = sum(times.get(name, 0) for name in PRODUCTS) / sum(times.values())
+    adam = sum(t for name, t in times.items() if "adam" in name.lower()) / sum(times.values())
+
+    bare, timer = [], EpochTimer()
+    keys = {"num_sanity_val_steps": 0, "enable_checkpointing": False, "limit_val_batches": 0}
+    for _ in range(EPOCHS):
+        bare.append(epoch())
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = instantiate(
+                cfg.trainer,
+                accelerator="cpu",
+                max_epochs=1,
+                callbacks=[timer, RunRecorder(), RichProgressBar()],
+                logger=CSVLogger(folder),
+                default_root_dir=folder,
+                **keys,
+            )
+            trainer.fit(module, datamodule=datamodule)
+    seconds = median(bare)
+    pairs = zip(timer.seconds, bare, strict=True)
+    shares = sorted(with_it / without - 1 for with_it, without in pairs)
+    return [
+        f"{seconds * 1e3:.1f} ms",
+        f"{counter.get_total_flops() / 1e9:.1f}",
+        f"{counter.get_total_flops() / seconds / best:.0%}",
+        f"{products:.0%}",
+        f"{adam:.0%}",
+        f"{1 - products - adam:.0%}",
+        f"**{median(shares):.1%}** ({shares[0]:.1%} to {shares[-1]:.1%})",
+    ]
+
+
+def main() -> None:
+    """Print a row for each model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # The bar is drawn as on a terminal, into memory.
+    reconfigure(file=io.StringIO(), force_terminal=True, width=120)
+    best = peak()
+    print(f"Peak: {best / 1e9:.0f} GFLOP/s in float32, {torch.get_num_threads()} threads.\n")
+    print("| model | step | GFLOP | of the peak | products | optimiser | others | Lightning |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as data_root:
+        for model in arguments.models:
+            print(f"| `{model}` | {' | '.join(measure(model, data_root, best))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
