@@ -24,7 +24,6 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from rich import reconfigure
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -102,6 +101,8 @@ def measure(model: str, data_root: str, best: float) -> list[str]:
     adam = sum(t for name, t in times.items() if "adam" in name.lower()) / sum(times.values())
 
     bare, timer = [], EpochTimer()
+    # The bar is drawn as on a terminal, into memory.
+    screen = {"file": io.StringIO(), "force_terminal": True, "width": 120}
     keys = {"num_sanity_val_steps": 0, "enable_checkpointing": False, "limit_val_batches": 0}
     for _ in range(EPOCHS):
         bare.append(epoch())
@@ -110,7 +111,7 @@ def measure(model: str, data_root: str, best: float) -> list[str]:
                 cfg.trainer,
                 accelerator="cpu",
                 max_epochs=1,
-                callbacks=[timer, RunRecorder(), RichProgressBar()],
+                callbacks=[timer, RunRecorder(), RichProgressBar(console_kwargs=screen)],
                 logger=CSVLogger(folder),
                 default_root_dir=folder,
                 **keys,
@@ -137,8 +138,6 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    # The bar is drawn as on a terminal, into memory.
-    reconfigure(file=io.StringIO(), force_terminal=True, width=120)
     best = peak()
     print(f"Peak: {best / 1e9:.0f} GFLOP/s in float32, {torch.get_num_threads()} threads.\n")
     print("| model | step | GFLOP | of the peak | products | optimiser | others | Lightning |")

@@ -1,4 +1,6 @@
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,15 @@ def test_a_network_knows_nothing_of_lightning_metrics_and_optimisers(model):
 
     strangers = ("lightning", "mtnrec.metric", "mtnrec.optimizer")
     assert not [name for name in names if name.startswith(strangers)]
+
+
+def test_a_training_starts_without_the_libraries_that_it_does_not_use():
+    code = """
+import sys
+import mtnrec.train, mtnrec.data.synthetic, mtnrec.data.aliexpress
+print(*sorted({"numba", "pandas", "polars", "pyarrow", "sklearn", "wandb"} & set(sys.modules)))
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == []

@@ -215,12 +215,25 @@ def test_a_large_set_is_sampled_along_the_whole_file(monkeypatch):
     labels = draw_labels(rng)
     # A leak in the second half of the file only: AUC 3/4 on all of it.
     values = np.where(np.arange(ROWS) < ROWS // 2, rng.integers(0, 2, ROWS), labels[:, 0])
-    monkeypatch.setattr(leak, "_SAMPLE", 1000)
+    monkeypatch.setattr(leak, "_SAMPLE", 1024)
+    monkeypatch.setattr(leak, "_RUN", 8)
 
     found = check(categorical(values), labels)
 
-    assert found.rows == 1000
+    assert found.rows == 1024
     assert found.aucs["ctr"]["feature"] == pytest.approx(0.75, abs=0.1)
+
+
+def test_a_value_that_runs_of_rows_share_is_not_learnt_by_heart(monkeypatch):
+    rng = np.random.default_rng(0)
+    # Without a group: eight rows of a user, who always clicks or never does.
+    labels = draw_labels(rng, ROWS // 8).repeat(8, axis=0)
+    monkeypatch.setattr(leak, "_SAMPLE", 1024)
+    monkeypatch.setattr(leak, "_RUN", 8)
+
+    found = check(categorical(np.arange(ROWS // 8).repeat(8)), labels)
+
+    assert found.aucs["ctr"]["feature"] < 0.9
 
 
 def test_a_set_without_a_judged_task_has_no_suspects():

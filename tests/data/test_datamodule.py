@@ -1,6 +1,7 @@
 """Splits, batches and ranks: which row is where, and how often."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import lightning as L
@@ -217,6 +218,36 @@ def test_the_global_random_streams_do_not_matter_and_do_not_move(make):
     assert second == first
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.random.get_state()[2:] == numpy_state[2:]  # noqa: NPY002
+
+
+def test_the_order_is_numpys_permutation():
+    sampler = TrainSampler(1000, 64, 3, 0, 1)
+    sampler.set_epoch(2)
+
+    order = np.random.default_rng([3, 2]).permutation(1000)
+
+    np.testing.assert_array_equal(np.concatenate(list(sampler)), order)
+
+
+def test_a_set_that_the_memory_does_not_hold_gives_the_same_batches(
+    directory, write_tiny, monkeypatch, caplog
+):
+    write_tiny(directory, train=101, test=13, multivalued=True)
+    datamodule = build(directory, batch_size=40)
+    datamodule.setup()
+    expected = list(datamodule.train_dataloader())
+    monkeypatch.setattr("mtnrec.data.datamodule.memory_bytes", lambda: 1000)
+
+    with caplog.at_level(logging.INFO):
+        found = list(datamodule.train_dataloader())
+
+    assert "read from the disk all along" in caplog.text
+    for batch, other in zip(found, expected, strict=True):
+        for part in ("categorical", "numerical", "labels", "group"):
+            assert torch.equal(getattr(batch, part), getattr(other, part))
+        for bags, others in zip(batch.bags, other.bags, strict=True):
+            assert torch.equal(bags.tokens, others.tokens)
+            assert torch.equal(bags.offsets, others.offsets)
 
 
 class Recorder(L.LightningModule):

@@ -2,20 +2,25 @@
 
 import dataclasses
 import json
+import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from mtnrec.checks import InputError
+from mtnrec.data import store as store_module
 from mtnrec.data import writer as writer_module
 from mtnrec.data.store import (
     Manifest,
     NotPreparedError,
     open_prepared,
+    verify_once,
     verify_prepared,
 )
 from mtnrec.data.vocabulary import Vocabulary
@@ -588,3 +593,81 @@ def test_a_label_that_is_constant_in_train_is_refused(directory, column, value):
         write(directory, splits)
 
     assert list(directory.parent.iterdir()) == []
+
+
+def age(directory, *, seconds=10):
+    """Let the clock go on since the files were written: it has ticked before they are verified."""
+    then = max(path.stat().st_ctime_ns for path in directory.rglob("*.npy"))
+    return mock.patch.object(store_module.time, "time_ns", return_value=then + seconds * 10**9)
+
+
+@pytest.fixture
+def verified(directory, write_tiny):
+    """A prepared set that was verified and that the next call finds unchanged."""
+    manifest = write_tiny(directory)
+    time.sleep(0.02)  # longer than a tick of this machine's clock
+    with age(directory):
+        verify_once(directory, manifest)
+    return manifest
+
+
+def test_files_that_have_not_changed_are_read_once(directory, verified, monkeypatch):
+    monkeypatch.setattr(store_module, "sha256", None)
+
+    with age(directory):
+        verify_once(directory, verified)
+
+
+@pytest.mark.parametrize("keeps_the_time", [False, True])
+def test_a_file_that_changes_is_read_again(directory, verified, keeps_the_time):
+    path = directory / "train" / "numerical.npy"
+    before = path.stat()
+    with path.open("rb+") as file:
+        file.seek(-1, 2)
+        file.write(b"\x07")
+    if keeps_the_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    with pytest.raises(InputError, match=r"numerical\.npy has SHA-256"):
+        verify_once(directory, verified)
+
+
+def test_a_file_that_is_gone_or_another_is_read_again(directory, verified):
+    path = directory / "train" / "numerical.npy"
+    path.rename(directory / "numerical.npy")
+    with pytest.raises(InputError, match=r"numerical\.npy is missing"):
+        verify_once(directory, verified)
+
+    path.write_bytes((directory / "numerical.npy").read_bytes()[:-1] + b"\x07")
+    with pytest.raises(InputError, match=r"numerical\.npy has SHA-256"):
+        verify_once(directory, verified)
+
+
+def test_another_schema_is_verified_again(directory, verified):
+    path = directory / "train" / "numerical.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    changed = dataclasses.replace(verified, source="another")
+    with age(directory), pytest.raises(InputError, match=r"numerical\.npy has SHA-256"):
+        verify_once(directory, changed)
+
+
+def test_files_that_may_change_within_the_tick_are_read_again(directory, write_tiny):
+    manifest = write_tiny(directory)
+
+    with age(directory, seconds=1):
+        verify_once(directory, manifest)
+
+    assert not list(directory.parent.glob(".*.verified"))
+
+
+def test_a_folder_that_only_others_may_write_to_is_verified_every_time(directory, write_tiny):
+    manifest = write_tiny(directory)
+    (directory.parent / f".{directory.name}.verified").mkdir()  # cannot be written, even by root
+
+    with age(directory):
+        verify_once(directory, manifest)
+
+    path = directory / "train" / "numerical.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    with age(directory), pytest.raises(InputError, match=r"numerical\.npy has SHA-256"):
+        verify_once(directory, manifest)

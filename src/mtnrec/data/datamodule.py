@@ -1,7 +1,9 @@
 """The LightningDataModule of every prepared data set: splits, batches, counts."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,10 +13,12 @@ import lightning as L
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mtnrec.batch import Bags, Batch
 from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
+from mtnrec.data.memory import memory_bytes
 from mtnrec.data.noise import Noise
 from mtnrec.data.store import (
     BAG_DTYPES,
@@ -23,12 +27,18 @@ from mtnrec.data.store import (
     Manifest,
     NotPreparedError,
     bag_stem,
+    expect_scattered_reads,
     open_prepared,
-    verify_prepared,
+    verify_once,
 )
 from mtnrec.schema import Schema
 
-Rows = npt.NDArray[np.int64]
+_SHARE_OF_THE_MEMORY = 0.75  # of which a split's pages can be kept; the rest is the process's own
+_READERS = 32  # reads under way at a time; more of them bring little
+
+_logger = logging.getLogger(__name__)
+
+Rows = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -48,7 +58,8 @@ class DataModule(L.LightningDataModule, ABC):
         validation_split: ``random``, ``grouped`` or ``last``.
         split_seed: Seed of that draw.
         seed: Seed of the order of the training rows, which is a function of (seed, epoch, rank).
-        verify: Whether to compare every file with its checksum before training; reads all bytes.
+        verify: Whether to compare every file with its checksum before training, which reads all
+            bytes; once, and again where a file has changed since.
     """
 
     origin: ClassVar[str] = ""
@@ -95,7 +106,7 @@ class DataModule(L.LightningDataModule, ABC):
         except NotPreparedError as error:
             raise NotPreparedError(f"{error}\n{self.origin}{self._how_to_prepare()}") from error
         if self.verify and not self._verified:
-            verify_prepared(Path(self.dir), manifest)
+            verify_once(Path(self.dir), manifest)
             self._verified = True
 
     def find_checksum(self) -> str | None:
@@ -121,9 +132,9 @@ class DataModule(L.LightningDataModule, ABC):
                 f"train, validate on a share of {self.validation_share} and test"
             )
         self._rows: dict[str, Rows] = {
-            "train": np.flatnonzero(~validates),
-            "val": np.flatnonzero(validates),
-            "test": np.arange(rows["test"]),
+            "train": np.flatnonzero(~validates).astype(_dtype_of_rows(rows["train"])),
+            "val": np.flatnonzero(validates).astype(_dtype_of_rows(rows["train"])),
+            "test": np.arange(rows["test"], dtype=_dtype_of_rows(rows["test"])),
         }
         if self.noise is not None:
             self.noise.learn(self.schema, arrays["train"])
@@ -140,11 +151,12 @@ class DataModule(L.LightningDataModule, ABC):
             groups, member = np.unique(group, return_inverse=True)
             drawn = rng.permutation(len(groups)) < round(self.validation_share * len(groups))
             return drawn[member]
-        order = (
-            rng.permutation(rows) if self.validation_split == "random" else np.arange(rows)[::-1]
-        )
         validates = np.zeros(rows, np.bool_)
-        validates[order[: round(self.validation_share * rows)]] = True
+        count = round(self.validation_share * rows)
+        if self.validation_split == "random":
+            validates[_permutation(rng, rows)[:count]] = True
+        else:
+            validates[rows - count :] = True
         return validates
 
     @property
@@ -169,7 +181,7 @@ class DataModule(L.LightningDataModule, ABC):
         """
         arrays, rows = self.stored(split)
         array = arrays.get(stem)
-        return None if array is None else np.asarray(array)[rows]
+        return None if array is None else np.asarray(array).take(rows, axis=0)
 
     def stored(self, split: str) -> tuple[Arrays, Rows]:
         """The arrays that hold a split, and which of their rows are its own."""
@@ -198,13 +210,33 @@ class DataModule(L.LightningDataModule, ABC):
 
     def _loader(self, split: str, sampler: "Sampler[Rows]") -> DataLoader[Batch]:
         change = None if self.noise is None else partial(self.noise.apply, split)
+        arrays, rows = self.stored(split)
+        readers = 1
+        if split == "train" and self._exceeds_memory(arrays):
+            # Maps of its own, since validation reads the same file in order.
+            arrays = open_prepared(Path(self.dir))[1]["train"]
+            expect_scattered_reads(arrays)
+            readers = _READERS
         return DataLoader(
-            RowGatherer(*self.stored(split), self.schema, change),
+            RowGatherer(arrays, rows, self.schema, change, readers),
             batch_size=None,  # the sampler's items are batches, each gathered by one index
             sampler=sampler,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or it would draw from the global stream
         )
+
+    def _exceeds_memory(self, arrays: Arrays) -> bool:
+        size, memory = sum(array.nbytes for array in arrays.values()), memory_bytes()
+        if size <= _SHARE_OF_THE_MEMORY * memory:
+            return False
+        _logger.info(
+            "the training rows of %s (%.1f GB) are read from the disk all along, since the memory "
+            "(%.1f GB) does not hold them",
+            self.dir,
+            size / 1e9,
+            memory / 1e9,
+        )
+        return True
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is None:
@@ -242,13 +274,14 @@ class SelfPreparing(DataModule):
 
 
 class RowGatherer(Dataset[Batch]):
-    """Turns positions into a batch, by one fancy index on each array.
+    """Turns positions into a batch, by one ``take`` on each array.
 
     Args:
         arrays: Arrays of a prepared split, of equal length.
         rows: The rows of those arrays that belong here, ``(rows,)``.
         schema: The fields.
         change: Changes a batch in place, given its rows of those arrays.
+        readers: Threads that take a batch's rows together, where these come from the disk.
     """
 
     def __init__(
@@ -257,20 +290,22 @@ class RowGatherer(Dataset[Batch]):
         rows: Rows,
         schema: Schema,
         change: Callable[[Rows, Batch], None] | None = None,
+        readers: int = 1,
     ) -> None:
         self._arrays = {stem: np.asarray(array) for stem, array in arrays.items()}
         self._rows = rows
         self._multivalued = [field.name for field in schema.multivalued]
         self._change = change
+        self._readers = readers
+        self._pool = ThreadPoolExecutor(readers) if readers > 1 else None
 
     def __getitem__(self, positions: Rows) -> Batch:
-        rows = self._rows[positions]
-        group = self._arrays.get("group")
+        rows = self._rows.take(positions)
         batch = Batch(
-            categorical=torch.from_numpy(self._arrays["categorical"][rows]),
-            numerical=torch.from_numpy(self._arrays["numerical"][rows]),
-            labels=torch.from_numpy(self._arrays["labels"][rows]).float(),
-            group=None if group is None else torch.from_numpy(group[rows]),
+            categorical=self._take("categorical", rows),
+            numerical=self._take("numerical", rows),
+            labels=self._take("labels", rows).float(),
+            group=self._take("group", rows) if "group" in self._arrays else None,
             bags=tuple(
                 gather_bags(self._arrays, field, self._arrays["bag"][rows, column])
                 for column, field in enumerate(self._multivalued)
@@ -279,6 +314,15 @@ class RowGatherer(Dataset[Batch]):
         if self._change is not None:
             self._change(rows, batch)
         return batch
+
+    def _take(self, stem: str, rows: Rows) -> Tensor:
+        array = self._arrays[stem]
+        if self._pool is None:
+            return torch.from_numpy(array.take(rows, axis=0))
+        # numpy lets go of the interpreter while it copies, so that the reads overlap.
+        parts = np.array_split(rows, self._readers)
+        taken = self._pool.map(lambda part: array.take(part, axis=0), parts)
+        return torch.from_numpy(np.concatenate(list(taken)))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -293,10 +337,22 @@ def gather_bags(arrays: Arrays, field: str, bags: npt.NDArray[np.int32]) -> Bags
     total = int(ends[-1]) if len(ends) else 0
     positions = np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
     return Bags(
-        torch.from_numpy(tokens[positions]),
-        torch.from_numpy(weights[positions]),
+        torch.from_numpy(np.asarray(tokens).take(positions)),
+        torch.from_numpy(np.asarray(weights).take(positions)),
         torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
     )
+
+
+def _dtype_of_rows(rows: int) -> type[np.integer[Any]]:
+    """Return the narrower type that numbers so many rows: each epoch's order holds all of them."""
+    return np.int32 if rows < 1 << 31 else np.int64
+
+
+def _permutation(rng: np.random.Generator, rows: int) -> Rows:
+    """Draw what ``rng.permutation(rows)`` does, in half the memory."""
+    order = np.arange(rows, dtype=_dtype_of_rows(rows))
+    rng.shuffle(order)
+    return order
 
 
 class TrainSampler(Sampler[Rows]):
@@ -320,7 +376,7 @@ class TrainSampler(Sampler[Rows]):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[Rows]:
-        order = np.random.default_rng([self._seed, self._epoch]).permutation(self._all_rows)
+        order = _permutation(np.random.default_rng([self._seed, self._epoch]), self._all_rows)
         for start in range(0, self._rows, self._global_batch):
             end = min(start + self._global_batch, self._rows)
             yield order[start + self._rank : end : self._world_size]

@@ -20,6 +20,9 @@ The rows that share a user share that user's bags, so that a history is stored o
 import hashlib
 import json
 import math
+import mmap
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tokenize import TokenError
@@ -46,6 +49,7 @@ BAG_DTYPES: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype(np.int32),
     "weights": np.dtype(np.float32),
 }
+_CLOCK_TICK = 2_000_000_000  # ns; that of the coarsest file systems
 _REQUIRED = ("categorical", "numerical", "labels")
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -213,6 +217,18 @@ def open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...]) 
     return np.memmap(path, dtype, mode="r", offset=offset, shape=found_shape)
 
 
+def expect_scattered_reads(arrays: Arrays) -> None:
+    """Tell the system that rows of mapped arrays are read here and there.
+
+    It then reads the pages that are asked for, and not also their neighbours, which would be gone
+    again before they serve where the memory does not hold the file.
+    """
+    for array in arrays.values():
+        base: Any = array.base  # numpy's stubs say that it is an array
+        if isinstance(base, mmap.mmap):
+            base.madvise(mmap.MADV_RANDOM)
+
+
 def _shape(stem: str, rows: int, schema: Schema) -> tuple[int | None, ...]:
     if stem.startswith("bags/"):
         return (None,)
@@ -242,6 +258,38 @@ def verify_prepared(directory: Path, manifest: Manifest) -> None:
                 f"{path} has SHA-256 {found[:12]}…, its schema says {expected[:12]}…: it was "
                 "changed or damaged after it was prepared; prepare the data set again"
             )
+
+
+def verify_once(directory: Path, manifest: Manifest) -> None:
+    """Do what :func:`verify_prepared` does, unless the files are those that passed it before.
+
+    ``.<folder>.verified``, beside the folder, is a hash of what the system says of the files: their
+    sizes, inodes and times of change, which every write moves.
+    """
+    directory = directory.resolve()
+    note = directory.with_name(f".{directory.name}.verified")
+    started = time.time_ns()
+    state, last_change = _state(directory, manifest)
+    with suppress(OSError):
+        if note.read_text(encoding="utf-8") == state:
+            return
+    verify_prepared(directory, manifest)
+    # A file that changes twice within a tick of the clock shows it once.
+    if last_change < started - _CLOCK_TICK:
+        with suppress(OSError):  # a folder that only others may write to: verified every time
+            note.write_text(state, encoding="utf-8")
+
+
+def _state(directory: Path, manifest: Manifest) -> tuple[str, int]:
+    """Return a hash of what the system says of the files, and the last change of one, in ns."""
+    found, last_change = {}, 0
+    for name in manifest.checksums:
+        with suppress(OSError):  # verify_prepared says what is missing
+            file = (directory / name).stat()
+            found[name] = (file.st_size, file.st_ino, file.st_mtime_ns, file.st_ctime_ns)
+            last_change = max(last_change, file.st_ctime_ns)
+    text = json.dumps([manifest.checksum, found])
+    return hashlib.sha256(text.encode()).hexdigest(), last_change
 
 
 def sha256(path: Path) -> str:
