@@ -22,8 +22,14 @@ def output_distances(outputs: Tensor) -> Tensor:
              [5., 0.]]])
     """
     outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    # By differences: a matrix product would cancel where two experts are close.
-    return torch.cdist(outputs, outputs, compute_mode="donot_use_mm_for_euclid_dist")
+    # By differences: a matrix product would cancel where two experts are close. Each pair once, as
+    # `cdist` does not.
+    distances = outputs.new_zeros(len(outputs), outputs.shape[1], outputs.shape[1])
+    for expert in range(outputs.shape[1] - 1):
+        differences = outputs[:, expert + 1 :] - outputs[:, expert, None]
+        of_pairs = torch.linalg.vector_norm(differences, dim=2)
+        distances[:, expert, expert + 1 :] = distances[:, expert + 1 :, expert] = of_pairs
+    return distances
 
 
 class ExpertDistances(L.Callback):

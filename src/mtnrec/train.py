@@ -48,6 +48,8 @@ from mtnrec.record import (
 from mtnrec.resume import ResumePoint
 from mtnrec.tracking import closing_wandb_run, describe_run, make_logger, report_run
 
+_STEPS_A_DRAW = 10  # Lightning draws the bar anew at each: a millisecond
+
 _logger = logging.getLogger(__name__)
 
 
@@ -110,7 +112,7 @@ def _run(
     callbacks = [mtn, recorder, experts, *followers, resume_point]
     trainer: L.Trainer = instantiate(
         cfg.trainer,
-        callbacks=[*callbacks, RichProgressBar()] if has_the_screen() else callbacks,
+        callbacks=[*callbacks, RichProgressBar(_STEPS_A_DRAW)] if has_the_screen() else callbacks,
         enable_progress_bar=has_the_screen(),
         logger=make_logger(cfg.logger, config, datamodule.manifest.checksum),
         default_root_dir=output_dir,

@@ -64,8 +64,7 @@ class SharedBottom(nn.Module):
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
-        (first,) = self.input.feed(batch, self.bottom.linear_layers()[:1])
-        hidden = self.bottom.rest(first.squeeze(0))
+        hidden = self.bottom.rest(self.input.feed_one(batch, self.bottom.linear_layers()[0]))
         return label_log_probabilities(self.towers(hidden.expand(len(self.towers), -1, -1)))
 
     def task_layers(self) -> list[list[nn.Linear]]:
