@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train quickstart test test-all check format clean
+.PHONY: help setup train quickstart test test-all benchmark check format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test: $(STAMP)  ## Run the test suite
 
 test-all: $(STAMP)  ## Run the test suite and the slow tests
 	$(BIN)/python -m pytest $(PARALLEL) -m ''
+
+benchmark: $(STAMP)  ## Measure what is claimed of speed and memory: benchmarks/results.md
+	$(BIN)/python benchmarks/measure_all.py
 
 check: $(STAMP)  ## Lint, formatting, types
 	$(BIN)/ruff check .

@@ -1,0 +1,101 @@
+"""Measure all that the project claims of speed and memory, and write ``benchmarks/results.md``.
+
+``make benchmark``, or ``python benchmarks/measure_all.py [--only train mtn]``
+
+About half an hour; it wants an idle machine. Each section is a command of its own, which can be run
+alone, and compares what it compares within that command.
+"""
+
+import argparse
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from mtnrec.data.memory import memory_bytes
+from mtnrec.files import write_whole
+from mtnrec.record import versions
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.md"
+SECTIONS = {
+    "train": ("Training, end to end, against the literal program", ["train.py"]),
+    "bf16": (
+        "Training in bf16-mixed against the literal program in float32",
+        ["train.py", "--models", "mmoe", "--keys", "trainer.precision=bf16-mixed"],
+    ),
+    "step": ("What a training step is made of", ["step.py"]),
+    "mtn": ("MTN", ["mtn.py"]),
+    "large_vocabulary": ("Large vocabularies", ["large_vocabulary.py"]),
+    "evaluate": ("Metrics of 10 million rows", ["evaluate.py"]),
+    "load": ("Loading 10 million rows", ["load.py"]),
+    "startup": ("Start", ["startup.py"]),
+    "sweep": ("Sweeps", ["sweep.py"]),
+    "noise": ("Noise", ["noise.py"]),
+}
+
+
+def machine() -> str:
+    """Describe the machine and the versions, in a line."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in _cpu_information()
+        if line.startswith("model name")
+    ]
+    name = names[0] if names else platform.processor() or platform.machine()
+    flags = next((line for line in _cpu_information() if line.startswith("flags")), "").split()
+    vector = [flag for flag in ("avx2", "avx512f", "amx_bf16") if flag in flags]
+    known = versions()
+    return (
+        f"{name} ({', '.join(vector) or 'no vector flags known'}), {torch.get_num_threads()} "
+        f"threads, {memory_bytes() / 2**30:.0f} GiB, {platform.system()} {platform.release()}, "
+        f"Python {known['python']}, torch {known['torch']}, lightning {known['lightning']}"
+    )
+
+
+def _cpu_information() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def run(arguments: Sequence[str]) -> str:
+    """Run a benchmark; return its section's text."""
+    script, *rest = arguments
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *rest], capture_output=True, text=True, check=False
+    )
+    output = done.stdout.strip()
+    if done.returncode:
+        output = f"failed with exit status {done.returncode}:\n{done.stderr[-2000:]}"
+    if "|---" not in output:
+        output = f"```\n{output}\n```"
+    seconds = time.perf_counter() - started
+    command = shlex.join(["python", f"benchmarks/{script}", *rest])
+    return f"```\n{command}      # {seconds:.0f} s\n```\n\n{output}\n"
+
+
+def main() -> None:
+    """Run the sections, and write the results after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    began = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    text = f"# Results\n\n`make benchmark`, {began}. {machine()}.\n"
+    for name in arguments.only:
+        title, command = SECTIONS[name]
+        print(title, flush=True)
+        text += f"\n## {title}\n\n{run(command)}"
+        write_whole(arguments.out, text)
+    print(f"The results are in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
