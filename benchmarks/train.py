@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["shared_bottom", "esmm", "mmoe"])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--keys", nargs="*", default=[], help="trainer.precision=bf16-mixed")
     arguments = parser.parse_args()
     print("| model | literal, rows/s: fit, train, evaluate | mtnrec | ratios (pairs) |")
