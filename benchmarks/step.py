@@ -111,7 +111,7 @@ def measure(model: str, data_root: str, best: float) -> list[str]:
                 cfg.trainer,
                 accelerator="cpu",
                 max_epochs=1,
-                callbacks=[timer, RunRecorder(), RichProgressBar(console_kwargs=screen)],
+                callbacks=[timer, RunRecorder(), RichProgressBar(10, console_kwargs=screen)],
                 logger=CSVLogger(folder),
                 default_root_dir=folder,
                 **keys,

@@ -187,9 +187,9 @@ class FeatureInput(nn.Module):
 class BlockProducts(torch.autograd.Function):
     """``W[:, block] @ M`` for each of ``E`` matrices alike and each block of their columns.
 
-    The products stand side by side in one tensor and the gradients of each ``W`` in another, each
-    written once: the first layers of MMoE's experts are the largest tensors of a step, and to join
-    them, cut them and join their gradients took a fifth of it.
+    All products and the gradient of each ``W`` are written once and in place: the first layers of
+    MMoE's experts are the largest tensors of a step, and to join them, cut them and join their
+    gradients took a fifth of it.
     """
 
     @staticmethod
