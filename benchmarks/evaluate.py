@@ -165,6 +165,7 @@ def main() -> None:
             f"| {slowest / _total(found):.0f} | {found['bytes'] / 2**20:.0f} MiB "
             f"| {found['bytes'] / arguments.rows:.0f} bytes |"
         )
+    print()
     for name, expected in best["lists"]["aucs"].items():
         found = [best[way]["aucs"][name] for way in ("mtnrec", "aucs")]
         difference = max(abs(value - expected) for value in found)
