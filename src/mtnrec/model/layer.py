@@ -205,11 +205,11 @@ class BlockProducts(torch.autograd.Function):
         """
         weights, maps = tensors[:count], tensors[count:]
         ctx.save_for_backward(*tensors)
-        ctx.blocks, ctx.count = blocks, count
         widths = [
             block.stop - block.start if matrix is None else matrix.shape[1]
             for block, matrix in zip(blocks, maps, strict=True)
         ]
+        ctx.blocks, ctx.count, ctx.widths = blocks, count, widths
         outputs: Tensor = weights[0].new_empty(count, len(weights[0]), sum(widths))
         for weight, output in zip(weights, outputs, strict=True):
             for block, matrix, part in zip(blocks, maps, output.split(widths, 1), strict=True):
@@ -233,11 +233,8 @@ class BlockProducts(torch.autograd.Function):
             for m, n in zip(maps, needed[ctx.count :], strict=True)
         ]
         for weight, gradient, of_weight in zip(weights, gradients[0], of_weights, strict=True):
-            start = 0
-            for block, matrix, of_map in zip(ctx.blocks, maps, of_maps, strict=True):
-                width = block.stop - block.start if matrix is None else matrix.shape[1]
-                part = gradient[:, start : start + width]
-                start += width
+            parts = gradient.split(ctx.widths, 1)
+            for block, matrix, part, of_map in zip(ctx.blocks, maps, parts, of_maps, strict=True):
                 if of_weight is not None and matrix is None:
                     of_weight[:, block] = part
                 elif of_weight is not None:
