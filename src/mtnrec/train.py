@@ -117,6 +117,9 @@ def _run(
         logger=make_logger(cfg.logger, config, datamodule.manifest.checksum),
         default_root_dir=output_dir,
     )
+    # With deterministic algorithms torch fills what it allocates, lest an operation read what it
+    # has not written. None of ours does, and filling takes a twentieth of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     describe_run(trainer.loggers, config)
     (output_dir / RECORD_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
     start = resume_point.find() if cfg.resume else None

@@ -18,6 +18,7 @@ from mtnrec.mtn.trace_norm import effective_rank
 from mtnrec.mtn.weights import LAYER_WEIGHTINGS, PenaltyWeights
 
 COLLAPSED_ALPHA = 0.99
+_STEPS_A_SHARE = 16  # to count zeros is a pass over the gradients
 UNFOLDINGS = ("task", "output", "input")  # the rows of the three distinct unfoldings
 
 _logger = logging.getLogger(__name__)
@@ -53,9 +54,8 @@ class MTN(L.Callback):
         coupling: Add to the ``gradient`` (the paper's), or move the weights beside the optimiser's
             step by ``lr * lam * dR/dW``, ``decoupled``, as AdamW does with weight decay.
         refresh_every: Most steps between two decompositions; 1 is the exact method. In between the
-            norm is replaced by its lower bound from the last factor. At the start of a training,
-            and where they cost little, they are more often: see
-            :func:`mtnrec.mtn.penalty.service`.
+            norm is replaced by its lower bound from the last factor. How far below it was decides
+            how long the next one serves: see :func:`mtnrec.mtn.penalty.next_service`.
         alpha_optimizer: Makes the optimiser of what is learned.
 
     Raises:
@@ -185,6 +185,7 @@ class MTN(L.Callback):
             weights.load_state_dict(self._restored["weights"])
             if self._optimizer is not None:
                 self._optimizer.load_state_dict(self._restored["optimizer"])
+            self._penalty.services = self._restored["services"]
         # A run that resumes at the start of an epoch takes the factors that an uninterrupted one
         # took at the end of the epoch before: the same bits.
         self._penalty.measure(trainer.global_step)
@@ -195,6 +196,7 @@ class MTN(L.Callback):
         return {
             "weights": self._penalty.weights.state_dict(),
             "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
+            "services": self._penalty.services,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -205,7 +207,8 @@ class MTN(L.Callback):
     ) -> None:
         if self._penalty is None:
             return
-        if self._penalty.refresh(trainer.global_step):
+        self._penalty.refresh(trainer.global_step)
+        if trainer.global_step % _STEPS_A_SHARE == 0:
             self._zero_gradient_shares.append(_zero_gradient_share(self._penalty.parameters()))
         if self.lam == 0:
             return

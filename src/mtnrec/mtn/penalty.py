@@ -2,7 +2,8 @@
 
 ``R_i`` is convex, and the factors of an earlier ``W'`` give a direction ``D_i = dR_i/dW'`` with
 ``<D_i, W> <= R_i(W)``: between two decompositions ``R_i`` is replaced by that bound, whose gradient
-costs one addition. How far it was below is measured whenever a factor is replaced.
+costs one addition. How far it was below is measured whenever a factor is replaced, and the next one
+serves the shorter, the further it was.
 
 An old direction acts only on weights that had a data gradient when it was taken. Adam moves the
 others (behind a dead unit, say) by the penalty alone and at its full rate, so that ``k`` steps
@@ -10,6 +11,7 @@ along one direction would carry them ``k`` rates past zero; they feel the penalt
 which a factor is new, and shrink the more slowly. The model's outputs do not depend on them.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -29,30 +31,49 @@ from mtnrec.mtn.trace_norm import (
 from mtnrec.mtn.weights import PenaltyWeights
 
 ROWS = unfoldings(3)
-_FEWEST = 16  # steps that the cheapest factors serve
+_AIM = 0.007  # share of a layer's norm that its old factors may miss; services are chosen for it
 
 
-def service(shape: Sequence[int], column: int, step: int, longest: int) -> int:
-    """Return how many steps a factor of a stack's unfolding serves.
-
-    Few at first, when Adam turns all weights at full rate: as many as were made before it was
-    taken. Then the more, the more it costs: an eighth of its matrix's shorter side, and at least
-    16. Never more than ``longest``.
+def longest_service(shape: Sequence[int], column: int) -> int:
+    """Return how many steps a factor of a stack's unfolding may serve: the more, the more it costs.
 
     Args:
         shape: Of the stack, ``(T, O, I)``.
         column: Which of the unfoldings.
-        step: Steps made before it is taken.
-        longest: ``refresh_every``.
 
-    >>> [service((2, 512, 2176), column, 1000, longest=128) for column in range(3)]
-    [16, 64, 128]
-    >>> [service((2, 512, 2176), 2, step, longest=128) for step in (0, 1, 2, 100)]
-    [1, 1, 2, 100]
+    >>> [longest_service((2, 512, 2176), column) for column in range(3)]
+    [136, 136, 136]
+    >>> [longest_service((2, 256, 512), column) for column in range(3)]
+    [16, 32, 64]
     """
+    size = math.prod(shape)
     side = shape[ROWS[column][0]]
-    rest = shape[0] * shape[1] * shape[2] // side
-    return min(longest, max(_FEWEST, min(side, rest) // 8), max(step, 1))
+    return max(16, min(side, size // side) // 8, size // 2**14)
+
+
+def next_service(service: int, served: int, missed: float, allowed: float) -> int:
+    """Return how many steps the next factor of an unfolding is to serve.
+
+    What is missed grows at least with the steps and at most, for a steady drift, with their square.
+    So after much the service shrinks in proportion, and after little it grows by the root, at most
+    to twice as many steps.
+
+    Args:
+        service: Steps that the old factor was to serve.
+        served: Steps that it has served; fewer when an epoch's end came before.
+        missed: The share of the layer's norm that it misses now.
+        allowed: What it may miss.
+
+    >>> [next_service(16, 16, missed, allowed=0.002) for missed in (0.0, 0.0001, 0.002, 0.008)]
+    [32, 32, 16, 4]
+    >>> [next_service(64, 8, missed, allowed=0.002) for missed in (0.001, 0.004)]
+    [64, 4]
+    """
+    if missed > allowed:
+        return max(1, int(served * allowed / missed))
+    if served < service:
+        return service
+    return int(service * min(2.0, math.sqrt(allowed / missed))) if missed > 0 else 2 * service
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,9 @@ class Penalty:
         frobenius: Whether ``R_i`` has its Frobenius term.
         biases: Whether a bias counts as one more input of its layer.
         refresh_every: Most steps that a factor serves; 1 is the exact method.
+
+    Attributes:
+        services: How many steps the factors at hand serve, ``L`` times ``S``; part of a checkpoint.
     """
 
     def __init__(
@@ -93,7 +117,9 @@ class Penalty:
         self._names = ("weight", "bias") if biases else ("weight",)
         self._refresh_every = refresh_every
         self._factors: dict[int, dict[int, _InService]] = {depth: {} for depth in depths}
+        self.services = [[1] * len(ROWS) for _ in depths]
         self._frobenius_norms: dict[int, Tensor] = {}
+        self._table: tuple[Tensor, Tensor] | None = None  # the norms above, side by side
         self._new: dict[int, Tensor] = {}
         self._old: dict[int, Tensor] = {}
         self._layer_weights: list[float] = []
@@ -147,12 +173,15 @@ class Penalty:
         return [self._factors[depth][column] for column in range(len(ROWS))]
 
     def _due(self, depth: int, step: int) -> list[int]:
-        shape = self._factors[depth][0].polar.factor.shape
+        services = self.services[self._row(depth)]
         return [
             column
-            for column, factor in enumerate(self._of(depth))
-            if step - factor.step >= service(shape, column, factor.step, self._refresh_every)
+            for column, (factor, service) in enumerate(zip(self._of(depth), services, strict=True))
+            if step - factor.step >= service
         ]
+
+    def _row(self, depth: int) -> int:
+        return list(self.depths).index(depth)
 
     @torch.no_grad()
     def _take(self, depth: int, columns: Sequence[int], step: int, *, exact: bool) -> None:
@@ -161,6 +190,7 @@ class Penalty:
         # On a GPU decompositions of small matrices wait for latency, matrix products do not.
         polar = polar_factor if exact or stack.device.type == "cpu" else polar_iteration
         known, gaps = self._factors[depth], self._largest_gaps[depth]
+        missed: dict[int, tuple[int, Tensor]] = {}
         new = polar_factors(stack, [ROWS[column] for column in columns], polar)
         for column, factor, norm in zip(columns, new, norms_along(new, stack), strict=True):
             norm = norm.double()
@@ -168,19 +198,42 @@ class Penalty:
                 (bound,) = norms_along([known[column].polar], stack).double()
                 gap = (norm - bound) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
                 gaps[column] = torch.maximum(gaps.get(column, gap), gap)
+                missed[column] = step - known[column].step, norm - bound
             known[column] = _InService(factor, step, norm)
         self._frobenius_norms[depth] = torch.linalg.vector_norm(stack).double() * self._frobenius
+        self._table = None
+        self._choose_services(depth, missed)
+
+    def _choose_services(self, depth: int, missed: Mapping[int, tuple[int, Tensor]]) -> None:
+        """Choose how long the factors that took the place of others are to serve.
+
+        Args:
+            depth: Of the layer.
+            missed: By unfolding, the steps that the old one served, and what it missed.
+        """
+        services, alphas = self.services[self._row(depth)], self._alphas(depth)
+        norm = sum(a * f.norm.item() for a, f in zip(alphas, self._of(depth), strict=True))
+        shape = self._factors[depth][0].polar.factor.shape
+        longest = [longest_service(shape, column) for column in range(len(ROWS))]
+        for column, (served, amount) in missed.items():
+            share = alphas[column] * amount.item() / norm if norm else 0.0
+            allowed = _AIM * longest[column] / sum(longest)  # the dearer may miss more
+            chosen = next_service(services[column], served, share, allowed)
+            services[column] = min(chosen, longest[column], self._refresh_every)
+
+    def _alphas(self, depth: int) -> list[float]:
+        with torch.no_grad():
+            alphas: list[float] = self.weights.alpha()[self._row(depth)].tolist()
+        return alphas
 
     @torch.no_grad()
     def _aim(self, depth: int, fresh: Sequence[bool]) -> None:
         """Set the directions of a depth, some of whose factors are new."""
         stack = self.stack(depth)
-        row = list(self.depths).index(depth)
         frobenius = self._frobenius_norms[depth].item()
         new = stack / frobenius if frobenius else torch.zeros_like(stack)
         kept = torch.zeros_like(stack)
-        alphas = self.weights.alpha()[row].tolist()
-        for factor, alpha, is_new in zip(self._of(depth), alphas, fresh, strict=True):
+        for factor, alpha, is_new in zip(self._of(depth), self._alphas(depth), fresh, strict=True):
             (new if is_new else kept).add_(factor.polar.factor, alpha=alpha)
         if all(fresh) and self._refresh_every == 1:
             self._new[depth] = new
@@ -201,9 +254,12 @@ class Penalty:
 
     def norms(self) -> Tensor:
         """Return ``R_i`` when its factors were taken, float64 ``(L,)``, differentiable in alpha."""
-        norms = torch.stack([torch.stack([f.norm for f in self._of(d)]) for d in self.depths])
-        frobenius = torch.stack([self._frobenius_norms[depth] for depth in self.depths])
-        return layer_norms(norms, self.weights.alpha(), frobenius)
+        if self._table is None:
+            of_factors = [torch.stack([f.norm for f in self._of(depth)]) for depth in self.depths]
+            frobenius = [self._frobenius_norms[depth] for depth in self.depths]
+            self._table = torch.stack(of_factors), torch.stack(frobenius)
+        norms, of_stacks = self._table
+        return layer_norms(norms, self.weights.alpha(), of_stacks)
 
     def value(self) -> Tensor:
         """Return ``sum_i w_i R_i``, float64, differentiable in the penalty's weights."""
