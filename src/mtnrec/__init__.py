@@ -21,3 +21,16 @@ Notation used in every docstring:
 "MTN" and "the paper": B. Dai et al., *Enhancing Multi-Task Models for Recommendation with Tensor
 Trace Norm*; equation numbers are its own.
 """
+
+from typing import Any
+
+__all__ = ["load_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when it is asked for: half of the commands do without torch.
+    if name == "load_checkpoint":
+        from mtnrec.scorer import load_checkpoint
+
+        return load_checkpoint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

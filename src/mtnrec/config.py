@@ -149,6 +149,35 @@ class Dashboard:
     out: str = MISSING
 
 
+@dataclass
+class Predict:
+    """Keys of ``conf/predict.yaml``.
+
+    Args:
+        checkpoint: Of a run.
+        data: Prepared data set to score; None if ``table`` is given.
+        table: Table of raw values to score; None if ``data`` is given.
+        keep: Columns of the table that go to the scores.
+        split: Of the prepared data set.
+        out: Parquet file of the scores.
+        batch_size: Rows scored at a time.
+        device: Of torch; a GPU if there is one, unless given.
+        seed: Not used by a prediction; the data configs refer to it.
+        data_root: Folder of the prepared data sets.
+    """
+
+    checkpoint: str = MISSING
+    data: Any = None
+    table: str | None = None
+    keep: list[str] = MISSING
+    split: str = MISSING
+    out: str = MISSING
+    batch_size: int = MISSING
+    device: str | None = None
+    seed: int = 0
+    data_root: str = MISSING
+
+
 _logger = logging.getLogger(__name__)
 
 _INTERRUPTED = 130  # what shells make of Ctrl-C
@@ -156,6 +185,7 @@ _store = ConfigStore.instance()
 _store.store(name="train_schema", node=Train)
 _store.store(name="prepare_schema", node=Prepare)
 _store.store(name="describe_schema", node=Describe)
+_store.store(name="predict_schema", node=Predict)
 _store.store(name="status_schema", node=Status)
 _store.store(name="report_schema", node=Report)
 _store.store(name="dashboard_schema", node=Dashboard)

@@ -23,6 +23,7 @@ from rich import get_console
 from mtnrec.allocator import keep_freed_memory
 from mtnrec.apart import run_apart
 from mtnrec.cell import RECORD_FILE, cell_of, claim, find_record
+from mtnrec.checkpoint import make_card
 from mtnrec.checks import InputError, check_flag, check_integer
 from mtnrec.config import (
     command_of_job,
@@ -101,6 +102,7 @@ def _run(
     # In two steps, since Hydra would take the schema, a dataclass, for a part of the config.
     network = instantiate(cfg.model, _partial_=True, _convert_="all")(schema=schema)
     module = MultiTaskModule(network, schema=schema, optimizer=instantiate(cfg.optimizer))
+    module.card = make_card(config["model"], datamodule.manifest, datamodule.dir)
 
     validation_labels = datamodule.column("val", "labels")
     checkpoint, followers = make_callbacks(

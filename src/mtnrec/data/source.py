@@ -6,7 +6,7 @@ its cells are text. An empty cell is missing, and so is an empty text or NaN in 
 
 import csv
 import gzip
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -86,18 +86,24 @@ class Source:
                 f"{name_some(self.columns)}"
             )
 
-    def chunks(self, columns: list[str], bad_rows: BadRows) -> Iterator[Chunk]:
+    def chunks(
+        self, columns: list[str], bad_rows: BadRows, *, lists: Sequence[str] = ()
+    ) -> Iterator[Chunk]:
         """Read some columns of all rows, in order and in bounded memory.
 
-        Rows of a csv file with too few or too many cells go to ``bad_rows``.
+        Rows of a csv file with too few or too many cells go to ``bad_rows``. Columns of Parquet
+        files may hold lists where ``lists`` names them.
 
         Raises:
             InputError: If a file is damaged or cut short, or there are no rows.
         """
         first = 0
         for path in self._files:
-            read = _read_parquet if path.suffix == ".parquet" else _read_csv
-            for unit, numbers, frame in read(path, columns, bad_rows):
+            if path.suffix == ".parquet":
+                parts = _read_parquet(path, columns, lists)
+            else:
+                parts = _read_csv(path, columns, bad_rows)
+            for unit, numbers, frame in parts:
                 yield Chunk(_missing_to_null(frame), path, unit, numbers, first)
                 first += frame.height
         if not first:
@@ -170,12 +176,13 @@ def _missing_to_null(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(changes)
 
 
-def _read_parquet(path: Path, columns: list[str], _: BadRows) -> Iterator[_Rows]:
+def _read_parquet(path: Path, columns: list[str], lists: Sequence[str]) -> Iterator[_Rows]:
     row = 1
     with _readable(path):
         scan = pl.scan_parquet(path, glob=False, hive_partitioning=False).select(columns)
         for name, dtype in scan.collect_schema().items():
-            if dtype.is_nested() or dtype in _UNREADABLE:
+            nested = dtype.is_nested() and not (name in lists and isinstance(dtype, pl.List))
+            if nested or dtype in _UNREADABLE:
                 raise InputError(
                     f"{path}: the column {name!r} is of type {dtype}: leave it out with "
                     "data.exclude, or turn it into numbers or texts"

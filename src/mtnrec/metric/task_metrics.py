@@ -58,13 +58,27 @@ class TaskRows:
         return values, curve
 
 
+def log_probability(task: Task, positive: Tensor) -> Tensor:
+    """Return the log-probability of a task, ``(n,)``.
+
+    That of CVR is ``log pCTCVR - log pCTR`` (paper, eq. 1): a difference ranks as the quotient does
+    and never divides by zero. A model whose towers know nothing of each other can give more than 0.
+
+    Args:
+        task: The task.
+        positive: Log-probabilities of the labels, ``(n, T)``.
+    """
+    if task.given is None:
+        return positive[:, task.label]
+    return positive[:, task.label] - positive[:, task.given]
+
+
 def rows_of_task(
     task: Task, output: LogProbabilities, labels: Tensor, groups: Tensor | None
 ) -> TaskRows:
     """Pick the rows, scores and labels that a task is measured on.
 
-    CVR is measured on the clicked rows, with ``log pCVR = log pCTCVR - log pCTR`` (paper, eq. 1):
-    a difference ranks as the quotient does and never divides by zero.
+    CVR is measured on the clicked rows.
 
     Args:
         task: The task.
@@ -76,8 +90,7 @@ def rows_of_task(
         positive, negative = (part[:, task.label] for part in output)
         return TaskRows(positive, negative, labels[:, task.label], groups)
     chosen = labels[:, task.given].nonzero().squeeze(1)
-    picked = output.positive[chosen]  # first, since clicks are few
-    quotient = picked[:, task.label] - picked[:, task.given]
+    quotient = log_probability(task, output.positive[chosen])  # of few rows, as clicks are
     ceiling = math.log(_LARGEST_QUOTIENT)
     complement = (-quotient.double().clamp(max=ceiling).expm1()).log()
     chosen_groups = None if groups is None else groups[chosen]

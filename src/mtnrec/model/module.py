@@ -1,6 +1,7 @@
 """The LightningModule that trains any network."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import lightning as L
 import torch
@@ -33,7 +34,8 @@ class MultiTaskModule(L.LightningModule):
 
     Each epoch logs ``train/loss`` (without any penalty) and ``val/task_metric``; the test logs
     ``test/task_metric``. ``results`` keeps the last values of each split in full precision, and
-    ``calibration_curves`` the columns of each task's curve after a test, as ``test/task``.
+    ``calibration_curves`` the columns of each task's curve after a test, as ``test/task``. Every
+    checkpoint carries ``card``, what it says of the model.
 
     Args:
         network: Called with a :class:`Batch`, returns :class:`LogProbabilities`. It offers
@@ -58,6 +60,10 @@ class MultiTaskModule(L.LightningModule):
         self._sum_of_losses, self._rows_of_losses = torch.zeros(()), 0
         self.results: dict[str, dict[str, float]] = {}
         self.calibration_curves: dict[str, dict[str, list[float]]] = {}
+        self.card: dict[str, Any] = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mtnrec"] = self.card
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
