@@ -29,6 +29,7 @@ from mtnrec.data.datamodule import DataModule
 from mtnrec.data.store import Manifest
 from mtnrec.data.writer import write_prepared
 from mtnrec.describe import main as describe_main
+from mtnrec.export import main as export_main
 from mtnrec.predict import main as predict_main
 from mtnrec.prepare import main as prepare_main
 from mtnrec.report import main as report_main
@@ -170,6 +171,12 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def prepare() -> Callable[..., None]:
     """Run the preparation command in this process."""
     return lambda *overrides: _call(prepare_main, *overrides)
+
+
+@pytest.fixture(scope="session")
+def export() -> Callable[..., None]:
+    """Run the export command in this process."""
+    return lambda *overrides: _call(export_main, *overrides)
 
 
 @pytest.fixture(scope="session")

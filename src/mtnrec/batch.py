@@ -12,6 +12,9 @@ from torch import Tensor
 class Bags:
     """The bags of one multi-valued field, one a row.
 
+    An exported model takes them padded to ``K`` tokens instead, ``tokens`` and ``weights`` of shape
+    ``(B, K)``: what has weight 0 counts for nothing, and ``offsets`` is not looked at.
+
     Args:
         tokens: Vocabulary indices, bag after bag, int32 ``(tokens,)``.
         weights: float32 ``(tokens,)``.

@@ -83,7 +83,7 @@ def vocabulary_files(content: Mapping[str, Any]) -> dict[str, io.BytesIO]:
 
 
 def network_of(content: Mapping[str, Any], schema: Schema, path: Path) -> nn.Module:
-    """Make the network of a checkpoint, on the CPU, in evaluation mode.
+    """Make the network of a checkpoint, on the CPU, in float32 and evaluation mode.
 
     Raises:
         InputError: If its class is unknown here or no network, or its weights do not fit.
@@ -105,9 +105,8 @@ def network_of(content: Mapping[str, Any], schema: Schema, path: Path) -> nn.Mod
         for name, weight in content["state_dict"].items()
         if name.startswith(_PREFIX)
     }
-    dtypes = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
     try:
-        network.to(max(dtypes, key=lambda dtype: dtype.itemsize)).load_state_dict(weights)
+        network.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{path}: the weights are not those of {target}: {error}") from error
-    return network.eval()
+    return network.eval().requires_grad_(requires_grad=False)

@@ -178,6 +178,21 @@ class Predict:
     data_root: str = MISSING
 
 
+@dataclass
+class Export:
+    """Keys of ``conf/export.yaml``.
+
+    Args:
+        checkpoint: Of a run.
+        format: ``onnx`` or ``torch_export``.
+        out: File of the model; beside the checkpoint unless given.
+    """
+
+    checkpoint: str = MISSING
+    format: str = MISSING
+    out: str | None = None
+
+
 _logger = logging.getLogger(__name__)
 
 _INTERRUPTED = 130  # what shells make of Ctrl-C
@@ -186,6 +201,7 @@ _store.store(name="train_schema", node=Train)
 _store.store(name="prepare_schema", node=Prepare)
 _store.store(name="describe_schema", node=Describe)
 _store.store(name="predict_schema", node=Predict)
+_store.store(name="export_schema", node=Export)
 _store.store(name="status_schema", node=Status)
 _store.store(name="report_schema", node=Report)
 _store.store(name="dashboard_schema", node=Dashboard)
@@ -278,7 +294,10 @@ def _quiet() -> None:
     # Of a folder that is gone on in, or whose run is replaced.
     warnings.filterwarnings("ignore", message=".*exists and is not empty")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("fontTools").setLevel(logging.WARNING)  # tells of every font it embeds
+    for talkative in ("fontTools", "onnx_ir", "onnxscript"):  # of every font, of every constant
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+    # Warns of torchvision, which no model here needs.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     if not has_the_screen():
         get_console().quiet = True
         logging.captureWarnings(capture=True)

@@ -17,7 +17,7 @@ from mtnrec.checkpoint import manifest_of, network_of, read_checkpoint, vocabula
 from mtnrec.checks import InputError, check_integer
 from mtnrec.data.encoder import Encoder, read_vocabularies
 from mtnrec.data.store import Manifest
-from mtnrec.metric.task_metrics import log_probability
+from mtnrec.metric.task_metrics import task_probabilities
 
 
 class Scorer:
@@ -90,8 +90,7 @@ class Scorer:
         CVR is ``pCTCVR / pCTR``, 1 where a model without that order gives more.
         """
         positive = self.network(batch.to(self.device)).positive
-        of_tasks = [log_probability(t, positive) for t in self.manifest.schema.tasks]
-        return torch.stack(of_tasks, dim=1).clamp(max=0).exp().cpu()
+        return torch.stack(task_probabilities(self.manifest.schema, positive), dim=1).cpu()
 
 
 def _shifted(place: Callable[[int], str], start: int, row: int) -> str:

@@ -73,6 +73,16 @@ def log_probability(task: Task, positive: Tensor) -> Tensor:
     return positive[:, task.label] - positive[:, task.given]
 
 
+def task_probabilities(schema: Schema, positive: Tensor) -> list[Tensor]:
+    """Return the probability of each task, ``(n,)`` each; none is above 1.
+
+    Args:
+        schema: The tasks.
+        positive: Log-probabilities of the labels, ``(n, T)``.
+    """
+    return [log_probability(task, positive).clamp(max=0).exp() for task in schema.tasks]
+
+
 def rows_of_task(
     task: Task, output: LogProbabilities, labels: Tensor, groups: Tensor | None
 ) -> TaskRows:

@@ -101,7 +101,8 @@ class FeatureInput(nn.Module):
         is far narrower than ``D`` columns, and its table is made once a batch. Likewise the map of
         the numerical features folds into the layer. Fields with a large vocabulary look up their
         vectors as usual. All shares are one matrix product; parameters, function and gradients are
-        those of the wide rows up to rounding.
+        those of the wide rows up to rounding. An export makes the wide rows: of one row at a time,
+        which is how models are served, folding would be most of the work.
 
         Args:
             batch: ``B`` rows.
@@ -110,6 +111,9 @@ class FeatureInput(nn.Module):
         Returns:
             The outputs of each group of ``E`` layers, ``(E, B, O)``.
         """
+        if torch.compiler.is_exporting():
+            rows = self(batch)
+            return [torch.stack([layer(rows) for layer in layers]) for layers in groups]
         columns = self._columns(batch)
         return [
             torch.bmm(columns.expand(len(layers), -1, -1), self._fold(layers).transpose(1, 2))
@@ -118,6 +122,8 @@ class FeatureInput(nn.Module):
 
     def feed_one(self, batch: Batch, layer: nn.Linear) -> Tensor:
         """Return ``layer(self(batch))``, ``(B, O)``, as :meth:`feed` does."""
+        if torch.compiler.is_exporting():
+            return layer(self(batch))
         return self._columns(batch) @ self._fold([layer])[0].T
 
     def _columns(self, batch: Batch) -> Tensor:
@@ -169,6 +175,8 @@ class FeatureInput(nn.Module):
         ]
 
     def _bag_vector(self, table: nn.Embedding, bags: Bags) -> Tensor:
+        if bags.tokens.dim() == 2:
+            return self._padded_bag_vector(table, bags)
         weights = bags.weights
         if self._bag_mode == "mean":
             lengths = bags.offsets.diff()
@@ -189,6 +197,13 @@ class FeatureInput(nn.Module):
             per_sample_weights=weights,
             include_last_offset=True,
         )
+
+    def _padded_bag_vector(self, table: nn.Embedding, bags: Bags) -> Tensor:
+        weights = bags.weights
+        if self._bag_mode == "mean":
+            totals = weights.sum(dim=1, keepdim=True)
+            weights = weights / totals.where(totals != 0, 1)
+        return (table(bags.tokens) * weights.unsqueeze(2)).sum(dim=1)
 
 
 class BlockProducts(torch.autograd.Function):
@@ -440,7 +455,7 @@ def check_sizes(*, dropout: float, batch_norm: bool, **widths: Sequence[int]) ->
 def label_log_probabilities(logits: Tensor) -> LogProbabilities:
     """Read the logits of the towers, ``(T, B, 1)``, as the log-odds of their own labels."""
     joined = _at_least_float32(logits.squeeze(-1).T)
-    return LogProbabilities(F.logsigmoid(joined), F.logsigmoid(-joined))
+    return LogProbabilities(_log_sigmoid(joined), _log_sigmoid(-joined))
 
 
 def funnel_log_probabilities(click_logit: Tensor, conversion_logit: Tensor) -> LogProbabilities:
@@ -453,8 +468,8 @@ def funnel_log_probabilities(click_logit: Tensor, conversion_logit: Tensor) -> L
     tensor([[-8.7565e-27, -6.0000e+01]])
     """
     a, b = map(_at_least_float32, (click_logit, conversion_logit))
-    click, no_click = F.logsigmoid(a), F.logsigmoid(-a)
-    conversion = click + F.logsigmoid(b)
+    click, no_click = _log_sigmoid(a), _log_sigmoid(-a)
+    conversion = click + _log_sigmoid(b)
     # log P(z = 0). Where P(z = 1) is small, log1p; else 1 - s(a) s(b) = s(-a) + s(a) s(-b), which
     # would cancel there. The constant keeps the gradient of the branch not taken finite.
     product = a.sigmoid() * b.sigmoid()
@@ -462,11 +477,17 @@ def funnel_log_probabilities(click_logit: Tensor, conversion_logit: Tensor) -> L
     no_conversion = torch.where(
         is_small,
         torch.where(is_small, -product, -0.5).log1p(),
-        torch.logaddexp(no_click, click + F.logsigmoid(-b)),
+        torch.logaddexp(no_click, click + _log_sigmoid(-b)),
     )
     return LogProbabilities(
         torch.cat([click, conversion], dim=1), torch.cat([no_click, no_conversion], dim=1)
     )
+
+
+def _log_sigmoid(logits: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():
+        return -F.softplus(-logits)  # ONNX has it; its logarithm of a sigmoid is -inf below -104
+    return F.logsigmoid(logits)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -1,0 +1,43 @@
+"""Write a trained model as a file that serving systems run.
+
+``python -m mtnrec.export checkpoint=runs/esmm/checkpoints/best.ckpt format=onnx``
+"""
+
+from pathlib import Path
+
+import rich.table
+from omegaconf import DictConfig
+from rich import box, get_console
+
+from mtnrec.checks import InputError, check_choice
+from mtnrec.config import entry_point
+from mtnrec.scorer import load_checkpoint
+from mtnrec.serving import FORMATS, export
+
+
+@entry_point("export")
+def main(cfg: DictConfig) -> None:
+    """Write a model, once it gives the probabilities of the checkpoint."""
+    check_choice("format", cfg.format, list(FORMATS))
+    suffix = FORMATS[cfg.format]
+    out = Path(cfg.checkpoint).with_suffix(suffix) if cfg.out is None else Path(cfg.out)
+    if out.suffix != suffix:
+        raise InputError(f"out must be a {suffix} file for format={cfg.format}, got {out}")
+    written = export(load_checkpoint(cfg.checkpoint, "cpu"), cfg.format, out)
+
+    table = rich.table.Table(box=box.SIMPLE_HEAD, title=f"{written.size:,} bytes")
+    table.add_column("input")
+    table.add_column("type and shape")
+    for name, shape in written.inputs.items():
+        table.add_row(name, shape)
+    table.caption = (
+        f"outputs {', '.join(written.outputs)}: float32 (rows,), at most "
+        f"{written.difference:.0e} from the checkpoint's on {written.rows:,} random rows"
+    )
+    console = get_console()
+    console.print(table)
+    console.print(f"The model is {out}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
