@@ -247,6 +247,8 @@ def _quiet() -> None:
     )
     # Of a folder that is gone on in, or whose run is replaced.
     warnings.filterwarnings("ignore", message=".*exists and is not empty")
+    # Of DDP, about the gradient of a layer with one output.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("fontTools").setLevel(logging.WARNING)  # tells of every font it embeds
     if not has_the_screen():
@@ -254,3 +256,5 @@ def _quiet() -> None:
         logging.captureWarnings(capture=True)
         root = logging.getLogger()
         root.handlers = [one for one in root.handlers if not isinstance(one, RichHandler)]
+    if not is_first_process():  # the first says the same; an error is raised all the same
+        logging.getLogger().handlers = [logging.NullHandler()]
