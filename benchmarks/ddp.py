@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+import warnings
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -133,6 +134,7 @@ def _measure(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, int]]]
 def main() -> None:
     """Train all pairs and print the table."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore")  # of Lightning, about evaluating here
     torch.set_num_threads(1)
     table = Table(box=box.MARKDOWN)
     for header in ("model", "MTN", "option", "weights", "alphas", "metrics equal"):

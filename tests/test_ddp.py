@@ -65,3 +65,27 @@ def test_a_rank_that_ends_early_ends_the_run_with_an_error(rank, failure, tmp_pa
     if (rank, failure) != (0, "kill"):
         message = json.loads((tmp_path / "run" / "failure.json").read_text())["message"]
         assert message == "so it goes" if rank == 0 else "onnection" in message
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about evaluating here
+def test_processes_that_slurm_starts_on_two_machines_make_one_run(tmp_path):
+    keys = [*MODELS["esmm"], *settings(mtn=True, option="none", devices=1)]
+    keys.append(f"data_root={tmp_path / 'data'}")
+    train_apart(tmp_path / "one", *keys)
+    keys += ["trainer=slurm", "trainer.num_nodes=2", "trainer.devices=1", "data.batch_size=120"]
+    command = [sys.executable, "-m", "mtnrec.train", *keys, f"hydra.run.dir={tmp_path / 'run'}"]
+    of_job = {"SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 1, "SLURM_NNODES": 2, "SLURM_LOCALID": 0}
+    of_job |= {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NAME": "mtn", "SLURM_NODELIST": "127.0.0.1"}
+    tasks = []
+    for rank in range(2):
+        own = of_job | {"SLURM_PROCID": rank, "SLURM_NODEID": rank}
+        environment = os.environ | {name: str(value) for name, value in own.items()}
+        tasks.append(subprocess.Popen(command, env=environment))
+
+    assert [task.wait(timeout=120) for task in tasks] == [0, 0]
+
+    weights, alphas, metrics_equal = compare(tmp_path / "one", tmp_path / "run")
+    assert weights < 1e-9
+    assert alphas < 1e-6
+    assert metrics_equal
