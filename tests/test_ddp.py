@@ -43,6 +43,16 @@ def test_two_processes_train_what_one_does_and_measure_it_exactly(
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about evaluating here
+def test_all_ranks_evaluate_with_the_batch_norm_that_is_kept(tmp_path):
+    keys = [*MODELS["esmm"], *settings(mtn=False, option="none", devices=2)]
+
+    train_apart(tmp_path, f"data_root={tmp_path / 'data'}", *keys, "model.batch_norm=true")
+
+    assert compare(tmp_path, tmp_path).metrics_equal
+
+
 @pytest.mark.parametrize(
     ("rank", "failure"),
     [
