@@ -148,7 +148,7 @@ def test_a_run_apart_that_dies_counts_as_failed(tmp_path, monkeypatch):
 def test_a_sweep_of_two_processes_a_cell_counts_each_row_once_and_equals_one(tmp_path):
     # In float64, where the order of a sum hardly matters; 1920 rows in batches of 480.
     keys = ["trainer.precision=64-true", "trainer.max_epochs=2", "mtn.enabled=true", "mtn.lam=0.1"]
-    two = ["+trainer.strategy=ddp", "trainer.devices=2", "data.batch_size=240"]
+    two = ["trainer=ddp", "trainer.devices=2", "data.batch_size=240"]
     workers = ["hydra/launcher=workers", "hydra.launcher.n_jobs=2"]
     sweep(tmp_path / "one", *keys, "data.batch_size=480")
     sweep(tmp_path / "two", *keys, *two)

@@ -293,6 +293,8 @@ def _quiet() -> None:
     )
     # Of a folder that is gone on in, or whose run is replaced.
     warnings.filterwarnings("ignore", message=".*exists and is not empty")
+    # Of DDP, about the gradient of a layer with one output.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for talkative in ("fontTools", "onnx_ir", "onnxscript"):  # of every font, of every constant
         logging.getLogger(talkative).setLevel(logging.WARNING)
@@ -303,3 +305,5 @@ def _quiet() -> None:
         logging.captureWarnings(capture=True)
         root = logging.getLogger()
         root.handlers = [one for one in root.handlers if not isinstance(one, RichHandler)]
+    if not is_first_process():  # the first says the same; an error is raised all the same
+        logging.getLogger().handlers = [logging.NullHandler()]

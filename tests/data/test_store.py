@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -671,3 +672,47 @@ def test_a_folder_that_only_others_may_write_to_is_verified_every_time(directory
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
     with age(directory), pytest.raises(InputError, match=r"numerical\.npy has SHA-256"):
         verify_once(directory, manifest)
+
+
+READER = """
+import sys
+from pathlib import Path
+from mtnrec.data.store import open_prepared
+
+arrays = open_prepared(Path(sys.argv[1]))[1]["train"]
+sums = [array.sum() for array in arrays.values()]  # reads every page
+print("read", flush=True)
+sys.stdin.read()
+"""
+
+
+def memory_of_mappings(process, folder):
+    """Add up the lines of a process's mapped files in a folder, in KiB: Rss, Pss, Private_Clean…"""
+    totals = Counter()
+    counts = False
+    for line in Path(f"/proc/{process.pid}/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if not name.endswith(":"):
+            counts = str(folder) in line
+        elif counts and values[-1] == "kB":
+            totals[name.removesuffix(":")] += int(values[0])
+    return totals
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says it in /proc")
+def test_processes_share_the_memory_of_one_prepared_data_set(tmp_path):
+    write(tmp_path / "set", {"train": draw(200_000), "test": draw(3)}, chunk=200_000)
+    size = sum(path.stat().st_size for path in (tmp_path / "set" / "train").iterdir())
+    command = [sys.executable, "-c", READER, tmp_path / "set"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+
+    with subprocess.Popen(command, **pipes) as first, subprocess.Popen(command, **pipes) as second:
+        assert [process.stdout.readline() for process in (first, second)] == [b"read\n"] * 2
+        found = [memory_of_mappings(process, tmp_path / "set") for process in (first, second)]
+        for process in (first, second):
+            process.stdin.close()
+
+    for of_process in found:
+        assert of_process["Rss"] * 1024 >= size
+        assert of_process["Pss"] == pytest.approx(of_process["Rss"] / 2, rel=0.01)
+        assert of_process["Private_Clean"] + of_process["Private_Dirty"] == 0

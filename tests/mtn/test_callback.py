@@ -177,18 +177,31 @@ def test_biases_count_as_one_more_input(fit, funnel_schema):
     assert distance(with_callback.network, inside.network) < 1e-9
 
 
+TWO_PROCESSES = Path(__file__).with_name("two_processes.py")
+
+
+def train_two_processes(folder, *arguments):
+    command = [sys.executable, str(TWO_PROCESSES), "2", str(folder / "2"), *arguments]
+    subprocess.run(command, check=True, timeout=120, cwd=folder, capture_output=True)
+    return [torch.load(folder / f"2_{rank}.pt") for rank in range(2)]
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "lazy_adam"])
 def test_two_processes_equal_one(optimizer, tmp_path):
-    script = Path(__file__).with_name("two_processes.py")
+    runpy.run_path(str(TWO_PROCESSES))["main"](1, str(tmp_path / "1"), optimizer)
+    one = torch.load(tmp_path / "1_0.pt")
 
-    runpy.run_path(str(script))["main"](1, str(tmp_path / "1.pt"), optimizer)
-    command = [sys.executable, str(script), "2", str(tmp_path / "2.pt"), optimizer]
-    subprocess.run(command, check=True, timeout=120, cwd=tmp_path, capture_output=True)
+    for two in train_two_processes(tmp_path, optimizer):
+        for name, weight in one["model"].items():
+            torch.testing.assert_close(two["model"][name], weight, rtol=1e-9, atol=1e-11, msg=name)
+        torch.testing.assert_close(two["alpha"], one["alpha"], rtol=1e-5, atol=1e-7)
 
-    one, two = (torch.load(tmp_path / f"{devices}.pt") for devices in (1, 2))
-    for name, weight in one["model"].items():
-        torch.testing.assert_close(two["model"][name], weight, rtol=1e-9, atol=1e-11, msg=name)
-    torch.testing.assert_close(two["alpha"], one["alpha"], rtol=1e-5, atol=1e-7)
+
+def test_unlike_machines_keep_equal_weights_alphas_and_services(tmp_path):
+    first, second = train_two_processes(tmp_path, "adam", "unlike")
+
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    assert max(map(max, first["services"])) > 1
 
 
 def test_zero_lambda_is_bit_identical_to_no_callback(fit, funnel_schema):

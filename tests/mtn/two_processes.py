@@ -1,6 +1,7 @@
 """Train with MTN on one or two processes over the same global batches; run by a test.
 
-``python two_processes.py DEVICES OUT OPTIMIZER``
+``python two_processes.py DEVICES OUT OPTIMIZER [unlike]`` writes ``OUT_RANK.pt``; with ``unlike``
+the second process is a machine whose decompositions come out otherwise.
 """
 
 import sys
@@ -9,6 +10,7 @@ from functools import partial
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
 
@@ -16,7 +18,9 @@ from mtnrec.batch import Batch
 from mtnrec.data.datamodule import RowGatherer, TrainSampler
 from mtnrec.model.module import MultiTaskModule
 from mtnrec.model.shared_bottom import SharedBottom
+from mtnrec.mtn import penalty
 from mtnrec.mtn.callback import MTN
+from mtnrec.mtn.trace_norm import PolarFactor, polar_factor
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import CategoricalField, Schema
 
@@ -48,8 +52,15 @@ class Data(L.LightningDataModule):
         return self.train_dataloader()
 
 
-def main(devices: int, out: str, optimizer: str) -> None:
+def polar_factor_of_machine(matrix: torch.Tensor) -> PolarFactor:
+    polar = polar_factor(matrix)
+    return polar._replace(factor=polar.factor * (1 - 0.05 * dist.get_rank()))
+
+
+def main(devices: int, out: str, optimizer: str, machines: str = "alike") -> None:
     torch.manual_seed(0)
+    if machines == "unlike":
+        penalty.polar_factor = polar_factor_of_machine
     network = SharedBottom(
         SCHEMA,
         embedding_dim=4,
@@ -71,14 +82,15 @@ def main(devices: int, out: str, optimizer: str) -> None:
         frobenius=True,
         biases=False,
         coupling="gradient",
-        refresh_every=2,
+        refresh_every=2 if machines == "alike" else 256,
         alpha_optimizer=partial(torch.optim.Adam, lr=1e-2),
     )
 
     def keep(trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            alpha = mtn.state_dict()["weights"]["alpha_logits"]
-            torch.save({"model": network.state_dict(), "alpha": alpha}, out)
+        state = mtn.state_dict()
+        alpha, services = state["weights"]["alpha_logits"], state["services"]
+        found = {"model": network.state_dict(), "alpha": alpha, "services": services}
+        torch.save(found, f"{out}_{trainer.global_rank}.pt")
 
     trainer = L.Trainer(
         accelerator="cpu",

@@ -386,10 +386,12 @@ class TrainSampler(Sampler[Rows]):
 
 
 class EvaluationSampler(Sampler[Rows]):
-    """Every row once and in order: each global batch is cut into one piece for each rank.
+    """Every row once and in order: each rank has a run of the batches that one process has.
 
-    All ranks get equally many batches (the last ones may be empty), since a rank that evaluates
-    longer than the others would wait for them for ever.
+    The rows of rank 0, then those of rank 1 and so on are those of one process in its order, so
+    that what is measured on all of them is the same to the last bit. All ranks get equally many
+    batches (the last ones may be empty), since a rank that evaluates longer than the others would
+    wait for them for ever.
     """
 
     def __init__(self, rows: int, batch_size: int, rank: int, world_size: int) -> None:
@@ -399,7 +401,7 @@ class EvaluationSampler(Sampler[Rows]):
 
     def __iter__(self) -> Iterator[Rows]:
         for batch in range(len(self)):
-            start = (batch * self._world_size + self._rank) * self._batch_size
+            start = (self._rank * len(self) + batch) * self._batch_size
             yield np.arange(min(start, self._rows), min(start + self._batch_size, self._rows))
 
     def __len__(self) -> int:

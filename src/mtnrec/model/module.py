@@ -95,6 +95,11 @@ class MultiTaskModule(L.LightningModule):
     def test_step(self, batch: Batch) -> None:
         self.test_metrics.update(self(batch), _labels_of(batch), batch.group)
 
+    def on_validation_start(self) -> None:
+        if dist.is_initialized():  # batch norm's statistics saw each rank's own rows last
+            for buffer in self.network.buffers():
+                dist.broadcast(buffer, src=0)
+
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val", self.val_metrics)
 

@@ -9,6 +9,9 @@ An old direction acts only on weights that had a data gradient when it was taken
 others (behind a dead unit, say) by the penalty alone and at its full rate, so that ``k`` steps
 along one direction would carry them ``k`` rates past zero; they feel the penalty at the steps at
 which a factor is new, and shrink the more slowly. The model's outputs do not depend on them.
+
+Several processes compute all of this from equal weights, and go by the results of rank 0: on unlike
+machines theirs would differ by rounding, and with it the steps at which they take new factors.
 """
 
 import math
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtnrec.mtn.trace_norm import (
@@ -203,6 +207,18 @@ class Penalty:
         self._frobenius_norms[depth] = torch.linalg.vector_norm(stack).double() * self._frobenius
         self._table = None
         self._choose_services(depth, missed)
+        if dist.is_initialized():
+            self._follow_rank_0(depth, columns)
+
+    def _follow_rank_0(self, depth: int, columns: Sequence[int]) -> None:
+        """Replace the new factors of a depth, their services and the weights by those of rank 0."""
+        row = self._row(depth)
+        frobenius = self._frobenius_norms[depth]
+        services = frobenius.new_tensor(self.services[row])
+        new = [self._factors[depth][column] for column in columns]
+        of_factors = [t for f in new for t in (f.polar.factor, f.polar.singular_values, f.norm)]
+        _broadcast([services, frobenius, *of_factors, *self.weights.parameters()])
+        self.services[row] = services.long().tolist()
 
     def _choose_services(self, depth: int, missed: Mapping[int, tuple[int, Tensor]]) -> None:
         """Choose how long the factors that took the place of others are to serve.
@@ -291,6 +307,15 @@ class Penalty:
             found.append(shares @ gaps / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny))
             self._largest_gaps[depth].clear()
         return found
+
+
+def _broadcast(tensors: Sequence[Tensor]) -> None:
+    """Fill tensors with those of rank 0, in one message; float64 holds all of them exactly."""
+    message = torch.cat([tensor.detach().flatten().double() for tensor in tensors])
+    dist.broadcast(message, src=0)
+    parts = message.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def mean_distance(stack: Tensor) -> Tensor:
