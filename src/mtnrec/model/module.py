@@ -1,11 +1,14 @@
 """The LightningModule that trains any network."""
 
+import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from mtnrec.batch import Batch, LogProbabilities
@@ -15,7 +18,7 @@ from mtnrec.model.layer import FeatureInput
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import Schema
 
-_STEPS_A_LOG = 16  # Lightning takes half a millisecond to log a value
+_STEPS_A_SUM = 16  # to read a value is to wait for the accelerator
 
 
 def cross_entropies(output: LogProbabilities, labels: Tensor) -> Tensor:
@@ -34,6 +37,8 @@ class MultiTaskModule(L.LightningModule):
     Each epoch logs ``train/loss`` (without any penalty) and ``val/task_metric``; the test logs
     ``test/task_metric``. ``results`` keeps the last values of each split in full precision, and
     ``calibration_curves`` the columns of each task's curve after a test, as ``test/task``.
+
+    No checkpoint is written from weights that are not finite.
 
     Args:
         network: Called with a :class:`Batch`, returns :class:`LogProbabilities`. It offers
@@ -55,7 +60,8 @@ class MultiTaskModule(L.LightningModule):
         self._optimizer = optimizer
         self.val_metrics = TaskMetrics(schema)
         self.test_metrics = TaskMetrics(schema)
-        self._sum_of_losses, self._rows_of_losses = torch.zeros(()), 0
+        self._losses: list[tuple[int, Tensor]] = []  # the latest, and the rows of each
+        self._sum_of_losses, self._rows_of_losses = 0.0, 0
         self.results: dict[str, dict[str, float]] = {}
         self.calibration_curves: dict[str, dict[str, list[float]]] = {}
 
@@ -65,13 +71,25 @@ class MultiTaskModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = cross_entropies(self(batch), _labels_of(batch)).sum()
-        self._sum_of_losses = self._sum_of_losses + len(batch) * loss.detach()
-        self._rows_of_losses += len(batch)
-        if batch_idx % _STEPS_A_LOG == 0 or self.trainer.is_last_batch:
+        self._losses.append((len(batch), loss.detach()))
+        if len(self._losses) == _STEPS_A_SUM:
+            self._sum_losses()
+        if self.trainer.is_last_batch or self.trainer.global_step + 1 == self.trainer.max_steps:
             self._log_losses()
         return loss
 
+    def _sum_losses(self) -> None:
+        if not self._losses:
+            return
+        rows, losses = zip(*self._losses, strict=True)
+        # One after the other, so that the sum does not depend on where a checkpoint cuts it.
+        for count, loss in zip(rows, torch.stack(losses).tolist(), strict=True):
+            self._sum_of_losses += count * loss
+            self._rows_of_losses += count
+        self._losses.clear()
+
     def _log_losses(self) -> None:
+        self._sum_losses()
         self.log(
             "train/loss",
             self._sum_of_losses / self._rows_of_losses,
@@ -81,7 +99,23 @@ class MultiTaskModule(L.LightningModule):
             sync_dist=True,
             batch_size=self._rows_of_losses,
         )
-        self._sum_of_losses, self._rows_of_losses = torch.zeros(()), 0
+        self._sum_of_losses, self._rows_of_losses = 0.0, 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        floats = [w for w in checkpoint["state_dict"].values() if w.is_floating_point()]
+        if not get_total_norm(floats, norm_type=math.inf).isfinite():
+            raise InputError(
+                "a checkpoint must have finite weights, and after step "
+                f"{checkpoint['global_step']} some are not: lower optimizer.lr, set "
+                "trainer.gradient_clip_val, or choose trainer.precision=32-true. The last "
+                "checkpoint stays"
+            )
+        self._sum_losses()
+        if self._rows_of_losses:  # within an epoch
+            checkpoint["train_loss"] = [self._sum_of_losses, self._rows_of_losses]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._sum_of_losses, self._rows_of_losses = checkpoint.get("train_loss", (0.0, 0))
 
     def validation_step(self, batch: Batch) -> None:
         self.val_metrics.update(self(batch), _labels_of(batch), batch.group)

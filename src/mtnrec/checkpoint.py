@@ -1,0 +1,86 @@
+"""Checkpoints that are there whole or not at all."""
+
+import io
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from mtnrec.checks import InputError
+from mtnrec.files import write_whole
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes each checkpoint beside the one that it replaces, and puts it in place at the end.
+
+    Raises:
+        InputError: If the disk is full, say; what was there stays.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        path = Path(path)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content.getbuffer())
+        except OSError as error:
+            raise InputError(
+                f"{path} could not be written ({error.strerror}; {len(content.getbuffer()):,} "
+                "bytes): make room, or choose another hydra.run.dir. What was there stays, and the "
+                "same command goes on from it"
+            ) from error
+
+
+def load_checkpoint(
+    path: Path, remedy: str, keys: Sequence[str] = ("state_dict", "callbacks")
+) -> dict[str, Any]:
+    """Read a checkpoint of a training.
+
+    Args:
+        path: The file.
+        remedy: What to do where it is none.
+        keys: What it must have.
+
+    Raises:
+        InputError: If it is damaged, or no checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch compares no checksums
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {part} differs")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0][:100]
+        raise InputError(f"{path} is damaged or no checkpoint ({reason}): {remedy}") from error
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= set(keys):
+        raise InputError(f"{path} is no checkpoint of a training: {remedy}")
+    return checkpoint
+
+
+def check_weights(
+    path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], remedy: str
+) -> None:
+    """Refuse weights of another model, or of one that was made for another schema.
+
+    Args:
+        path: The file that they are from.
+        found: Its ``state_dict``.
+        expected: That of the model.
+        remedy: What to do where they differ.
+    """
+    for name in sorted(found.keys() | expected.keys()):
+        shapes = [tuple(w[name].shape) if name in w else None for w in (found, expected)]
+        if shapes[0] != shapes[1]:
+            there, here = ("absent" if shape is None else str(shape) for shape in shapes)
+            raise InputError(
+                f"{path} is of another model or schema: {name} is {there} there and {here} here: "
+                f"{remedy}"
+            )
