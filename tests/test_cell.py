@@ -44,6 +44,7 @@ def test_a_cell_does_not_depend_on_where_a_run_reads_and_writes(cell):
     assert cell("threads", 1) == cell()
     assert cell("resume", value=False) == cell()
     assert cell("trainer.enable_model_summary", value=True) == cell()
+    assert cell("trainer.checkpoint_every_n_steps", 5) == cell()  # without MTN
 
 
 def test_every_setting_and_content_of_the_data_set_makes_a_cell_of_its_own(cell):

@@ -14,7 +14,7 @@ from mtnrec.model.esmm import ESMM
 from mtnrec.schema import CategoricalField, Schema
 
 MODELS = ["shared_bottom", "esmm", "mmoe"]
-LOG = ["data=synthetic", "data.rows=3000"]
+LOG = ["data=synthetic", "data.rows=2600"]
 
 
 def checkpoint_of(run):

@@ -9,7 +9,7 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtnrec.checks import InputError
 from mtnrec.config import find_input_error
-from mtnrec.files import read_json, write_json
+from mtnrec.files import read_json, remove_leftovers, write_json
 
 RECORD_FILE = "result.json"
 FAILURE_FILE = "failure.json"
@@ -35,6 +35,7 @@ _NOT_OF_THE_TRAINER = (
     "log_every_n_steps",
     "profiler",
 )
+CHECKPOINTS = "checkpoint_every_n_steps"  # of `ResumePoint`, not of Lightning's trainer
 
 
 class CellBusyError(InputError):
@@ -62,6 +63,9 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         settings[part] = {key: value for key, value in config[part].items() if key not in keys}
     if not config["mtn"]["enabled"]:
         settings["mtn"] = {"enabled": False}
+    # MTN takes its factors anew at each checkpoint; nothing else depends on it.
+    if not config["mtn"]["enabled"] or not config["trainer"].get(CHECKPOINTS):
+        settings["trainer"].pop(CHECKPOINTS, None)
     if not config["noise"]["proportion"]:
         settings["noise"] = {"proportion": 0}
     return settings
@@ -172,12 +176,15 @@ def claim(folder: Path, overrides: Sequence[str], command: Sequence[str]) -> Ite
                 f"{folder} is being made by another process{_owner(folder)}: wait for it, or "
                 "choose another hydra.run.dir"
             )
+        for name in (RECORD_FILE, FAILURE_FILE, RUNNING_FILE):
+            remove_leftovers(folder / name)
         (folder / FAILURE_FILE).unlink(missing_ok=True)
         write_json(folder / RUNNING_FILE, _who(overrides))
         try:
             yield
         except Exception as error:
-            record_failure(folder, error, overrides, command)
+            with suppress(OSError):  # on a full disk what has failed is told all the same
+                record_failure(folder, error, overrides, command)
             raise
         (folder / RUNNING_FILE).unlink()  # it stays where the process was stopped
 

@@ -1,112 +1,95 @@
-"""What a checkpoint says of its model, and the model that it makes again."""
+"""Checkpoints that are there whole or not at all."""
 
 import io
 import pickle
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import get_class
-from torch import nn
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from mtnrec.checks import InputError
-from mtnrec.data.store import Manifest
-from mtnrec.schema import Schema
-
-FORMAT_VERSION = 1
-CARD = "mtnrec"  # the checkpoint's key
-_PREFIX = "network."  # of the network's weights in those of the module
+from mtnrec.files import write_whole
 
 
-def make_card(network: Mapping[str, Any], manifest: Manifest, directory: Path) -> dict[str, Any]:
-    """Return what a checkpoint carries beside the weights, so that it can score raw values.
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes each checkpoint beside the one that it replaces, and puts it in place at the end.
+
+    Raises:
+        InputError: If the disk is full, say; what was there stays.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        path = Path(path)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content.getbuffer())
+        except OSError as error:
+            raise InputError(
+                f"{path} could not be written ({error.strerror}; {len(content.getbuffer()):,} "
+                "bytes): make room, or choose another hydra.run.dir. What was there stays, and the "
+                "same command goes on from it"
+            ) from error
+
+
+def read_checkpoint(
+    path: Path, remedy: str, keys: Sequence[str] = ("state_dict", "callbacks")
+) -> dict[str, Any]:
+    """Read a checkpoint of a training.
 
     Args:
-        network: The config of the model: ``_target_`` and the keywords of its constructor.
-        manifest: Of the prepared data set that it is trained on.
-        directory: Its folder; the files of its vocabularies are taken over.
-    """
-    fields = (*manifest.schema.categorical, *manifest.schema.multivalued)
-    files = {field.name: directory / "vocabulary" / f"{field.name}.parquet" for field in fields}
-    return {
-        "format_version": FORMAT_VERSION,
-        "network": dict(network),
-        "manifest": manifest.to_json(),
-        "vocabularies": {
-            name: torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
-            for name, file in files.items()
-            if file.is_file()
-        },
-    }
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint; no code in it is run.
+        path: The file.
+        remedy: What to do where it is none.
+        keys: What it must have.
 
     Raises:
-        InputError: If it is missing, damaged, or none of a training by mtnrec.
+        InputError: If it is damaged, or no checkpoint.
     """
-    if not path.is_file():
-        raise InputError(f"checkpoint: {path} is missing")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # torch raises any of these on bytes that are no archive of tensors, or are cut short.
-    except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{path} cannot be read ({str(error).partition(chr(10))[0]}): it is damaged, cut short "
-            "or no checkpoint"
-        ) from error
-    card = content.get(CARD) if isinstance(content, dict) else None
-    if not isinstance(card, dict) or not card or "state_dict" not in content:
-        raise InputError(
-            f"{path} is no checkpoint of mtnrec, or of a version that did not yet keep the data's "
-            "schema in it: train again"
-        )
-    if card.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format version {card.get('format_version')!r}, this version of mtnrec "
-            f"reads {FORMAT_VERSION}: train again"
-        )
-    return content
+        with zipfile.ZipFile(path) as archive:  # torch compares no checksums
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {part} differs")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    # torch raises any of these on bytes that are not what it wrote.
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        EOFError,
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = str(error).partition("\n")[0][:100]
+        raise InputError(f"{path} is damaged or no checkpoint ({reason}): {remedy}") from error
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= set(keys):
+        raise InputError(f"{path} is no checkpoint of a training: {remedy}")
+    return checkpoint
 
 
-def manifest_of(content: Mapping[str, Any], path: Path) -> Manifest:
-    """Return the manifest of the data set that a checkpoint's model was trained on."""
-    return Manifest.from_json(content[CARD]["manifest"].encode(), path)
+def check_weights(
+    path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], remedy: str
+) -> None:
+    """Refuse weights of another model, or of one that was made for another schema.
 
-
-def vocabulary_files(content: Mapping[str, Any]) -> dict[str, io.BytesIO]:
-    """Return the files of the vocabularies, by field."""
-    files = content[CARD]["vocabularies"]
-    return {name: io.BytesIO(file.numpy().tobytes()) for name, file in files.items()}
-
-
-def network_of(content: Mapping[str, Any], schema: Schema, path: Path) -> nn.Module:
-    """Make the network of a checkpoint, on the CPU, in float32 and evaluation mode.
-
-    Raises:
-        InputError: If its class is unknown here or no network, or its weights do not fit.
+    Args:
+        path: The file that they are from.
+        found: Its ``state_dict``.
+        expected: That of the model.
+        remedy: What to do where they differ.
     """
-    keys = dict(content[CARD]["network"])
-    target = keys.pop("_target_", None)
-    try:
-        made_by = get_class(str(target))
-    except Exception as error:  # Hydra raises several kinds
-        raise InputError(
-            f"{path} needs the model {target}, which cannot be imported here: install the package "
-            "that has it"
-        ) from error
-    if not issubclass(made_by, nn.Module):
-        raise InputError(f"{path} names {target} as its model, which is no torch.nn.Module")
-    network = made_by(schema=schema, **keys)
-    weights = {
-        name.removeprefix(_PREFIX): weight
-        for name, weight in content["state_dict"].items()
-        if name.startswith(_PREFIX)
-    }
-    try:
-        network.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: the weights are not those of {target}: {error}") from error
-    return network.eval().requires_grad_(requires_grad=False)
+    for name in sorted(found.keys() | expected.keys()):
+        shapes = [tuple(w[name].shape) if name in w else None for w in (found, expected)]
+        if shapes[0] != shapes[1]:
+            there, here = ("absent" if shape is None else str(shape) for shape in shapes)
+            raise InputError(
+                f"{path} is of another model or schema: {name} is {there} there and {here} here: "
+                f"{remedy}"
+            )

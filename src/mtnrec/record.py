@@ -44,14 +44,25 @@ class RunRecorder(L.Callback):
         self.epochs: list[dict[str, float]] = []
         self._rows = {"train": 0, "evaluate": 0}
         self._spent = {"train": 0.0, "evaluate": 0.0}
+        self._counted: str | None = None  # what the time is spent on, and since when
+        self._counted_since = 0.0
+
+    def _count(self, what: str | None) -> None:
+        """Add the time since the last call to what it was spent on."""
+        now = time.perf_counter()
+        if self._counted is not None:
+            self._spent[self._counted] += now - self._counted_since
+        self._counted, self._counted_since = what, now
 
     def state_dict(self) -> dict[str, Any]:
+        self._count(self._counted)
         return {
             "fit_seconds": self.seconds["fit"] + time.perf_counter() - self._stage_started,
             "validations": self.validations,
             "epochs": self.epochs,
             "rows": self._rows,
             "spent": self._spent,
+            "counted": self._counted,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -60,8 +71,10 @@ class RunRecorder(L.Callback):
         self.epochs = state_dict["epochs"]
         self._rows = state_dict["rows"]
         self._spent = state_dict["spent"]
+        self._counted = state_dict["counted"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._counted_since = time.perf_counter()  # where the run goes on within an epoch
         for epoch in self.epochs:
             values = {name: value for name, value in epoch.items() if name != "step"}
             for logger in trainer.loggers:
@@ -75,17 +88,18 @@ class RunRecorder(L.Callback):
         self.seconds["fit"] += time.perf_counter() - self._stage_started
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._count("evaluate")
         self._stage_started = time.perf_counter()
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.seconds["test"] = time.perf_counter() - self._stage_started
-        self._spent["evaluate"] += self.seconds["test"]
+        self._count(None)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._spent["train"] -= time.perf_counter()
+        self._count("train")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._spent["train"] += time.perf_counter()
+        self._count(None)
         metrics = trainer.callback_metrics
         logged = {name: metrics[name].item() for name in metrics if _is_of_training(name)}
         place = {"epoch": trainer.current_epoch, "step": trainer.global_step}
@@ -99,12 +113,10 @@ class RunRecorder(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Validation runs inside the training epoch.
-        self._spent["train"] += time.perf_counter()
-        self._spent["evaluate"] -= time.perf_counter()
+        self._count("evaluate")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._spent["evaluate"] += time.perf_counter()
-        self._spent["train"] -= time.perf_counter()
+        self._count("train")
         values = cast(dict[str, dict[str, float]], pl_module.results)["val"]
         self.validations[trainer.global_step] = values
         self._validated = split_counts(values)[0]

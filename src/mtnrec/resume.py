@@ -8,11 +8,18 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from mtnrec.batch import Batch
+from mtnrec.checkpoint import check_weights, read_checkpoint
+from mtnrec.checks import InputError, check_integer
+from mtnrec.files import remove_leftovers
+
+BEST, _LAST = "best.ckpt", "last.ckpt"
+
 _logger = logging.getLogger(__name__)
 
 
 class ResumePoint(Checkpoint):
-    """Keeps, at the end of each epoch, all that the rest of a training depends on.
+    """Keeps, at the end of each epoch and on request within, what the rest of a training needs.
 
     A run that goes on from ``last.ckpt`` ends with the bits of an uninterrupted one. The file is
     replaced in one step, so that there is a whole one whenever the process is killed, and removed
@@ -21,12 +28,35 @@ class ResumePoint(Checkpoint):
     Args:
         directory: Folder of the run; the file is ``checkpoints/last.ckpt`` in it.
         cell: Hash of what determines the result.
+        every_n_steps: Steps of the optimiser after which it is written within an epoch too; None
+            writes it at the end of epochs alone.
+
+    Raises:
+        InputError: If ``every_n_steps`` is no integer above 0; when fit starts, if validation runs
+            within the epochs too.
     """
 
-    def __init__(self, directory: Path, cell: str) -> None:
-        self.path = directory / "checkpoints" / "last.ckpt"
+    def __init__(self, directory: Path, cell: str, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None:
+            check_integer("trainer.checkpoint_every_n_steps", every_n_steps, minimum=1)
+        self.path = directory / "checkpoints" / _LAST
         self._cell = cell
+        self._every_n_steps = every_n_steps
+        self._step = 0
         self._random_state: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if self._every_n_steps is not None and trainer.val_check_interval != 1.0:
+            # Lightning would leave out a validation that was due at the checkpoint.
+            raise InputError(
+                "trainer.checkpoint_every_n_steps needs trainer.val_check_interval=1.0, got "
+                f"{trainer.val_check_interval}: set the one to 1.0 or the other to null"
+            )
+        if trainer.is_global_zero:
+            for name in (BEST, _LAST):
+                remove_leftovers(self.path.with_name(name))
 
     def state_dict(self) -> dict[str, Any]:
         # Dropout draws from the global streams.
@@ -39,6 +69,7 @@ class ResumePoint(Checkpoint):
         self._random_state = state_dict
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
         if not self._random_state:
             return
         torch.set_rng_state(self._random_state["cpu"])
@@ -50,27 +81,59 @@ class ResumePoint(Checkpoint):
             for callback in trainer.early_stopping_callbacks
         )
 
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        has_stepped, self._step = trainer.global_step > self._step, trainer.global_step
+        if self._every_n_steps is None or not has_stepped or trainer.is_last_batch:
+            return
+        if self._step % self._every_n_steps == 0:
+            trainer.save_checkpoint(self.path, weights_only=False)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        temporary = self.path.with_name(".last.ckpt.tmp")
-        trainer.save_checkpoint(temporary, weights_only=False)
-        if trainer.is_global_zero:
-            temporary.replace(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
 
     def _origin(self) -> list[str]:
         return [self._cell, str(self.path.parent.resolve())]
 
-    def find(self) -> Path | None:
+    def find(self, module: L.LightningModule) -> Path | None:
         """Return the file if this run can go on from it.
 
         It cannot in a folder that was moved: Lightning looks for the best epoch where it was.
+
+        Args:
+            module: What is to be trained.
+
+        Raises:
+            InputError: If it is damaged, no checkpoint of a run, or of another model or schema.
         """
         if not self.path.is_file():
             return None
-        checkpoint = torch.load(self.path, weights_only=True, mmap=True)
-        if checkpoint["callbacks"][self.state_key]["origin"] != self._origin():
+        remedy = "remove it or set resume=false to train anew, or choose another hydra.run.dir"
+        checkpoint = read_checkpoint(self.path, remedy)
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is None:
+            raise InputError(f"{self.path} is no checkpoint of a run of mtnrec: {remedy}")
+        check_weights(self.path, checkpoint["state_dict"], module.state_dict(), remedy)
+        if state["origin"] != self._origin():
             _logger.warning("%s is of other settings or was moved: training starts anew", self.path)
             return None
-        _logger.info("goes on from %s, after epoch %d", self.path, checkpoint["epoch"])
+        best = self.path.with_name(BEST)
+        if any(of.get("best_model_path") for of in checkpoint["callbacks"].values()):
+            if not best.is_file():
+                raise InputError(f"{best}, which {self.path} goes on with, is gone: {remedy}")
+            read_checkpoint(best, remedy, keys=("state_dict",))
+        _logger.info(
+            "goes on from %s, after epoch %d, step %d",
+            self.path,
+            checkpoint["epoch"],
+            checkpoint["global_step"],
+        )
         return self.path
 
     def discard(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mtnrec.batch import Batch
-from mtnrec.checkpoint import manifest_of, network_of, read_checkpoint, vocabulary_files
+from mtnrec.card import manifest_of, network_of, read_model, vocabulary_files
 from mtnrec.checks import InputError, check_integer
 from mtnrec.data.encoder import Encoder, read_vocabularies
 from mtnrec.data.store import Manifest
@@ -114,7 +114,7 @@ def load_checkpoint(path: str | Path, device: str | None = None) -> Scorer:
         scores = load_checkpoint("runs/esmm/checkpoints/best.ckpt").score(frame)
     """
     path = Path(path)
-    content = read_checkpoint(path)
+    content = read_model(path)
     manifest = manifest_of(content, path)
     encoder = Encoder(
         manifest.schema, read_vocabularies(vocabulary_files(content)), manifest.transforms

@@ -20,7 +20,7 @@ from mtnrec.schema import Schema
 from mtnrec.scorer import Scorer
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
-_TOLERANCE = 1e-5  # of a probability, relative; float32 sums in another order
+_TOLERANCE = 1e-4  # of a probability, relative; the logarithms of rare ones lose digits in float32
 _SMALLEST = 1e-6  # probability; an absolute difference below it
 _BATCHES = (1, 2, 77, 1000)  # rows
 

@@ -22,8 +22,9 @@ from rich import get_console
 
 from mtnrec.allocator import keep_freed_memory
 from mtnrec.apart import run_apart
-from mtnrec.cell import RECORD_FILE, cell_of, claim, find_record
-from mtnrec.checkpoint import make_card
+from mtnrec.card import make_card
+from mtnrec.cell import CHECKPOINTS, RECORD_FILE, cell_of, claim, find_record
+from mtnrec.checkpoint import WholeCheckpointIO
 from mtnrec.checks import InputError, check_flag, check_integer
 from mtnrec.config import (
     command_of_job,
@@ -33,6 +34,7 @@ from mtnrec.config import (
     is_job_of_a_sweep,
     overrides_of_job,
 )
+from mtnrec.divergence import Divergence
 from mtnrec.expert_distances import ExpertDistances
 from mtnrec.files import write_json
 from mtnrec.leak import check_leaks
@@ -109,23 +111,28 @@ def _run(
         cfg.monitor, cfg.patience, output_dir, schema=schema, validation_labels=validation_labels
     )
     cell = cell_of(config, datamodule.manifest.checksum)
-    resume_point = ResumePoint(output_dir, cell)
+    resume_point = ResumePoint(output_dir, cell, cfg.trainer[CHECKPOINTS])
+    divergence = Divergence()
     experts = ExpertDistances()
-    callbacks = [mtn, recorder, experts, *followers, resume_point]
+    callbacks = [mtn, divergence, recorder, experts, *followers, resume_point]
     trainer: L.Trainer = instantiate(
-        cfg.trainer,
+        OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key != CHECKPOINTS]),
         callbacks=[*callbacks, RichProgressBar(_STEPS_A_DRAW)] if has_the_screen() else callbacks,
         enable_progress_bar=has_the_screen(),
         logger=make_logger(cfg.logger, config, datamodule.manifest.checksum),
         default_root_dir=output_dir,
     )
+    trainer.strategy.checkpoint_io = WholeCheckpointIO()
     # With deterministic algorithms torch fills what it allocates, lest an operation read what it
     # has not written. None of ours does, and filling takes a twentieth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     describe_run(trainer.loggers, config)
     (output_dir / RECORD_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
-    start = resume_point.find() if cfg.resume else None
-    trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
+    start = resume_point.find(module) if cfg.resume else None
+    if start is None:
+        resume_point.discard()  # what is written from now on does not belong to it
+    with divergence.explaining(trainer):
+        trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     best = checkpoint.best_model_path
     if not best:
         raise InputError(

@@ -88,7 +88,7 @@ def main(devices: int, out: str, optimizer: str, machines: str = "alike") -> Non
 
     def keep(trainer: L.Trainer, module: L.LightningModule) -> None:
         state = mtn.state_dict()
-        alpha, services = state["weights"]["alpha_logits"], state["services"]
+        alpha, services = state["weights"]["alpha_logits"], state["penalty"]["services"]
         found = {"model": network.state_dict(), "alpha": alpha, "services": services}
         torch.save(found, f"{out}_{trainer.global_rank}.pt")
 

@@ -195,7 +195,7 @@ class DataModule(L.LightningDataModule, ABC):
         if rows < world_size:
             raise InputError(f"{rows} training rows cannot feed {world_size} processes")
         sampler = TrainSampler(rows, self.batch_size, self.seed, rank, world_size)
-        return self._loader("train", sampler)
+        return self._loader("train", sampler, TrainLoader)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation_loader("val")
@@ -208,7 +208,12 @@ class DataModule(L.LightningDataModule, ABC):
         rows = len(self._rows[split])
         return self._loader(split, EvaluationSampler(rows, self.batch_size, rank, world_size))
 
-    def _loader(self, split: str, sampler: "Sampler[Rows]") -> DataLoader[Batch]:
+    def _loader(
+        self,
+        split: str,
+        sampler: "Sampler[Rows]",
+        loader: type[DataLoader[Batch]] = DataLoader[Batch],
+    ) -> DataLoader[Batch]:
         change = None if self.noise is None else partial(self.noise.apply, split)
         arrays, rows = self.stored(split)
         readers = 1
@@ -217,7 +222,7 @@ class DataModule(L.LightningDataModule, ABC):
             arrays = open_prepared(Path(self.dir))[1]["train"]
             expect_scattered_reads(arrays)
             readers = _READERS
-        return DataLoader(
+        return loader(
             RowGatherer(arrays, rows, self.schema, change, readers),
             batch_size=None,  # the sampler's items are batches, each gathered by one index
             sampler=sampler,
@@ -361,6 +366,8 @@ class TrainSampler(Sampler[Rows]):
     Each global batch of ``batch_size * world_size`` rows is dealt to the ranks in turn. All ranks
     get equally many rows, so that the mean of their gradients is the gradient of the global mean;
     for that the last ``rows % world_size`` rows of an epoch's order are left out.
+
+    After ``load_state_dict`` the epoch that the state is of goes on where it was.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
@@ -370,19 +377,52 @@ class TrainSampler(Sampler[Rows]):
         self._seed = seed
         self._rank, self._world_size = rank, world_size
         self._epoch = 0
+        self._batches = 0  # that the epoch has given
+        self._done = (0, 0)  # an epoch, and its batches that are not to be given again
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order; Lightning calls it at the start of each epoch."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[Rows]:
-        order = _permutation(np.random.default_rng([self._seed, self._epoch]), self._all_rows)
-        for start in range(0, self._rows, self._global_batch):
-            end = min(start + self._global_batch, self._rows)
-            yield order[start + self._rank : end : self._world_size]
+        order = self._order(self._epoch)
+        epoch, done = self._done
+        for batch in range(done if epoch == self._epoch else 0, len(self)):
+            self._batches = batch + 1
+            yield self._deal(order, batch)
+
+    def _order(self, epoch: int) -> Rows:
+        return _permutation(np.random.default_rng([self._seed, epoch]), self._all_rows)
+
+    def _deal(self, order: Rows, batch: int) -> Rows:
+        start = batch * self._global_batch
+        end = min(start + self._global_batch, self._rows)
+        return order[start + self._rank : end : self._world_size]
+
+    def rows_of(self, epoch: int, batch: int) -> Rows:
+        """Return a batch of an epoch once more."""
+        return self._deal(self._order(epoch), batch)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._done = state_dict["epoch"], state_dict["batches"]
 
     def __len__(self) -> int:
         return -(-self._rows // self._global_batch)
+
+
+class TrainLoader(DataLoader[Batch]):
+    """A loader whose place in an epoch Lightning keeps in each checkpoint of a training."""
+
+    sampler: TrainSampler
+
+    def state_dict(self) -> dict[str, int]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.sampler.load_state_dict(state_dict)
 
 
 class EvaluationSampler(Sampler[Rows]):

@@ -1,5 +1,6 @@
 """The LightningModule that trains any network."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -7,6 +8,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from mtnrec.batch import Batch, LogProbabilities
@@ -16,7 +18,7 @@ from mtnrec.model.layer import FeatureInput
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import Schema
 
-_STEPS_A_LOG = 16  # Lightning takes half a millisecond to log a value
+_STEPS_A_SUM = 16  # to read a value is to wait for the accelerator
 
 
 def cross_entropies(output: LogProbabilities, labels: Tensor) -> Tensor:
@@ -36,6 +38,8 @@ class MultiTaskModule(L.LightningModule):
     ``test/task_metric``. ``results`` keeps the last values of each split in full precision, and
     ``calibration_curves`` the columns of each task's curve after a test, as ``test/task``. Every
     checkpoint carries ``card``, what it says of the model.
+
+    No checkpoint is written from weights that are not finite.
 
     Args:
         network: Called with a :class:`Batch`, returns :class:`LogProbabilities`. It offers
@@ -57,13 +61,11 @@ class MultiTaskModule(L.LightningModule):
         self._optimizer = optimizer
         self.val_metrics = TaskMetrics(schema)
         self.test_metrics = TaskMetrics(schema)
-        self._sum_of_losses, self._rows_of_losses = torch.zeros(()), 0
+        self._losses: list[tuple[int, Tensor]] = []  # the latest, and the rows of each
+        self._sum_of_losses, self._rows_of_losses = 0.0, 0
         self.results: dict[str, dict[str, float]] = {}
         self.calibration_curves: dict[str, dict[str, list[float]]] = {}
         self.card: dict[str, Any] = {}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["mtnrec"] = self.card
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
@@ -71,13 +73,25 @@ class MultiTaskModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = cross_entropies(self(batch), _labels_of(batch)).sum()
-        self._sum_of_losses = self._sum_of_losses + len(batch) * loss.detach()
-        self._rows_of_losses += len(batch)
-        if batch_idx % _STEPS_A_LOG == 0 or self.trainer.is_last_batch:
+        self._losses.append((len(batch), loss.detach()))
+        if len(self._losses) == _STEPS_A_SUM:
+            self._sum_losses()
+        if self.trainer.is_last_batch or self.trainer.global_step + 1 == self.trainer.max_steps:
             self._log_losses()
         return loss
 
+    def _sum_losses(self) -> None:
+        if not self._losses:
+            return
+        rows, losses = zip(*self._losses, strict=True)
+        # One after the other, so that the sum does not depend on where a checkpoint cuts it.
+        for count, loss in zip(rows, torch.stack(losses).tolist(), strict=True):
+            self._sum_of_losses += count * loss
+            self._rows_of_losses += count
+        self._losses.clear()
+
     def _log_losses(self) -> None:
+        self._sum_losses()
         self.log(
             "train/loss",
             self._sum_of_losses / self._rows_of_losses,
@@ -87,7 +101,24 @@ class MultiTaskModule(L.LightningModule):
             sync_dist=True,
             batch_size=self._rows_of_losses,
         )
-        self._sum_of_losses, self._rows_of_losses = torch.zeros(()), 0
+        self._sum_of_losses, self._rows_of_losses = 0.0, 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        floats = [w for w in checkpoint["state_dict"].values() if w.is_floating_point()]
+        if not get_total_norm(floats, norm_type=math.inf).isfinite():
+            raise InputError(
+                "a checkpoint must have finite weights, and after step "
+                f"{checkpoint['global_step']} some are not: lower optimizer.lr, set "
+                "trainer.gradient_clip_val, or choose trainer.precision=32-true. The last "
+                "checkpoint stays"
+            )
+        checkpoint["mtnrec"] = self.card
+        self._sum_losses()
+        if self._rows_of_losses:  # within an epoch
+            checkpoint["train_loss"] = [self._sum_of_losses, self._rows_of_losses]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._sum_of_losses, self._rows_of_losses = checkpoint.get("train_loss", (0.0, 0))
 
     def validation_step(self, batch: Batch) -> None:
         self.val_metrics.update(self(batch), _labels_of(batch), batch.group)

@@ -30,7 +30,8 @@ class MTN(L.Callback):
     The gradient is added once an optimiser step, after accumulation, all-reduce and unscaling and
     before clipping. The learned weights and their optimiser belong to the callback and to its part
     of a checkpoint: the model, its ``state_dict`` and its inference are the same with and without
-    it. ``train/loss`` is the cross entropy alone.
+    it. ``train/loss`` is the cross entropy alone. At a checkpoint of a training all factors are
+    taken anew, so that a run that goes on from it, within an epoch too, has the same.
 
     Each epoch it logs, under ``mtn/``: ``norm`` (``sum_i w_i R_i``), ``penalty`` (``lam`` times
     that), ``loss_share`` (penalty over loss plus penalty), ``zero_gradient_share`` (share of the
@@ -111,6 +112,7 @@ class MTN(L.Callback):
         self._restored: dict[str, Any] = {}
         self._zero_gradient_shares: list[Tensor] = []
         self._collapsed: set[int] = set()
+        self._measured_at = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not self.enabled or stage != "fit":
@@ -185,10 +187,24 @@ class MTN(L.Callback):
             weights.load_state_dict(self._restored["weights"])
             if self._optimizer is not None:
                 self._optimizer.load_state_dict(self._restored["optimizer"])
-            self._penalty.services = self._restored["services"]
-        # A run that resumes at the start of an epoch takes the factors that an uninterrupted one
-        # took at the end of the epoch before: the same bits.
-        self._penalty.measure(trainer.global_step)
+            self._penalty.load_state_dict(self._restored["penalty"])
+            shares = self._restored["zero_gradient_shares"]
+            self._zero_gradient_shares = [share.to(pl_module.device) for share in shares]
+        # A run that resumes takes the factors that an uninterrupted one took at the checkpoint: the
+        # same bits.
+        self._measure(self._penalty, trainer.global_step)
+
+    def _measure(self, penalty: Penalty, step: int) -> list[list[Tensor]]:
+        self._measured_at = step
+        return penalty.measure(step)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # At the end of an epoch they are new already.
+        if self._penalty is not None and self._measured_at != trainer.global_step:
+            self._measure(self._penalty, trainer.global_step)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         if self._penalty is None:
@@ -196,7 +212,8 @@ class MTN(L.Callback):
         return {
             "weights": self._penalty.weights.state_dict(),
             "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
-            "services": self._penalty.services,
+            "penalty": self._penalty.state_dict(),
+            "zero_gradient_shares": self._zero_gradient_shares,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -208,7 +225,8 @@ class MTN(L.Callback):
         if self._penalty is None:
             return
         self._penalty.refresh(trainer.global_step)
-        if trainer.global_step % _STEPS_A_SHARE == 0:
+        # Once an epoch at least: Lightning shows the last epoch's value where there is none.
+        if trainer.global_step % _STEPS_A_SHARE == 0 or not self._zero_gradient_shares:
             self._zero_gradient_shares.append(_zero_gradient_share(self._penalty.parameters()))
         if self.lam == 0:
             return
@@ -234,7 +252,7 @@ class MTN(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._penalty is None:
             return
-        spectra = self._penalty.measure(trainer.global_step)
+        spectra = self._measure(self._penalty, trainer.global_step)
         norms = self._penalty.norms()
         layer_weights = self._penalty.weights.layer_weights(norms)
         alpha = self._penalty.weights.alpha()

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,7 +104,7 @@ class Penalty:
         refresh_every: Most steps that a factor serves; 1 is the exact method.
 
     Attributes:
-        services: How many steps the factors at hand serve, ``L`` times ``S``; part of a checkpoint.
+        services: How many steps the factors at hand serve, ``L`` times ``S``.
     """
 
     def __init__(
@@ -128,6 +129,19 @@ class Penalty:
         self._old: dict[int, Tensor] = {}
         self._layer_weights: list[float] = []
         self._largest_gaps: dict[int, dict[int, Tensor]] = {depth: {} for depth in depths}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs after :meth:`measure`; the factors follow from it."""
+        return {"services": self.services, "largest_gaps": self._largest_gaps}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the state; :meth:`measure` is to follow."""
+        self.services = state_dict["services"]
+        device = self.stack(next(iter(self.depths))).device
+        self._largest_gaps = {
+            depth: {column: gap.to(device) for column, gap in gaps.items()}
+            for depth, gaps in state_dict["largest_gaps"].items()
+        }
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the model's parameters that the penalty acts on; frozen ones are left alone."""

@@ -1,0 +1,19 @@
+"""A process that is killed, with the script that kills it many more times."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kill.py"
+
+
+@pytest.mark.slow
+def test_a_process_killed_three_times_ends_with_the_bits_of_one_that_was_not():
+    command = [sys.executable, str(SCRIPT), "--kills", "3", "--interrupts", "0.5"]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+    assert done.returncode == 0, done.stderr
+    assert "3 kills, " in done.stdout
