@@ -24,13 +24,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from omegaconf import OmegaConf
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtnrec.allocator import keep_freed_memory
 from mtnrec.batch import Batch
-from mtnrec.cell import CHECKPOINTS
+from mtnrec.cell import keys_of_lightning
 from mtnrec.config import CONF_DIR
 from mtnrec.model.module import MultiTaskModule, cross_entropies
 from mtnrec.record import RunRecorder
@@ -110,7 +109,7 @@ def measure(model: str, data_root: str, best: float) -> list[str]:
         bare.append(epoch())
         with tempfile.TemporaryDirectory() as folder:
             trainer = instantiate(
-                OmegaConf.masked_copy(cfg.trainer, [k for k in cfg.trainer if k != CHECKPOINTS]),
+                keys_of_lightning(cfg.trainer),
                 accelerator="cpu",
                 max_epochs=1,
                 callbacks=[timer, RunRecorder(), RichProgressBar(10, console_kwargs=screen)],

@@ -38,6 +38,11 @@ _NOT_OF_THE_TRAINER = (
 CHECKPOINTS = "checkpoint_every_n_steps"  # of `ResumePoint`, not of Lightning's trainer
 
 
+def keys_of_lightning(trainer: DictConfig) -> DictConfig:
+    """Return the config of the trainer without what Lightning's own does not take."""
+    return OmegaConf.masked_copy(trainer, [str(key) for key in trainer if key != CHECKPOINTS])
+
+
 class CellBusyError(InputError):
     """Another process is making the cell."""
 

@@ -60,8 +60,8 @@ class Scorer:
             InputError: If a column is missing or holds what is none of its values.
         """
         check_integer("batch_size", batch_size, minimum=1)
-        columns = [name for name in frame.columns if name in {*self.encoder.columns}]
-        columns += [name for name in self.encoder.lists if name not in columns and name in frame]
+        needed = {*self.encoder.columns, *self.encoder.lists}
+        columns = [name for name in frame.columns if name in needed]
         rows = pl.from_pandas(frame[columns], nan_to_null=True)
         scores = self.score_raw(rows, lambda row: f"row {row}", batch_size)
         return pd.DataFrame(scores, columns=self.tasks, index=frame.index)

@@ -23,7 +23,7 @@ from rich import get_console
 from mtnrec.allocator import keep_freed_memory
 from mtnrec.apart import run_apart
 from mtnrec.card import make_card
-from mtnrec.cell import CHECKPOINTS, RECORD_FILE, cell_of, claim, find_record
+from mtnrec.cell import CHECKPOINTS, RECORD_FILE, cell_of, claim, find_record, keys_of_lightning
 from mtnrec.checkpoint import WholeCheckpointIO
 from mtnrec.checks import InputError, check_flag, check_integer
 from mtnrec.config import (
@@ -116,7 +116,7 @@ def _run(
     experts = ExpertDistances()
     callbacks = [mtn, divergence, recorder, experts, *followers, resume_point]
     trainer: L.Trainer = instantiate(
-        OmegaConf.masked_copy(cfg.trainer, [key for key in cfg.trainer if key != CHECKPOINTS]),
+        keys_of_lightning(cfg.trainer),
         callbacks=[*callbacks, RichProgressBar(_STEPS_A_DRAW)] if has_the_screen() else callbacks,
         enable_progress_bar=has_the_screen(),
         logger=make_logger(cfg.logger, config, datamodule.manifest.checksum),

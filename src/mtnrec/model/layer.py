@@ -250,6 +250,7 @@ class BlockProducts(torch.autograd.Function):
             torch.empty_like(w) if n else None
             for w, n in zip(weights, needed[: ctx.count], strict=True)
         ]
+        # Transposed, since a product with few columns takes twice as long as one with few rows.
         of_maps = [
             m.new_zeros(m.shape[::-1]).T if n else None
             for m, n in zip(maps, needed[ctx.count :], strict=True)
