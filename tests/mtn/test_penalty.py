@@ -101,7 +101,7 @@ def test_gpus_take_factors_by_matrix_products(monkeypatch):
     for penalty in (exact, iterated):
         penalty.measure(0)
         if penalty is iterated:
-            monkeypatch.setattr(module, "polar_factor", polar_iteration)
+            monkeypatch.setattr(module, "quick_polar_factor", polar_iteration)
         with torch.no_grad():
             for layer in penalty.depths[0]:
                 layer.weight.mul_(0.5).add_(0.01)

@@ -104,3 +104,23 @@ def test_making_weights_leaves_the_global_random_stream_alone():
     make(layer_weighting="gated")
 
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("alpha", ["learned", "uniform"])
+@pytest.mark.parametrize("sharing", ["per_layer", "shared"])
+@pytest.mark.parametrize("weighting", LAYER_WEIGHTINGS)
+def test_gradients_are_those_of_autograd(alpha, sharing, weighting):
+    generator = torch.Generator().manual_seed(0)
+    weights = make(alpha=alpha, alpha_sharing=sharing, layer_weighting=weighting)
+    norms = 10 * torch.rand(3, 3, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        for parameter in weights.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    weights.set_gradients(norms, NORMS, scale=0.3)
+
+    of_layers = (weights.alpha() * norms).sum(dim=1) + NORMS
+    value = 0.3 * (weights.layer_weights(of_layers) @ of_layers)
+    learned = list(weights.parameters())
+    expected = torch.autograd.grad(value, learned) if learned else ()
+    torch.testing.assert_close([p.grad for p in learned], list(expected), rtol=1e-12, atol=1e-14)

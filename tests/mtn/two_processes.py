@@ -60,7 +60,7 @@ def polar_factor_of_machine(matrix: torch.Tensor) -> PolarFactor:
 def main(devices: int, out: str, optimizer: str, machines: str = "alike") -> None:
     torch.manual_seed(0)
     if machines == "unlike":
-        penalty.polar_factor = polar_factor_of_machine
+        penalty.polar_factor = penalty.quick_polar_factor = polar_factor_of_machine
     network = SharedBottom(
         SCHEMA,
         embedding_dim=4,

@@ -241,11 +241,7 @@ class MTN(L.Callback):
         """Step with what is learned: alpha, and the layers' weights."""
         if self._optimizer is None:
             return
-        learned = list(penalty.weights.parameters())
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(self.lam * penalty.value(), learned)
-        for weight, gradient in zip(learned, gradients, strict=True):
-            weight.grad = gradient
+        penalty.set_gradients_of_weights(scale=self.lam)
         self._optimizer.step()
 
     @torch.no_grad()

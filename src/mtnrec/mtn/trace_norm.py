@@ -69,7 +69,9 @@ class PolarFactor(NamedTuple):
     singular_values: Tensor
 
 
-def polar_factor(matrix: Tensor) -> PolarFactor:
+def polar_factor(
+    matrix: Tensor, dtype: torch.dtype = torch.float64, smallest: float | None = None
+) -> PolarFactor:
     """Return the polar factor on the range of ``matrix``, from one eigen-decomposition.
 
     With the Gram matrix ``M M^T = Q diag(e) Q^T`` of the shorter side, the singular values are
@@ -77,22 +79,25 @@ def polar_factor(matrix: Tensor) -> PolarFactor:
     the largest count as zero, which makes the factor finite, and a subgradient, everywhere.
 
     Args:
-        matrix: ``(m, n)``. The Gram matrix is formed in float64: in float32 it would lose the
-            small singular values (an error of about 1e-3 on a square Gaussian matrix).
+        matrix: ``(m, n)``.
+        dtype: Of the Gram matrix and its decomposition. In float32 it would lose the small singular
+            values (an error of about 1e-3 on a square Gaussian matrix).
+        smallest: Share of the largest eigenvalue below which one counts as zero; if not given, the
+            most that rounding can make of it.
 
     Returns:
         Factor and spectrum. Costs ``O(min(m, n)^2 max(m, n))``.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        transposed = polar_factor(matrix.T)
+        transposed = polar_factor(matrix.T, dtype, smallest)
         return PolarFactor(transposed.factor.T, transposed.singular_values)
-    work = matrix.detach().double()
+    work = matrix.detach().to(dtype)
     eigenvalues, vectors = torch.linalg.eigh(work @ work.T)
-    threshold = eigenvalues[-1] * max(matrix.shape) * torch.finfo(torch.float64).eps
-    in_range = eigenvalues > threshold.clamp(min=0)
+    share = max(matrix.shape) * torch.finfo(dtype).eps if smallest is None else smallest
+    in_range = eigenvalues > (eigenvalues[-1] * share).clamp(min=0)
     inverse_roots = torch.where(in_range, eigenvalues.rsqrt(), 0)
     factor = ((vectors * inverse_roots) @ vectors.T) @ work
-    singular_values = torch.where(in_range, eigenvalues, 0).sqrt().flip(0)
+    singular_values = torch.where(in_range, eigenvalues, 0).double().sqrt().flip(0)
     return PolarFactor(factor.to(matrix.dtype), singular_values)
 
 

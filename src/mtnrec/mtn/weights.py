@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mtnrec.mtn.trace_norm import layer_norms
+
 LAYER_WEIGHTINGS = ("mean", "exponential_decay", "learned", "gated")
 
 
@@ -69,10 +71,41 @@ class PenaltyWeights(nn.Module):
             return self.get_buffer("fixed_layer_weights")
         logits: Tensor = self.layer_logits
         if self.gate is not None:
-            norms = norms.detach()
-            total = norms.sum().clamp(min=torch.finfo(norms.dtype).tiny)
-            logits = logits + self.gate @ (norms / total)
+            logits = logits + self.gate @ _shares(norms.detach())
         return logits.softmax(dim=0)
+
+    @torch.no_grad()
+    def set_gradients(self, norms: Tensor, frobenius: Tensor, *, scale: float) -> None:
+        """Set the gradient of ``scale * sum_i w_i R_i`` by each parameter, as autograd would.
+
+        A graph of numbers as few as these costs several times the formulas.
+
+        Args:
+            norms: Trace norms of the unfoldings, ``(L, S)``.
+            frobenius: ``||W_i||_F``, ``(L,)``; zeros leave the term out.
+            scale: Lambda.
+        """
+        alpha = self.alpha()
+        of_layers = layer_norms(norms, alpha, frobenius)
+        layer_weights = self.layer_weights(of_layers)
+        if self.alpha_logits is not None:
+            gradient = _through_softmax(alpha, scale * layer_weights.unsqueeze(1) * norms)
+            self.alpha_logits.grad = gradient.sum_to_size(self.alpha_logits.shape)
+        if self.layer_logits is not None:
+            self.layer_logits.grad = _through_softmax(layer_weights, scale * of_layers)
+            if self.gate is not None:
+                shares = _shares(of_layers)
+                self.gate.grad = torch.outer(self.layer_logits.grad, shares)
+
+
+def _through_softmax(probabilities: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient by the logits of a softmax, given that by its probabilities."""
+    centre = (probabilities * gradient).sum(dim=-1, keepdim=True)
+    return probabilities * (gradient - centre)
+
+
+def _shares(norms: Tensor) -> Tensor:
+    return norms / norms.sum().clamp(min=torch.finfo(norms.dtype).tiny)
 
 
 def _zero_parameter(*shape: int) -> nn.Parameter:
