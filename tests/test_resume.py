@@ -211,6 +211,29 @@ def test_a_checkpoint_that_is_not_of_a_run_is_refused(train, interrupted):
     assert "last.ckpt is no checkpoint of a run of mtnrec" in refusal(train, interrupted)
 
 
+def test_a_checkpoint_of_another_version_is_refused(train, interrupted):
+    last = interrupted / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    (state,) = (of for name, of in content["callbacks"].items() if name.startswith("ResumePoint"))
+    del state["format"]
+    torch.save(content, last)
+
+    message = "must have format 1, got None: another version of mtnrec wrote it. Go on with that"
+    assert message in refusal(train, interrupted)
+
+
+def test_a_run_of_more_processes_does_not_go_on_from_the_checkpoint_of_one(train, interrupted):
+    last = interrupted / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    (state,) = (of for name, of in content["callbacks"].items() if name.startswith("ResumePoint"))
+    state["ranks"] = 2
+    torch.save(content, last)
+
+    train(*RUN, folder=interrupted)
+
+    assert "of other processes or was moved: training" in (interrupted / "train.log").read_text()
+
+
 def test_a_checkpoint_of_another_model_or_schema_is_refused(train, interrupted):
     widths = refusal(train, interrupted, "model.tower_widths=[8]")
     assert "of another model or schema: network.towers." in widths
