@@ -1,6 +1,6 @@
 """Kill a training again and again, go on each time, and compare it with one that ran through.
 
-``python benchmarks/kill.py --kills 50``
+``python benchmarks/kill.py --kills 50 [--devices 2]``
 
 A process of its own each time, killed with all that it started, most by SIGKILL, the others by
 SIGINT, at moments drawn at random. At the end the metrics of ``result.json`` and the weights of
@@ -36,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--interrupts", type=float, default=0.2, help="share of SIGINT")
+    parser.add_argument("--devices", type=int, default=1, help="processes of a run")
     parser.add_argument("--longest", type=float, default=1.0, help="seconds from the training on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keys", nargs="*", default=[], help="overrides of every run")
@@ -44,6 +45,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         command = [sys.executable, "-m", "mtnrec.train", f"data_root={root / 'data'}", *_RUN]
+        if arguments.devices > 1:
+            command += ["trainer=ddp", f"trainer.devices={arguments.devices}"]
         command += arguments.keys
         _run([*command, f"hydra.run.dir={root / 'whole'}"])
         hits: Counter[str] = Counter()
@@ -57,14 +60,14 @@ def main() -> None:
             moment = rng.uniform(0, 3 if early else arguments.longest)
             stage = _kill([*command, f"hydra.run.dir={folder}"], folder, sent, moment, early=early)
             if stage is None:  # it was done before: the next one from the start
-                _compare(folder, root / "whole")
+                compare(folder, root / "whole")
                 finished += 1
                 continue
             kills += 1
             hits[f"{sent.name}, {stage}"] += 1
             _check(folder)
         _run([*command, f"hydra.run.dir={folder}"])
-        _compare(folder, root / "whole")
+        compare(folder, root / "whole")
     print("| signal, stage | kills |\n|---|---|")
     for stage, count in sorted(hits.items()):
         print(f"| {stage} | {count} |")
@@ -120,7 +123,8 @@ def _check(folder: Path) -> None:
         torch.load(path, weights_only=True)
 
 
-def _compare(folder: Path, whole: Path) -> None:
+def compare(folder: Path, whole: Path) -> None:
+    """End the program if the bits of two runs differ."""
     found, expected = (read_json(path / "result.json") or {} for path in (folder, whole))
     for key in _KEPT:
         if found[key] != expected[key]:

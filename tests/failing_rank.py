@@ -1,8 +1,9 @@
-"""``mtnrec.train`` with a rank that ends in its third step; run by a test.
+"""``mtnrec.train`` with a rank that ends in its third step, or diverges there; run by a test.
 
-``FAILING_RANK=1 FAILURE=raise|kill python failing_rank.py OVERRIDES``
+``FAILING_RANK=1 FAILURE=raise|kill|diverge [FAILING_BATCH=2] python failing_rank.py OVERRIDES``
 """
 
+import math
 import os
 import signal
 from unittest import mock
@@ -16,9 +17,12 @@ training_step = MultiTaskModule.training_step
 
 
 def fail(self, batch, batch_idx):
-    if batch_idx == 2 and dist.get_rank() == int(os.environ["FAILING_RANK"]):
+    failing_batch = int(os.environ.get("FAILING_BATCH", "2"))
+    if batch_idx == failing_batch and dist.get_rank() == int(os.environ["FAILING_RANK"]):
         if os.environ["FAILURE"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ["FAILURE"] == "diverge":
+            return training_step(self, batch, batch_idx) * math.nan
         raise ArithmeticError("so it goes")
     return training_step(self, batch, batch_idx)
 

@@ -10,8 +10,10 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kill.py"
 
 
 @pytest.mark.slow
-def test_a_process_killed_three_times_ends_with_the_bits_of_one_that_was_not():
+@pytest.mark.parametrize("devices", ["1", "2"])
+def test_a_run_killed_three_times_ends_with_the_bits_of_one_that_was_not(devices):
     command = [sys.executable, str(SCRIPT), "--kills", "3", "--interrupts", "0.5"]
+    command += ["--devices", devices]
 
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 

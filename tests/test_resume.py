@@ -1,9 +1,11 @@
 import csv
 import json
+import resource
 
 import pytest
 import torch
 
+from mtnrec.files import read_json
 from mtnrec.record import RunRecorder
 
 # Dropout draws random numbers in each step; MTN learns; the best epoch is not the last.
@@ -133,6 +135,34 @@ def test_a_run_killed_within_an_epoch_ends_with_the_bits_of_one_that_was_not(
     assert read_csv(tmp_path) == read_csv(expected)
 
 
+def test_a_run_whose_disk_was_full_ends_with_the_bits_of_one_whose_was_not(
+    whole, train, tmp_path, monkeypatch
+):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original = RunRecorder.on_train_epoch_end
+
+    def fill(self, trainer, pl_module):  # from the second epoch on no checkpoint can be written
+        original(self, trainer, pl_module)
+        if trainer.current_epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecorder, "on_train_epoch_end", fill)
+        try:
+            with pytest.raises(SystemExit) as stop:
+                train(*RUN, folder=tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "could not be written (File too large; " in stop.value.code
+    assert read_json(tmp_path / "failure.json")["error"] == "InputError"
+
+    train(*RUN, folder=tmp_path)
+
+    assert "last.ckpt, after epoch 0" in (tmp_path / "train.log").read_text()
+    assert outcome(tmp_path) == outcome(whole)
+    assert_same_weights(tmp_path, whole)
+
+
 def test_checkpoints_within_an_epoch_change_nothing_without_mtn(train):
     run = [*RUN, "mtn.enabled=false", "trainer.max_epochs=2"]
 
@@ -209,6 +239,29 @@ def test_a_checkpoint_that_is_not_of_a_run_is_refused(train, interrupted):
     torch.save({"state_dict": {}, "callbacks": {}}, last)
 
     assert "last.ckpt is no checkpoint of a run of mtnrec" in refusal(train, interrupted)
+
+
+def test_a_checkpoint_of_another_version_is_refused(train, interrupted):
+    last = interrupted / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    (state,) = (of for name, of in content["callbacks"].items() if name.startswith("ResumePoint"))
+    del state["format"]
+    torch.save(content, last)
+
+    message = "must have format 1, got None: another version of mtnrec wrote it. Go on with that"
+    assert message in refusal(train, interrupted)
+
+
+def test_a_run_of_more_processes_does_not_go_on_from_the_checkpoint_of_one(train, interrupted):
+    last = interrupted / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    (state,) = (of for name, of in content["callbacks"].items() if name.startswith("ResumePoint"))
+    state["ranks"] = 2
+    torch.save(content, last)
+
+    train(*RUN, folder=interrupted)
+
+    assert "of other processes or was moved: training" in (interrupted / "train.log").read_text()
 
 
 def test_a_checkpoint_of_another_model_or_schema_is_refused(train, interrupted):

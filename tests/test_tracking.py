@@ -8,6 +8,7 @@ import wandb
 from omegaconf import OmegaConf
 from wandb.proto.wandb_internal_pb2 import Record
 
+from mtnrec.record import RunRecorder
 from mtnrec.tracking import make_logger, run_labels, tables_of
 
 # Rates at which every split has both classes of every task.
@@ -166,6 +167,48 @@ def test_each_job_of_a_sweep_is_an_offline_run_of_wandb_of_its_own(train):
             assert found.summary[name] == pytest.approx(value)
     assert len(groups) == 1
     assert len(names) == 2
+
+
+def test_a_run_that_goes_on_is_the_same_run_of_wandb(train, tmp_path, monkeypatch):
+    run = [*LOG, "logger=wandb", "logger.offline=true"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecorder, "on_test_start", lambda *_: 1 // 0)
+        with pytest.raises(ArithmeticError):
+            train(*run, folder=tmp_path)
+
+    train(*run, folder=tmp_path)
+    train(*run, "resume=false", folder=tmp_path)
+
+    folders = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda p: p.stat().st_ctime)
+    first, second, third = (folder.name.rpartition("-")[2] for folder in folders)
+    assert first == second != third
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_does_not_end_the_run(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "0")
+    wandb.teardown()  # what earlier tests set
+
+    train(*LOG, "logger=wandb", "logger.settings.init_timeout=1", folder=tmp_path)
+
+    assert "W&B does not answer" in (tmp_path / "train.log").read_text()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    found = read_wandb_run(path)
+    assert len(found.history["val/cvr_auc"]) == 2
+    assert found.exit.exit_code == 0
+
+
+def test_tables_that_the_server_does_not_take_do_not_end_the_run(train, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise wandb.errors.CommError("gone")
+
+    monkeypatch.setattr(wandb.Run, "log_artifact", refuse)
+
+    train(*LOG, "logger=wandb", "logger.offline=true", folder=tmp_path)
+
+    assert "W&B does not answer (gone)" in (tmp_path / "train.log").read_text()
+    assert (tmp_path / "result.json").exists()
 
 
 def test_a_run_that_fails_closes_its_run_of_wandb_as_failed(train, tmp_path):

@@ -185,13 +185,27 @@ def claim(folder: Path, overrides: Sequence[str], command: Sequence[str]) -> Ite
             remove_leftovers(folder / name)
         (folder / FAILURE_FILE).unlink(missing_ok=True)
         write_json(folder / RUNNING_FILE, _who(overrides))
-        try:
+        with recording_failure(folder, overrides, command):
             yield
-        except Exception as error:
+        (folder / RUNNING_FILE).unlink()  # it stays where the process was stopped
+
+
+@contextmanager
+def recording_failure(
+    folder: Path, overrides: Sequence[str], command: Sequence[str]
+) -> Iterator[None]:
+    """Write to ``failure.json`` what goes wrong in a process of a run; :func:`claim` does so too.
+
+    Of several processes the first to fail writes, since the others fail for want of it. Where the
+    one that holds the folder was killed none does: the run is interrupted.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _is_locked(folder) and not (folder / FAILURE_FILE).is_file():
             with suppress(OSError):  # on a full disk what has failed is told all the same
                 record_failure(folder, error, overrides, command)
-            raise
-        (folder / RUNNING_FILE).unlink()  # it stays where the process was stopped
+        raise
 
 
 def record_failure(

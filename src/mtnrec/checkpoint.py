@@ -74,6 +74,22 @@ def read_checkpoint(
     return checkpoint
 
 
+def check_format(path: Path, found: int | None, expected: int, remedy: str) -> None:
+    """Refuse what another version of mtnrec wrote of a training; None is of one without formats.
+
+    Args:
+        path: The file.
+        found: Its format.
+        expected: That of this version.
+        remedy: What to do where they differ.
+    """
+    if found != expected:
+        raise InputError(
+            f"{path} must have format {expected}, got {found}: another version of mtnrec wrote it. "
+            f"Go on with that one, or {remedy}"
+        )
+
+
 def check_weights(
     path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], remedy: str
 ) -> None:

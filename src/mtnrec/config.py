@@ -295,6 +295,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*exists and is not empty")
     # Of DDP, about the gradient of a layer with one output.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # Which keeps the buckets of the gradients: see trainer=ddp.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified in DDP")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for talkative in ("fontTools", "onnx_ir", "onnxscript"):  # of every font, of every constant
         logging.getLogger(talkative).setLevel(logging.WARNING)

@@ -24,8 +24,9 @@ class Divergence(L.Callback):
 
     The losses of all batches are looked at in groups of 16, the gradient (the penalty's included)
     at each 16th step and the last of an epoch, before the weights are changed by it. Under fp16
-    with a loss scaler it is not, since the scaler itself leaves out such steps. It stands behind
-    MTN.
+    with a loss scaler it is not, since the scaler itself leaves out such steps. Of several ranks
+    each looks at the losses of all, so that they end alike, with the rows of the one that was the
+    first. It stands behind MTN.
 
     Raises:
         InputError: With the step, the rows of the batch and the likely cause.
@@ -54,6 +55,7 @@ class Divergence(L.Callback):
             if p.grad is not None
         )
         if not math.isfinite(norm):
+            self._look(trainer)  # the loss says more: whose rows they are
             place = trainer.fit_loop.batch_idx, trainer.global_step
             raise _error(trainer, "gradient", norm, *place)
 
@@ -75,11 +77,13 @@ class Divergence(L.Callback):
         seen, self._losses = self._losses, []
         if not seen:
             return
-        for (batch, step, _), value in zip(
-            seen, torch.stack([loss for *_, loss in seen]).tolist(), strict=True
+        of_ranks = trainer.strategy.all_gather(torch.stack([loss for *_, loss in seen]))
+        for (batch, step, _), losses in zip(
+            seen, of_ranks.view(-1, len(seen)).T.tolist(), strict=True
         ):
-            if not math.isfinite(value):
-                raise _error(trainer, "loss", value, batch, step)
+            for rank, value in enumerate(losses):
+                if not math.isfinite(value):
+                    raise _error(trainer, "loss", value, batch, step, rank)
 
 
 def largest(tensors: Iterator[Tensor]) -> float:
@@ -92,10 +96,12 @@ def largest(tensors: Iterator[Tensor]) -> float:
     return get_total_norm(found, norm_type=math.inf).item()
 
 
-def _error(trainer: L.Trainer, what: str, value: float, number: int, step: int) -> InputError:
+def _error(
+    trainer: L.Trainer, what: str, value: float, number: int, step: int, rank: int | None = None
+) -> InputError:
     loader: Any = trainer.train_dataloader
     epoch = trainer.current_epoch
-    positions = loader.sampler.rows_of(epoch, number)
+    positions = loader.sampler.rows_of(epoch, number, rank)
     rows = trainer.datamodule.row_numbers["train"][positions]  # type: ignore[attr-defined]
     some = ", ".join(str(row) for row in rows[:_SHOWN_ROWS])
     return InputError(

@@ -6,14 +6,16 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 
 from mtnrec.batch import Batch
-from mtnrec.checkpoint import check_weights, read_checkpoint
+from mtnrec.checkpoint import check_format, check_weights, read_checkpoint
 from mtnrec.checks import InputError, check_integer
 from mtnrec.files import remove_leftovers
 
 BEST, _LAST = "best.ckpt", "last.ckpt"
+_FORMAT = 1  # of what the callbacks and the module keep; raised where older files do not serve
 
 _logger = logging.getLogger(__name__)
 
@@ -59,8 +61,13 @@ class ResumePoint(Checkpoint):
                 remove_leftovers(self.path.with_name(name))
 
     def state_dict(self) -> dict[str, Any]:
-        # Dropout draws from the global streams.
-        state = {"origin": self._origin(), "cpu": torch.get_rng_state()}
+        # Dropout draws from the global streams, which are the same on all ranks.
+        state = {
+            "format": _FORMAT,
+            "origin": self._origin(),
+            "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+            "cpu": torch.get_rng_state(),
+        }
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
         return state
@@ -101,16 +108,18 @@ class ResumePoint(Checkpoint):
     def _origin(self) -> list[str]:
         return [self._cell, str(self.path.parent.resolve())]
 
-    def find(self, module: L.LightningModule) -> Path | None:
+    def find(self, trainer: L.Trainer, module: L.LightningModule) -> Path | None:
         """Return the file if this run can go on from it.
 
         It cannot in a folder that was moved: Lightning looks for the best epoch where it was.
 
         Args:
+            trainer: What is to train.
             module: What is to be trained.
 
         Raises:
-            InputError: If it is damaged, no checkpoint of a run, or of another model or schema.
+            InputError: If it is damaged, no checkpoint of a run, of another version of mtnrec, or
+                of another model or schema.
         """
         if not self.path.is_file():
             return None
@@ -119,9 +128,13 @@ class ResumePoint(Checkpoint):
         state = checkpoint["callbacks"].get(self.state_key)
         if state is None:
             raise InputError(f"{self.path} is no checkpoint of a run of mtnrec: {remedy}")
+        check_format(self.path, state.get("format"), _FORMAT, remedy)
         check_weights(self.path, checkpoint["state_dict"], module.state_dict(), remedy)
-        if state["origin"] != self._origin():
-            _logger.warning("%s is of other settings or was moved: training starts anew", self.path)
+        if (state["origin"], state["ranks"]) != (self._origin(), trainer.world_size):
+            _logger.warning(
+                "%s is of other settings, of other processes or was moved: training starts anew",
+                self.path,
+            )
             return None
         best = self.path.with_name(BEST)
         if any(of.get("best_model_path") for of in checkpoint["callbacks"].values()):

@@ -3,7 +3,9 @@
 Runs that differ in their seed alone are an *arm*: they share W&B's group.
 """
 
+import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +24,8 @@ from mtnrec.cell import cell_of, flatten, settings_of
 METRICS = ("auc", "log_loss", "calibration", "ece", "grouped_auc", "bayes_auc")
 Table = tuple[list[Any], list[Any]]  # columns, rows
 
+_logger = logging.getLogger(__name__)
+
 _OF_AN_UNFOLDING = re.compile(r"mtn/layer_(\d+)/alpha_(\w+)")
 
 
@@ -29,12 +33,15 @@ def make_logger(node: DictConfig, config: Mapping[str, Any], checksum: str) -> L
     """Build the logger, and name, group and tag its run where the config leaves that open.
 
     Args:
-        node: ``cfg.logger``; ``name`` and ``group`` are filled if they are null, tags are added.
+        node: ``cfg.logger``; ``name`` and ``group`` are filled if they are null, tags are added,
+            and W&B's ``resume`` is null where the run is to start anew.
         config: The resolved config.
         checksum: Of the data set.
     """
     labels = run_labels(config, checksum)
     filled = {key: labels[key] for key in ("name", "group") if key in node and node[key] is None}
+    if "resume" in node and not config["resume"]:
+        filled["resume"] = None
     if "tags" in node:
         filled["tags"] = [*node.tags, *_experiment(), *labels["tags"]]
     return instantiate(node, **filled, _convert_="all")
@@ -96,6 +103,7 @@ def describe_run(loggers: Iterable[Logger], config: Mapping[str, Any]) -> None:
     """Tell each logger the settings, before the training starts."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
+            _begin(logger)
             # Nested: W&B shows, filters and groups by `mtn.lam` all the same.
             logger.log_hyperparams(shown_settings(config))
             logger.experiment.define_metric("epoch")
@@ -108,8 +116,31 @@ def describe_run(loggers: Iterable[Logger], config: Mapping[str, Any]) -> None:
             logger.log_hyperparams(dict(config))
 
 
+def _begin(logger: WandbLogger) -> None:
+    """Begin the run of W&B; it is an offline one where the server does not answer."""
+    import wandb
+
+    try:
+        _ = logger.experiment
+    except wandb.errors.CommError as error:
+        _logger.warning(
+            "W&B does not answer (%s): the run is written to %s/wandb alone, and `wandb sync` "
+            "sends it later",
+            error,
+            logger.save_dir,
+        )
+        wandb.teardown()  # its service still holds the run
+        os.environ["WANDB_MODE"] = "offline"
+        try:
+            _ = logger.experiment
+        finally:
+            del os.environ["WANDB_MODE"]
+
+
 def report_run(loggers: Iterable[Logger], record: Mapping[str, Any]) -> None:
     """Give W&B and TensorBoard what came out; for the global rank zero.
+
+    Where W&B does not answer it lacks the tables.
 
     Args:
         loggers: The trainer's.
@@ -143,18 +174,19 @@ def _report_to_wandb(
     for name in _names(record):
         if name.count("/") > 1:  # which the * of define_metric does not match
             run.define_metric(name, step_metric="epoch")
-    tables = tables_of(record)
-    run.log(
-        {
-            f"tables/{name}": wandb.Table(columns=columns, data=rows)
-            for name, (columns, rows) in tables.items()
-        }
-    )
     folder = Path(record["config"]["output_dir"])
     figures = (found for found in drawn_figures(read_runs(folder)) if found[2] is not None)
     run.log({f"figures/{kind}": wandb.Image(figure) for kind, _, figure in figures})
     # Of the best epoch: W&B's own are of the last.
     run.summary.update({"best_epoch": record["best_epoch"], **metrics})
+    tables = {
+        f"tables/{name}": wandb.Table(columns=columns, data=rows)
+        for name, (columns, rows) in tables_of(record).items()
+    }
+    try:
+        run.log(tables)  # asks the server
+    except wandb.errors.Error as error:
+        _logger.warning("W&B does not answer (%s): its run has no tables", error)
 
 
 def _names(record: Mapping[str, Any]) -> list[str]:

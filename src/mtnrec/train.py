@@ -5,7 +5,6 @@
 
 import gc
 import logging
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +22,15 @@ from rich import get_console
 from mtnrec.allocator import keep_freed_memory
 from mtnrec.apart import run_apart
 from mtnrec.card import make_card
-from mtnrec.cell import CHECKPOINTS, RECORD_FILE, cell_of, claim, find_record, keys_of_lightning
+from mtnrec.cell import (
+    CHECKPOINTS,
+    RECORD_FILE,
+    cell_of,
+    claim,
+    find_record,
+    keys_of_lightning,
+    recording_failure,
+)
 from mtnrec.checkpoint import WholeCheckpointIO
 from mtnrec.checks import InputError, check_flag, check_integer
 from mtnrec.config import (
@@ -66,8 +73,8 @@ def main(cfg: DictConfig) -> float | None:
     output_dir = Path(cfg.output_dir)
     if is_job_of_a_sweep() and cfg.trainer.devices != 1:
         return run_apart(output_dir)["metrics"][cfg.monitor]
-    claimed = claim(output_dir, overrides_of_job(), command_of_job(output_dir))
-    with claimed if is_first_process() else nullcontext(), closing_wandb_run():
+    hold = claim if is_first_process() else recording_failure
+    with hold(output_dir, overrides_of_job(), command_of_job(output_dir)), closing_wandb_run():
         recorder = RunRecorder()
         check_flag("resume", cfg.resume)
         config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
@@ -128,7 +135,7 @@ def _run(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     describe_run(trainer.loggers, config)
     (output_dir / RECORD_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
-    start = resume_point.find(module) if cfg.resume else None
+    start = resume_point.find(trainer, module) if cfg.resume else None
     if start is None:
         resume_point.discard()  # what is written from now on does not belong to it
     with divergence.explaining(trainer):

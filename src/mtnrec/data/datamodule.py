@@ -389,19 +389,19 @@ class TrainSampler(Sampler[Rows]):
         epoch, done = self._done
         for batch in range(done if epoch == self._epoch else 0, len(self)):
             self._batches = batch + 1
-            yield self._deal(order, batch)
+            yield self._deal(order, batch)[self._rank :: self._world_size]
 
     def _order(self, epoch: int) -> Rows:
         return _permutation(np.random.default_rng([self._seed, epoch]), self._all_rows)
 
     def _deal(self, order: Rows, batch: int) -> Rows:
         start = batch * self._global_batch
-        end = min(start + self._global_batch, self._rows)
-        return order[start + self._rank : end : self._world_size]
+        return order[start : min(start + self._global_batch, self._rows)]
 
-    def rows_of(self, epoch: int, batch: int) -> Rows:
-        """Return a batch of an epoch once more."""
-        return self._deal(self._order(epoch), batch)
+    def rows_of(self, epoch: int, batch: int, rank: int | None = None) -> Rows:
+        """Return a batch of an epoch once more: a rank's, or those of all ranks together."""
+        rows = self._deal(self._order(epoch), batch)
+        return rows if rank is None else rows[rank :: self._world_size]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self._epoch, "batches": self._batches}

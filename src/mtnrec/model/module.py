@@ -115,10 +115,13 @@ class MultiTaskModule(L.LightningModule):
         checkpoint["mtnrec"] = self.card
         self._sum_losses()
         if self._rows_of_losses:  # within an epoch
-            checkpoint["train_loss"] = [self._sum_of_losses, self._rows_of_losses]
+            own = [self._sum_of_losses, self._rows_of_losses]
+            checkpoint["train_losses"] = _of_all_ranks(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._sum_of_losses, self._rows_of_losses = checkpoint.get("train_loss", (0.0, 0))
+        of_ranks = checkpoint.get("train_losses")
+        own = of_ranks[self.global_rank] if of_ranks else (0.0, 0)
+        self._sum_of_losses, self._rows_of_losses = own
 
     def validation_step(self, batch: Batch) -> None:
         self.val_metrics.update(self(batch), _labels_of(batch), batch.group)
@@ -180,6 +183,14 @@ class MultiTaskModule(L.LightningModule):
         if gradient_clip_val and isinstance(optimizer, LazyAdam):
             optimizer = optimizer.gradients_to_clip()
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+
+def _of_all_ranks(own: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [own]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def _labels_of(batch: Batch) -> Tensor:
