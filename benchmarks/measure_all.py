@@ -38,6 +38,7 @@ SECTIONS = {
     "startup": ("Start", ["startup.py"]),
     "sweep": ("Sweeps", ["sweep.py"]),
     "noise": ("Noise", ["noise.py"]),
+    "export": ("Exported models with MTN and without", ["export.py"]),
 }
 
 
