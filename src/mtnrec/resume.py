@@ -117,10 +117,10 @@ class ResumePoint(Checkpoint):
         remedy = "remove it or set resume=false to train anew, or choose another hydra.run.dir"
         checkpoint = read_checkpoint(self.path, remedy)
         state = checkpoint["callbacks"].get(self.state_key)
-        if state is None:
+        if not isinstance(state, dict):
             raise InputError(f"{self.path} is no checkpoint of a run of mtnrec: {remedy}")
         check_weights(self.path, checkpoint["state_dict"], module.state_dict(), remedy)
-        if state["origin"] != self._origin():
+        if state.get("origin") != self._origin():
             _logger.warning("%s is of other settings or was moved: training starts anew", self.path)
             return None
         best = self.path.with_name(BEST)
