@@ -210,7 +210,7 @@ from mtnrec.checks import InputError
 from mtnrec.data.raw import BadRows, Meter, open_plain, read_blocks, read_tar
 from mtnrec.data.source import Source
 
-resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))
+resource.setrlimit(resource.RLIMIT_DATA, (1 << 31, 1 << 31))
 path = Path(sys.argv[1])
 try:
     if path.name.endswith(".tar.gz"):
@@ -230,7 +230,7 @@ except InputError as error:
 
 
 def run_limited(path, reader="blocks"):
-    """Read a file in a process that may have a GiB of data."""
+    """Read a file in a process that may have 2 GiB of data."""
     process = subprocess.run(
         [sys.executable, "-c", LIMITED, path, reader], capture_output=True, text=True, timeout=300
     )

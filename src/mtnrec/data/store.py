@@ -402,6 +402,7 @@ def verify_once(directory: Path, manifest: Manifest) -> None:
     # A file that changes twice within a tick of the clock shows it once.
     if last_change < started - _CLOCK_TICK:
         with suppress(OSError):  # a folder that only others may write to: verified every time
+            note.unlink(missing_ok=True)  # a pipe would wait for ever
             note.write_text(state, encoding="utf-8")
 
 
