@@ -7,12 +7,13 @@ from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.optim import Adam
 
 from mtnrec.cell import keys_of_lightning
 from mtnrec.checks import InputError
-from mtnrec.config import CONF_DIR
+from mtnrec.config import CONF_DIR, find_input_error
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.noise import Noise
 from mtnrec.mtn.callback import MTN
@@ -157,6 +158,31 @@ def test_the_defaults_are_esmm_without_mtn_on_a_synthetic_log(compose_config):
 def test_a_mistyped_key_dies_at_composition(override, compose_config):
     with pytest.raises(ConfigCompositionException, match=re.escape(override.split("=")[0])):
         compose_config("logger=wandb", override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+data.colour=red", "unexpected keyword argument 'colour'"),
+        ("data.name=${nothing}", "Interpolation key 'nothing' not found"),
+        ("data.name=${data.name}", "Recursive interpolation"),
+        ("data.batch_size=???", "Missing mandatory value: data.batch_size"),
+        ("data._target_=mtnrec.nothing", "Error locating target 'mtnrec.nothing'"),
+    ],
+)
+def test_what_hydra_says_of_a_value_is_one_message(override, message, compose_config):
+    config = compose_config(override)
+
+    with pytest.raises((InstantiationException, OmegaConfBaseException)) as error:
+        instantiate(config.data, _convert_="all")
+
+    known = find_input_error(error.value)
+    assert message in str(known)
+    assert "\n" not in str(known)
+
+
+def test_an_error_of_the_program_is_none_of_the_user():
+    assert find_input_error(IndexError("list index out of range")) is None
 
 
 @pytest.fixture(scope="module")

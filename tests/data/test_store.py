@@ -1,5 +1,6 @@
 """The prepared format: what is written is read again, and what is damaged is refused."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -476,7 +477,7 @@ def test_no_entry_of_a_schema_leads_to_another_error(path, entry, name):
         if isinstance(place[key], dict | list) and step:
             place = place[key]
         elif name is None or isinstance(place, list):
-            place[key] = entry
+            place[key] = copy.deepcopy(entry)
         else:
             place[name] = place.pop(key)
     text = json.dumps(entries).encode()
