@@ -4,9 +4,12 @@ import errno
 import os
 import re
 import resource
+import zipfile
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mtnrec.checkpoint import WholeCheckpointIO, check_weights, read_checkpoint
 from mtnrec.checks import InputError
@@ -113,6 +116,91 @@ def test_a_foreign_file_is_refused(content, path):
 
     with pytest.raises(InputError, match="is no checkpoint of a training: remove it"):
         read_checkpoint(path, "remove it")
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [3, None, [torch.zeros(2)], torch.zeros(1).expand(10**12), torch.eye(2).to_sparse()],
+)
+def test_weights_that_are_not_there_in_full_are_refused(weight, path):
+    torch.save(CONTENT | {"state_dict": {"a": weight}}, path)
+
+    with pytest.raises(InputError, match=r"last.ckpt is damaged.*: remove it"):
+        read_checkpoint(path, "remove it")
+
+
+def test_a_repeated_number_is_refused_wherever_it_is(path):
+    state = [torch.zeros(1).expand(10**12)]
+    state.append(state)  # in itself
+    torch.save(CONTENT | {"optimizer_states": [{"state": {0: state}}]}, path)
+
+    with pytest.raises(InputError, match=r"a tensor \(1000000000000,\) is not whole"):
+        read_checkpoint(path, "remove it")
+
+
+def repack(path, change, compression=zipfile.ZIP_STORED):
+    """Write a checkpoint anew, with right checksums."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, part in change(parts).items():
+            archive.writestr(name, part)
+
+
+def test_a_checkpoint_that_inflates_is_refused_unread(path):
+    repack(path, lambda parts: parts | {"last/data/1": bytes(10**7)}, zipfile.ZIP_DEFLATED)
+
+    with pytest.raises(InputError, match="its parts are compressed"):
+        read_checkpoint(path, "remove it")
+
+
+def test_parts_that_share_their_bytes_are_refused(path):
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        most = max(info.file_size for info in archive.infolist())
+    for at in [m.start() for m in re.finditer(b"PK\x01\x02", content)]:
+        content[at + 20 : at + 28] = 2 * most.to_bytes(4, "little")  # sizes: all the largest
+    path.write_bytes(content)
+
+    with pytest.raises(InputError, match="its parts are larger than the file"):
+        read_checkpoint(path, "remove it")
+
+
+@pytest.mark.parametrize("size", [b"J\xff\xff\xff\x7f", b"\x8a\x08" + b"\xff" * 7 + b"\x7f"])
+def test_a_pickle_that_says_another_size_than_its_bytes_is_refused(size, path):
+    pickled = b"M" + (5000).to_bytes(2, "little")
+
+    def change(parts):
+        name = next(name for name in parts if name.endswith("data.pkl"))
+        assert pickled in parts[name]
+        return parts | {name: parts[name].replace(pickled, size)}
+
+    repack(path, change)
+
+    with pytest.raises(InputError, match="damaged or no checkpoint"):
+        read_checkpoint(path, "remove it")
+
+
+@settings(max_examples=100, deadline=None)
+@given(at=st.floats(0, 1), put=st.binary(min_size=1, max_size=6), in_pickle=st.booleans())
+def test_no_bytes_lead_to_another_error(at, put, in_pickle, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "any.ckpt"
+    torch.save(CONTENT, path)
+
+    def damage(content):
+        start = int(at * len(content))
+        return content[:start] + put + content[start + len(put) :]
+
+    if in_pickle:
+        repack(path, lambda parts: {n: damage(p) if "pkl" in n else p for n, p in parts.items()})
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+
+    try:
+        weight = read_checkpoint(path, "remove it")["state_dict"]
+    except InputError:
+        return
+    assert all(isinstance(w, torch.Tensor) for w in weight.values())
 
 
 @pytest.mark.parametrize(

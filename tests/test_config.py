@@ -7,12 +7,13 @@ from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.optim import Adam
 
 from mtnrec.cell import keys_of_lightning
 from mtnrec.checks import InputError
-from mtnrec.config import CONF_DIR
+from mtnrec.config import CONF_DIR, find_input_error
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.noise import Noise
 from mtnrec.mtn.callback import MTN
@@ -159,6 +160,31 @@ def test_a_mistyped_key_dies_at_composition(override, compose_config):
         compose_config("logger=wandb", override)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+data.colour=red", "unexpected keyword argument 'colour'"),
+        ("data.name=${nothing}", "Interpolation key 'nothing' not found"),
+        ("data.name=${data.name}", "Recursive interpolation"),
+        ("data.batch_size=???", "Missing mandatory value: data.batch_size"),
+        ("data._target_=mtnrec.nothing", "Error locating target 'mtnrec.nothing'"),
+    ],
+)
+def test_what_hydra_says_of_a_value_is_one_message(override, message, compose_config):
+    config = compose_config(override)
+
+    with pytest.raises((InstantiationException, OmegaConfBaseException)) as error:
+        instantiate(config.data, _convert_="all")
+
+    known = find_input_error(error.value)
+    assert message in str(known)
+    assert "\n" not in str(known)
+
+
+def test_an_error_of_the_program_is_none_of_the_user():
+    assert find_input_error(IndexError("list index out of range")) is None
+
+
 @pytest.fixture(scope="module")
 def mmoe_config():
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -207,7 +233,7 @@ def test_a_bad_value_is_refused_with_rule_and_value(key, value, message, mmoe_co
         ("tower_widths", [64, 0], "model.tower_widths must be an integer >= 1, got 0"),
         ("embedding_dim", -1, "model.embedding_dim must be an integer >= 1, got -1"),
         ("embedding_dim", {"price": 4}, "model.embedding_dim needs a default"),
-        ("experts", 0, "model.experts must be an integer >= 1, got 0"),
+        ("experts", 0, "model.experts must be an integer from 1 to 10000, got 0"),
         ("batch_norm", 1, "model.batch_norm must be true or false, got 1"),
     ],
 )

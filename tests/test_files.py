@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from mtnrec.checks import InputError
 from mtnrec.files import read_json, write_json, write_whole
 
 
@@ -13,6 +14,14 @@ def test_nothing_but_the_file_is_left_in_the_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     found = json.loads((tmp_path / "result.json").read_text())
     assert found == {"seed": 0, "metrics": {"test/ctr_auc": 0.1 + 0.2}}
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"7", b"\xff", b"[" * 100_000])
+def test_what_is_no_json_object_is_refused(text, tmp_path):
+    (tmp_path / "result.json").write_bytes(text)
+
+    with pytest.raises(InputError, match=r"result.json is no JSON.*: remove it"):
+        read_json(tmp_path / "result.json")
 
 
 def test_what_is_undefined_becomes_null(tmp_path):

@@ -35,7 +35,7 @@ def categorical(indices):
 
 def multivalued(bags):
     """One bag a row, stored in reverse so that a row and its bag differ in number."""
-    field = CategoricalField("feature", 1 + max(token for bag in bags for token in bag))
+    field = CategoricalField("feature", 1 + int(max(token for bag in bags for token in bag)))
     tokens = [token for bag in reversed(bags) for token in bag]
     rows = len(bags)
     return Schema((), (), ("click", "conversion"), funnel=True, multivalued=(field,)), {

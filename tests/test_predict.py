@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -316,9 +317,35 @@ def other_widths(path, content):
     torch.save(checkpoint, path)
 
 
+def with_card(**entries):
+    def damage(path, content):
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["mtnrec"] |= entries
+        torch.save(checkpoint, path)
+
+    return damage
+
+
+def with_vocabulary_size(path, content):
+    manifest = torch.load(path, weights_only=True)["mtnrec"]["manifest"]
+    with_card(
+        manifest=re.sub(r'"vocabulary_size": \d+', '"vocabulary_size": 2000000000', manifest)
+    )(path, content)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (with_card(manifest=7), "what it says of its model is not whole"),
+        (with_card(network=None), "what it says of its model is not whole"),
+        (with_card(network={7: 8}), "what it says of its model is not whole"),
+        (with_card(vocabularies={"shop": b"x"}), "what it says of its model is not whole"),
+        (with_card(vocabularies={"shop": torch.zeros(9)}), "what it says of its model is not who"),
+        (with_card(vocabularies={"shop": torch.zeros(9, dtype=torch.uint8)}), "cannot be read"),
+        (with_card(format_version=torch.zeros(2)), "has format version tensor"),
+        (with_card(manifest="[" * 100_000), "is no schema of a prepared data set"),
+        (with_card(network={"_target_": "torch.nn.Linear"}), "Linear cannot be made as it says"),
+        (with_vocabulary_size, "the vocabulary of '.*' is damaged"),
         (truncate, "is damaged or no checkpoint"),
         (lambda path, _: path.write_bytes(b""), "is damaged or no checkpoint"),
         (lambda path, _: path.write_bytes(os.urandom(5000)), "is damaged or no checkpoint"),

@@ -2,16 +2,18 @@
 
 import io
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import get_class
-from torch import nn
+from torch import Tensor, nn
 
 from mtnrec.checkpoint import read_checkpoint
 from mtnrec.checks import InputError
 from mtnrec.data.store import Manifest
+from mtnrec.network import make_network
 from mtnrec.schema import Schema
 
 FORMAT_VERSION = 1
@@ -56,17 +58,30 @@ def read_model(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint of mtnrec, or of a version that did not yet keep the data's "
             "schema in it: train again"
         )
-    if card.get("format_version") != FORMAT_VERSION:
+    version = card.get("format_version")
+    if not isinstance(version, int) or version != FORMAT_VERSION:
         raise InputError(
-            f"{path} has format version {card.get('format_version')!r}, this version of mtnrec "
-            f"reads {FORMAT_VERSION}: train again"
+            f"{path} has format version {str(version)[:20]}, this version of mtnrec reads "
+            f"{FORMAT_VERSION}: train again"
         )
+    files: Any = card.get("vocabularies")
+    if not (
+        isinstance(card.get("manifest"), str)
+        and _has_texts_as_keys(card.get("network"))
+        and _has_texts_as_keys(files)
+        and all(isinstance(f, Tensor) and f.dtype == torch.uint8 for f in files.values())
+    ):
+        raise InputError(f"{path} is damaged: what it says of its model is not whole; train again")
     return content
+
+
+def _has_texts_as_keys(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
 def manifest_of(content: Mapping[str, Any], path: Path) -> Manifest:
     """Return the manifest of the data set that a checkpoint's model was trained on."""
-    return Manifest.from_json(content[CARD]["manifest"].encode(), path)
+    return Manifest.from_json(content[CARD]["manifest"].encode(errors="replace"), path)
 
 
 def vocabulary_files(content: Mapping[str, Any]) -> dict[str, io.BytesIO]:
@@ -79,7 +94,8 @@ def network_of(content: Mapping[str, Any], schema: Schema, path: Path) -> nn.Mod
     """Make the network of a checkpoint, on the CPU, in float32 and evaluation mode.
 
     Raises:
-        InputError: If its class is unknown here or no network, or its weights do not fit.
+        InputError: If its class is unknown here or no network, or its weights do not fit, it or the
+            memory.
     """
     keys = dict(content[CARD]["network"])
     target = keys.pop("_target_", None)
@@ -92,7 +108,10 @@ def network_of(content: Mapping[str, Any], schema: Schema, path: Path) -> nn.Mod
         ) from error
     if not issubclass(made_by, nn.Module):
         raise InputError(f"{path} names {target} as its model, which is no torch.nn.Module")
-    network = made_by(schema=schema, **keys)
+    try:
+        network = make_network(partial(made_by, schema=schema, **keys))
+    except Exception as error:  # the class may raise any, of keys that are not its own
+        raise InputError(f"{path}: {target} cannot be made as it says ({error})") from error
     weights = {
         name.removeprefix(_PREFIX): weight
         for name, weight in content["state_dict"].items()

@@ -12,15 +12,16 @@ class InputError(ValueError):
     """
 
 
-def check_integer(name: str, value: Any, *, minimum: int) -> None:
-    """Refuse anything but an integer of at least ``minimum``.
+def check_integer(name: str, value: Any, *, minimum: int, maximum: float = math.inf) -> None:
+    """Refuse anything but an integer from ``minimum`` to ``maximum``.
 
     >>> check_integer("batch_size", 0, minimum=1)
     Traceback (most recent call last):
     mtnrec.checks.InputError: batch_size must be an integer >= 1, got 0
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise InputError(f"{name} must be an integer >= {minimum}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        rule = f">= {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
+        raise InputError(f"{name} must be an integer {rule}, got {value!r}")
 
 
 def check_number(

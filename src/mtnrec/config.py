@@ -15,6 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import MISSING, DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from rich import get_console
 from rich.logging import RichHandler
 
@@ -240,9 +241,14 @@ def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
 
 
 def find_input_error(error: BaseException) -> InputError | None:
-    """Return what the user got wrong, if an error is of that kind; Hydra wraps it."""
-    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+    """Return what the user got wrong, if an error is of that kind.
+
+    Hydra wraps it. What it, Lightning or torch say of a value of the config is of that kind too.
+    """
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, InputError):
         error = error.__cause__
+    if isinstance(error, InstantiationException | OmegaConfBaseException):
+        return InputError(" ".join(str(error).split()))
     return error if isinstance(error, InputError) else None
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtnrec.checks import InputError
+
 
 def write_whole(path: Path, content: str | bytes | memoryview) -> None:
     """Write a file, whole or not at all; text is UTF-8."""
@@ -35,11 +37,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the content of a JSON file; None if there is no such file."""
+    """Return the content of a JSON file; None if there is no such file.
+
+    Raises:
+        InputError: If it is no JSON object.
+    """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON ({error}): remove it") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no JSON object: remove it")
     return content
 
 

@@ -126,11 +126,11 @@ class ResumePoint(Checkpoint):
         remedy = "remove it or set resume=false to train anew, or choose another hydra.run.dir"
         checkpoint = read_checkpoint(self.path, remedy)
         state = checkpoint["callbacks"].get(self.state_key)
-        if state is None:
+        if not isinstance(state, dict):
             raise InputError(f"{self.path} is no checkpoint of a run of mtnrec: {remedy}")
         check_format(self.path, state.get("format"), _FORMAT, remedy)
         check_weights(self.path, checkpoint["state_dict"], module.state_dict(), remedy)
-        if (state["origin"], state["ranks"]) != (self._origin(), trainer.world_size):
+        if (state.get("origin"), state.get("ranks")) != (self._origin(), trainer.world_size):
             _logger.warning(
                 "%s is of other settings, of other processes or was moved: training starts anew",
                 self.path,

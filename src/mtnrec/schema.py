@@ -1,8 +1,13 @@
 """What data and model share: fields, labels and their sizes."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from mtnrec.checks import InputError
+from mtnrec.checks import InputError, check_flag, check_integer, name_some
+
+MOST_COLUMNS = 10_000
+_MOST_INDICES = 1 << 31
+_LONGEST_NAME = 200  # bytes; a file name has 255
 
 
 @dataclass(frozen=True)
@@ -10,12 +15,25 @@ class CategoricalField:
     """One categorical field.
 
     Args:
-        name: Column name.
-        vocabulary_size: Number of indices; index 0 stands for a missing or unseen value.
+        name: Column name, which also names the file of its vocabulary.
+        vocabulary_size: Number of indices, which are of 32 bits; index 0 stands for a missing or
+            unseen value.
+
+    Raises:
+        InputError: If it cannot name a file, or the size is none.
     """
 
     name: str
     vocabulary_size: int
+
+    def __post_init__(self) -> None:
+        _check_file_name(self.name)
+        check_integer(
+            f"the vocabulary size of {self.name!r}",
+            self.vocabulary_size,
+            minimum=1,
+            maximum=_MOST_INDICES,
+        )
 
 
 @dataclass(frozen=True)
@@ -31,6 +49,21 @@ class Task:
     name: str
     label: int
     given: int | None = None
+
+
+def _check_file_name(name: Any) -> None:
+    is_text = isinstance(name, str) and name.isprintable()
+    if (
+        not is_text
+        or not name
+        or "/" in name
+        or name.startswith(".")
+        or len(name.encode()) > _LONGEST_NAME
+    ):
+        raise InputError(
+            f"the categorical column {str(name)[:80]!r} cannot name the file of its vocabulary: "
+            f"rename it (no slash, no leading dot, at most {_LONGEST_NAME} bytes)"
+        )
 
 
 FUNNEL_TASKS = (Task("ctr", 0), Task("cvr", 1, given=0), Task("ctcvr", 1))
@@ -56,6 +89,17 @@ class Schema:
     multivalued: tuple[CategoricalField, ...] = ()
 
     def __post_init__(self) -> None:
+        check_flag("funnel", self.funnel)
+        fields = [field.name for field in (*self.categorical, *self.multivalued)]
+        for names in ([*fields, *self.numerical], self.labels):
+            if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+                raise InputError(
+                    f"features and labels must have names of their own, got {name_some(names)}"
+                )
+            if len(names) > MOST_COLUMNS:
+                raise InputError(
+                    f"features and labels are at most {MOST_COLUMNS:,} each, got {len(names):,}"
+                )
         if not self.labels or (self.funnel and len(self.labels) != 2):
             raise InputError(
                 "a funnel has two labels (click, conversion) and independent labels are at least "

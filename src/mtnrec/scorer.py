@@ -105,7 +105,7 @@ def load_checkpoint(path: str | Path, device: str | None = None) -> Scorer:
         device: ``cpu``, ``cuda``, ...; a GPU if there is one, unless given.
 
     Raises:
-        InputError: If it is missing, damaged, or none of mtnrec.
+        InputError: If it is missing, damaged, none of mtnrec, or larger than the memory.
 
     Example::
 

@@ -6,6 +6,7 @@
 import gc
 import logging
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,6 +48,7 @@ from mtnrec.files import write_json
 from mtnrec.leak import check_leaks
 from mtnrec.metric.task_metrics import bayes_aucs
 from mtnrec.model.module import MultiTaskModule
+from mtnrec.network import make_network
 from mtnrec.protocol import make_callbacks
 from mtnrec.record import (
     RunRecorder,
@@ -109,7 +111,8 @@ def _run(
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     # In two steps, since Hydra would take the schema, a dataclass, for a part of the config.
-    network = instantiate(cfg.model, _partial_=True, _convert_="all")(schema=schema)
+    model = instantiate(cfg.model, _partial_=True, _convert_="all")
+    network = make_network(partial(model, schema=schema))
     module = MultiTaskModule(network, schema=schema, optimizer=instantiate(cfg.optimizer))
     module.card = make_card(config["model"], datamodule.manifest, datamodule.dir)
 

@@ -1,5 +1,6 @@
 """The prepared format: what is written is read again, and what is damaged is refused."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -13,6 +14,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mtnrec.checks import InputError
 from mtnrec.data import store as store_module
@@ -33,6 +36,19 @@ SCHEMA = Schema(
     ("price", "width"),
     ("click", "conversion"),
     funnel=True,
+)
+
+
+MANIFEST = Manifest(
+    source="tiny",
+    parameters={"seed": 0},
+    schema=SCHEMA,
+    rows={"train": 11, "test": 5},
+    positives={"train": {"click": 3}},
+    missing={"train": {}, "test": {"price": 1}},
+    transforms={"price": {"fill": 0.0, "shift": 1.0, "scale": 2.0}},
+    report={"dropped": 3},
+    checksums={"train/labels.npy": "00"},
 )
 
 
@@ -351,6 +367,204 @@ def test_a_schema_that_lists_no_labels_is_refused(directory):
         open_prepared(directory)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"format_version": 2, "format_version": 2}',
+        b'{"format_version": 2, "source": NaN}',
+        b'{"format_version": 2, "source": 1e400}',
+        b'{"format_version": 2, "source": "\\udc80"}',
+        b'{"format_version": 2, "rows": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_json_that_no_preparation_writes_is_refused(directory, text):
+    write_default(directory)
+    (directory / "schema.json").write_bytes(text)
+
+    with pytest.raises(InputError, match="is no schema of a prepared data set: prepare"):
+        open_prepared(directory)
+
+
+SIZES = [10**18, 10**12, -1, 1.5, 11.0, "11", True, None, [11]]
+ABSURD = {
+    **{f"rows {size!r}": ("rows", lambda e, n=size: e["rows"].update(train=n)) for size in SIZES},
+    **{
+        f"vocabulary {size!r}": (
+            "vocabulary size of 'brand' must be an integer from 1 to 2147483648",
+            lambda e, n=size: e["schema"]["categorical"][1].update(vocabulary_size=n),
+        )
+        for size in [*SIZES, 0]
+    },
+    "no training rows": ("rows", lambda e: e["rows"].pop("train")),
+    "a list of rows": ("has no attribute 'keys'", lambda e: e.update(rows=[11, 5])),
+    "a number as source": ("source", lambda e: e.update(source=3)),
+    "positives": ("positives", lambda e: e["positives"]["train"].update(click=-3)),
+    "missing": ("missing", lambda e: e.update(missing={})),
+    "report": ("report", lambda e: e["report"].update(dropped=0.5)),
+    "a scale of 0": (
+        "transforms",
+        lambda e: e.update(transforms={"price": {"shift": 0, "scale": 0}}),
+    ),
+    "a huge shift": (
+        "transforms",
+        lambda e: e.update(transforms={"price": {"shift": 10**400, "scale": 1}}),
+    ),
+    "a path upwards": ("checksums", lambda e: e["checksums"].update({"../labels.npy": "0"})),
+    "a split upwards": (
+        "checksums",
+        lambda e: (e["rows"].update({"..": 11}), e["checksums"].update({"../x.npy": "0"})),
+    ),
+    "an absolute path": ("checksums", lambda e: e["checksums"].update({"/etc/passwd": "0"})),
+    "a field upwards": (
+        "cannot name the file of its vocabulary",
+        lambda e: e["schema"]["categorical"][0].update(name="../shop"),
+    ),
+    "a field twice": (
+        "must have names of their own",
+        lambda e: e["schema"]["categorical"][0].update(name="brand"),
+    ),
+    "a number as label": (
+        "must have names of their own",
+        lambda e: e["schema"].update(labels=[1, "click"]),
+    ),
+    "countless labels": (
+        "are at most 10,000 each, got 20,000",
+        lambda e: e["schema"].update(labels=[str(n) for n in range(20_000)], funnel=False),
+    ),
+    "funnel": ("funnel must be true or false", lambda e: e["schema"].update(funnel=2)),
+}
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_a_schema_with_an_absurd_entry_is_refused(directory, case):
+    message, change = ABSURD[case]
+    write_default(directory)
+
+    rewrite_schema(directory, change)
+
+    if case in ("rows 1000000000000", "rows 1000000000000000000"):
+        message = r"says 1,000,.*,000 rows, which take 8 bytes of memory each"
+    with pytest.raises(InputError, match=rf"schema.json .*{message}.*: prepare"):
+        open_prepared(directory)
+
+
+def test_a_schema_of_a_gigabyte_is_refused_unread(directory):
+    write_default(directory)
+    with (directory / "schema.json").open("r+b") as file:
+        file.truncate(1 << 30)
+
+    with pytest.raises(InputError, match="has more than 16,777,216 bytes and is no schema"):
+        open_prepared(directory)
+
+
+ENTRIES = st.sampled_from(
+    [None, True, -1, 0, 2, 1.5, 10**12, 10**30, "", "x", "../x", "a\0b", [], {}, [[]], {"": 1}]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(path=st.lists(st.integers(0, 8), max_size=4), entry=ENTRIES, name=st.none() | st.text())
+def test_no_entry_of_a_schema_leads_to_another_error(path, entry, name):
+    entries = json.loads(MANIFEST.to_json())
+    place = entries
+    for step in path:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        if not keys:
+            break
+        key = keys[step % len(keys)]
+        if isinstance(place[key], dict | list) and step:
+            place = place[key]
+        elif name is None or isinstance(place, list):
+            place[key] = copy.deepcopy(entry)
+        else:
+            place[name] = place.pop(key)
+    text = json.dumps(entries).encode()
+
+    try:
+        manifest = Manifest.from_json(text, Path("schema.json"))
+    except InputError:
+        return
+    assert Manifest.from_json(manifest.to_json().encode(), Path("schema.json")) == manifest
+
+
+@pytest.mark.parametrize(
+    ("stem", "row", "value", "message"),
+    [
+        ("categorical", (3, 1), 9, "column 2 that is not from 0 to 8"),
+        ("categorical", (3, 2), -1, "column 3 that is not from 0 to 2"),
+        ("labels", (10, 0), 2, "column 1 that is not from 0 to 1"),
+        ("bag", (4, 1), 5, "column 2 that is not from 0 to 4"),
+        ("bags/shops/tokens", 0, 30, "column 1 that is not from 0 to 29"),
+        ("bags/brands/offsets", 1, 99, "offsets do not ascend from 0"),
+        ("bags/brands/offsets", 0, 1, "offsets do not ascend from 0"),
+    ],
+)
+def test_a_value_out_of_its_range_is_found_though_the_checksums_are_right(
+    directory, write_tiny, stem, row, value, message
+):
+    manifest = write_tiny(directory, multivalued=True)
+    if stem == "categorical":
+        manifest = write_default(directory)
+    name = f"train/{stem}.npy"
+    array = np.load(directory / name)
+
+    array[row] = value
+    np.save(directory / name, array)
+    manifest.checksums[name] = store_module.sha256(directory / name)
+
+    with pytest.raises(InputError, match=f"{message}: prepare the data set again"):
+        verify_prepared(directory, manifest)
+
+
+def open_and_verify(directory, manifest):
+    open_prepared(directory)
+    verify_prepared(directory, manifest)
+
+
+@pytest.mark.parametrize("name", ["schema.json", "train/labels.npy", "vocabulary/shop.parquet"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+def test_what_is_no_file_is_missing(directory, name, kind):
+    manifest = write_default(directory)
+    path = directory / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)  # to open it would wait for ever
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path)
+
+    with pytest.raises(InputError, match=r"is missing|there is no prepared"):
+        open_and_verify(directory, manifest)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file that opens and cannot be read")
+@pytest.mark.parametrize("name", ["schema.json", "train/labels.npy", "vocabulary/shop.parquet"])
+def test_a_file_that_cannot_be_read_is_named(directory, name):
+    manifest = write_default(directory)
+    (directory / name).unlink()
+    (directory / name).symlink_to("/proc/self/mem")
+
+    with pytest.raises(InputError, match=rf"{name} .*Input/output error"):
+        open_and_verify(directory, manifest)
+
+
+def test_a_set_and_its_files_may_be_links(directory, tmp_path):
+    write_default(directory)
+    elsewhere = tmp_path / "elsewhere.npy"
+    (directory / "train" / "labels.npy").rename(elsewhere)
+    (directory / "train" / "labels.npy").symlink_to(elsewhere)
+    link = tmp_path / "link"
+    link.symlink_to(directory)
+
+    manifest, arrays = open_prepared(link)
+    verify_prepared(link, manifest)
+
+    assert arrays["train"]["labels"].shape == (11, 2)
+
+
 def write_until(directory, progress, error):
     with write_prepared(directory, ("train",)) as writer:
         if progress != "nothing":
@@ -617,6 +831,19 @@ def test_files_that_have_not_changed_are_read_once(directory, verified, monkeypa
 
     with age(directory):
         verify_once(directory, verified)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pipe"])
+def test_a_note_that_is_none_is_replaced(directory, verified, kind):
+    note = directory.with_name(f".{directory.name}.verified")
+    text = note.read_bytes()
+    note.unlink()
+    note.write_bytes(b"\xff\xfe") if kind == "bytes" else os.mkfifo(note)
+
+    with age(directory):
+        verify_once(directory, verified)
+
+    assert note.read_bytes() == text
 
 
 @pytest.mark.parametrize("keeps_the_time", [False, True])

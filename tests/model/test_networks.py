@@ -29,8 +29,8 @@ INDEPENDENT = Schema(
 )
 
 
-def fields(*sizes):
-    return tuple(CategoricalField(f"c{i}", size) for i, size in enumerate(sizes))
+def fields(*sizes, letter="c"):
+    return tuple(CategoricalField(f"{letter}{i}", size) for i, size in enumerate(sizes))
 
 
 def bag_vectors(table, bags, bag_mode):
@@ -104,7 +104,11 @@ SCHEMAS = {
     "no_numerical": Schema(fields(3, 40), (), ("click", "conversion"), funnel=True),
     "no_categorical": Schema((), ("x", "y"), ("click", "conversion"), funnel=True),
     "multivalued": Schema(
-        fields(3, 40), ("x",), ("click", "conversion"), funnel=True, multivalued=fields(4, 30)
+        fields(3, 40),
+        ("x",),
+        ("click", "conversion"),
+        funnel=True,
+        multivalued=fields(4, 30, letter="m"),
     ),
     "bags_alone": Schema((), (), ("click", "conversion"), funnel=True, multivalued=fields(30)),
     "all_small": Schema(fields(3, 2), ("x",), ("click", "conversion"), funnel=True),

@@ -1,5 +1,6 @@
 """Strict reading of comma-separated numbers: every error names file, line, column and value."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -100,8 +101,7 @@ def _check_header(source: str, first: str, types: Types) -> list[str]:
         )
     if unknown := [name for name in header if name not in types]:
         raise InputError(f"{source} has an unknown column {name_some(unknown)}: remove it")
-    if len(set(header)) < len(header):
-        twice = sorted({name for name in header if header.count(name) > 1})
+    if twice := sorted(name for name, times in Counter(header).items() if times > 1):
         raise InputError(f"{source} names the column {name_some(twice)} twice")
     return header
 

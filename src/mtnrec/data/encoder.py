@@ -11,8 +11,9 @@ import torch
 from mtnrec.batch import Bags, Batch
 from mtnrec.checks import InputError, name_some
 from mtnrec.data.column import Floats, numbers_of, text_of
+from mtnrec.data.source import check_row_groups, readable
 from mtnrec.data.vocabulary import Integers, TextVocabulary, Vocabulary
-from mtnrec.schema import Schema
+from mtnrec.schema import CategoricalField, Schema
 
 _INT32 = np.iinfo(np.int32)
 _LARGEST = float(np.finfo(np.float32).max)
@@ -32,6 +33,9 @@ class Encoder:
         transforms: By numerical feature: a missing value becomes ``fill``, then ``(value - shift) /
             scale``.
 
+    Raises:
+        InputError: If a vocabulary is not of its field.
+
     Attributes:
         unseen: By field, how many values had no index so far.
         missing: By field, how many cells had no value so far.
@@ -44,10 +48,13 @@ class Encoder:
         transforms: Mapping[str, Mapping[str, float]],
     ) -> None:
         self._schema = schema
+        for field in (*schema.categorical, *schema.multivalued):
+            if field.name in vocabularies:
+                _check_vocabulary(field, vocabularies[field.name])
         self._vocabularies = {
             name: TextVocabulary(values)
             if values.dtype == pl.String
-            else Vocabulary(values.to_numpy().astype(np.int32, copy=False))
+            else Vocabulary(values.to_numpy())
             for name, values in vocabularies.items()
         }
         self._transforms = transforms
@@ -177,6 +184,30 @@ def _read_numbers(name: str, column: pl.Series, place: Callable[[int], str]) -> 
     return values
 
 
+def _check_vocabulary(field: CategoricalField, values: pl.Series) -> None:
+    ascends = not values.dtype.is_nested() and values.is_sorted() and values.is_unique().all()
+    if (
+        values.dtype not in (pl.Int32, pl.String)
+        or values.null_count()
+        or len(values) + 1 != field.vocabulary_size
+        or not ascends
+    ):
+        raise InputError(
+            f"the vocabulary of {field.name!r} is damaged: expected {field.vocabulary_size - 1} "
+            "integers or texts in ascending order; prepare the data set again"
+        )
+
+
 def read_vocabularies(files: Mapping[str, Any]) -> dict[str, pl.Series]:
-    """Read ``vocabulary/<field>.parquet``, the content of the files by field."""
-    return {name: pl.read_parquet(file).sort("index")["value"] for name, file in files.items()}
+    """Read ``vocabulary/<field>.parquet``, the content of the files by field.
+
+    Raises:
+        InputError: If one is damaged, or the memory does not hold it.
+    """
+    vocabularies = {}
+    for name, file in files.items():
+        with readable(f"the vocabulary of {name!r}"):
+            check_row_groups(f"the vocabulary of {name!r}", file)
+            file.seek(0)
+            vocabularies[name] = pl.read_parquet(file).sort("index")["value"]
+    return vocabularies

@@ -1,12 +1,14 @@
 """Raw files: finding them, plain or in archives, and reading them as blocks of whole lines.
 
-Archives are read as streams; nothing is unpacked to the disk.
+Archives are read as streams; nothing is unpacked to the disk. What they claim of themselves is not
+believed: lines, headers, members and the bytes that they inflate to are bounded.
 """
 
 import gzip
 import io
 import logging
 import lzma
+import math
 import os
 import shutil
 import struct
@@ -39,11 +41,14 @@ from mtnrec.checks import InputError
 BLOCK_BYTES = 1 << 23  # smaller ones cost more in calls than they save in fresh pages
 _READ_BYTES = 1 << 20
 _LONGEST_LINE = 1 << 26
+_LONGEST_HEADERS = 1 << 20  # bytes between two members of a tar archive
+_MOST_MEMBERS = 1000
+_LARGEST_RATIO = 200  # of bytes to those that they are compressed to; a log has about 10
 _DEEPEST = 3  # folders below raw_dir that are searched
 _ZIP_RATIO = 4  # of text in a zip within a zip; only to estimate
 _CACHED_BYTES = 1 << 16
 _NEWLINE = ord("\n")
-_IGNORED = ("__MACOSX",)  # what archivers add
+_IGNORED = ("__MACOSX",)  # the folder that archivers add
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -148,7 +153,9 @@ class Meter:
         """Open a file whose bytes count."""
         self._rows = 0
         self._task = self._progress.add_task(path.name, total=path.stat().st_size, rows=0)
-        with path.open("rb", buffering=0) as file:
+        with _refuse_damage(str(path)):
+            raw = path.open("rb", buffering=0)
+        with raw as file:
             # Buffered here, since the bar moves at each read.
             metered = cast(io.RawIOBase, self._progress.wrap_file(file, task_id=self._task))
             yield io.BufferedReader(metered, _READ_BYTES)
@@ -167,29 +174,64 @@ class Meter:
 
 @contextmanager
 def _refuse_damage(source: str) -> Iterator[None]:
-    """Say of an archive that cannot be read that it is damaged."""
+    """Say of a file or an archive that cannot be read that it is damaged."""
     try:
         yield
+    except InputError:
+        raise
+    except RuntimeError as error:
+        if "password" not in str(error):
+            raise InputError(f"{source} is damaged ({error}): fetch or make it again") from error
+        raise InputError(f"{source} is encrypted: unpack it yourself") from error
+    # The modules for archives raise any of these on bytes that no archiver wrote.
     except (
-        EOFError,
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        zlib.error,
-        lzma.LZMAError,
-        struct.error,
-        NotImplementedError,
-        gzip.BadGzipFile,
+        *(EOFError, ValueError, LookupError, OverflowError, struct.error, gzip.BadGzipFile),
+        *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
     ) as error:
         raise InputError(
             f"{source} is truncated or damaged ({error}): fetch or make it again"
         ) from error
-    except RuntimeError as error:
-        if "password" not in str(error):
-            raise
-        raise InputError(f"{source} is encrypted: unpack it yourself") from error
+    except OSError as error:
+        raise InputError(f"{source} cannot be read ({error}): fetch or make it again") from error
 
 
-def read_blocks(stream: IO[bytes], source: str) -> Iterator[Block]:
+class Limited:
+    """A stream that is refused beyond a number of bytes.
+
+    Args:
+        stream: What is read.
+        left: How many bytes may still come; may be set anew.
+        refusal: What is said of more.
+    """
+
+    def __init__(self, stream: IO[bytes], left: float, refusal: str) -> None:
+        self._stream = stream
+        self.left = left
+        self._refusal = refusal
+
+    def read(self, size: int) -> bytes:
+        """Read up to ``size`` bytes.
+
+        Raises:
+            InputError: If they are too many.
+        """
+        chunk = self._stream.read(size)
+        self.left -= len(chunk)
+        if self.left < 0:
+            raise InputError(
+                f"{self._refusal}: this archive is not what it should be; fetch it again"
+            )
+        return chunk
+
+
+def inflated(file: IO[bytes], path: Path) -> Limited:
+    """Return the content of a gzip file, which may be ``_LARGEST_RATIO`` times as long."""
+    most = max(_READ_BYTES, _LARGEST_RATIO * path.stat().st_size)
+    stream = cast(IO[bytes], gzip.GzipFile(fileobj=file))
+    return Limited(stream, most, f"{path} inflates to more than {_LARGEST_RATIO} times its size")
+
+
+def read_blocks(stream: IO[bytes] | Limited, source: str) -> Iterator[Block]:
     """Cut a stream into blocks of whole lines, of about ``BLOCK_BYTES`` each.
 
     Raises:
@@ -218,14 +260,10 @@ def read_blocks(stream: IO[bytes], source: str) -> Iterator[Block]:
 
 
 @contextmanager
-def open_plain(path: Path, meter: Meter) -> Iterator[IO[bytes]]:
+def open_plain(path: Path, meter: Meter) -> Iterator[IO[bytes] | Limited]:
     """Open a file that may be compressed by gzip (its name says so)."""
     with meter.open(path) as file:
-        if path.suffix.lower() == ".gz":
-            with gzip.GzipFile(fileobj=file) as stream:
-                yield cast(IO[bytes], stream)
-        else:
-            yield file
+        yield inflated(file, path) if path.suffix.lower() == ".gz" else file
 
 
 @contextmanager
@@ -236,14 +274,28 @@ def open_zip(
 
     Yields:
         A function that opens a member by its name.
+
+    Raises:
+        InputError: If it is damaged, has other members, or inflates absurdly.
     """
-    with _refuse_damage(source), zipfile.ZipFile(file) as archive:
-        # A truncated archive of archives ends with the directory of one of them.
-        if any(archive.infolist()) and min(info.header_offset for info in archive.infolist()):
-            raise zipfile.BadZipFile("it does not begin with a member")
+    with _refuse_damage(source):
+        archive = zipfile.ZipFile(file)
         infos = [info for info in archive.infolist() if not info.is_dir()]
+        # A truncated archive of archives ends with the directory of one of them.
+        if infos and min(info.header_offset for info in archive.infolist()) > 0:
+            raise zipfile.BadZipFile("it does not begin with a member")
         found = _check_members(source, [info.filename for info in infos], members)
-        yield lambda name: archive.open(infos[found[name]])
+        # An archive in an archive does not get smaller; its directory is held in memory.
+        ratio = 2 if members[0].endswith(".zip") else _LARGEST_RATIO
+        if sum(info.file_size for info in infos) > max(_READ_BYTES, ratio * archive.start_dir):
+            raise zipfile.BadZipFile(f"it inflates to more than {ratio} times its size")
+
+    def open_member(name: str) -> IO[bytes]:
+        with _refuse_damage(source):
+            return archive.open(infos[found[name]])
+
+    with archive:
+        yield open_member
 
 
 def read_tar(path: Path, members: Sequence[str], meter: Meter) -> Iterator[tuple[str, IO[bytes]]]:
@@ -251,30 +303,51 @@ def read_tar(path: Path, members: Sequence[str], meter: Meter) -> Iterator[tuple
 
     An archive can only be read from its start to its end: where it holds them in another order, it
     is read once more.
+
+    Raises:
+        InputError: If it is damaged, has other members, links say, or inflates absurdly.
     """
     waiting = list(members)
     while waiting:
         names = []
-        with meter.open(path) as file, _refuse_damage(str(path)), gzip.open(file) as plain:
-            with tarfile.open(fileobj=plain, mode="r|") as archive:
-                for info in archive:
-                    if info.isdir():
-                        continue
+        with meter.open(path) as file, _refuse_damage(str(path)):
+            plain = inflated(file, path)
+            # What stands between members is held in memory.
+            refusal = f"{path} has absurdly long headers"
+            headers = Limited(cast(IO[bytes], plain), _LONGEST_HEADERS, refusal)
+            with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r|") as archive:
+                for info in _plain_members(path, archive, headers):
                     names.append(info.name)
-                    stream = archive.extractfile(info) if info.isreg() else None
-                    if stream is None:
-                        raise InputError(f"{path} holds {info.name}, which is no plain file")
-                    _check_path(str(path), info.name)
+                    stream = cast(IO[bytes], archive.extractfile(info))
                     if waiting and PurePosixPath(info.name).name == waiting[0]:
                         yield waiting.pop(0), stream
+                    while stream.read(_READ_BYTES):
+                        pass
             while plain.read(_READ_BYTES):  # to the end, where the checksum is
                 pass
         _check_members(str(path), names, members)
 
 
+def _plain_members(
+    path: Path, archive: tarfile.TarFile, headers: Limited
+) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of an archive that are no folders; refuse links, pipes and the like."""
+    for _ in range(_MOST_MEMBERS):
+        headers.left = _LONGEST_HEADERS
+        if (info := archive.next()) is None:
+            return
+        headers.left = math.inf
+        _check_path(str(path), info.name)
+        if not info.isdir():
+            if not info.isreg() or info.issparse():
+                raise InputError(f"{path} holds {info.name}, which is no plain file")
+            yield info
+    raise InputError(f"{path} holds more than {_MOST_MEMBERS} files: fetch it again")
+
+
 def _check_path(source: str, name: str) -> None:
     path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+    if path.is_absolute() or ".." in path.parts or ":" in name.partition("/")[0]:
         raise InputError(
             f"{source} holds {name!r}, whose path climbs out of the folder: this archive is not "
             "what it should be; fetch it again"
@@ -287,7 +360,7 @@ def _check_members(source: str, names: list[str], expected: Sequence[str]) -> di
     for place, name in enumerate(names):
         _check_path(source, name)
         path = PurePosixPath(name)
-        if path.parts[0] in _IGNORED:
+        if path.parts[:1] == _IGNORED:
             continue
         member = path.name.lower()
         if member not in expected or member in places:
@@ -388,7 +461,8 @@ def text_bytes(path: Path) -> int:
                     for info in archive.infolist()
                 )
         if path.suffix.lower() == ".gz":
-            with path.open("rb") as file, gzip.open(file) as plain:
+            with path.open("rb") as file:
+                plain = gzip.GzipFile(fileobj=file)
                 text = len(plain.read(_READ_BYTES))
                 return size * text // max(1, file.tell())
     return size

@@ -5,22 +5,30 @@ its cells are text. An empty cell is missing, and so is an empty text or NaN in 
 """
 
 import csv
-import gzip
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from polars.exceptions import PolarsError
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from polars.exceptions import PanicException, PolarsError
+from rich.filesize import decimal
 
 from mtnrec.checks import InputError, name_some
-from mtnrec.data.raw import BadRows
+from mtnrec.data import raw
+from mtnrec.data.memory import memory_bytes
+from mtnrec.data.raw import BadRows, Block, inflated, read_blocks
+from mtnrec.schema import MOST_COLUMNS
 
-_ROWS_PER_CHUNK = 1 << 16
+_ROWS_PER_CHUNK = 1 << 16  # of Parquet
+_BYTES_PER_VALUE = 16  # of a text, at least
 _UNREADABLE = (pl.Binary, pl.Object, pl.Time, pl.Duration)
 
 Booleans = npt.NDArray[np.bool_]
@@ -118,6 +126,8 @@ def _files(key: str, path: Path) -> list[Path]:
         parts = sorted(part for part in path.glob("*.parquet") if part.name[0] not in "._")
         if not parts:
             raise InputError(f"{key}: the folder {path} has no .parquet files directly in it")
+        if others := [part.name for part in parts if not part.is_file()]:
+            raise InputError(f"{key}: {path} holds {name_some(others)}, which are no files")
         return parts
     if not path.is_file():
         raise InputError(f"{key}: {path} is missing")
@@ -130,35 +140,47 @@ def _files(key: str, path: Path) -> list[Path]:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: object) -> Iterator[None]:
     """Turn what a damaged file raises into an error that names it."""
     try:
         yield
-    except (PolarsError, OSError, EOFError, UnicodeError, csv.Error) as error:
+    # A panic of polars is no Exception.
+    except (PolarsError, PanicException, pa.ArrowException, OSError, csv.Error) as error:
         reason = str(error).partition("\n")[0]
-        if "utf8" in reason and (line := _undecodable_line(path)):
-            raise InputError(f"{path}, line {line}: the text is not UTF-8") from error
         raise InputError(
             f"{path} cannot be read ({reason}): it is damaged, cut short or of another format"
         ) from error
 
 
 def _header(path: Path) -> list[str]:
-    with _readable(path):
+    with readable(path):
         if path.suffix == ".parquet":
-            return pl.scan_parquet(path, glob=False).collect_schema().names()
-        first = pl.scan_lines(path, glob=False).head(1).collect().to_series().to_list()
-        if not first or not first[0]:
-            raise InputError(f"{path} is empty or starts with an empty line: a header is expected")
-        names = next(csv.reader([first[0].removeprefix("\ufeff")], strict=True))
+            names = pl.scan_parquet(path, glob=False).collect_schema().names()
+        else:
+            names = _csv_header(path)
+    if len(names) > MOST_COLUMNS:
+        raise _too_wide(path)
     if "" in names:
         raise InputError(
             f"{path}: column {names.index('') + 1} has no name in the header: name or remove it "
             "(pandas writes none with index=False)"
         )
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
         raise InputError(f"{path} names the column {name_some(twice)} twice: rename one")
     return names
+
+
+def _csv_header(path: Path) -> list[str]:
+    first = _lines(next(_blocks(path)))[0]
+    if not first:
+        raise InputError(f"{path} starts with an empty line: a header is expected")
+    if first.count(",") >= MOST_COLUMNS:
+        raise _too_wide(path)
+    return next(csv.reader([first.removeprefix("\ufeff")], strict=True))
+
+
+def _too_wide(path: Path) -> InputError:
+    return InputError(f"{path} has more than {MOST_COLUMNS:,} columns: leave some out")
 
 
 def _missing_to_null(frame: pl.DataFrame) -> pl.DataFrame:
@@ -178,7 +200,8 @@ def _missing_to_null(frame: pl.DataFrame) -> pl.DataFrame:
 
 def _read_parquet(path: Path, columns: list[str], lists: Sequence[str]) -> Iterator[_Rows]:
     row = 1
-    with _readable(path):
+    with readable(path):
+        check_row_groups(path, path)
         scan = pl.scan_parquet(path, glob=False, hive_partitioning=False).select(columns)
         for name, dtype in scan.collect_schema().items():
             nested = dtype.is_nested() and not (name in lists and isinstance(dtype, pl.List))
@@ -192,15 +215,56 @@ def _read_parquet(path: Path, columns: list[str], lists: Sequence[str]) -> Itera
             row += frame.height
 
 
+def check_row_groups(name: object, file: Any) -> None:
+    """Refuse a Parquet file whose row groups exceed the memory: each is decoded as a whole.
+
+    A run of equal values takes a few bytes, however long it is.
+
+    Args:
+        name: Of the file, for messages.
+        file: Its path or content.
+
+    Raises:
+        InputError: If the largest takes more than half of the memory.
+    """
+    metadata = pq.read_metadata(file)
+    values = [
+        sum(group.column(column).num_values for column in range(group.num_columns))
+        for group in map(metadata.row_group, range(metadata.num_row_groups))
+    ]
+    needed, memory = _BYTES_PER_VALUE * max(values, default=0), memory_bytes()
+    if not 0 <= needed <= memory // 2:
+        raise InputError(
+            f"{name} has a row group of {max(values):,} values, about {decimal(needed)}, and the "
+            f"memory is {decimal(memory)}: write it in smaller row groups"
+        )
+
+
 def _read_csv(path: Path, columns: list[str], bad_rows: BadRows) -> Iterator[_Rows]:
     header = _header(path)
-    with _readable(path):
+    with readable(path):
         for numbers, widths, make_frame in _split_csv(path, header):
             bad = widths != len(header)
             rule = f"expected {len(header)} values (the row is cut or malformed)"
             for row in np.flatnonzero(bad):
                 bad_rows.add(f"{path}, line {numbers[row]}", rule, str(widths[row]))
             yield "line", numbers[~bad], make_frame(~bad).select(columns)
+
+
+def _blocks(path: Path) -> Iterator[Block]:
+    with path.open("rb") as file:
+        stream = inflated(file, path) if path.suffix == ".gz" else file
+        yield from read_blocks(stream, str(path))
+
+
+def _lines(block: Block) -> pl.Series:
+    """Split a block into its lines, without their ends."""
+    try:
+        text = block.data.decode()
+    except UnicodeDecodeError as error:
+        line = block.first_line + block.data.count(b"\n", 0, error.start)
+        raise InputError(f"{block.source}, line {line}: the text is not UTF-8") from error
+    return pl.Series([text[:-1]]).str.split("\n").explode().str.strip_suffix("\r")
 
 
 _Lines = tuple[Integers, Integers, Callable[[Booleans], pl.DataFrame]]
@@ -212,20 +276,15 @@ def _split_csv(path: Path, header: list[str]) -> Iterator[_Lines]:
     Polars' csv reader fills a row that is too short with nulls, hence this one. From the first
     quote on, rows are split by the csv module, which is several times slower.
     """
-    scan = pl.scan_lines(path, glob=False)
-    batches = (
-        frame.to_series()
-        for frame in scan.collect_batches(chunk_size=_ROWS_PER_CHUNK, maintain_order=True)
-    )
-    line = 1
-    for batch in batches:
-        lines = batch
-        if lines.str.contains('"', literal=True).any():
-            yield from _split_quoted(chain(lines, chain.from_iterable(batches)), line, header)
+    blocks = _blocks(path)
+    for block in blocks:
+        lines, line = _lines(block), block.first_line
+        if b'"' in block.data:
+            rest = chain.from_iterable(map(_lines, blocks))
+            yield from _split_quoted(chain(lines, rest), line, header)
             return
         numbers = np.arange(line, line + len(lines))
-        line += len(lines)
-        if numbers[0] == 1:
+        if line == 1:
             lines, numbers = lines[1:], numbers[1:]
         commas = lines.str.count_matches(",", literal=True).to_numpy().astype(np.int64)
         widths = np.where(lines.str.len_bytes().to_numpy() > 0, commas + 1, 0)
@@ -239,11 +298,14 @@ def _split_csv(path: Path, header: list[str]) -> Iterator[_Lines]:
         yield numbers, widths, make_frame
 
 
+_Row = tuple[int, int, list[str]]  # its first line, its width and, if that is the header's, cells
+
+
 def _split_quoted(lines: Iterator[str], line: int, header: list[str]) -> Iterator[_Lines]:
     reader = csv.reader((text + "\n" for text in lines), strict=True)
     before = line - 1
 
-    def numbered() -> Iterator[tuple[int, list[str]]]:
+    def numbered() -> Iterator[_Row]:
         while True:
             start = before + reader.line_num + 1
             try:
@@ -252,26 +314,30 @@ def _split_quoted(lines: Iterator[str], line: int, header: list[str]) -> Iterato
                 raise csv.Error(f"line {start}: {error}") from error
             if row is None:
                 return
-            yield start, row
+            yield start, len(row), row if len(row) == len(header) else []
 
     rows = numbered()
     if line == 1:
         next(rows)
-    while part := list(islice(rows, _ROWS_PER_CHUNK)):
+    for part in _in_blocks(rows):
 
-        def make_frame(keep: Booleans, part: list[tuple[int, list[str]]] = part) -> pl.DataFrame:
-            kept = [row for (_, row), good in zip(part, keep, strict=True) if good]
+        def make_frame(keep: Booleans, part: list[_Row] = part) -> pl.DataFrame:
+            kept = [cells for (_, _, cells), good in zip(part, keep, strict=True) if good]
             return pl.DataFrame(kept, dict.fromkeys(header, pl.String), orient="row")
 
-        numbers = np.array([number for number, _ in part])
-        yield numbers, np.array([len(row) for _, row in part]), make_frame
+        numbers, widths = np.array([row[:2] for row in part]).T
+        yield numbers, widths, make_frame
 
 
-def _undecodable_line(path: Path) -> int | None:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    return None
+def _in_blocks(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    """Put rows together up to the size of a block of lines."""
+    part: list[_Row] = []
+    size = 0
+    for row in rows:
+        part.append(row)
+        size += sum(map(len, row[2])) + len(row[2]) + 1
+        if size >= raw.BLOCK_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part

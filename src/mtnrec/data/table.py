@@ -35,11 +35,10 @@ from mtnrec.data.source import Booleans, Chunk, Source
 from mtnrec.data.store import Arrays, Manifest
 from mtnrec.data.vocabulary import TextCounts, TextVocabulary
 from mtnrec.data.writer import Writer, write_prepared
-from mtnrec.schema import Schema
+from mtnrec.schema import CategoricalField, Schema
 
 _SPLITS = ("train", "test")
 _LISTS = ("labels", "categorical", "numerical", "exclude")
-_LONGEST_NAME = 200  # bytes; a file name has 255
 _LARGEST = float(np.finfo(np.float32).max)
 _TIMES = {"integer": "an integer", "number": "a number", "date": "a date"}
 _INFERRED = {
@@ -134,8 +133,6 @@ class Table(SelfPreparing):
         self._check_roles()
 
     def _check_roles(self) -> None:
-        if self.labels is not None:
-            Schema((), (), tuple(self.labels), self.funnel)  # refuses a wrong number of labels
         roles: dict[str, str] = {}
         for key, names in self.named.items():
             for name in names:
@@ -145,6 +142,8 @@ class Table(SelfPreparing):
                         "part to play"
                     )
                 roles[name] = key
+        if self.labels is not None:
+            Schema((), (), tuple(self.labels), self.funnel)  # refuses a wrong number of labels
         needed = {"grouped": "group", "time": "time"}.get(self.split)
         if self.test is None and needed is not None and getattr(self, needed) is None:
             raise InputError(f"data.split={self.split} needs data.{needed}=COLUMN")
@@ -217,14 +216,6 @@ def _names(key: str, names: Any) -> list[str]:
     ):
         raise InputError(f"{key} must name columns, `{key}=[COLUMN,COLUMN]`, got {names!r}")
     return [str(name) for name in names]
-
-
-def _check_file_name(name: str) -> None:
-    if "/" in name or "\0" in name or name.startswith(".") or len(name.encode()) > _LONGEST_NAME:
-        raise InputError(
-            f"the categorical column {name[:80]!r} cannot name the file of its vocabulary: rename "
-            "it (no slash, no leading dot, at most 200 bytes)"
-        )
 
 
 class _Plan(NamedTuple):
@@ -338,7 +329,7 @@ class _Preparation:
             for kind in ("categorical", "numerical")
         )
         for name in categorical:
-            _check_file_name(name)
+            CategoricalField(name, 1)  # refuses what cannot name a file
         self._show(reasons, rows)
         kinds = {name: profiles[name].kind for name in self._keys()}
         vocabulary = groups.vocabulary()

@@ -16,6 +16,8 @@ from mtnrec.model.layer import (
 )
 from mtnrec.schema import Schema
 
+_MOST_EXPERTS = 10_000
+
 
 class MMoE(nn.Module):
     """Shared experts; each tower's input is their mean, weighted by a softmax gate of its own.
@@ -46,7 +48,7 @@ class MMoE(nn.Module):
         batch_norm: bool,
     ) -> None:
         super().__init__()
-        check_integer("model.experts", experts, minimum=1)
+        check_integer("model.experts", experts, minimum=1, maximum=_MOST_EXPERTS)
         check_sizes(
             dropout=dropout,
             batch_norm=batch_norm,
