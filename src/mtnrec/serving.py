@@ -23,6 +23,7 @@ FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
 _TOLERANCE = 1e-4  # of a probability, relative; the logarithms of rare ones lose digits in float32
 _SMALLEST = 1e-6  # probability; an absolute difference below it
 _BATCHES = (1, 2, 77, 1000)  # rows
+_LARGEST = 2**31 - 1  # of a dimension: torch 2.7 refuses one without an end
 
 Run = Callable[[dict[str, npt.NDArray[Any]]], list[npt.NDArray[Any]]]
 
@@ -131,10 +132,10 @@ def _shapes(schema: Schema) -> dict[str, str]:
 
 
 def _dynamic_shapes(schema: Schema) -> tuple[Any, ...]:
-    rows = Dim("rows", min=1)
+    rows = Dim("rows", min=1, max=_LARGEST)
     bags: list[dict[int, Any]] = []
     for number in range(len(schema.multivalued)):
-        padded = {0: rows, 1: Dim(f"tokens_{number}", min=1)}
+        padded = {0: rows, 1: Dim(f"tokens_{number}", min=1, max=_LARGEST)}
         bags += [padded, padded]
     return {0: rows}, {0: rows}, *([tuple(bags)] if bags else [])
 

@@ -293,7 +293,8 @@ def test_the_exported_graph_is_the_same(build, fit, funnel_schema, make_batch):
     graphs = []
     for callbacks in ([make_mtn()], []):
         model, _ = fit(make_network(funnel_schema, build), *callbacks, precision="32-true")
-        program = torch.export.export(Scorer(model.network), (batch.categorical, batch.numerical))
+        inputs = batch.categorical, batch.numerical
+        program = torch.export.export(Scorer(model.network), inputs, strict=False)
         graphs.append((str(program.graph), {k: v.shape for k, v in program.state_dict.items()}))
 
     assert graphs[0] == graphs[1]

@@ -462,7 +462,7 @@ def label_log_probabilities(logits: Tensor) -> LogProbabilities:
 def funnel_log_probabilities(click_logit: Tensor, conversion_logit: Tensor) -> LogProbabilities:
     """Read two logits ``(B, 1)`` as a funnel: ``P(y) = s(a)``, ``P(z) = s(a) s(b)`` (ESMM).
 
-    Accurate to the last bits at any logit, and so is the gradient.
+    At any logit the values have an error of 2 eps at most, and the gradients one of 64.
 
     >>> click, conversion = torch.tensor([[60.0]]), torch.tensor([[-60.0]])
     >>> funnel_log_probabilities(click, conversion).positive
@@ -473,7 +473,7 @@ def funnel_log_probabilities(click_logit: Tensor, conversion_logit: Tensor) -> L
     conversion = click + _log_sigmoid(b)
     # log P(z = 0). Where P(z = 1) is small, log1p; else 1 - s(a) s(b) = s(-a) + s(a) s(-b), which
     # would cancel there. The constant keeps the gradient of the branch not taken finite.
-    product = a.sigmoid() * b.sigmoid()
+    product = _sigmoid(a) * _sigmoid(b)
     is_small = product < 0.5
     no_conversion = torch.where(
         is_small,
@@ -483,6 +483,11 @@ def funnel_log_probabilities(click_logit: Tensor, conversion_logit: Tensor) -> L
     return LogProbabilities(
         torch.cat([click, conversion], dim=1), torch.cat([no_click, no_conversion], dim=1)
     )
+
+
+def _sigmoid(logits: Tensor) -> Tensor:
+    # The gradient of torch's, s(x) (1 - s(x)), cancels where s(x) is near 1.
+    return torch.where(logits > 0, 1 - (-logits).sigmoid(), logits.sigmoid())
 
 
 def _log_sigmoid(logits: Tensor) -> Tensor:
