@@ -616,7 +616,7 @@ def _config_target(folder: Path) -> Target:
         for name in names:
             if (CONF_DIR / group / f"{name}.yaml").is_file():
                 keys |= set(_flat(_compose(f"{group}={name}")))
-    usual = sorted(key for key in keys if "_target_" not in key)
+    usual = sorted(key for key in keys if "._" not in key)
 
     def run(overrides: list[str]) -> None:
         try:
