@@ -1,6 +1,6 @@
 """Give every reader of foreign bytes what it did not expect, and count what it says.
 
-``python benchmarks/fuzz.py --seconds 60 [--targets csv store] [--seed 0]``
+``python benchmarks/fuzz.py --seconds 60 [--target csv store] [--seed 0]``
 
 A process for each target, in turn. An input is fine if it is read, or refused by an ``InputError``.
 Any other end, more than 10 seconds or more than 1 GiB above the start is a finding: its traceback
@@ -107,11 +107,11 @@ def _peak_bytes() -> int:
 
 def _work(arguments: argparse.Namespace) -> None:
     """Run one target until its time is over; a process of its own."""
-    target, folder = arguments.targets[0], Path(arguments.work)
+    target, folder = arguments.target[0], Path(arguments.work)
     scratch = Path(tempfile.mkdtemp(dir=folder))
     by_coverage = target in _BY_COVERAGE and find_spec("atheris") is not None
     if by_coverage:
-        import atheris
+        import atheris  # it looks at what is imported from here on
 
         with atheris.instrument_imports(include=["mtnrec.data", "zipfile", "tarfile"]):
             import fuzz_targets
@@ -119,7 +119,6 @@ def _work(arguments: argparse.Namespace) -> None:
         import fuzz_targets
 
     found = fuzz_targets.TARGETS[target](scratch)
-    watch = Watch(target, found.run, folder)
     found.run(found.example)  # compiles, imports
     watch = Watch(target, found.run, folder)
     if by_coverage:
@@ -172,7 +171,7 @@ def _run_target(target: str, arguments: argparse.Namespace, findings: Path) -> d
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "findings").symlink_to(findings.resolve())
-        command = [sys.executable, __file__, "--work", place, "--targets", target]
+        command = [sys.executable, __file__, "--work", place, "--target", target]
         command += ["--seconds", str(arguments.seconds), "--seed", str(arguments.seed)]
         # As Python the parser shows its branches, and an index out of range is an error.
         environment = os.environ | ({"NUMBA_DISABLE_JIT": "1"} if target == "triples" else {})
@@ -219,7 +218,7 @@ def main() -> None:
     """Print a row for each target; end with status 1 where there is a finding."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=20, help="for each target")
-    parser.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--target", nargs="*", default=TARGETS, choices=TARGETS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--findings", type=Path, default=Path("findings"), help="folder")
     parser.add_argument("--replay", type=Path, help="a file of that folder")
@@ -234,7 +233,7 @@ def main() -> None:
     arguments.findings.mkdir(parents=True, exist_ok=True)
     sys.stdout.write(f"{_HEAD}{'findings':>10}{'MiB more':>10}\n")
     total = 0
-    for target in arguments.targets:
+    for target in arguments.target:
         counts = _run_target(target, arguments, arguments.findings)
         total += counts["findings"]
         by = "atheris" if target in _BY_COVERAGE and find_spec("atheris") else "hypothesis"

@@ -28,7 +28,7 @@ from rich import get_console
 from mtnrec import load_checkpoint
 from mtnrec.card import make_card
 from mtnrec.cell import CHECKPOINTS, keys_of_lightning
-from mtnrec.checks import InputError, check_integer
+from mtnrec.checks import InputError
 from mtnrec.config import CONF_DIR, find_input_error
 from mtnrec.data import raw
 from mtnrec.data.ali_ccp import AliCcp
@@ -43,12 +43,14 @@ from mtnrec.data.table import Table
 from mtnrec.data.triples import Selection, describe_error, parse_lines
 from mtnrec.data.vocabulary import TextVocabulary, Vocabulary
 from mtnrec.data.writer import write_prepared
+from mtnrec.model.module import MultiTaskModule
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.network import make_network
 from mtnrec.protocol import make_callbacks
 from mtnrec.resume import ResumePoint
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.tracking import make_logger
+from mtnrec.train import check_settings
 
 Case = Any  # bytes; overrides; or files by name, where a text is a kind of no plain file
 
@@ -614,7 +616,7 @@ def _config_target(folder: Path) -> Target:
         for name in names:
             if (CONF_DIR / group / f"{name}.yaml").is_file():
                 keys |= set(_flat(_compose(f"{group}={name}")))
-    usual = sorted(key for key in keys if "_target_" not in key)
+    usual = sorted(key for key in keys if "._" not in key)
 
     def run(overrides: list[str]) -> None:
         try:
@@ -643,12 +645,13 @@ def _config_target(folder: Path) -> Target:
 
 def _build(config: Any, schema: Schema) -> None:
     """Make what a training is made of, and train nothing."""
+    check_settings(config)
     for part in ("data", "noise", "mtn"):
         instantiate(config[part], _convert_="all")
-    check_integer("trainer.max_epochs", config.trainer.max_epochs, minimum=1)
     model = instantiate(config.model, _partial_=True, _convert_="all")
     network = make_network(partial(model, schema=schema))
-    instantiate(config.optimizer)(network.parameters())
+    optimizer = instantiate(config.optimizer)
+    MultiTaskModule(network, schema=schema, optimizer=optimizer).configure_optimizers()
     labels = np.array([[0, 0], [1, 0], [1, 1]], np.uint8)
     folder = Path(config.output_dir)
     make_callbacks(config.monitor, config.patience, folder, schema=schema, validation_labels=labels)

@@ -1,11 +1,14 @@
 """A network is made if the memory holds it."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from mtnrec import network
 from mtnrec.checks import InputError
+from mtnrec.model.mmoe import MMoE
 from mtnrec.network import make_network
 
 
@@ -32,6 +35,18 @@ def test_weights_that_exceed_the_memory_are_refused_before_they_are_made(monkeyp
 def test_absurd_sizes_are_refused(size):
     with pytest.raises(InputError, match=r"the weights (take|are more).*: choose smaller widths"):
         make_network(lambda: nn.Embedding(size, 128))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"colour": 1}, "got an unexpected keyword argument 'colour'"),
+        ({}, "missing 7 required keyword-only arguments"),
+    ],
+)
+def test_keywords_of_another_model_are_refused(keys, message, funnel_schema):
+    with pytest.raises(InputError, match=rf"^model: .*MMoE.__init__\(\) {message}"):
+        make_network(partial(MMoE, funnel_schema, **keys))
 
 
 def test_another_error_of_the_constructor_is_its_own():

@@ -344,6 +344,15 @@ def test_a_suspected_leak_is_warned_of_and_recorded(train, tmp_path):
             r".* before its first validation.*no epoch to test",
         ),
         (["optimizer.lr=-1"], r"optimizer: Invalid learning rate: -1"),
+        (["optimizer.lr=fast"], r"optimizer: .*'str'"),
+        (
+            ["mtn.enabled=true", "mtn.alpha_optimizer.lr=-1"],
+            r"mtn\.alpha_optimizer: Invalid learning rate: -1",
+        ),
+        (["seed=99999999999"], r"seed must be an integer from 0 to 4294967295, got 99999999999"),
+        (["threads=1000000000"], r"threads must be an integer from 1 to 1024, got 1000000000"),
+        (["model.embedding_dim=1000000000000"], r"the weights (take|are more) .*: choose smaller"),
+        (["trainer.precision=odd"], r"Error in call to target 'lightning.*Precision 'odd'"),
     ],
 )
 def test_bad_input_ends_in_one_message_and_no_record(overrides, message, train, tmp_path):

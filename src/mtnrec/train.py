@@ -60,6 +60,8 @@ from mtnrec.record import (
 from mtnrec.resume import ResumePoint
 from mtnrec.tracking import closing_wandb_run, describe_run, make_logger, report_run
 
+_LARGEST_SEED = 2**32 - 1  # of numpy's global stream
+_MOST_THREADS = 1024  # torch ends the process where there are too many
 _STEPS_A_DRAW = 10  # Lightning draws the bar anew at each: a millisecond
 
 _logger = logging.getLogger(__name__)
@@ -78,7 +80,7 @@ def main(cfg: DictConfig) -> float | None:
     hold = claim if is_first_process() else recording_failure
     with hold(output_dir, overrides_of_job(), command_of_job(output_dir)), closing_wandb_run():
         recorder = RunRecorder()
-        check_flag("resume", cfg.resume)
+        check_settings(cfg)
         config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
         datamodule = instantiate(cfg.data, _convert_="all")
         finished = find_record(output_dir, config, datamodule.find_checksum())
@@ -97,8 +99,8 @@ def _run(
     recorder: RunRecorder,
     output_dir: Path,
 ) -> dict[str, Any]:
-    check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=1)
-    _use_threads(cfg.threads)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
     keep_freed_memory()
     datamodule.noise = noise = instantiate(cfg.noise, _convert_="all")
     mtn = instantiate(cfg.mtn, _convert_="all")
@@ -193,10 +195,17 @@ def _run(
     return record
 
 
-def _use_threads(threads: int | None) -> None:
-    if threads is not None:
-        check_integer("threads", threads, minimum=1)
-        torch.set_num_threads(threads)
+def check_settings(cfg: DictConfig) -> None:
+    """Refuse what no constructor checks, before anything is prepared.
+
+    Raises:
+        InputError: If a value is out of its range.
+    """
+    check_flag("resume", cfg.resume)
+    check_integer("seed", cfg.seed, minimum=0, maximum=_LARGEST_SEED)
+    check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=1)
+    if cfg.threads is not None:
+        check_integer("threads", cfg.threads, minimum=1, maximum=_MOST_THREADS)
 
 
 def _bayes_aucs(datamodule: Any) -> dict[str, float]:

@@ -476,7 +476,7 @@ def test_a_bad_archive_is_refused(raw_dir, prepared, tmp_path, damage, message):
         (["tokens={205:all}"], "data.tokens is all for field 205, which has one value a row"),
         (["scaling=log"], "data.scaling must be one of minmax, none; got 'log'"),
         (["on_error=ignore"], "data.on_error must be one of refuse, skip; got 'ignore'"),
-        (["threads=0"], "data.threads must be an integer >= 1, got 0"),
+        (["threads=0"], "data.threads must be an integer from 1 to 1024, got 0"),
     ],
 )
 def test_a_bad_key_is_refused(overrides, message, make_datamodule):

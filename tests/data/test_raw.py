@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mtnrec.checks import InputError
 from mtnrec.data import raw
-from mtnrec.data.raw import Meter, list_files, open_plain, open_zip, read_blocks, read_tar
+from mtnrec.data.raw import BadRows, Meter, list_files, open_plain, open_zip, read_blocks, read_tar
 
 LINES = b"1,2,3\n" * 50
 
@@ -180,6 +180,17 @@ def test_any_bytes_in_an_archive_are_read_or_refused(data, at, kind, tmp_path_fa
     except InputError:
         return
     assert [len(content) for content in read] == [len(LINES)] or kind == "t"
+
+
+def test_more_bad_rows_than_a_log_has_end_the_skipping(monkeypatch):
+    monkeypatch.setattr(raw, "_MOST_SKIPPED", 3)
+    bad_rows = BadRows("skip")
+
+    for line in (1, 2, 3):
+        bad_rows.add(f"log.csv, line {line}", "must be 0", "1")
+
+    with pytest.raises(InputError, match=r"line 4: must be 0, got 1; 3 rows were skipped before"):
+        bad_rows.add("log.csv, line 4", "must be 0", "1")
 
 
 def test_what_is_no_file_is_not_found(tmp_path):

@@ -125,7 +125,7 @@ class AliCcp(DataModule):
         super().__post_init__()
         check_choice("data.on_error", self.on_error, BadRows.CHOICES)
         if self.threads is not None:
-            check_integer("data.threads", self.threads, minimum=1)
+            check_integer("data.threads", self.threads, minimum=1, maximum=1024)
         preset = _FREE
         if self.preset is not None:
             check_choice("data.preset", self.preset, list(PRESETS))

@@ -160,7 +160,8 @@ class MultiTaskModule(L.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         try:
             optimizer = self._optimizer(self.network.parameters())
-        except ValueError as error:  # a rate out of range, say: torch names rule and value
+        # A rate out of range or a word, say: torch names rule and value.
+        except (ValueError, TypeError) as error:
             raise InputError(f"optimizer: {error}") from error
         lazy = isinstance(optimizer, LazyAdam)
         if lazy and dist.is_initialized() and dist.get_backend() == "nccl":

@@ -182,7 +182,10 @@ class MTN(L.Callback):
             return
         weights = self._penalty.weights.to(pl_module.device)
         learned = list(weights.parameters())
-        self._optimizer = self.alpha_optimizer(learned) if learned else None
+        try:
+            self._optimizer = self.alpha_optimizer(learned) if learned else None
+        except (ValueError, TypeError) as error:
+            raise InputError(f"mtn.alpha_optimizer: {error}") from error
         if self._restored:
             weights.load_state_dict(self._restored["weights"])
             if self._optimizer is not None:
