@@ -261,7 +261,7 @@ def test_a_set_with_other_vocabularies_is_refused(shop, predict, prepare, tmp_pa
     for change, what in (([], "other vocabularies"), (["data.fill=0"], "other fields or scales")):
         shutil.rmtree(tmp_path / "other", ignore_errors=True)
         path = data[1].removeprefix("data.train=")
-        frame = pd.read_csv(path, float_precision="round_trip")  # pandas 2 rounds twice
+        frame = pd.read_csv(path, dtype=str)  # pandas 2 would round the numbers
         if not change:
             frame["brand"] = frame["brand"].replace("beta", "gamma")
         frame.to_csv(tmp_path / "train.csv", index=False)

@@ -42,7 +42,7 @@ def test_a_sweep_becomes_results_tables_figures_and_a_page(reported):
 
 
 def test_every_metric_of_every_record_is_in_the_results(runs, reported):
-    table = pd.read_csv(reported / "results.csv", float_precision="round_trip")
+    table = pd.read_csv(reported / "results.csv", converters={"value": float})
     parquet = pd.read_parquet(reported / "results.parquet")
     for path in runs.rglob("result.json"):
         record = json.loads(path.read_text())

@@ -193,10 +193,10 @@ def test_a_validation_every_other_epoch_is_recorded_under_its_epoch(train):
     assert record["metrics"]["val/cvr_auc"] == pytest.approx(max(aucs.values()), rel=1e-6)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(train):
-    first, second, other = (
-        train(*LOG, "mtn.enabled=true", f"seed={seed}", model="mmoe") for seed in (5, 5, 6)
-    )
+@pytest.mark.parametrize("model", MODELS)
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(model, train):
+    random = ["mtn.enabled=true", "model.dropout=0.2", "noise.proportion=0.15"]
+    first, second, other = (train(*LOG, *random, f"seed={seed}", model=model) for seed in (5, 5, 6))
 
     one, two = (read_checkpoint(folder)["state_dict"] for folder in (first, second))
     assert one.keys() == two.keys()
