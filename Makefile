@@ -7,10 +7,10 @@ STAMP  := $(VENV)/.installed
 PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train quickstart test test-all benchmark check format clean
+.PHONY: help setup train quickstart test test-all test-versions benchmark check format clean
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## Create .venv with the exact versions of constraints.txt
 
@@ -33,6 +33,9 @@ test: $(STAMP)  ## Run the test suite
 test-all: $(STAMP)  ## Run the test suite and the slow tests
 	$(BIN)/python -m pytest $(PARALLEL) -m ''
 
+test-versions: $(STAMP)  ## Run it with the oldest, the exact and the newest versions: 20 GB in .versions
+	$(BIN)/python benchmarks/versions.py
+
 benchmark: $(STAMP)  ## Measure what is claimed of speed and memory: benchmarks/results.md
 	$(BIN)/python benchmarks/measure_all.py
 
@@ -46,4 +49,4 @@ format: $(STAMP)  ## Sort imports and format
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment and the caches
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .versions dist .mypy_cache .pytest_cache .ruff_cache
