@@ -59,7 +59,8 @@ def longest_service(shape: Sequence[int], column: int) -> int:
 def cost(shape: Sequence[int], column: int) -> float:
     """Return about what a new factor of an unfolding costs, in multiplications.
 
-    Two products, a decomposition, which reaches a tenth of their speed, and passes over the stack.
+    Two products, a decomposition, which reaches a tenth of their speed, and the passes over the
+    stack that a new direction takes.
 
     Args:
         shape: Of the stack, ``(T, O, I)``.
@@ -68,7 +69,7 @@ def cost(shape: Sequence[int], column: int) -> float:
     size = math.prod(shape)
     side = shape[ROWS[column][0]]
     side = min(side, size // side)
-    return 2 * side * size + 12 * side**3 + 50 * size
+    return 2 * side * size + 12 * side**3 + 1000 * size
 
 
 def next_service(service: int, served: int, missed: float, allowed: float) -> int:
