@@ -1,5 +1,8 @@
 """Strict reading against Python's own parsing of each cell."""
 
+import gzip
+import zlib
+
 import numpy as np
 import polars as pl
 import pytest
@@ -199,6 +202,14 @@ def test_a_long_bad_cell_is_shortened(path):
 def test_text_of_another_encoding_is_refused(path):
     with pytest.raises(InputError, match="line 12: column 'shop': expected an integer"):
         read(path, (HEADER + GOOD).encode() + b"\xe9,0.5,1\n")
+
+
+@pytest.mark.parametrize("packed", [zlib.compress, gzip.compress, lambda text: b"x\x01" + text])
+def test_a_block_that_begins_as_a_compressed_stream_is_not_inflated(path, packed, monkeypatch):
+    monkeypatch.setattr(raw, "BLOCK_BYTES", 1 << 20)
+
+    with pytest.raises(InputError, match=r"line 1: (expected 3 values|column 'shop': expected)"):
+        read(path, packed(GOOD.encode() * 1000) + b"\n", has_header=False)
 
 
 def test_the_first_row_that_breaks_a_rule_is_named():

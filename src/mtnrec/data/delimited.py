@@ -12,6 +12,9 @@ from polars.exceptions import PolarsError
 from mtnrec.checks import InputError, name_some
 from mtnrec.data.raw import BadRows, Block
 
+# As zlib's, gzip's and zstd's streams begin, and no number: polars would inflate what follows.
+_MAGIC = (b"x", b"\x1f", b"(")
+
 Types = Mapping[str, pl.DataType | type[pl.DataType]]
 
 
@@ -126,6 +129,8 @@ def _parse(
 
 def _parse_whole(data: bytes, count: int, types: Types) -> pl.DataFrame | None:
     """Parse ``count`` lines, or return None if one of them breaks the format."""
+    if data.startswith(_MAGIC):
+        return None
     try:
         frame = pl.read_csv(data, has_header=False, schema=dict(types), quote_char=None)
     except PolarsError:

@@ -145,7 +145,14 @@ def readable(path: object) -> Iterator[None]:
     try:
         yield
     # A panic of polars is no Exception.
-    except (PolarsError, PanicException, pa.ArrowException, OSError, csv.Error) as error:
+    except (
+        PolarsError,
+        PanicException,
+        pa.ArrowException,
+        OSError,
+        UnicodeError,
+        csv.Error,
+    ) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"{path} cannot be read ({reason}): it is damaged, cut short or of another format"
