@@ -1,7 +1,8 @@
 """The error of the user's input, and the checks that several constructors share."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -64,6 +65,15 @@ def check_flag(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise InputError(f"{name} must be true or false, got {value!r}")
+
+
+def find_repeated(names: Iterable[str]) -> list[str]:
+    """Return the names that occur more than once, sorted.
+
+    >>> find_repeated(["price", "age", "price"])
+    ['price']
+    """
+    return sorted(name for name, times in Counter(names).items() if times > 1)
 
 
 def name_some(names: Sequence[str]) -> str:

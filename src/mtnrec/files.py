@@ -4,24 +4,31 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mtnrec.checks import InputError
 
 
-def write_whole(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a file, whole or not at all; text is UTF-8."""
+@contextmanager
+def in_place_of(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write; it takes the place of ``path`` if the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file, whole or not at all; text is UTF-8."""
+    with in_place_of(path) as temporary, temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def remove_leftovers(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Scores of many rows, from a prepared data set or a table to a Parquet file."""
 
-import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from mtnrec.data.datamodule import RowGatherer
 from mtnrec.data.raw import BadRows
 from mtnrec.data.source import Source
 from mtnrec.data.store import open_prepared
+from mtnrec.files import in_place_of
 from mtnrec.scorer import Scorer
 
 
@@ -104,27 +105,20 @@ def write_scores(scorer: Scorer, rows: PreparedRows | TableRows, out: Path) -> M
     Memory does not grow with the rows.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     columns = (TextColumn("scoring {task.completed:,} rows"), BarColumn(), TimeElapsedColumn())
     count, sums = 0, np.zeros(len(scorer.tasks))
-    writer: pq.ParquetWriter | None = None
-    try:
-        with Progress(*columns) as progress:
-            bar = progress.add_task("", total=rows.total)
-            for part in rows:
-                writer = writer or pq.ParquetWriter(temporary, part.schema)
-                writer.write_table(part)
-                count += len(part)
-                sums += [part[task].to_numpy().sum(dtype=np.float64) for task in scorer.tasks]
-                progress.advance(bar, len(part))
+    with in_place_of(out) as temporary, ExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns))
+        bar = progress.add_task("", total=rows.total)
+        writer: pq.ParquetWriter | None = None
+        for part in rows:
+            writer = writer or stack.enter_context(pq.ParquetWriter(temporary, part.schema))
+            writer.write_table(part)
+            count += len(part)
+            sums += [part[task].to_numpy().sum(dtype=np.float64) for task in scorer.tasks]
+            progress.advance(bar, len(part))
         if writer is None:
             raise InputError("there are no rows to score")
-        writer.close()
-        temporary.replace(out)
-    finally:
-        if writer is not None:
-            writer.close()
-        temporary.unlink(missing_ok=True)
     return Means(count, dict(zip(scorer.tasks, sums / count, strict=True)))
 
 

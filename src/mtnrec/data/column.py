@@ -3,6 +3,8 @@
 In every column here a missing cell is null; what cannot be read becomes null too.
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import polars as pl
@@ -16,6 +18,18 @@ _LABELS = {"0": 0, "false": 0, "1": 1, "true": 1}
 _TYPES = {"integer": pl.Int64, "number": pl.Float64}
 
 Floats = npt.NDArray[np.float64]
+
+
+def transformed(values: Floats, fill: Any, shift: Any, scale: Any) -> Floats:
+    """Return the numbers that are stored: NaN becomes ``fill``, then ``(value - shift) / scale``.
+
+    Args:
+        values: ``(n,)``, or ``(n, N)`` with ``fill``, ``shift`` and ``scale`` for each column.
+        fill: Numbers; NaN leaves missing cells missing.
+        shift: Numbers.
+        scale: Numbers.
+    """
+    return (np.where(np.isnan(values), fill, values) - shift) / scale
 
 
 class Profile:

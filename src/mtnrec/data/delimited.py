@@ -1,6 +1,5 @@
 """Strict reading of comma-separated numbers: every error names file, line, column and value."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import numpy.typing as npt
 import polars as pl
 from polars.exceptions import PolarsError
 
-from mtnrec.checks import InputError, name_some
+from mtnrec.checks import InputError, find_repeated, name_some
 from mtnrec.data.raw import BadRows, Block
 
 # As zlib's, gzip's and zstd's streams begin, and no number: polars would inflate what follows.
@@ -104,7 +103,7 @@ def _check_header(source: str, first: str, types: Types) -> list[str]:
         )
     if unknown := [name for name in header if name not in types]:
         raise InputError(f"{source} has an unknown column {name_some(unknown)}: remove it")
-    if twice := sorted(name for name, times in Counter(header).items() if times > 1):
+    if twice := find_repeated(header):
         raise InputError(f"{source} names the column {name_some(twice)} twice")
     return header
 

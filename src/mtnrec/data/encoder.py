@@ -10,13 +10,13 @@ import torch
 
 from mtnrec.batch import Bags, Batch
 from mtnrec.checks import InputError, name_some
-from mtnrec.data.column import Floats, numbers_of, text_of
+from mtnrec.data.column import Floats, numbers_of, text_of, transformed
 from mtnrec.data.source import check_row_groups, readable
+from mtnrec.data.store import LARGEST_NUMBER
 from mtnrec.data.vocabulary import Integers, TextVocabulary, Vocabulary
 from mtnrec.schema import CategoricalField, Schema
 
 _INT32 = np.iinfo(np.int32)
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 class Encoder:
@@ -133,11 +133,9 @@ class Encoder:
                     f"{place(int(absent.argmax()))}, column {name!r}: a number is missing, and the "
                     "model's data had none: fill it in before"
                 )
-            values = np.where(absent, transform["fill"], values)
             self.missing[name] += int(np.count_nonzero(absent))
-        return ((values - transform.get("shift", 0.0)) / transform.get("scale", 1.0)).astype(
-            np.float32
-        )
+        parts = {"fill": np.nan, "shift": 0.0, "scale": 1.0} | dict(transform)
+        return transformed(values, **parts).astype(np.float32)
 
     def _bags(self, name: str, frame: pl.DataFrame, place: Callable[[int], str]) -> Bags:
         lists = _as_lists(name, frame[name])
@@ -174,7 +172,7 @@ def _read_numbers(name: str, column: pl.Series, place: Callable[[int], str]) -> 
     """Read a column; NaN where a cell is missing."""
     read = numbers_of(column)
     values = read.fill_null(np.nan).to_numpy()
-    wrong = (read.is_null() & column.is_not_null()).to_numpy() | (np.abs(values) > _LARGEST)
+    wrong = (read.is_null() & column.is_not_null()).to_numpy() | (np.abs(values) > LARGEST_NUMBER)
     if wrong.any():
         row = int(wrong.argmax())
         raise InputError(

@@ -5,7 +5,6 @@ its cells are text. An empty cell is missing, and so is an empty text or NaN in 
 """
 
 import csv
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from polars.exceptions import PanicException, PolarsError
 from rich.filesize import decimal
 
-from mtnrec.checks import InputError, name_some
+from mtnrec.checks import InputError, find_repeated, name_some
 from mtnrec.data import raw
 from mtnrec.data.memory import memory_bytes
 from mtnrec.data.raw import BadRows, Block, inflated, read_blocks
@@ -172,7 +171,7 @@ def _header(path: Path) -> list[str]:
             f"{path}: column {names.index('') + 1} has no name in the header: name or remove it "
             "(pandas writes none with index=False)"
         )
-    if twice := sorted(name for name, times in Counter(names).items() if times > 1):
+    if twice := find_repeated(names):
         raise InputError(f"{path} names the column {name_some(twice)} twice: rename one")
     return names
 

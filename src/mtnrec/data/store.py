@@ -37,6 +37,7 @@ from mtnrec.data.memory import memory_bytes
 from mtnrec.schema import CategoricalField, Schema
 
 FORMAT_VERSION = 2
+LARGEST_NUMBER = float(np.finfo(np.float32).max)  # of a numerical feature
 SCHEMA_FILE = "schema.json"
 DTYPES: dict[str, np.dtype[Any]] = {
     "categorical": np.dtype(np.int32),
@@ -55,7 +56,6 @@ _CLOCK_TICK = 2_000_000_000  # ns; that of the coarsest file systems
 _LONGEST_SCHEMA = 1 << 24  # bytes
 _BYTES_PER_ROW = 8  # of memory that a training takes: its number and its place in the order
 _ROWS_PER_CHECK = 1 << 16
-_LARGEST = float(np.finfo(np.float32).max)
 _REQUIRED = ("categorical", "numerical", "labels")
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -186,7 +186,7 @@ def _is_transform(value: Any) -> bool:
         _is_table(value, lambda number: isinstance(number, int | float))
         and {"shift", "scale"} <= value.keys() <= {"fill", "shift", "scale"}
         and value["scale"] != 0
-        and all(abs(number) <= _LARGEST for number in value.values())
+        and all(abs(number) <= LARGEST_NUMBER for number in value.values())
     )
 
 

@@ -28,18 +28,18 @@ from mtnrec.data.column import (
     numbers_of,
     text_of,
     times_of,
+    transformed,
 )
 from mtnrec.data.datamodule import SelfPreparing
 from mtnrec.data.raw import BadRows
 from mtnrec.data.source import Booleans, Chunk, Source
-from mtnrec.data.store import Arrays, Manifest
+from mtnrec.data.store import LARGEST_NUMBER, Arrays, Manifest
 from mtnrec.data.vocabulary import TextCounts, TextVocabulary
 from mtnrec.data.writer import Writer, write_prepared
 from mtnrec.schema import CategoricalField, Schema
 
 _SPLITS = ("train", "test")
 _LISTS = ("labels", "categorical", "numerical", "exclude")
-_LARGEST = float(np.finfo(np.float32).max)
 _TIMES = {"integer": "an integer", "number": "a number", "date": "a date"}
 _INFERRED = {
     "text": ("categorical", "not a number"),
@@ -126,7 +126,7 @@ class Table(SelfPreparing):
         check_integer("data.test_seed", self.test_seed, minimum=0)
         check_integer("data.min_count", self.min_count, minimum=1)
         if self.fill not in (None, "mean"):
-            check_number("data.fill", self.fill, minimum=-_LARGEST, maximum=_LARGEST)
+            check_number("data.fill", self.fill, minimum=-LARGEST_NUMBER, maximum=LARGEST_NUMBER)
         drop = ["refuse", "drop"]
         check_choice("data.conversion_without_click", self.conversion_without_click, drop)
         check_choice("data.on_error", self.on_error, BadRows.CHOICES)
@@ -245,9 +245,6 @@ class _Transforms(NamedTuple):
     fill: Floats
     shift: Floats
     scale: Floats
-
-    def apply(self, values: Floats) -> Floats:
-        return (np.where(np.isnan(values), self.fill, values) - self.shift) / self.scale
 
 
 class _Preparation:
@@ -430,7 +427,7 @@ class _Preparation:
                 indices = map(TextVocabulary.encode, vocabularies, rows.categorical)
                 arrays = rows.arrays | {
                     "categorical": _side_by_side(list(indices), np.ones_like(rows.tests)),
-                    "numerical": transforms.apply(rows.numerical),
+                    "numerical": transformed(rows.numerical, *transforms),
                 }
                 for split, keep in (("train", ~rows.tests), ("test", rows.tests)):
                     self._writer.append(split, {stem: a[keep] for stem, a in arrays.items()})
@@ -539,7 +536,7 @@ class _Rules:
         read = numbers_of(raw)
         self.demand(name, (read.is_not_null() | raw.is_null()).to_numpy(), "expected a number")
         values = read.fill_null(np.nan).to_numpy()
-        self.demand(name, ~(np.abs(values) > _LARGEST), "a number must be finite in 32 bits")
+        self.demand(name, ~(np.abs(values) > LARGEST_NUMBER), "a number must be finite in 32 bits")
         if required:
             rule = "a number is missing (data.fill=NUMBER or data.fill=mean fills such cells)"
             self.demand(name, ~np.isnan(values), rule)

@@ -51,9 +51,8 @@ def longest_service(shape: Sequence[int], column: int) -> int:
     >>> [longest_service((2, 256, 512), column) for column in range(3)]
     [16, 32, 64]
     """
-    size = math.prod(shape)
-    side = shape[ROWS[column][0]]
-    return max(16, min(side, size // side) // 8, size // 2**14)
+    side, size = _side_and_size(shape, column)
+    return max(16, side // 8, size // 2**14)
 
 
 def cost(shape: Sequence[int], column: int) -> float:
@@ -66,10 +65,15 @@ def cost(shape: Sequence[int], column: int) -> float:
         shape: Of the stack, ``(T, O, I)``.
         column: Which of the unfoldings.
     """
+    side, size = _side_and_size(shape, column)
+    return 2 * side * size + 12 * side**3 + 1000 * size
+
+
+def _side_and_size(shape: Sequence[int], column: int) -> tuple[int, int]:
+    """Return the shorter side of an unfolding and how many weights it has."""
     size = math.prod(shape)
     side = shape[ROWS[column][0]]
-    side = min(side, size // side)
-    return 2 * side * size + 12 * side**3 + 1000 * size
+    return min(side, size // side), size
 
 
 def next_service(service: int, served: int, missed: float, allowed: float) -> int:
@@ -167,7 +171,7 @@ class Penalty:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the state; :meth:`measure` is to follow."""
         self.services = state_dict["services"]
-        device = self.stack(next(iter(self.depths))).device
+        device = next(iter(self.depths.values()))[0].weight.device
         self._largest_gaps = {
             depth: {column: gap.to(device) for column, gap in gaps.items()}
             for depth, gaps in state_dict["largest_gaps"].items()
