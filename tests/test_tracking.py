@@ -38,6 +38,13 @@ def test_what_determines_a_result_makes_another_arm(labels):
     assert len(groups | {labels(checksum="2")["group"]}) == 6
 
 
+def test_a_data_set_may_be_called_by_a_number(labels):
+    found = labels("data.name=5")
+
+    assert found["group"].startswith("5 ")
+    assert found["tags"][0] == "5"
+
+
 def test_name_and_tags_say_model_data_mtn_and_noise(labels):
     found = labels("model=mmoe", "mtn.enabled=true", "noise.proportion=0.15", "seed=7")
 

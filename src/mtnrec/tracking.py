@@ -57,7 +57,7 @@ def run_labels(config: Mapping[str, Any], checksum: str) -> dict[str, Any]:
     settings = shown_settings(config)
     arm = {**config, "seed": None, "data": {**config["data"], "seed": None}}
     mtn, proportion = settings["mtn"], settings["noise"]["proportion"]
-    words = [settings["data"], settings["model"], "mtn" if mtn["enabled"] else "baseline"]
+    words = [str(settings["data"]), settings["model"], "mtn" if mtn["enabled"] else "baseline"]
     noise = f"noise_{proportion:g}" if proportion else "clean"
     strength = [f"lam={mtn['lam']:g}"] if mtn["enabled"] else []
     group = " ".join([*words, *strength, noise, cell_of(arm, checksum)[:8]])
