@@ -186,8 +186,8 @@ def test_a_run_that_goes_on_is_the_same_run_of_wandb(train, tmp_path, monkeypatc
     train(*run, folder=tmp_path)
     train(*run, "resume=false", folder=tmp_path)
 
-    folders = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda p: p.stat().st_ctime)
-    first, second, third = (folder.name.rpartition("-")[2] for folder in folders)
+    paths = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime)
+    first, second, third = (read_wandb_run(path).run.run_id for path in paths)
     assert first == second != third
 
 
