@@ -92,7 +92,7 @@ def test_how_long_a_factor_may_serve_grows_with_its_cost():
     steps = [longest_service((2, side, 10**4), 1) for side in sides]
 
     assert steps == sorted(steps)
-    assert steps[0] == 16
+    assert steps[0] == 32
 
 
 def test_gpus_take_factors_by_matrix_products(monkeypatch):

@@ -36,7 +36,6 @@ from mtnrec.mtn.trace_norm import (
 from mtnrec.mtn.weights import PenaltyWeights
 
 ROWS = unfoldings(3)
-_AIM = 0.007  # share of a layer's norm that its old factors may miss; services are chosen for it
 
 
 def longest_service(shape: Sequence[int], column: int) -> int:
@@ -49,10 +48,22 @@ def longest_service(shape: Sequence[int], column: int) -> int:
     >>> [longest_service((2, 512, 2176), column) for column in range(3)]
     [136, 136, 136]
     >>> [longest_service((2, 256, 512), column) for column in range(3)]
-    [16, 32, 64]
+    [32, 32, 64]
     """
     side, size = _side_and_size(shape, column)
-    return max(16, side // 8, size // 2**14)
+    return max(32, side // 8, size // 2**14)
+
+
+def tolerance(shape: Sequence[int]) -> float:
+    """Return what share of a layer's norm its old factors may miss; services are chosen for it.
+
+    Single steps miss up to twice as much where a layer is small and its spectrum turns quickly, and
+    large ones are dear, so that these are closer to the 1 % which the whole is to stay below.
+
+    Args:
+        shape: Of the stack, ``(T, O, I)``.
+    """
+    return 0.004 if math.prod(shape) < 2**18 else 0.008
 
 
 def cost(shape: Sequence[int], column: int) -> float:
@@ -79,26 +90,26 @@ def _side_and_size(shape: Sequence[int], column: int) -> tuple[int, int]:
 def next_service(service: int, served: int, missed: float, allowed: float) -> int:
     """Return how many steps the next factor of an unfolding is to serve.
 
-    What is missed grows at least with the steps and at most, for a steady drift, with their square.
-    So after much the service shrinks in proportion, and after little it grows by the root, at most
-    to twice as many steps.
+    What is missed grows about with the cube of the steps: the bound falls behind with the square of
+    how far the weights have moved, and faster where they gather speed. The next factor serves twice
+    as long at most, and no longer than the old one was to where an epoch's end came before: how the
+    weights move changes there, as rows come a second time.
 
     Args:
         service: Steps that the old factor was to serve.
-        served: Steps that it has served; fewer when an epoch's end came before.
+        served: Steps that it has served; fewer when an epoch's end or a checkpoint came before.
         missed: The share of the layer's norm that it misses now.
         allowed: What it may miss.
 
-    >>> [next_service(16, 16, missed, allowed=0.002) for missed in (0.0, 0.0001, 0.002, 0.008)]
-    [32, 32, 16, 4]
-    >>> [next_service(64, 8, missed, allowed=0.002) for missed in (0.001, 0.004)]
-    [64, 4]
+    >>> [next_service(16, 16, missed, allowed=0.002) for missed in (0.0, 0.001, 0.002, 0.015)]
+    [32, 21, 16, 8]
+    >>> [next_service(16, 8, missed, allowed=0.002) for missed in (0.0, 0.001, 0.015)]
+    [16, 11, 4]
     """
-    if missed > allowed:
-        return max(1, int(served * allowed / missed))
-    if served < service:
-        return service
-    return int(service * min(2.0, math.sqrt(allowed / missed))) if missed > 0 else 2 * service
+    longest = service if served < service else 2 * service
+    growth = math.cbrt(allowed / missed) if missed > 0 else math.inf
+    steps = min(longest, served * growth)
+    return math.ceil(steps) if growth > 1 else max(1, int(steps))
 
 
 def quick_polar_factor(matrix: Tensor) -> PolarFactor:
@@ -281,7 +292,7 @@ class Penalty:
         times = [cost(shape, column) / services[column] for column in range(len(ROWS))]
         for column, (served, amount) in missed.items():
             share = alphas[column] * amount.item() / norm if norm else 0.0
-            allowed = _AIM * times[column] / sum(times)
+            allowed = tolerance(shape) * times[column] / sum(times)
             chosen = next_service(services[column], served, share, allowed)
             services[column] = min(chosen, longest_service(shape, column), self._refresh_every)
 
