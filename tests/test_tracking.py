@@ -1,6 +1,9 @@
+import gzip
 import json
 import struct
-from types import SimpleNamespace
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,11 +194,22 @@ def test_a_run_that_goes_on_is_the_same_run_of_wandb(train, tmp_path, monkeypatc
     assert first == second != third
 
 
+@pytest.fixture
+def wandb_at(monkeypatch):
+    """Sends runs to a server; W&B's own process keeps that, so it is a new one before and after."""
+
+    def send(url):
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", 40 * "0")
+        wandb.teardown()
+
+    yield send
+    wandb.teardown()
+
+
 @pytest.mark.slow
-def test_a_server_that_does_not_answer_does_not_end_the_run(train, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", 40 * "0")
-    wandb.teardown()  # what earlier tests set
+def test_a_server_that_does_not_answer_does_not_end_the_run(train, tmp_path, wandb_at):
+    wandb_at("http://127.0.0.1:9")
 
     train(*LOG, "logger=wandb", "logger.settings.init_timeout=1", folder=tmp_path)
 
@@ -204,6 +218,61 @@ def test_a_server_that_does_not_answer_does_not_end_the_run(train, tmp_path, mon
     found = read_wandb_run(path)
     assert len(found.history["val/cvr_auc"]) == 2
     assert found.exit.exit_code == 0
+
+
+class WandbServer(BaseHTTPRequestHandler):
+    """Takes a run, and is gone when the first values come."""
+
+    answers = MappingProxyType(
+        {
+            "Viewer": {"viewer": {"id": "V", "entity": "team", "flags": "{}"}},
+            "RunResumeStatus": {"model": None},
+            "UpsertBucket": {
+                "upsertBucket": {
+                    "bucket": {
+                        "id": "B",
+                        "name": "taken",
+                        "project": {"name": "mtnrec", "entity": {"name": "team"}},
+                    }
+                }
+            },
+        }
+    )
+
+    def do_POST(self):
+        if self.path != "/graphql":
+            self.server.gone.set()
+            self.server.socket.close()
+            return
+        text = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            text = gzip.decompress(text)
+        data = self.answers.get(json.loads(text)["operationName"], {})
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_does_not_end_the_run(train, tmp_path, wandb_at):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), WandbServer)
+    server.gone = threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    wandb_at(f"http://127.0.0.1:{server.server_port}")
+
+    times = ["init_timeout=20", "finish_timeout=5"]
+    train(*LOG, "logger=wandb", *(f"logger.settings.{time}" for time in times), folder=tmp_path)
+
+    assert server.gone.is_set()
+    assert (tmp_path / "result.json").exists()
+    assert "W&B does not answer" in (tmp_path / "train.log").read_text()
+    (path,) = tmp_path.glob("wandb/run-*/*.wandb")
+    assert len(read_wandb_run(path).history["val/cvr_auc"]) == 2
 
 
 def test_tables_that_the_server_does_not_take_do_not_end_the_run(train, tmp_path, monkeypatch):
