@@ -397,6 +397,21 @@ def test_keys_that_do_not_fit_are_refused(overrides, message, shop, predict, tmp
         predict(f"checkpoint={checkpoint_of(shop[0])}", "out=scores.parquet", *overrides)
 
 
+def test_a_row_without_a_finite_probability_is_named(shop, predict, tmp_path):
+    run, rows, data = shop
+    path, out = tmp_path / "best.ckpt", tmp_path / "out" / "scores.parquet"
+    checkpoint = torch.load(checkpoint_of(run), weights_only=True)
+    checkpoint["state_dict"]["network.bottom.0.weight"][3, 2] = torch.inf
+    torch.save(checkpoint, path)
+
+    with pytest.raises(SystemExit, match=r"row 0 of .*/prepared/test has no finite probability"):
+        predict(f"checkpoint={path}", *data, f"out={out}")
+    with pytest.raises(ValueError, match="row 0 has no finite probability"):
+        load_checkpoint(path).score(rows)
+
+    assert list(out.parent.iterdir()) == []
+
+
 def test_an_unknown_name_of_the_package_is_an_attribute_error():
     import mtnrec
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,12 +62,18 @@ class PreparedRows:
         self._gather = RowGatherer(arrays[split], np.arange(self.total), manifest.schema)
         self._batch_size = batch_size
         self._scorer = scorer
+        self._name = directory / split
 
     def __iter__(self) -> Iterator[pa.Table]:
         for start in range(0, len(self._gather), self._batch_size):
             end = min(start + self._batch_size, len(self._gather))
-            scores = self._scorer.score_batch(self._gather[np.arange(start, end)]).numpy()
+            rows = self._gather[np.arange(start, end)]
+            place = partial(self._place, start)
+            scores = self._scorer.score_batch(rows, place).numpy()
             yield pa.table(dict(zip(self._scorer.tasks, scores.T, strict=True)))
+
+    def _place(self, start: int, row: int) -> str:
+        return f"row {start + row} of {self._name}"
 
 
 class TableRows:

@@ -63,7 +63,7 @@ class Scorer:
         needed = {*self.encoder.columns, *self.encoder.lists}
         columns = [name for name in frame.columns if name in needed]
         rows = pl.from_pandas(frame[columns], nan_to_null=True)
-        scores = self.score_raw(rows, lambda row: f"row {row}", batch_size)
+        scores = self.score_raw(rows, "row {}".format, batch_size)
         return pd.DataFrame(scores, columns=self.tasks, index=frame.index)
 
     def score_raw(
@@ -80,17 +80,32 @@ class Scorer:
         for start in range(0, max(frame.height, 1), batch_size):
             shifted = partial(_shifted, place, start)
             batch = self.encoder.encode(frame.slice(start, batch_size), shifted)
-            parts.append(self.score_batch(batch).numpy())
+            parts.append(self.score_batch(batch, shifted).numpy())
         return np.concatenate(parts)
 
     @torch.inference_mode()
-    def score_batch(self, batch: Batch) -> Tensor:
+    def score_batch(self, batch: Batch, place: Callable[[int], str] = "row {}".format) -> Tensor:
         """Return the probabilities of the tasks, ``(B, tasks)``, on the CPU.
 
         CVR is ``pCTCVR / pCTR``, 1 where a model without that order gives more.
+
+        Args:
+            batch: Rows; labels are not looked at.
+            place: Says where a row of it stands, for messages.
+
+        Raises:
+            InputError: If a probability is not finite.
         """
         positive = self.network(batch.to(self.device)).positive
-        return torch.stack(task_probabilities(self.manifest.schema, positive), dim=1).cpu()
+        scores = torch.stack(task_probabilities(self.manifest.schema, positive), dim=1).cpu()
+        if not scores.isfinite().all():
+            (row, *_) = (~scores.isfinite().all(dim=1)).nonzero().flatten().tolist()
+            raise InputError(
+                f"{place(row)} has no finite probability: its numbers are not finite, or so large "
+                "that float32 overflows, or the weights of the checkpoint are not finite: repair "
+                "the row, or name another checkpoint"
+            )
+        return scores
 
 
 def _shifted(place: Callable[[int], str], start: int, row: int) -> str:
