@@ -78,9 +78,9 @@ def test_a_rank_that_ends_early_ends_the_run_with_an_error(rank, failure, tmp_pa
     failed = read_json(tmp_path / "run" / "failure.json")
     if failure == "raise":
         assert failed["message"] == "so it goes"
-    elif rank == 1:
+    elif failed is not None:
         assert "onnection" in failed["message"]
-    else:
+    else:  # the launcher was faster than the other rank
         assert state_of(tmp_path / "run") is State.INTERRUPTED
 
 

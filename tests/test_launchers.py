@@ -1,8 +1,10 @@
 import json
 import os
+import pickle
 import subprocess
 import sys
 
+import cloudpickle
 import pytest
 import yaml
 from hydra import initialize_config_dir
@@ -11,6 +13,7 @@ from hydra.types import RunMode
 from lightning_utilities.core.rank_zero import rank_zero_only
 from submitit.core.utils import FailedJobError
 
+import mtnrec.train
 from mtnrec.apart import run_apart
 from mtnrec.cell import State, claim, state_of
 from mtnrec.config import CONF_DIR
@@ -32,6 +35,17 @@ def sweep(folder, *overrides):
         *("model.tower_widths=[8]", "seed=0,1", *overrides),
     ]
     subprocess.run(command, check=True, capture_output=True, timeout=400)
+
+
+def test_the_command_can_be_sent_to_other_processes():
+    # As `__main__` it is sent with all that it refers to.
+    cloudpickle.register_pickle_by_value(mtnrec.train)
+    try:
+        sent = cloudpickle.dumps(mtnrec.train.main)
+    finally:
+        cloudpickle.unregister_pickle_by_value(mtnrec.train)
+
+    assert callable(pickle.loads(sent))
 
 
 def test_slurm_gets_what_the_config_says(train, tmp_path, monkeypatch):

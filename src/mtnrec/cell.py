@@ -196,8 +196,9 @@ def recording_failure(
 ) -> Iterator[None]:
     """Write to ``failure.json`` what goes wrong in a process of a run; :func:`claim` does so too.
 
-    Of several processes the first to fail writes, since the others fail for want of it. Where the
-    one that holds the folder was killed none does: the run is interrupted.
+    Of several processes the first to fail writes, since the others fail for want of it. Where one
+    was killed, the others lose their connection to it, or are ended before they notice; then none
+    writes, and the run is interrupted.
     """
     try:
         yield

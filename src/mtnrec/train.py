@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 
-from mtnrec.allocator import keep_freed_memory
+from mtnrec.allocator import keep_freed_memory, leave_memory_unfilled
 from mtnrec.apart import run_apart
 from mtnrec.card import make_card
 from mtnrec.cell import (
@@ -135,9 +135,7 @@ def _run(
         default_root_dir=output_dir,
     )
     trainer.strategy.checkpoint_io = WholeCheckpointIO()
-    # With deterministic algorithms torch fills what it allocates, lest an operation read what it
-    # has not written. None of ours does, and filling takes a twentieth of a step.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    leave_memory_unfilled()
     describe_run(trainer.loggers, config)
     (output_dir / RECORD_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
     start = resume_point.find(trainer, module) if cfg.resume else None
