@@ -242,7 +242,8 @@ class WandbServer(BaseHTTPRequestHandler):
     def do_POST(self):
         if self.path != "/graphql":
             self.server.gone.set()
-            self.server.socket.close()
+            self.server.shutdown()
+            self.server.server_close()
             return
         text = self.rfile.read(int(self.headers["Content-Length"]))
         if self.headers.get("Content-Encoding") == "gzip":

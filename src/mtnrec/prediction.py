@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from mtnrec.data.raw import BadRows
 from mtnrec.data.source import Source
 from mtnrec.data.store import open_prepared
 from mtnrec.files import in_place_of
-from mtnrec.scorer import Scorer
+from mtnrec.scorer import Scorer, shifted
 
 
 class Means(NamedTuple):
@@ -62,18 +61,14 @@ class PreparedRows:
         self._gather = RowGatherer(arrays[split], np.arange(self.total), manifest.schema)
         self._batch_size = batch_size
         self._scorer = scorer
-        self._name = directory / split
+        self._place = lambda row: f"row {row} of {directory / split}"
 
     def __iter__(self) -> Iterator[pa.Table]:
         for start in range(0, len(self._gather), self._batch_size):
             end = min(start + self._batch_size, len(self._gather))
             rows = self._gather[np.arange(start, end)]
-            place = partial(self._place, start)
-            scores = self._scorer.score_batch(rows, place).numpy()
+            scores = self._scorer.score_batch(rows, shifted(self._place, start)).numpy()
             yield pa.table(dict(zip(self._scorer.tasks, scores.T, strict=True)))
-
-    def _place(self, start: int, row: int) -> str:
-        return f"row {start + row} of {self._name}"
 
 
 class TableRows:

@@ -1,7 +1,6 @@
 """A trained model that scores rows."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +77,9 @@ class Scorer:
         """
         parts = []
         for start in range(0, max(frame.height, 1), batch_size):
-            shifted = partial(_shifted, place, start)
-            batch = self.encoder.encode(frame.slice(start, batch_size), shifted)
-            parts.append(self.score_batch(batch, shifted).numpy())
+            place_in_batch = shifted(place, start)
+            batch = self.encoder.encode(frame.slice(start, batch_size), place_in_batch)
+            parts.append(self.score_batch(batch, place_in_batch).numpy())
         return np.concatenate(parts)
 
     @torch.inference_mode()
@@ -98,18 +97,20 @@ class Scorer:
         """
         positive = self.network(batch.to(self.device)).positive
         scores = torch.stack(task_probabilities(self.manifest.schema, positive), dim=1).cpu()
-        if not scores.isfinite().all():
-            (row, *_) = (~scores.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        finite = scores.isfinite().all(dim=1)
+        if not finite.all():
+            first = int(finite.int().argmin())
             raise InputError(
-                f"{place(row)} has no finite probability: its numbers are not finite, or so large "
-                "that float32 overflows, or the weights of the checkpoint are not finite: repair "
-                "the row, or name another checkpoint"
+                f"{place(first)} has no finite probability: its numbers are not finite, or so "
+                "large that float32 overflows, or the weights of the checkpoint are not finite: "
+                "repair the row, or name another checkpoint"
             )
         return scores
 
 
-def _shifted(place: Callable[[int], str], start: int, row: int) -> str:
-    return place(start + row)
+def shifted(place: Callable[[int], str], start: int) -> Callable[[int], str]:
+    """Return what says where the rows of a part stand that begins at row ``start``."""
+    return lambda row: place(start + row)
 
 
 def load_checkpoint(path: str | Path, device: str | None = None) -> Scorer:

@@ -109,6 +109,7 @@ def next_service(service: int, served: int, missed: float, allowed: float) -> in
     longest = service if served < service else 2 * service
     growth = math.cbrt(allowed / missed) if missed > 0 else math.inf
     steps = min(longest, served * growth)
+    # Rounded up where little was missed, lest a factor of one step be followed by such for good.
     return math.ceil(steps) if growth > 1 else max(1, int(steps))
 
 
