@@ -32,6 +32,7 @@ from mtnrec.batch import Batch
 from mtnrec.cell import keys_of_lightning
 from mtnrec.config import CONF_DIR
 from mtnrec.model.module import MultiTaskModule, cross_entropies
+from mtnrec.products import choose_products
 from mtnrec.record import RunRecorder
 
 MODELS = ("shared_bottom", "esmm", "mmoe")
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     arguments = parser.parse_args()
     keep_freed_memory()
+    choose_products(torch.device("cpu"))
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     best = peak()
     print(f"Peak: {best / 1e9:.0f} GFLOP/s in float32, {torch.get_num_threads()} threads.\n")

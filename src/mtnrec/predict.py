@@ -13,6 +13,7 @@ from rich import get_console
 from mtnrec.checks import InputError, check_integer
 from mtnrec.config import entry_point
 from mtnrec.prediction import PreparedRows, TableRows, closing_table, write_scores
+from mtnrec.products import choose_products
 from mtnrec.scorer import load_checkpoint
 
 
@@ -28,6 +29,7 @@ def main(cfg: DictConfig) -> None:
     if out.suffix != ".parquet":
         raise InputError(f"out must be a .parquet file, got {out}")
     scorer = load_checkpoint(cfg.checkpoint, cfg.device)
+    choose_products(scorer.device)
     rows: TableRows | PreparedRows
     if cfg.table is not None:
         rows = TableRows(scorer, Path(cfg.table), list(cfg.keep), cfg.batch_size)

@@ -49,6 +49,7 @@ from mtnrec.leak import check_leaks
 from mtnrec.metric.task_metrics import bayes_aucs
 from mtnrec.model.module import MultiTaskModule
 from mtnrec.network import make_network
+from mtnrec.products import choose_products
 from mtnrec.protocol import make_callbacks
 from mtnrec.record import (
     RunRecorder,
@@ -136,6 +137,7 @@ def _run(
     )
     trainer.strategy.checkpoint_io = WholeCheckpointIO()
     leave_memory_unfilled()
+    choose_products(trainer.strategy.root_device)
     describe_run(trainer.loggers, config)
     (output_dir / RECORD_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
     start = resume_point.find(trainer, module) if cfg.resume else None
