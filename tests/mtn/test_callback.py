@@ -362,6 +362,36 @@ def test_an_old_direction_leaves_weights_without_a_data_gradient_alone(funnel_sc
         torch.testing.assert_close(added[step][~dead], added[8][~dead])
 
 
+class EachStep(L.Callback):
+    """Asks for MTN's state after each step, so that no step of alpha waits."""
+
+    def __init__(self, mtn):
+        self.mtn = mtn
+
+    def on_train_batch_end(self, *_):
+        self.mtn.state_dict()
+
+
+@pytest.mark.parametrize("layer_weighting", ["mean", "gated"])
+def test_steps_of_alpha_made_together_are_those_made_one_by_one(
+    fit, funnel_schema, layer_weighting
+):
+    keys = {"refresh_every": 6, "layer_weighting": layer_weighting}
+    waiting, eager = make_mtn(**keys), make_mtn(**keys)
+    one, _ = fit(make_network(funnel_schema), waiting, optimizer=ADAM, max_epochs=3)
+    other, _ = fit(
+        make_network(funnel_schema), eager, EachStep(eager), optimizer=ADAM, max_epochs=3
+    )
+
+    assert distance(one, other) == 0
+    states = [mtn.state_dict() for mtn in (waiting, eager)]
+    for name, learned in states[0]["weights"].items():
+        assert learned.ne(0).any()
+        assert torch.equal(learned, states[1]["weights"][name])
+    steps = [s["step"].item() for s in states[0]["optimizer"]["state"].values()]
+    assert steps == [24] * len(steps)
+
+
 def test_a_new_direction_is_the_exact_one(funnel_schema):
     added = []
     for refresh_every in (1, 4):

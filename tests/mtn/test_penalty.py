@@ -70,7 +70,7 @@ def test_factors_that_go_wrong_fast_are_replaced_at_each_step():
 
     assert all(map(all, factors_taken(penalty, 10, shake)))
     (gap,) = penalty.take_gaps()
-    assert gap.item() > 0.01
+    assert gap > 0.01
 
 
 @pytest.mark.parametrize("drift", [1e-3, 3e-3, 1e-2])
@@ -83,7 +83,7 @@ def test_a_steady_drift_misses_less_than_a_hundredth_of_the_norm(drift):
 
     assert all(1 < sum(column) < 300 for column in taken)
     (gap,) = penalty.take_gaps()
-    assert 1e-4 < gap.item() < 0.01
+    assert 1e-4 < gap < 0.01
 
 
 def test_how_long_a_factor_may_serve_grows_with_its_cost():
@@ -92,7 +92,7 @@ def test_how_long_a_factor_may_serve_grows_with_its_cost():
     steps = [longest_service((2, side, 10**4), 1) for side in sides]
 
     assert steps == sorted(steps)
-    assert steps[0] == 32
+    assert steps[0] == 64
 
 
 def test_gpus_take_factors_by_matrix_products(monkeypatch):
@@ -131,5 +131,5 @@ def test_the_gap_is_how_far_the_old_factor_misses_the_norm():
         norms += torch.linalg.svdvals(after).sum().item()
         bounds += (u @ vh * after).sum().item()
     (gap,) = penalty.take_gaps()
-    assert gap.item() == pytest.approx((norms - bounds) / norms, rel=1e-4)
-    assert 0.001 < gap.item() < 0.5
+    assert gap == pytest.approx((norms - bounds) / norms, rel=1e-4)
+    assert 0.001 < gap < 0.5

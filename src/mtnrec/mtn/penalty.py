@@ -47,11 +47,11 @@ def longest_service(shape: Sequence[int], column: int) -> int:
 
     >>> [longest_service((2, 512, 2176), column) for column in range(3)]
     [136, 136, 136]
-    >>> [longest_service((2, 256, 512), column) for column in range(3)]
-    [32, 32, 64]
+    >>> [longest_service((2, 512, 1024), column) for column in range(3)]
+    [64, 64, 128]
     """
     side, size = _side_and_size(shape, column)
-    return max(32, side // 8, size // 2**14)
+    return max(64, side // 8, size // 2**14)
 
 
 def tolerance(shape: Sequence[int]) -> float:
@@ -63,7 +63,7 @@ def tolerance(shape: Sequence[int]) -> float:
     Args:
         shape: Of the stack, ``(T, O, I)``.
     """
-    return 0.004 if math.prod(shape) < 2**18 else 0.008
+    return 0.004 if math.prod(shape) < 2**18 else 0.007
 
 
 def cost(shape: Sequence[int], column: int) -> float:
@@ -174,7 +174,8 @@ class Penalty:
         self._new: dict[int, Tensor] = {}
         self._old: dict[int, Tensor] = {}
         self._layer_weights: list[float] = []
-        self._largest_gaps: dict[int, dict[int, Tensor]] = {depth: {} for depth in depths}
+        self._largest_gaps: dict[int, dict[int, float]] = {depth: {} for depth in depths}
+        self._next_step = 0  # the first one at which there is a new factor
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs after :meth:`measure`; the factors follow from it."""
@@ -183,11 +184,7 @@ class Penalty:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the state; :meth:`measure` is to follow."""
         self.services = state_dict["services"]
-        device = next(iter(self.depths.values()))[0].weight.device
-        self._largest_gaps = {
-            depth: {column: gap.to(device) for column, gap in gaps.items()}
-            for depth, gaps in state_dict["largest_gaps"].items()
-        }
+        self._largest_gaps = state_dict["largest_gaps"]
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the model's parameters that the penalty acts on; frozen ones are left alone."""
@@ -205,6 +202,10 @@ class Penalty:
             stack = torch.cat([stack, bias.unsqueeze(-1)], dim=-1)
         return stack.to(torch.promote_types(stack.dtype, torch.float32))
 
+    def is_due(self, step: int) -> bool:
+        """Say whether :meth:`refresh` would have new factors to go by."""
+        return step >= self._next_step
+
     def refresh(self, step: int) -> bool:
         """Take new factors where they have served their steps; say whether any is new.
 
@@ -214,21 +215,29 @@ class Penalty:
             step: Steps of the optimiser so far.
         """
         self._new.clear()
+        if not self.is_due(step):
+            return False
         for depth in self.depths:
-            if due := self._due(depth, step):
-                self._take(depth, due, step, exact=False)
-            fresh = [factor.step == step for factor in self._of(depth)]
+            due = self._due(depth, step)
+            fresh = [c in due or f.step == step for c, f in enumerate(self._of(depth))]
             if any(fresh):
-                self._aim(depth, fresh)
-        if self._new:
-            with torch.no_grad():
-                self._layer_weights = self.weights.layer_weights(self.norms()).tolist()
+                stack = self.stack(depth)
+                self._take(depth, stack, due, step, exact=False)
+                self._aim(depth, stack, fresh)
+        with torch.no_grad():
+            self._layer_weights = self.weights.layer_weights(self.norms()).tolist()
+        self._next_step = min(
+            factor.step + service
+            for depth, services in zip(self.depths, self.services, strict=True)
+            for factor, service in zip(self._of(depth), services, strict=True)
+        )
         return bool(self._new)
 
     def measure(self, step: int) -> list[list[Tensor]]:
         """Take all factors anew and return the spectra, ``L`` times ``S``, descending, float64."""
         for depth in self.depths:
-            self._take(depth, range(len(ROWS)), step, exact=True)
+            self._take(depth, self.stack(depth), range(len(ROWS)), step, exact=True)
+        self._next_step = step
         return [
             [factor.polar.singular_values for factor in self._of(depth)] for depth in self.depths
         ]
@@ -248,20 +257,21 @@ class Penalty:
         return list(self.depths).index(depth)
 
     @torch.no_grad()
-    def _take(self, depth: int, columns: Sequence[int], step: int, *, exact: bool) -> None:
-        """Take new factors, and note by how much the old ones missed the norm."""
-        stack = self.stack(depth)
+    def _take(
+        self, depth: int, stack: Tensor, columns: Sequence[int], step: int, *, exact: bool
+    ) -> None:
+        """Take new factors, and choose how long they serve by how much the old ones missed."""
+        if not columns:
+            return
         polar = polar_factor if exact or self._refresh_every == 1 else quick_polar_factor
-        known, gaps = self._factors[depth], self._largest_gaps[depth]
-        missed: dict[int, tuple[int, Tensor]] = {}
+        known = self._factors[depth]
+        missed: dict[int, tuple[int, float]] = {}
         new = polar_factors(stack, [ROWS[column] for column in columns], polar)
         for column, factor, norm in zip(columns, new, norms_along(new, stack), strict=True):
             norm = norm.double()
             if column in known and known[column].step < step:
                 (bound,) = norms_along([known[column].polar], stack).double()
-                gap = (norm - bound) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-                gaps[column] = torch.maximum(gaps.get(column, gap), gap)
-                missed[column] = step - known[column].step, norm - bound
+                missed[column] = step - known[column].step, (norm - bound).item()
             known[column] = _InService(factor, step, norm)
         self._frobenius_norms[depth] = torch.linalg.vector_norm(stack).double() * self._frobenius
         self._table = None
@@ -279,20 +289,24 @@ class Penalty:
         _broadcast([services, frobenius, *of_factors, *self.weights.parameters()])
         self.services[row] = services.long().tolist()
 
-    def _choose_services(self, depth: int, missed: Mapping[int, tuple[int, Tensor]]) -> None:
+    def _choose_services(self, depth: int, missed: Mapping[int, tuple[int, float]]) -> None:
         """Choose how long the factors that took the place of others are to serve.
+
+        Notes the largest share of the layer's norm that each unfolding misses.
 
         Args:
             depth: Of the layer.
             missed: By unfolding, the steps that the old one served, and what it missed.
         """
         services, alphas = self.services[self._row(depth)], self._alphas(depth)
+        gaps = self._largest_gaps[depth]
         norm = sum(a * f.norm.item() for a, f in zip(alphas, self._of(depth), strict=True))
         shape = self._factors[depth][0].polar.factor.shape
         # The least time in all is where each misses in proportion to the time it takes a step.
         times = [cost(shape, column) / services[column] for column in range(len(ROWS))]
         for column, (served, amount) in missed.items():
-            share = alphas[column] * amount.item() / norm if norm else 0.0
+            share = alphas[column] * amount / norm if norm else 0.0
+            gaps[column] = max(share, gaps.get(column, share))
             allowed = tolerance(shape) * times[column] / sum(times)
             chosen = next_service(services[column], served, share, allowed)
             services[column] = min(chosen, longest_service(shape, column), self._refresh_every)
@@ -303,9 +317,8 @@ class Penalty:
         return alphas
 
     @torch.no_grad()
-    def _aim(self, depth: int, fresh: Sequence[bool]) -> None:
+    def _aim(self, depth: int, stack: Tensor, fresh: Sequence[bool]) -> None:
         """Set the directions of a depth, some of whose factors are new."""
-        stack = self.stack(depth)
         frobenius = self._frobenius_norms[depth].item()
         new = stack / frobenius if frobenius else torch.zeros_like(stack)
         kept = torch.zeros_like(stack)
@@ -314,19 +327,21 @@ class Penalty:
         if all(fresh) and self._refresh_every == 1:
             self._new[depth] = new
             return
-        has_gradient = self._has_gradient(depth)
-        self._old[depth] = (new + kept).mul_(has_gradient)
-        self._new[depth] = new.addcmul_(kept, has_gradient)
+        has_gradient = self._has_gradient(depth, stack)
+        kept.mul_(has_gradient)
+        self._old[depth] = (new * has_gradient).add_(kept)
+        self._new[depth] = new.add_(kept)
 
-    def _has_gradient(self, depth: int) -> Tensor:
-        """Say of each weight, as 1 or 0 in the stack, whether the loss has a gradient there."""
-        found = []
-        for layer in self.depths[depth]:
-            parts = [layer.get_parameter(name) for name in self._names]
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parts]
-            found.append(torch.cat([g.reshape(layer.out_features, -1) for g in gradients], dim=1))
-        stack = torch.stack(found)
-        return (stack != 0).to(self._factors[depth][0].polar.factor.dtype)
+    def _has_gradient(self, depth: int, stack: Tensor) -> Tensor:
+        """Say of each weight of a stack, as 1 or 0, whether the loss has a gradient there."""
+        found = torch.zeros_like(stack)
+        for layer, part in zip(self.depths[depth], found, strict=True):
+            places = {"weight": part[:, : layer.in_features], "bias": part[:, -1]}
+            for name in self._names:
+                gradient = layer.get_parameter(name).grad
+                if gradient is not None:
+                    torch.ne(gradient, 0, out=places[name])
+        return found
 
     def norms(self) -> Tensor:
         """Return ``R_i`` when its factors were taken, float64 ``(L,)``, differentiable in alpha."""
@@ -348,27 +363,23 @@ class Penalty:
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
         """Yield each parameter, ``dR_i`` by it along the direction at hand, and ``w_i``."""
         for (depth, layers), weight in zip(self.depths.items(), self._layer_weights, strict=True):
-            inputs = layers[0].in_features
             directions = self._new if depth in self._new else self._old
             for layer, direction in zip(layers, directions[depth], strict=True):
-                yield layer.get_parameter("weight"), direction[:, :inputs], weight
+                yield layer.get_parameter("weight"), direction[:, : layer.in_features], weight
                 if "bias" in self._names:
-                    yield layer.get_parameter("bias"), direction[:, inputs], weight
+                    yield layer.get_parameter("bias"), direction[:, layer.in_features], weight
 
-    def take_gaps(self) -> list[Tensor] | None:
-        """Return the largest relative error of each layer's norm since the last call.
+    def take_gaps(self) -> list[float] | None:
+        """Return the largest share of each layer's norm that was missed since the last call.
 
-        That of a layer is the mean over its unfoldings, weighted by their shares of the norm. None
-        if no factor was replaced.
+        The largest of each unfolding, added up: as if they were at the same step. None if some
+        factor was not replaced.
         """
-        if not all(self._largest_gaps.values()):
+        if any(len(gaps) < len(ROWS) for gaps in self._largest_gaps.values()):
             return None
-        found = []
-        for alpha, depth in zip(self.weights.alpha().detach(), self.depths, strict=True):
-            shares = alpha * torch.stack([factor.norm for factor in self._of(depth)])
-            gaps = torch.stack([self._largest_gaps[depth][c] for c in range(len(ROWS))])
-            found.append(shares @ gaps / shares.sum().clamp(min=torch.finfo(shares.dtype).tiny))
-            self._largest_gaps[depth].clear()
+        found = [sum(gaps.values()) for gaps in self._largest_gaps.values()]
+        for gaps in self._largest_gaps.values():
+            gaps.clear()
         return found
 
 
