@@ -5,8 +5,9 @@
 The fields are those of ``data=synthetic_ali_ccp``: 18 without numericals, with AITM's vocabularies,
 of which ``--rows`` scales the large ones. Value ``k`` of a field has a probability proportional to
 ``(k + 1) ** -skew``; with 0 nearly every row of a batch has a value of its own. Every measurement
-is a process of its own that trains as ``python -m mtnrec.train`` does; a round has one of every
-optimiser, and ratios are within a round. It wants an idle machine and 4 GiB of memory.
+is a process of its own that trains as ``python -m mtnrec.train`` does, but for the first, which
+leaves torch's memory and products as a script finds them; a round has one of every optimiser, and
+ratios are within a round. It wants an idle machine and 4 GiB of memory.
 """
 
 import argparse
@@ -27,14 +28,18 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from mtnrec.allocator import keep_freed_memory, leave_memory_unfilled
 from mtnrec.batch import Batch
+from mtnrec.cell import keys_of_lightning
 from mtnrec.config import CONF_DIR
 from mtnrec.model.module import MultiTaskModule
+from mtnrec.products import choose_products
 from mtnrec.record import peak_memory_bytes
 from mtnrec.schema import CategoricalField, Schema
 
+PLAIN = "Adam()"
 OPTIMIZERS = {
-    "Adam()": ("optimizer=adam", "++optimizer.fused=null"),
+    PLAIN: ("optimizer=adam", "++optimizer.fused=null"),
     "Adam(fused=True)": ("optimizer=adam", "++optimizer.fused=true"),
     "lazy_adam": ("optimizer=lazy_adam",),
 }
@@ -106,9 +111,12 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     ]
     timer = _StepTimer()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = instantiate(
-        cfg.trainer, max_epochs=1, limit_val_batches=0, callbacks=[timer], **quiet
-    )
+    keys = keys_of_lightning(cfg.trainer)
+    trainer = instantiate(keys, max_epochs=1, limit_val_batches=0, callbacks=[timer], **quiet)
+    if arguments.measure != PLAIN:
+        keep_freed_memory()
+        leave_memory_unfilled()
+        choose_products(trainer.strategy.root_device)
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     present = [len(set(column.tolist())) for column in batches[-1].categorical.T]
     return {

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from rich import box, get_console
 from rich.table import Table
 
+from mtnrec.cell import keys_of_lightning
 from mtnrec.config import CONF_DIR
 from mtnrec.data.datamodule import DataModule
 from mtnrec.model.module import MultiTaskModule
@@ -61,7 +62,9 @@ def _train(cfg: DictConfig) -> float:
     )
     timer = _EpochTimer()
     quiet_trainer = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = instantiate(cfg.trainer, callbacks=[timer], limit_val_batches=0, **quiet_trainer)
+    trainer = instantiate(
+        keys_of_lightning(cfg.trainer), callbacks=[timer], limit_val_batches=0, **quiet_trainer
+    )
     trainer.fit(module, datamodule=datamodule)
     return min(timer.seconds)
 
