@@ -28,12 +28,11 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from mtnrec.allocator import keep_freed_memory, leave_memory_unfilled
 from mtnrec.batch import Batch
 from mtnrec.cell import keys_of_lightning
 from mtnrec.config import CONF_DIR
+from mtnrec.machine import compute_fast
 from mtnrec.model.module import MultiTaskModule
-from mtnrec.products import choose_products
 from mtnrec.record import peak_memory_bytes
 from mtnrec.schema import CategoricalField, Schema
 
@@ -114,9 +113,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     keys = keys_of_lightning(cfg.trainer)
     trainer = instantiate(keys, max_epochs=1, limit_val_batches=0, callbacks=[timer], **quiet)
     if arguments.measure != PLAIN:
-        keep_freed_memory()
-        leave_memory_unfilled()
-        choose_products(trainer.strategy.root_device)
+        compute_fast(trainer.strategy.root_device)
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     present = [len(set(column.tolist())) for column in batches[-1].categorical.T]
     return {

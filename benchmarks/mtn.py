@@ -29,11 +29,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from mtnrec.allocator import keep_freed_memory
 from mtnrec.batch import Batch
 from mtnrec.config import CONF_DIR
+from mtnrec.machine import compute_fast
 from mtnrec.model.module import cross_entropies
-from mtnrec.products import choose_products
 
 ROWS = 2_000_000
 START, BLOCK, BLOCKS = 512, 256, 4
@@ -137,8 +136,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--epochs", type=int, default=10)
     arguments = parser.parse_args()
-    keep_freed_memory()
-    choose_products(torch.device("cpu"))
+    compute_fast(torch.device("cpu"))
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     print("| model | step | share | start | epoch | exact | in float64 | gap |")
     print("|---|---|---|---|---|---|---|---|")

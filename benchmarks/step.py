@@ -27,12 +27,11 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtnrec.allocator import keep_freed_memory
 from mtnrec.batch import Batch
 from mtnrec.cell import keys_of_lightning
 from mtnrec.config import CONF_DIR
+from mtnrec.machine import compute_fast
 from mtnrec.model.module import MultiTaskModule, cross_entropies
-from mtnrec.products import choose_products
 from mtnrec.record import RunRecorder
 
 MODELS = ("shared_bottom", "esmm", "mmoe")
@@ -138,8 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS)
     arguments = parser.parse_args()
-    keep_freed_memory()
-    choose_products(torch.device("cpu"))
+    compute_fast(torch.device("cpu"))
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     best = peak()
     print(f"Peak: {best / 1e9:.0f} GFLOP/s in float32, {torch.get_num_threads()} threads.\n")

@@ -271,3 +271,15 @@ def write_tiny(funnel_schema: Schema) -> Callable[..., Manifest]:
             return writer.finish(source="tiny", parameters={"seed": seed}, schema=schema, report={})
 
     return make
+
+
+@pytest.fixture
+def product_setting():
+    """torch's setting of what multiplies in float32 on a CPU, put back at the end."""
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        pytest.skip("torch has the setting since 2.9")
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "ieee"
+    yield setting
+    setting.fp32_precision = before

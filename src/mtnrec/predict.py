@@ -12,8 +12,8 @@ from rich import get_console
 
 from mtnrec.checks import InputError, check_integer
 from mtnrec.config import entry_point
+from mtnrec.machine import choose_products
 from mtnrec.prediction import PreparedRows, TableRows, closing_table, write_scores
-from mtnrec.products import choose_products
 from mtnrec.scorer import load_checkpoint
 
 

@@ -20,7 +20,6 @@ from lightning.pytorch.callbacks import RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 
-from mtnrec.allocator import keep_freed_memory, leave_memory_unfilled
 from mtnrec.apart import run_apart
 from mtnrec.card import make_card
 from mtnrec.cell import (
@@ -46,10 +45,10 @@ from mtnrec.divergence import Divergence
 from mtnrec.expert_distances import ExpertDistances
 from mtnrec.files import write_json
 from mtnrec.leak import check_leaks
+from mtnrec.machine import compute_fast
 from mtnrec.metric.task_metrics import bayes_aucs
 from mtnrec.model.module import MultiTaskModule
 from mtnrec.network import make_network
-from mtnrec.products import choose_products
 from mtnrec.protocol import make_callbacks
 from mtnrec.record import (
     RunRecorder,
@@ -63,7 +62,7 @@ from mtnrec.tracking import closing_wandb_run, describe_run, make_logger, report
 
 _LARGEST_SEED = 2**32 - 1  # of numpy's global stream
 _MOST_THREADS = 1024  # torch ends the process where there are too many
-_STEPS_A_DRAW = 10  # Lightning draws the bar anew at each: a millisecond
+_DRAWS_A_SECOND = 10  # of the bar; Lightning's 100 would take time of a step
 
 _logger = logging.getLogger(__name__)
 
@@ -102,7 +101,6 @@ def _run(
 ) -> dict[str, Any]:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    keep_freed_memory()
     datamodule.noise = noise = instantiate(cfg.noise, _convert_="all")
     mtn = instantiate(cfg.mtn, _convert_="all")
     datamodule.prepare_data()
@@ -130,14 +128,13 @@ def _run(
     callbacks = [mtn, divergence, recorder, experts, *followers, resume_point]
     trainer: L.Trainer = instantiate(
         keys_of_lightning(cfg.trainer),
-        callbacks=[*callbacks, RichProgressBar(_STEPS_A_DRAW)] if has_the_screen() else callbacks,
+        callbacks=[*callbacks, RichProgressBar(_DRAWS_A_SECOND)] if has_the_screen() else callbacks,
         enable_progress_bar=has_the_screen(),
         logger=make_logger(cfg.logger, config, datamodule.manifest.checksum),
         default_root_dir=output_dir,
     )
     trainer.strategy.checkpoint_io = WholeCheckpointIO()
-    leave_memory_unfilled()
-    choose_products(trainer.strategy.root_device)
+    compute_fast(trainer.strategy.root_device)
     describe_run(trainer.loggers, config)
     (output_dir / RECORD_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
     start = resume_point.find(trainer, module) if cfg.resume else None

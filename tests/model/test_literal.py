@@ -6,6 +6,7 @@ import torch
 from hydra.utils import instantiate
 
 from mtnrec.batch import Batch
+from mtnrec.machine import choose_products
 from mtnrec.model.module import cross_entropies
 from mtnrec.schema import CategoricalField, Schema
 
@@ -31,6 +32,14 @@ def names_of_literal(network):
             yield parameter, name.replace("input.numerical", "embedding.numerical"), slice(None)
 
 
+@pytest.fixture(params=["as torch multiplies", "as train does"])
+def products(request):
+    if request.param == "as train does":
+        request.getfixturevalue("product_setting")
+        choose_products(torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)], ids=str
 )
