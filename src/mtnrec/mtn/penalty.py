@@ -48,13 +48,13 @@ def longest_service(shape: Sequence[int], column: int) -> int:
     >>> [longest_service((2, 512, 2176), column) for column in range(3)]
     [136, 136, 136]
     >>> [longest_service((2, 512, 1024), column) for column in range(3)]
-    [64, 64, 128]
+    [64, 88, 128]
     >>> [longest_service((2, 1, 64), column) for column in range(3)]
     [32, 32, 32]
     """
     side, size = _side_and_size(shape, column)
     # The spectrum of a few weights may turn all at once.
-    return max(64 if size >= 2**12 else 32, side // 8, size // 2**14)
+    return max(64 if size >= 2**12 else 32, 4 * math.isqrt(side), size // 2**14)
 
 
 def tolerance(shape: Sequence[int]) -> float:
