@@ -72,9 +72,10 @@ def choose_products(device: torch.device) -> bool:
     setting = torch.backends.mkldnn.matmul  # since torch 2.9
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
-    if not _are_exact():
-        setting.fp32_precision = before
-    return setting.fp32_precision != before
+    if _are_exact():
+        return True
+    setting.fp32_precision = before
+    return False
 
 
 def _is_amd() -> bool:
