@@ -20,6 +20,7 @@ from rich.table import Table
 from mtnrec.cell import keys_of_lightning
 from mtnrec.config import CONF_DIR
 from mtnrec.data.datamodule import DataModule
+from mtnrec.machine import compute_fast
 from mtnrec.model.module import MultiTaskModule
 
 _EPOCHS = 4
@@ -65,6 +66,7 @@ def _train(cfg: DictConfig) -> float:
     trainer = instantiate(
         keys_of_lightning(cfg.trainer), callbacks=[timer], limit_val_batches=0, **quiet_trainer
     )
+    compute_fast(trainer.strategy.root_device)
     trainer.fit(module, datamodule=datamodule)
     return min(timer.seconds)
 

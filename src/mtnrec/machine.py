@@ -15,7 +15,7 @@ _ROUNDING = 1e-6  # of the sum of magnitudes: float32 rounds 1e-7 of it, bfloat1
 
 
 def compute_fast(device: torch.device) -> None:
-    """Keep memory and choose what multiplies, in the whole process; numbers stay what they are.
+    """Keep memory and choose what multiplies, in the whole process; nothing changes but rounding.
 
     Args:
         device: Where the model computes.

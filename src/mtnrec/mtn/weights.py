@@ -86,8 +86,7 @@ class PenaltyWeights(nn.Module):
             scale: Lambda.
         """
         alpha = self.alpha()
-        # Fixed weights do not look at the norms.
-        of_layers = frobenius if self.layer_logits is None else layer_norms(norms, alpha, frobenius)
+        of_layers = layer_norms(norms, alpha, frobenius)
         layer_weights = self.layer_weights(of_layers)
         if self.alpha_logits is not None:
             gradient = _through_softmax(alpha, scale * layer_weights.unsqueeze(1) * norms)
