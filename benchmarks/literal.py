@@ -112,11 +112,12 @@ class ESMM(nn.Module):
 MODELS = {"shared_bottom": SharedBottom, "mmoe": MMoE, "esmm": ESMM}
 
 
-def train(model, loader, optimizer):
+def train(model, loader, optimizer, device):
     """One epoch; returns the mean loss."""
     model.train()
     loss_function, total = nn.BCELoss(), 0.0
-    for categorical, numerical, labels in tqdm(loader, disable=None):
+    for batch in tqdm(loader, disable=None):
+        categorical, numerical, labels = (part.to(device) for part in batch)
         outputs = model(categorical, numerical)
         loss = sum(loss_function(outputs[task], labels[:, task]) for task in range(2))
         optimizer.zero_grad()
@@ -127,12 +128,12 @@ def train(model, loader, optimizer):
 
 
 @torch.no_grad()
-def evaluate(model, loader):
+def evaluate(model, loader, device):
     """The AUCs of CTR, CVR and CTCVR."""
     model.eval()
     labels, scores = [[], []], [[], []]
     for categorical, numerical, truth in tqdm(loader, disable=None):
-        outputs = model(categorical, numerical)
+        outputs = model(categorical.to(device), numerical.to(device))
         for task in range(2):
             labels[task].extend(truth[:, task].tolist())
             scores[task].extend(outputs[task].tolist())
@@ -152,6 +153,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--patience", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, default=None)
     arguments = parser.parse_args()
@@ -171,7 +173,7 @@ def main():
         split: DataLoader(chosen, BATCH, shuffle=split == "train", **workers)
         for split, chosen in sets.items()
     }
-    model = MODELS[arguments.model](sizes, len(schema["numerical"]))
+    model = MODELS[arguments.model](sizes, len(schema["numerical"])).to(arguments.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     checkpoint = arguments.checkpoint or Path(f"literal_{arguments.model}.pt")
 
@@ -180,9 +182,9 @@ def main():
     begun = time.perf_counter()
     while epochs < arguments.epochs and since < arguments.patience:
         started = time.perf_counter()
-        train(model, loaders["train"], optimizer)
+        train(model, loaders["train"], optimizer, arguments.device)
         trained = time.perf_counter()
-        auc = evaluate(model, loaders["val"])[1]
+        auc = evaluate(model, loaders["val"], arguments.device)[1]
         seconds["train"] += trained - started
         seconds["evaluate"] += time.perf_counter() - trained
         since = 0 if auc > best else since + 1
@@ -194,7 +196,7 @@ def main():
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
     checkpoint.unlink()
     started = time.perf_counter()
-    aucs = evaluate(model, loaders["test"])
+    aucs = evaluate(model, loaders["test"], arguments.device)
     seconds["evaluate"] += time.perf_counter() - started
     done = {
         "fit": epochs * len(sets["train"]),

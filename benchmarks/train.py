@@ -52,10 +52,12 @@ def run_on_a_terminal(command: Sequence[str]) -> str:
     return text
 
 
-def measure_literal(folder: Path, model: str, epochs: int, scratch: Path) -> dict[str, Any]:
+def measure_literal(
+    folder: Path, model: str, epochs: int, scratch: Path, *options: str
+) -> dict[str, Any]:
     """Run the literal program; return rows a second by measure, and the test AUCs."""
     checkpoint = scratch / "literal.pt"
-    command = [sys.executable, str(LITERAL), str(folder), f"--model={model}"]
+    command = [sys.executable, str(LITERAL), str(folder), f"--model={model}", *options]
     text = run_on_a_terminal([*command, f"--epochs={epochs}", f"--checkpoint={checkpoint}"])
     return json.loads(text.strip().splitlines()[-1])
 
@@ -66,7 +68,7 @@ def measure_mtnrec(
     """Run ``mtnrec.train``; return the same, from the record of the run."""
     run = scratch / "run"
     keys = [*data, f"model={model}", f"trainer.max_epochs={epochs}", f"patience={epochs}"]
-    place = [f"hydra.run.dir={run}", "resume=false", "trainer.accelerator=cpu"]
+    place = [f"hydra.run.dir={run}", "resume=false"]
     run_on_a_terminal([sys.executable, "-m", "mtnrec.train", *keys, *place, *overrides])
     record = json.loads((run / "result.json").read_text())
     rows = record["data"]["rows"]["train"] * len(record["history"])
@@ -82,8 +84,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--workers", type=int, default=2, help="that load rows for the literal one")
     parser.add_argument("--keys", nargs="*", default=[], help="trainer.precision=bf16-mixed")
     arguments = parser.parse_args()
+    options = [f"--device={arguments.device}", f"--workers={arguments.workers}"]
+    keys = [f"trainer.accelerator={arguments.device}", *arguments.keys]
     print("| model | literal, rows/s: fit, train, evaluate | mtnrec | ratios (pairs) |")
     print("|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
@@ -95,8 +101,8 @@ def main() -> None:
         for model in arguments.models:
             pairs = [
                 (
-                    measure_literal(prepared, model, arguments.epochs, scratch),
-                    measure_mtnrec(data, model, arguments.epochs, scratch, *arguments.keys),
+                    measure_literal(prepared, model, arguments.epochs, scratch, *options),
+                    measure_mtnrec(data, model, arguments.epochs, scratch, *keys),
                 )
                 for _ in range(arguments.pairs)
             ]

@@ -150,7 +150,7 @@ def _run(
         )
     trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
 
-    chosen = torch.load(best, weights_only=True, mmap=True)
+    chosen = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
     results = recorder.validations[chosen["global_step"]] | module.results["test"]
     metrics, counts = split_counts(results)
     manifest = datamodule.manifest

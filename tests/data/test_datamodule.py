@@ -38,7 +38,11 @@ def make(directory, write_tiny):
     def make(*, rank=None, world_size=1, **changes):
         datamodule = build(directory, **changes)
         if rank is not None:
-            datamodule.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+            datamodule.trainer = SimpleNamespace(
+                global_rank=rank,
+                world_size=world_size,
+                strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            )
         datamodule.prepare_data()
         datamodule.setup("fit")
         return datamodule

@@ -50,7 +50,11 @@ def make(directory, write_tiny):
         datamodule = AliExpress(**settings)
         datamodule.noise = None if noise is None else make_noise(**noise)
         if rank is not None:
-            datamodule.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+            datamodule.trainer = SimpleNamespace(
+                global_rank=rank,
+                world_size=world_size,
+                strategy=SimpleNamespace(root_device=torch.device("cpu")),
+            )
         datamodule.setup()
         return datamodule
 

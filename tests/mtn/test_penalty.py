@@ -112,6 +112,20 @@ def test_gpus_take_factors_by_matrix_products(monkeypatch):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [((2, 900), "polar_factor"), ((900, 2), "polar_factor"), ((64, 256), "polar_iteration")],
+)
+def test_gpus_decompose_where_a_side_is_short(shape, name, monkeypatch):
+    called = []
+    for function in ("polar_factor", "polar_iteration"):
+        monkeypatch.setattr(module, function, lambda matrix, f=function: called.append(f))
+
+    module.quick_polar_factor(torch.empty(shape, device="meta"))  # any that is no CPU
+
+    assert called == [name]
+
+
 def test_the_gap_is_how_far_the_old_factor_misses_the_norm():
     penalty, layers = make_penalty(4)
     penalty.measure(7)

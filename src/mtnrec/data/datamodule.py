@@ -226,7 +226,7 @@ class DataModule(L.LightningDataModule, ABC):
             RowGatherer(arrays, rows, self.schema, change, readers),
             batch_size=None,  # the sampler's items are batches, each gathered by one index
             sampler=sampler,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._feeds_a_gpu(),
             generator=torch.Generator(),  # or it would draw from the global stream
         )
 
@@ -242,6 +242,15 @@ class DataModule(L.LightningDataModule, ABC):
             memory / 1e9,
         )
         return True
+
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int
+    ) -> Batch:
+        # Lightning would wait here for the GPU to finish the step before.
+        return batch.to(device, non_blocking=device.type == "cuda")
+
+    def _feeds_a_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is None:

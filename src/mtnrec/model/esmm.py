@@ -34,6 +34,8 @@ class ESMM(nn.Module):
         InputError: If the labels are no funnel.
     """
 
+    replayable = True
+
     def __init__(
         self,
         schema: Schema,

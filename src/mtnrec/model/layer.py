@@ -72,6 +72,8 @@ class FeatureInput(nn.Module):
         starts = list(itertools.accumulate((sizes[field] for field in self._small), initial=0))
         self._one_hot_width = starts.pop()
         self.register_buffer("_one_hot_starts", torch.tensor(starts), persistent=False)
+        small = torch.tensor(self._small, dtype=torch.int64)
+        self.register_buffer("_small_fields", small, persistent=False)
 
     def make_gradients(self, *, sparse: bool) -> None:
         """Choose sparse or dense gradients for the tables whose rows are looked up.
@@ -148,9 +150,12 @@ class FeatureInput(nn.Module):
         if self.numerical is not None:
             maps.append(torch.cat([self.numerical.weight, self.numerical.bias[:, None]], dim=1))
         weights = [layer.weight for layer in layers]
+        if weights[0].device.type != "cpu":  # many small products would wait for their start
+            weights = [torch.cat(weights)]
         folded: Tensor = BlockProducts.apply(  # type: ignore[no-untyped-call]
-            self._blocks, len(layers), *weights, *maps
+            self._blocks, len(weights), *weights, *maps
         )
+        folded = folded.view(len(layers), -1, folded.shape[2])
         bias = torch.stack([layer.bias for layer in layers]).unsqueeze(2)
         if self.numerical is not None:
             folded, of_numerical = folded.split([folded.shape[2] - 1, 1], dim=2)
@@ -162,7 +167,8 @@ class FeatureInput(nn.Module):
 
     def _one_hot(self, batch: Batch) -> Tensor:
         """Return the small fields as ones among zeros, ``(B, sum of their vocabularies)``."""
-        positions = batch.categorical[:, self._small] + self.get_buffer("_one_hot_starts")
+        small = batch.categorical.index_select(1, self.get_buffer("_small_fields"))
+        positions = small + self.get_buffer("_one_hot_starts")
         dtype = _embeddings(self.tables)[0].weight.dtype
         zeros = torch.zeros(len(batch), self._one_hot_width, dtype=dtype, device=positions.device)
         return zeros.scatter_(1, positions, 1)

@@ -35,6 +35,8 @@ class MMoE(nn.Module):
         batch_norm: The paper uses none.
     """
 
+    replayable = True
+
     def __init__(
         self,
         schema: Schema,

@@ -15,6 +15,7 @@ from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError
 from mtnrec.metric.task_metrics import TaskMetrics
 from mtnrec.model.layer import FeatureInput
+from mtnrec.model.replay import Replay, can_be_replayed
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import Schema
 
@@ -45,6 +46,7 @@ class MultiTaskModule(L.LightningModule):
         network: Called with a :class:`Batch`, returns :class:`LogProbabilities`. It offers
             ``task_layers()`` (for each depth, the ``T`` linear layers of the towers) and
             ``shared_layers()`` (for each depth, the layers that stand side by side below them).
+            Where it is ``replayable``, a GPU may record its passes.
         schema: Fields and labels of the data.
         optimizer: Makes the optimiser from the parameters.
     """
@@ -66,19 +68,30 @@ class MultiTaskModule(L.LightningModule):
         self.results: dict[str, dict[str, float]] = {}
         self.calibration_curves: dict[str, dict[str, list[float]]] = {}
         self.card: dict[str, Any] = {}
+        self._replay: Replay | None = None
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
         return self.network(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = cross_entropies(self(batch), _labels_of(batch)).sum()
+        loss = self._loss(batch) if self._replay is None else self._replay(batch)
         self._losses.append((len(batch), loss.detach()))
         if len(self._losses) == _STEPS_A_SUM:
             self._sum_losses()
         if self.trainer.is_last_batch or self.trainer.global_step + 1 == self.trainer.max_steps:
             self._log_losses()
         return loss
+
+    def _loss(self, batch: Batch) -> Tensor:
+        return cross_entropies(self(batch), _labels_of(batch)).sum()
+
+    def on_train_start(self) -> None:
+        if self.trainer.accumulate_grad_batches == 1 and can_be_replayed(self.network):
+            self._replay = Replay(self.network, self._loss)
+
+    def on_train_end(self) -> None:
+        self._replay = None  # the parameters leave the GPU
 
     def _sum_losses(self) -> None:
         if not self._losses:

@@ -31,6 +31,8 @@ class SharedBottom(nn.Module):
         batch_norm: The paper uses none.
     """
 
+    replayable = True
+
     def __init__(
         self,
         schema: Schema,

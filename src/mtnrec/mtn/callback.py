@@ -182,7 +182,7 @@ class MTN(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._penalty is None:
             return
-        weights = self._penalty.weights.to(pl_module.device)
+        weights = self._penalty.weights
         learned = list(weights.parameters())
         try:
             self._optimizer = self.alpha_optimizer(learned) if learned else None
@@ -288,14 +288,15 @@ class MTN(L.Callback):
                 values[f"{layer}/alpha_{name}"] = alpha[row, column]
                 values[f"{layer}/effective_rank_{name}"] = effective_rank(spectra[row][column])
             self._warn_of_collapse(depth, alpha[row])
-        logged = {f"mtn/{name}": value.float() for name, value in values.items()}
+        # Several processes average them where the model is.
+        logged = {f"mtn/{n}": value.float().to(pl_module.device) for n, value in values.items()}
         pl_module.log_dict(logged, sync_dist=True)
         self._zero_gradient_shares.clear()
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "spectra"
             folder.mkdir(parents=True, exist_ok=True)
             named = {
-                f"layer_{depth}/{name}": spectrum.cpu().numpy()
+                f"layer_{depth}/{name}": spectrum.numpy()
                 for depth, of_depth in zip(self._penalty.depths, spectra, strict=True)
                 for name, spectrum in zip(names, of_depth, strict=True)
             }

@@ -36,6 +36,7 @@ from mtnrec.mtn.trace_norm import (
 from mtnrec.mtn.weights import PenaltyWeights
 
 ROWS = unfoldings(3)
+_SHORT_SIDE = 64  # an H100 takes 1.3 ms to decompose as to iterate there
 
 
 def longest_service(shape: Sequence[int], column: int) -> int:
@@ -119,10 +120,13 @@ def next_service(service: int, served: int, missed: float, allowed: float) -> in
 def quick_polar_factor(matrix: Tensor) -> PolarFactor:
     """Return a factor that is to serve many steps, in the precision of ``matrix``.
 
-    In float32 it takes half the time of the exact one, and misses 1e-4 of the norm of trained
-    towers: what lies below a few thousandths of the largest singular value. On a GPU
-    decompositions of small matrices wait for latency, matrix products do not.
+    On a CPU the one in float32 takes half the time of the exact one, and misses 1e-4 of the norm of
+    trained towers: what lies below a few thousandths of the largest singular value. A GPU
+    decomposes the Gram matrix of a short side exactly in half a millisecond; where both sides are
+    longer, decompositions wait for latency and matrix products do not.
     """
+    if matrix.device.type != "cpu" and min(matrix.shape) < _SHORT_SIDE:
+        return polar_factor(matrix)
     if matrix.device.type == "cpu":
         # What rounding does make of an eigenvalue; the most that it could would cut off too much.
         rounding = math.sqrt(max(matrix.shape)) * torch.finfo(matrix.dtype).eps
@@ -132,7 +136,7 @@ def quick_polar_factor(matrix: Tensor) -> PolarFactor:
 
 @dataclass(frozen=True)
 class _InService:
-    """A factor, the step at which it was taken, and the norm then."""
+    """A factor, the step at which it was taken, and the norm then, on the CPU."""
 
     polar: PolarFactor
     step: int
@@ -237,12 +241,17 @@ class Penalty:
         return bool(self._new)
 
     def measure(self, step: int) -> list[list[Tensor]]:
-        """Take all factors anew and return the spectra, ``L`` times ``S``, descending, float64."""
+        """Take all factors anew and return the spectra.
+
+        Returns:
+            ``L`` times ``S``, descending, float64, on the CPU.
+        """
         for depth in self.depths:
             self._take(depth, self.stack(depth), range(len(ROWS)), step, exact=True)
         self._next_step = step
         return [
-            [factor.polar.singular_values for factor in self._of(depth)] for depth in self.depths
+            [factor.polar.singular_values.cpu() for factor in self._of(depth)]
+            for depth in self.depths
         ]
 
     def _of(self, depth: int) -> list[_InService]:
@@ -270,13 +279,17 @@ class Penalty:
         known = self._factors[depth]
         missed: dict[int, tuple[int, float]] = {}
         new = polar_factors(stack, [ROWS[column] for column in columns], polar)
-        for column, factor, norm in zip(columns, new, norms_along(new, stack), strict=True):
-            norm = norm.double()
-            if column in known and known[column].step < step:
-                (bound,) = norms_along([known[column].polar], stack).double()
-                missed[column] = step - known[column].step, (norm - bound).item()
+        replaced = [c for c in columns if c in known and known[c].step < step]
+        along = norms_along([*new, *(known[column].polar for column in replaced)], stack)
+        # All at once: to fetch a number is to wait for the accelerator.
+        found = torch.cat([along, torch.linalg.vector_norm(stack)[None]]).double().cpu()
+        norms, bounds, (frobenius,) = found.split([len(new), len(replaced), 1])
+        bound_of = dict(zip(replaced, bounds, strict=True))
+        for column, factor, norm in zip(columns, new, norms, strict=True):
+            if column in bound_of:
+                missed[column] = step - known[column].step, (norm - bound_of[column]).item()
             known[column] = _InService(factor, step, norm)
-        self._frobenius_norms[depth] = torch.linalg.vector_norm(stack).double() * self._frobenius
+        self._frobenius_norms[depth] = frobenius * self._frobenius
         self._table = None
         self._choose_services(depth, missed)
         if dist.is_initialized():
@@ -288,8 +301,8 @@ class Penalty:
         frobenius = self._frobenius_norms[depth]
         services = frobenius.new_tensor(self.services[row])
         new = [self._factors[depth][column] for column in columns]
-        of_factors = [t for f in new for t in (f.polar.factor, f.polar.singular_values, f.norm)]
-        _broadcast([services, frobenius, *of_factors, *self.weights.parameters()])
+        of_factors = [t for f in new for t in (f.norm, f.polar.singular_values, f.polar.factor)]
+        _broadcast([services, frobenius, *self.weights.parameters(), *of_factors])
         self.services[row] = services.long().tolist()
 
     def _choose_services(self, depth: int, missed: Mapping[int, tuple[int, float]]) -> None:
@@ -387,8 +400,12 @@ class Penalty:
 
 
 def _broadcast(tensors: Sequence[Tensor]) -> None:
-    """Fill tensors with those of rank 0, in one message; float64 holds all of them exactly."""
-    message = torch.cat([tensor.detach().flatten().double() for tensor in tensors])
+    """Fill tensors with those of rank 0, in one message; float64 holds all of them exactly.
+
+    It is sent from where the last of them is: NCCL sends what a GPU holds alone.
+    """
+    device = tensors[-1].device
+    message = torch.cat([tensor.detach().flatten().double().to(device) for tensor in tensors])
     dist.broadcast(message, src=0)
     parts = message.split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):

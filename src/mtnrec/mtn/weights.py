@@ -14,7 +14,8 @@ class PenaltyWeights(nn.Module):
     """Alpha (eq. 2) and layer weights, learned or fixed; all start uniform and sum to 1.
 
     What is learned is a softmax of parameters that start at zero, so no random number is drawn.
-    All weights are float64, whatever the precision of the model.
+    All weights are float64, whatever the precision of the model, and stay on the CPU: to start
+    their few operations on a GPU would take longer than to compute them.
     On the loss that it weights, a learned alpha drifts to the smallest norm, since the loss is
     linear in it.
 
