@@ -36,7 +36,7 @@ from mtnrec.record import RunRecorder
 
 MODELS = ("shared_bottom", "esmm", "mmoe")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-EPOCHS = 4
+EPOCHS = 12
 
 
 class EpochTimer(L.Callback):
