@@ -90,6 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     began = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     text = f"# Results\n\n`make benchmark`, {began}. {machine()}.\n"
+    text += "Earlier passes and another machine are in [passes.md](passes.md).\n"
     for name in arguments.only:
         title, command = SECTIONS[name]
         print(title, flush=True)
