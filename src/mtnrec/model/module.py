@@ -87,8 +87,8 @@ class MultiTaskModule(L.LightningModule):
         return cross_entropies(self(batch), _labels_of(batch)).sum()
 
     def on_train_start(self) -> None:
-        if self.trainer.accumulate_grad_batches == 1 and can_be_replayed(self.network):
-            self._replay = Replay(self.network, self._loss)
+        replays = self.trainer.accumulate_grad_batches == 1 and can_be_replayed(self.network)
+        self._replay = Replay(self.network, self._loss) if replays else None
 
     def on_train_end(self) -> None:
         self._replay = None  # the parameters leave the GPU

@@ -125,13 +125,11 @@ def quick_polar_factor(matrix: Tensor) -> PolarFactor:
     decomposes the Gram matrix of a short side exactly in half a millisecond; where both sides are
     longer, decompositions wait for latency and matrix products do not.
     """
-    if matrix.device.type != "cpu" and min(matrix.shape) < _SHORT_SIDE:
-        return polar_factor(matrix)
     if matrix.device.type == "cpu":
         # What rounding does make of an eigenvalue; the most that it could would cut off too much.
         rounding = math.sqrt(max(matrix.shape)) * torch.finfo(matrix.dtype).eps
         return polar_factor(matrix, matrix.dtype, rounding)
-    return polar_iteration(matrix)
+    return polar_factor(matrix) if min(matrix.shape) < _SHORT_SIDE else polar_iteration(matrix)
 
 
 @dataclass(frozen=True)
