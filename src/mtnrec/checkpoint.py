@@ -55,7 +55,7 @@ def read_checkpoint(
         with zipfile.ZipFile(path) as archive:
             _check_archive(archive, path.stat().st_size)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        _check_tensors(checkpoint)
+        _check_tensors(checkpoint, path.stat().st_size)
     # A pickle may raise any error, on bytes that torch did not write.
     except Exception as error:
         reason = str(error).partition("\n")[0][:100]
@@ -97,9 +97,12 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
         raise zipfile.BadZipFile(f"the checksum of {part} differs")
 
 
-def _check_tensors(content: Any) -> None:
-    """Refuse tensors whose numbers are not all there: repeated ones have any size for nothing."""
-    waiting, seen = [content], set()
+def _check_tensors(content: Any, size: int) -> None:
+    """Refuse tensors whose numbers are not all there: repeated ones have any size for nothing.
+
+    torch 2.7 believes what the pickle says of the size of a storage, so none is looked into.
+    """
+    waiting, seen, storages = [content], set(), dict[int, int]()
     while waiting:
         part = waiting.pop()
         if id(part) in seen:  # a part may be in itself
@@ -109,8 +112,13 @@ def _check_tensors(content: Any) -> None:
             waiting += part.values()
         elif isinstance(part, list | tuple | set):
             waiting += part
-        elif isinstance(part, Tensor) and not _is_whole(part):
-            raise ValueError(f"a tensor {tuple(part.shape)} is not whole")
+        elif isinstance(part, Tensor):
+            if not _is_whole(part):
+                raise ValueError(f"a tensor {tuple(part.shape)} is not whole")
+            storage = part.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    if sum(storages.values()) > size:
+        raise ValueError("its tensors are larger than the file")
 
 
 def _is_whole(tensor: Tensor) -> bool:
