@@ -32,6 +32,7 @@ from mtnrec.describe import main as describe_main
 from mtnrec.export import main as export_main
 from mtnrec.predict import main as predict_main
 from mtnrec.prepare import main as prepare_main
+from mtnrec.record import RunRecorder
 from mtnrec.report import main as report_main
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.status import main as status_main
@@ -271,6 +272,29 @@ def write_tiny(funnel_schema: Schema) -> Callable[..., Manifest]:
             return writer.finish(source="tiny", parameters={"seed": seed}, schema=schema, report={})
 
     return make
+
+
+class Killed(BaseException):
+    """What no code catches."""
+
+
+@pytest.fixture
+def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Let the next run die where a hook is called for the n-th time."""
+
+    def arrange(hook, number):
+        original, calls = getattr(RunRecorder, hook), []
+
+        def dying(self, *arguments):
+            calls.append(hook)
+            if len(calls) == number:
+                monkeypatch.setattr(RunRecorder, hook, original)
+                raise Killed
+            return original(self, *arguments)
+
+        monkeypatch.setattr(RunRecorder, hook, dying)
+
+    return arrange
 
 
 @pytest.fixture

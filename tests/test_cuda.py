@@ -1,6 +1,5 @@
 """Training on a GPU against training on the CPU; skipped where there is no GPU."""
 
-import json
 import subprocess
 import sys
 
@@ -8,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from shared_fixtures import Killed
 
 from mtnrec import load_checkpoint
+from mtnrec.files import read_json
 from mtnrec.model import module
 from mtnrec.model.replay import Replay
-from mtnrec.record import RunRecorder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -22,12 +22,8 @@ IN_FLOAT64 = "trainer.precision=64-true"
 MODELS = ("shared_bottom", "esmm", "mmoe")
 
 
-class Killed(BaseException):
-    """What no code catches."""
-
-
 def read_record(folder):
-    return json.loads((folder / "result.json").read_text())
+    return read_json(folder / "result.json")
 
 
 def losses_of(folder):
@@ -124,23 +120,14 @@ def test_replayed_steps_have_the_bits_of_steps_that_are_not(
 
 @pytest.mark.parametrize(("step", "number"), [(11, 20), (11, 12), (15, 16)])
 def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
-    step, number, train, monkeypatch, tmp_path
+    step, number, train, kill, tmp_path
 ):
     keys = [*ON_GPU, "mtn.enabled=true", "model.dropout=0.3", "trainer.max_epochs=3"]
     keys += [f"trainer.checkpoint_every_n_steps={step}"]
     whole = train(*keys)
-    count, done = RunRecorder.on_train_batch_end, []
-
-    def dying(self, *arguments):
-        done.append(arguments)
-        if len(done) == number:
-            raise Killed
-        return count(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunRecorder, "on_train_batch_end", dying)
-        with pytest.raises(Killed):
-            train(*keys, folder=tmp_path)
+    kill("on_train_batch_end", number)
+    with pytest.raises(Killed):
+        train(*keys, folder=tmp_path)
 
     train(*keys, folder=tmp_path)
 
@@ -168,9 +155,9 @@ def test_a_checkpoint_scores_alike_on_both(train):
 
 
 def test_one_process_over_nccl_trains_as_one_without(train, tmp_path):
-    keys = [*ON_GPU, "mtn.enabled=true", "trainer.precision=64-true", "trainer.max_epochs=2"]
-    keys += ["model=esmm", "model.embedding_dim=4", "model.tower_widths=[16,8]"]
-    run = [sys.executable, "-m", "mtnrec.train", *keys, f"hydra.run.dir={tmp_path}"]
+    keys = [*ON_GPU, IN_FLOAT64, "mtn.enabled=true", "trainer.max_epochs=2"]
+    sizes = ["model=esmm", "model.embedding_dim=4", "model.tower_widths=[16,8]"]  # as `train` has
+    run = [sys.executable, "-m", "mtnrec.train", *keys, *sizes, f"hydra.run.dir={tmp_path}"]
     subprocess.run([*run, "trainer=ddp", "trainer.devices=1"], check=True, timeout=120)
 
-    assert_close(tmp_path, train(*keys[:-3]), rtol=1e-8)
+    assert_close(tmp_path, train(*keys), rtol=1e-8)

@@ -4,6 +4,7 @@ import resource
 
 import pytest
 import torch
+from shared_fixtures import Killed
 
 from mtnrec.files import read_json
 from mtnrec.record import RunRecorder
@@ -19,29 +20,6 @@ RUN = [
     "trainer.max_epochs=9",
     "patience=2",
 ]
-
-
-class Killed(BaseException):
-    """What no code catches."""
-
-
-@pytest.fixture
-def kill(monkeypatch):
-    """Let the next run die where a hook is called for the n-th time."""
-
-    def arrange(hook, number):
-        original, calls = getattr(RunRecorder, hook), []
-
-        def dying(self, *arguments):
-            calls.append(hook)
-            if len(calls) == number:
-                monkeypatch.setattr(RunRecorder, hook, original)
-                raise Killed
-            return original(self, *arguments)
-
-        monkeypatch.setattr(RunRecorder, hook, dying)
-
-    return arrange
 
 
 def read_record(folder):

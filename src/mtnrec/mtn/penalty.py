@@ -299,8 +299,9 @@ class Penalty:
         frobenius = self._frobenius_norms[depth]
         services = frobenius.new_tensor(self.services[row])
         new = [self._factors[depth][column] for column in columns]
-        of_factors = [t for f in new for t in (f.norm, f.polar.singular_values, f.polar.factor)]
-        _broadcast([services, frobenius, *self.weights.parameters(), *of_factors])
+        of_factors = [t for f in new for t in (f.polar.factor, f.polar.singular_values, f.norm)]
+        mine = [services, frobenius, *of_factors, *self.weights.parameters()]
+        _broadcast(mine, new[0].polar.factor.device)
         self.services[row] = services.long().tolist()
 
     def _choose_services(self, depth: int, missed: Mapping[int, tuple[int, float]]) -> None:
@@ -397,12 +398,13 @@ class Penalty:
         return found
 
 
-def _broadcast(tensors: Sequence[Tensor]) -> None:
+def _broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:
     """Fill tensors with those of rank 0, in one message; float64 holds all of them exactly.
 
-    It is sent from where the last of them is: NCCL sends what a GPU holds alone.
+    Args:
+        tensors: On any device.
+        device: From which the message is sent; NCCL sends what a GPU holds alone.
     """
-    device = tensors[-1].device
     message = torch.cat([tensor.detach().flatten().double().to(device) for tensor in tensors])
     dist.broadcast(message, src=0)
     parts = message.split([tensor.numel() for tensor in tensors])
