@@ -49,6 +49,7 @@ def make_mtn(coupling):
         lam=0.05,
         target="towers",
         layers="all",
+        subsets="distinct",
         alpha="uniform",
         alpha_sharing="per_layer",
         layer_weighting="mean",

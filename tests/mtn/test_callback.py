@@ -21,6 +21,7 @@ from mtnrec.model.mmoe import MMoE
 from mtnrec.model.module import MultiTaskModule, cross_entropies
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.mtn.callback import MTN, add_to_gradients, gradient_scale
+from mtnrec.mtn.trace_norm import effective_rank
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 SGD = partial(torch.optim.SGD, lr=1e-1)
@@ -34,6 +35,7 @@ def make_mtn(**keys):
         "lam": LAM,
         "target": "towers",
         "layers": "all",
+        "subsets": "distinct",
         "alpha": "learned",
         "alpha_sharing": "per_layer",
         "layer_weighting": "mean",
@@ -47,14 +49,15 @@ def make_mtn(**keys):
     return MTN(**{**defaults, **keys})
 
 
-def make_network(schema, build=SharedBottom, seed=0):
+def make_network(schema, build=SharedBottom, seed=0, sizes=(5, 4)):
     torch.manual_seed(seed)
     keys = {"embedding_dim": 4, "bag_mode": "mean", "dropout": 0.0, "batch_norm": False}
+    wide, narrow = sizes
     if build is ESMM:
-        return ESMM(schema, tower_widths=[6, 5], **keys)
+        return ESMM(schema, tower_widths=[wide + 1, narrow + 1], **keys)
     if build is MMoE:
-        return MMoE(schema, experts=3, expert_widths=[6, 5], tower_widths=[5, 4], **keys)
-    return SharedBottom(schema, bottom_widths=[6], tower_widths=[5, 4], **keys)
+        return MMoE(schema, experts=3, expert_widths=[6, 5], tower_widths=[wide, narrow], **keys)
+    return SharedBottom(schema, bottom_widths=[6], tower_widths=[wide, narrow], **keys)
 
 
 class PenaltyInTheLoss(MultiTaskModule):
@@ -197,11 +200,10 @@ def test_two_processes_equal_one(optimizer, tmp_path):
         torch.testing.assert_close(two["alpha"], one["alpha"], rtol=1e-5, atol=1e-7)
 
 
-def test_unlike_machines_keep_equal_weights_alphas_and_services(tmp_path):
+def test_different_machines_keep_equal_weights_and_alphas(tmp_path):
     first, second = train_two_processes(tmp_path, "adam", "unlike")
 
     torch.testing.assert_close(second, first, rtol=0, atol=0)
-    assert max(map(max, first["services"])) > 1
 
 
 def test_zero_lambda_is_bit_identical_to_no_callback(fit, funnel_schema):
@@ -322,44 +324,75 @@ def test_decoupled_moves_weights_beside_the_optimisers_step(fit, funnel_schema):
         torch.testing.assert_close(step.detach(), -1e-2 * LAM / 3 * stack.grad, rtol=1e-7, atol=0)
 
 
-def test_stale_factors_stay_close_to_the_exact_method_and_report_their_gap(
-    fit, funnel_schema, make_batch
+@pytest.mark.parametrize("coupling", ["gradient", "decoupled"])
+@pytest.mark.parametrize("build", [SharedBottom, ESMM, MMoE])
+@pytest.mark.parametrize(
+    "lam", [1e-5, 1e-2, *(pytest.param(lam, marks=pytest.mark.slow) for lam in (1e-6, 1e-4, 1e-3))]
+)
+def test_the_default_does_what_the_exact_method_does(
+    build, lam, coupling, funnel_schema, make_batch
 ):
-    keys = {"optimizer": partial(torch.optim.Adam, lr=1e-3), "max_epochs": 4}
-    exact, exact_trainer = fit(make_network(funnel_schema), make_mtn(refresh_every=1), **keys)
-    stale, trainer = fit(make_network(funnel_schema), make_mtn(refresh_every=5), **keys)
+    """Norms, loss share, alphas, effective ranks and spectra after each epoch, dead units included.
 
-    gaps = [v for k, v in trainer.callback_metrics.items() if k.endswith("/gap")]
-    assert len(gaps) == 3
-    assert all(-1e-6 <= gap < 0.01 for gap in gaps)
-    assert max(gaps) > max(v for k, v in exact_trainer.callback_metrics.items() if "/gap" in k)
-    batch = make_batch(funnel_schema, 64, seed=99)
-    batch = dataclasses.replace(batch, numerical=batch.numerical.double())
-    scores = [torch.cat(model(batch)) for model in (exact, stale)]
-    assert 0 < (scores[0] - scores[1]).abs().max() < 1e-2
+    The exact method is trained in float64. One unit in three of each tower is dead.
+    """
+    exact = train_for_comparison(build, lam, coupling, 1, torch.float64, funnel_schema, make_batch)
+    default = train_for_comparison(
+        build, lam, coupling, 128, torch.float32, funnel_schema, make_batch
+    )
+
+    assert exact[-1]["zero share"] > 0.2
+    for one, other in zip(exact, default, strict=True):
+        for name in ("norms", "loss share", "alphas", "effective ranks"):
+            torch.testing.assert_close(other[name], one[name], rtol=0.01, atol=0)
+        for a, b in zip(one["spectra"], other["spectra"], strict=True):
+            assert (a - b).abs().max() < 0.01 * a.max()
 
 
-def test_an_old_direction_leaves_weights_without_a_data_gradient_alone(funnel_schema):
-    network = make_network(funnel_schema)
-    mtn = make_mtn(refresh_every=4, alpha="uniform")
+def train_for_comparison(build, lam, coupling, refresh_every, dtype, schema, make_batch):
+    """Return what the logs say of the mechanism at the end of each of three epochs."""
+    network = make_network(schema, build, sizes=(12, 16)).to(dtype)
+    for depth in network.task_layers()[:-1]:
+        for layer in depth:
+            layer.bias.data[::3] = -100
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    mtn = make_mtn(
+        lam=lam,
+        coupling=coupling,
+        refresh_every=refresh_every,
+        alpha_optimizer=partial(torch.optim.Adam, lr=1e-3),
+    )
     start(mtn, network)
-    weight = network.towers[0][0].weight
-    dead = torch.arange(weight.numel()).reshape(weight.shape) % 3 == 0
-    added = {}
-    for step in range(8, 15):
-        for depth in network.task_layers():
-            for layer in depth:
-                layer.weight.grad = torch.ones_like(layer.weight)
-        weight.grad[dead] = 0
-        before = weight.grad.clone()
-        mtn.on_before_optimizer_step(fake_trainer(step), None, SGD(network.parameters()))
-        added[step] = weight.grad - before
-
-    for step in (8, 10, 14):  # the factors are new: each serves twice as long, at most 4 steps
-        assert added[step].ne(0).all()
-    for step in (9, 11, 12, 13):
-        assert torch.equal(added[step] == 0, dead)
-        torch.testing.assert_close(added[step][~dead], added[8][~dead])
+    batches = [make_batch(schema, 64, seed) for seed in range(8)]
+    batches = [
+        dataclasses.replace(b, numerical=b.numerical.to(dtype), labels=b.labels.to(dtype))
+        for b in batches
+    ]
+    found = []
+    for step in range(150):
+        batch = batches[step % 8]
+        loss = cross_entropies(network(batch), batch.labels).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        zeros = [w.grad.eq(0).double().mean() for w in mtn._penalty.parameters()]
+        mtn.on_before_optimizer_step(fake_trainer(step), None, optimizer)
+        optimizer.step()
+        if step % 50 == 49:
+            spectra = [s for of in mtn._measure(mtn._penalty, step + 1) for s in of]
+            norms = mtn._penalty.norms().detach()
+            found.append(
+                {
+                    "norms": norms,
+                    "loss share": lam
+                    * norms.mean()
+                    / (loss.detach().double() + lam * norms.mean()),
+                    "alphas": mtn._penalty.weights.alpha().detach(),
+                    "effective ranks": torch.stack([effective_rank(s) for s in spectra]),
+                    "spectra": spectra,
+                    "zero share": torch.stack(zeros).mean(),
+                }
+            )
+    return found
 
 
 class EachStep(L.Callback):

@@ -1,24 +1,30 @@
-"""How long factors serve, and what takes their place on a GPU."""
+"""The direction of the penalty between two decompositions, against exact ones in float64."""
 
-import itertools
+import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from mtnrec.mtn import penalty as module
-from mtnrec.mtn.penalty import Penalty, longest_service
-from mtnrec.mtn.trace_norm import polar_iteration
+from mtnrec.mtn.penalty import (
+    Deviation,
+    Penalty,
+    decomposition_interval,
+    distinct_sides,
+    recomputation_cost,
+    update_interval,
+)
 from mtnrec.mtn.weights import PenaltyWeights
 
 
-def make_penalty(refresh_every, shape=(2, 24, 40)):
+def make_penalty(refresh_every, shape=(2, 24, 40), multiplicities=(1, 1, 1), dtype=torch.float32):
     torch.manual_seed(0)
     tasks, outputs, inputs = shape
-    layers = [nn.Linear(inputs, outputs) for _ in range(tasks)]
+    layers = [nn.Linear(inputs, outputs, dtype=dtype) for _ in range(tasks)]
     weights = PenaltyWeights(
         layers=1,
-        unfoldings=3,
+        multiplicities=multiplicities,
         alpha="uniform",
         alpha_sharing="per_layer",
         layer_weighting="mean",
@@ -28,122 +34,205 @@ def make_penalty(refresh_every, shape=(2, 24, 40)):
     return Penalty({0: layers}, weights, **keys), layers
 
 
-def factors_taken(penalty, steps, move):
-    """Make steps that ``move`` the weights; return those at which each unfolding had a new factor.
+def stack_of(layers):
+    return torch.stack([layer.weight.detach() for layer in layers])
 
-    What takes decompositions is watched, not the record of it.
-    """
-    taken = []
+
+def exact_direction(stack, alpha=(1 / 3, 1 / 3, 1 / 3), frobenius=1.0):
+    """By autograd through SVDs, in float64."""
+    stack = stack.double().requires_grad_()
+    norms = [torch.linalg.svdvals(stack.movedim(m, 0).flatten(1)).sum() for m in range(3)]
+    total = sum(a * n for a, n in zip(alpha, norms, strict=True))
+    (total + frobenius * torch.linalg.vector_norm(stack)).backward()
+    return stack.grad
+
+
+def move(layers, by):
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.add_(by(layer.weight))
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 40), (2, 24, 100), (3, 40, 10), (2, 1, 9), (4, 3, 2)])
+def test_unfoldings_share_a_side_only_if_they_are_transposes(shape):
+    stack = torch.randn(shape, dtype=torch.float64)
+    spectra = [torch.linalg.svdvals(stack.movedim(m, 0).flatten(1)) for m in range(3)]
+
+    groups = distinct_sides(shape).values()
+
+    assert sorted(column for group in groups for column in group) == [0, 1, 2]
+    for group in groups:
+        for column in group[1:]:
+            torch.testing.assert_close(spectra[column], spectra[group[0]])
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 40), (2, 24, 100), (3, 40, 10), (2, 1, 9), (4, 3, 2)])
+def test_the_direction_at_a_decomposition_is_the_gradient_of_the_norm(shape):
+    penalty, layers = make_penalty(8, shape, dtype=torch.float64)
     penalty.measure(0)
-    for step in range(1, steps):
-        with torch.no_grad():
-            for layer in penalty.depths[0]:
-                layer.weight.add_(move(layer.weight))
-        before = [id(factor) for factor in penalty._of(0)]
-        penalty.refresh(step)
-        after = [id(factor) for factor in penalty._of(0)]
-        taken.append([a != b for a, b in zip(before, after, strict=True)])
-    return list(zip(*taken, strict=True))
+    move(layers, lambda w: 0.1 * torch.randn_like(w))
+
+    penalty.update(1, None)
+
+    expected = exact_direction(stack_of(layers))
+    torch.testing.assert_close(penalty.current(0), expected, rtol=0, atol=1e-9)
 
 
-def shrink(weight):
-    return -1e-3 * weight  # the factors stay what they are
+def test_between_decompositions_the_direction_follows_the_weights():
+    penalty, layers = make_penalty(128)
+    penalty.measure(10_000)
+    before = penalty.current(0).double()
 
+    for step in range(10_001, 10_011):
+        move(layers, lambda w: 2e-3 * torch.randn_like(w))
+        penalty.update(step, None)
 
-def shake(weight):
-    return 0.3 * weight.std() * torch.randn_like(weight)
+    exact = exact_direction(stack_of(layers))
+    kept, followed = (torch.dist(d.double(), exact).item() for d in (before, penalty.current(0)))
+    assert 0 < followed < 0.75 * kept
 
 
 def test_one_is_the_exact_method():
-    for move in (shrink, shake):
-        assert all(map(all, factors_taken(make_penalty(1)[0], 10, move)))
+    penalty, layers = make_penalty(1)
+    penalty.measure(0)
+    for step in range(1, 5):
+        move(layers, lambda w: 0.3 * w.std() * torch.randn_like(w))
+        penalty.update(step, None)
+        expected = exact_direction(stack_of(layers)).float()
+        torch.testing.assert_close(penalty.current(0), expected, rtol=0, atol=1e-6)
+    assert penalty.pop_deviations() == [(0, 0, 0)]
 
 
-def test_factors_that_stay_right_serve_twice_as_long_each_time_up_to_the_longest():
-    for taken in factors_taken(make_penalty(12)[0], 50, shrink):
-        steps = [step for step, new in enumerate(taken, start=1) if new]
-        assert [b - a for a, b in itertools.pairwise([0, *steps])] == [1, 2, 4, 8, 12, 12]
+def test_intervals_start_at_one_step_and_grow_to_their_limits():
+    small, large = (2, 128, 256), (2, 512, 2176)
+    steps = [0, 100, 1000, 10_000, 10**6]
+
+    decomposed = [decomposition_interval(small, step, 128) for step in steps]
+    kept = [update_interval(large, step, 128) for step in steps]
+
+    assert [update_interval(small, step, 128) for step in steps] == [1] * 5
+    assert decomposed[0] == kept[0] == 1
+    assert decomposed == sorted(decomposed)
+    assert kept == sorted(kept)
+    assert decomposed[-1] == 32
+    assert kept[-1] == round(recomputation_cost(large) / 2**27)
+    assert all(
+        decomposition_interval(large, step, 128) >= k for step, k in zip(steps, kept, strict=True)
+    )
+    assert update_interval(large, 10**6, 10) == decomposition_interval(large, 10**6, 10) == 10
 
 
-def test_factors_that_go_wrong_fast_are_replaced_at_each_step():
-    penalty, _ = make_penalty(12)
+def test_the_deviation_is_that_of_the_direction_that_would_have_been_used():
+    penalty, layers = make_penalty(128, shape=(2, 512, 1100))  # large: its direction is kept
+    penalty.measure(10_000)
+    assert penalty.pop_deviations() is None
+    used = penalty.current(0).double().clone()
+    move(layers, lambda w: 0.1 * w.std() * torch.randn_like(w))
+    stack = stack_of(layers)
 
-    assert all(map(all, factors_taken(penalty, 10, shake)))
-    (gap,) = penalty.take_gaps()
-    assert gap > 0.01
+    penalty.measure(10_001)
 
-
-@pytest.mark.parametrize("drift", [1e-3, 3e-3, 1e-2])
-def test_a_steady_drift_misses_less_than_a_hundredth_of_the_norm(drift):
-    penalty, layers = make_penalty(256, shape=(2, 64, 128))
-    towards = [layer.weight.std() * torch.randn_like(layer.weight) for layer in layers]
-    step = itertools.count()
-
-    taken = factors_taken(penalty, 300, lambda weight: drift * towards[next(step) % 2])
-
-    assert all(1 < sum(column) < 300 for column in taken)
-    (gap,) = penalty.take_gaps()
-    assert 1e-4 < gap < 0.01
-
-
-def test_how_long_a_factor_may_serve_grows_with_its_cost():
-    sides = [8, 64, 256, 1024, 8192]
-
-    steps = [longest_service((2, side, 10**4), 1) for side in sides]
-
-    assert steps == sorted(steps)
-    assert steps[0] == 64
+    exact = exact_direction(stack)
+    cosine = torch.nn.functional.cosine_similarity(used.flatten(), exact.flatten(), dim=0)
+    norm = (exact * stack).sum()
+    (found,) = penalty.pop_deviations()
+    assert found.angle == pytest.approx(math.degrees(torch.acos(cosine)), rel=1e-3)
+    assert found.length == pytest.approx(abs(used.norm() / exact.norm() - 1).item(), abs=1e-6)
+    assert found.gap == pytest.approx(abs((used * stack).sum() / norm - 1).item(), rel=1e-3)
+    assert found.angle > 1
 
 
-def test_gpus_take_factors_by_matrix_products(monkeypatch):
-    exact, iterated = (make_penalty(4)[0] for _ in range(2))
-    gradients = []
-    for penalty in (exact, iterated):
-        penalty.measure(0)
-        if penalty is iterated:
-            monkeypatch.setattr(module, "quick_polar_factor", polar_iteration)
-        with torch.no_grad():
-            for layer in penalty.depths[0]:
-                layer.weight.mul_(0.5).add_(0.01)
-        penalty.refresh(1)
-        gradients.append([gradient for _, gradient, _ in penalty.gradients()])
-
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("shape", "name"),
-    [((2, 900), "polar_factor"), ((900, 2), "polar_factor"), ((64, 256), "polar_iteration")],
-)
-def test_gpus_decompose_where_a_side_is_short(shape, name, monkeypatch):
-    called = []
-    for function in ("polar_factor", "polar_iteration"):
-        monkeypatch.setattr(module, function, lambda matrix, f=function: called.append(f))
-
-    module.quick_polar_factor(torch.empty(shape, device="meta"))  # any that is no CPU
-
-    assert called == [name]
-
-
-def test_the_gap_is_how_far_the_old_factor_misses_the_norm():
+def test_the_largest_deviation_since_the_last_look_is_kept():
     penalty, layers = make_penalty(4)
-    penalty.measure(7)
-    assert penalty.take_gaps() is None
-    old = torch.stack([layer.weight.detach().clone() for layer in layers])
-    with torch.no_grad():
+    penalty.measure(10_000)
+    for step, by in ((10_008, 0.2), (10_016, 0.01)):
+        move(layers, lambda w, by=by: by * w.std() * torch.randn_like(w))
+        penalty.measure(step)
+    (both,) = penalty.pop_deviations()
+    move(layers, lambda w: 0.01 * w.std() * torch.randn_like(w))
+    penalty.measure(10_024)
+    (small,) = penalty.pop_deviations()
+
+    assert both.angle > 3 * small.angle > 0
+
+
+def test_equal_directions_do_not_deviate():
+    direction, stack = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+
+    assert Deviation.of(direction, direction, stack) == (0, 0, 0)
+    turned = Deviation.of(-direction, direction, stack)
+    assert turned.angle == 180
+    assert turned.gap == pytest.approx(2)
+
+
+def test_a_direction_that_is_kept_carries_no_weight_past_zero_where_the_penalty_outweighs():
+    penalty, layers = make_penalty(128, shape=(2, 512, 1100))
+    penalty.measure(10_000)
+    direction = penalty.current(0).clone()
+    for layer in layers:
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        layer.weight.grad[::2] = 1e-3  # far more than the penalty's
+    move(layers, lambda w: torch.randn_like(w) * w.std())  # about half change their sign
+    gradient = torch.stack([layer.weight.grad for layer in layers])
+    is_held = (gradient == 0) & (direction * stack_of(layers) <= 0)
+
+    penalty.update(10_004, 1e-5)
+
+    assert 0.1 < is_held.float().mean() < 0.4
+    assert torch.equal(penalty.current(0) == 0, is_held)
+    assert torch.equal(penalty.current(0)[~is_held], direction[~is_held])
+
+
+@pytest.mark.parametrize("refresh_every", [1, 8])
+@pytest.mark.parametrize("scale", [1e20, 1e-30])
+def test_directions_and_norms_hold_at_any_magnitude_of_the_weights(scale, refresh_every):
+    penalty, _ = make_penalty(refresh_every)
+    scaled = copy.deepcopy(penalty)
+    for layer in scaled.depths[0]:
+        layer.weight.data.mul_(scale)
+    found = []
+    for one, by in ((penalty, 1.0), (scaled, scale)):
+        one.measure(0)
+        spectra = one.measure(1)
+        move(one.depths[0], lambda w, by=by: by * 1e-3)
+        one.update(2, 1e-5)
+        found.append((one.current(0), one.norms(), spectra))
+
+    (direction, norms, spectra), (large, large_norms, large_spectra) = found
+    torch.testing.assert_close(large, direction, rtol=0, atol=1e-5)
+    torch.testing.assert_close(large_norms / scale, norms, rtol=1e-5, atol=0)
+    for a, b in zip(large_spectra[0], spectra[0], strict=True):
+        torch.testing.assert_close(a / scale, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_zero_stack_has_the_direction_zero():
+    for refresh_every in (1, 8):
+        penalty, layers = make_penalty(refresh_every)
         for layer in layers:
-            layer.weight.add_(0.1 * torch.randn_like(layer.weight))
+            layer.weight.data.zero_()
+        penalty.measure(0)
+        penalty.update(1, None)
 
-    penalty.measure(8)
+        assert penalty.current(0).eq(0).all()
+        assert penalty.norms().item() == 0
 
-    new = torch.stack([layer.weight.detach() for layer in layers])
-    norms, bounds = 0.0, 0.0
-    for mode in range(3):
-        before, after = (w.movedim(mode, 0).flatten(1).double() for w in (old, new))
-        u, _, vh = torch.linalg.svd(before, full_matrices=False)
-        norms += torch.linalg.svdvals(after).sum().item()
-        bounds += (u @ vh * after).sum().item()
-    (gap,) = penalty.take_gaps()
-    assert gap == pytest.approx((norms - bounds) / norms, rel=1e-4)
-    assert 0.001 < gap < 0.5
+
+def test_all_subsets_of_the_modes_weigh_the_full_set_as_well():
+    penalty, layers = make_penalty(8, multiplicities=(2, 2, 2, 1), dtype=torch.float64)
+    stack = stack_of(layers)
+    # The seven non-empty subsets of the modes, each by its own SVD.
+    subsets = [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
+    norms = []
+    for rows in subsets:
+        columns = [m for m in range(3) if m not in rows]
+        sizes = [stack.shape[m] for m in rows]
+        matrix = stack.permute(*rows, *columns).reshape(math.prod(sizes), -1)
+        norms.append(torch.linalg.svdvals(matrix).sum())
+    frobenius = torch.linalg.vector_norm(stack)
+
+    penalty.measure(0)
+
+    expected = sum(norms) / 7 + frobenius
+    torch.testing.assert_close(penalty.norms()[0], expected, rtol=1e-12, atol=0)
+    expected_direction = exact_direction(stack, (2 / 7, 2 / 7, 2 / 7), 1 + 1 / 7)
+    torch.testing.assert_close(penalty.current(0), expected_direction, rtol=0, atol=1e-9)

@@ -10,11 +10,15 @@ import torch
 from mtnrec.mtn.trace_norm import (
     effective_rank,
     fold,
+    frobenius_norm,
     layer_norms,
+    left_vectors,
+    multiply_along,
     norms_along,
     polar_factor,
     polar_factors,
-    polar_iteration,
+    polar_from_vectors,
+    short_side,
     tensor_trace_norm,
     unfold,
     unfoldings,
@@ -135,27 +139,76 @@ def test_float32_weights_keep_their_small_singular_values():
 @pytest.mark.parametrize(
     ("dtype", "error"), [(torch.float32, 1e-4), (torch.float64, 1e-12)], ids=str
 )
-@pytest.mark.parametrize("shape", [(2, 900), (24, 24), (40, 160), (160, 40)], ids=str)
-def test_matrix_products_alone_give_the_polar_factor(shape, dtype, error):
-    matrix = gaussian(*shape, dtype=dtype)
+@pytest.mark.parametrize("shape", [(2, 30, 15), (2, 24, 60), (3, 40, 10), (4, 3, 2)], ids=str)
+def test_left_vectors_give_the_polar_factor_and_the_spectrum(shape, dtype, error):
+    stack = gaussian(*shape, dtype=dtype)
 
-    factor = polar_iteration(matrix).factor
-
-    u, _, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    assert factor.dtype == dtype
-    assert (factor.double() - u @ vh).abs().max() < error
+    for rows in [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]:
+        matrix = unfold(stack, rows)
+        if matrix.shape[0] > matrix.shape[1]:
+            continue
+        factor, lengths = polar_from_vectors(stack, rows, left_vectors(matrix), 1e-7)
+        u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        assert factor.dtype == dtype
+        assert (unfold(factor, rows).double() - u @ vh).abs().max() < error
+        torch.testing.assert_close(lengths.flip(0).double(), s, rtol=error, atol=error)
 
 
 @pytest.mark.parametrize("name", degenerate_stacks())
-def test_matrix_products_alone_give_a_lower_bound_of_the_norm_everywhere(name):
+def test_left_vectors_give_a_subgradient_everywhere(name):
     stack = degenerate_stacks()[name].float()
 
-    for rows, polar in zip(unfoldings(3), polar_factors(stack, None, polar_iteration), strict=True):
-        matrix, factor = unfold(stack, rows), unfold(polar.factor, rows)
-        assert torch.linalg.matrix_norm(factor.double(), 2) <= 1 + 1e-6
-        # Rounding noise on the null space may be amplified, but meets zeros of the matrix.
-        assert (factor * matrix).sum().item() == pytest.approx(nuclear(stack, rows), rel=1e-5)
-        assert not len(polar.singular_values)
+    for rows in unfoldings(3):
+        side = short_side(stack.shape, rows)
+        factor, _ = polar_from_vectors(stack, side, left_vectors(unfold(stack, side)), 3e-4)
+        factor = unfold(factor, rows)
+        assert torch.linalg.matrix_norm(factor.double(), 2) <= 1 + 1e-5
+        norm = nuclear(stack, rows)
+        assert (factor * unfold(stack, rows)).sum().item() == pytest.approx(norm, rel=1e-5)
+
+
+def test_a_singular_value_that_has_passed_zero_pulls_the_other_way_at_once():
+    stack = gaussian(2, 5, 7)
+    u, s, vh = torch.linalg.svd(unfold(stack, (1,)), full_matrices=False)
+    part = fold(torch.outer(u[:, -1], vh[-1]), (1,), stack.shape)
+    old = left_vectors(unfold(stack, (1,)))
+
+    for passed in (0.99, 1.01):
+        factor, _ = polar_from_vectors(stack - passed * s[-1] * part, (1,), old, 1e-4)
+        assert (factor * part).sum().item() == pytest.approx(1 if passed < 1 else -1, abs=1e-9)
+
+
+def test_any_orthonormal_vectors_give_the_norm_at_least():
+    stack = gaussian(2, 5, 7)
+
+    factor, lengths = polar_from_vectors(stack, (1,), orthogonal(5, 3), 1e-12)
+
+    assert lengths.sum() > nuclear(stack, (1,))
+    assert (factor * stack).sum().item() == pytest.approx(lengths.sum().item())
+
+
+@pytest.mark.parametrize("modes", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+def test_multiplying_along_modes_is_multiplying_the_unfolding(modes):
+    stack = gaussian(2, 5, 7)
+    matrix = gaussian(unfold(stack, modes).shape[0], unfold(stack, modes).shape[0], seed=1)
+
+    found = multiply_along(stack, modes, matrix)
+
+    expected = fold(matrix @ unfold(stack, modes), modes, stack.shape)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-30])
+def test_float32_weights_of_any_magnitude_have_their_norms_and_factors(scale):
+    stack = gaussian(2, 5, 7, dtype=torch.float32)
+
+    for one, other in zip(polar_factors(stack), polar_factors(scale * stack), strict=True):
+        torch.testing.assert_close(other.factor, one.factor, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            other.singular_values / scale, one.singular_values, rtol=1e-5, atol=0
+        )
+    norm = frobenius_norm(scale * stack)
+    assert norm.item() == pytest.approx(scale * torch.linalg.vector_norm(stack).item(), rel=1e-6)
 
 
 def test_norms_do_not_change_with_the_order_of_tasks_or_units():

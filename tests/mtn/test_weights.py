@@ -9,7 +9,7 @@ NORMS = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
 def make(**keys):
     defaults = {
         "layers": 3,
-        "unfoldings": 3,
+        "multiplicities": (1, 1, 1),
         "alpha": "learned",
         "alpha_sharing": "per_layer",
         "layer_weighting": "mean",
@@ -104,6 +104,32 @@ def test_making_weights_leaves_the_global_random_stream_alone():
     make(layer_weighting="gated")
 
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("alpha", ["learned", "uniform"])
+def test_alpha_starts_equal_over_all_seven_subsets(alpha):
+    found = make(multiplicities=(2, 2, 2, 1), alpha=alpha).alpha()
+
+    expected = torch.tensor([2.0, 2.0, 2.0, 1.0], dtype=torch.float64) / 7
+    torch.testing.assert_close(found, expected.expand(3, 4))
+
+
+def test_alpha_over_all_subsets_learns_as_seven_separate_weights_do():
+    weights = make(layers=1, multiplicities=(2, 2, 2, 1))
+    norms, frobenius = torch.tensor([[3.0, 2.0, 1.5, 1.2]], dtype=torch.float64), NORMS[:1]
+    seven = torch.zeros(7, dtype=torch.float64, requires_grad=True)
+    optimizers = [torch.optim.SGD(p, lr=0.5) for p in (list(weights.parameters()), [seven])]
+
+    for _ in range(20):
+        weights.set_gradients(norms, frobenius, scale=1.0)
+        optimizers[1].zero_grad()
+        (seven.softmax(0) @ norms[0, [0, 0, 1, 1, 2, 2, 3]]).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    alpha = seven.detach().softmax(0)
+    merged = torch.stack([*alpha[:6].view(3, 2).sum(1), alpha[6]])
+    torch.testing.assert_close(weights.alpha()[0], merged)
 
 
 @pytest.mark.parametrize("alpha", ["learned", "uniform"])

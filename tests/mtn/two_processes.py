@@ -1,11 +1,12 @@
 """Train with MTN on one or two processes over the same global batches; run by a test.
 
 ``python two_processes.py DEVICES OUT OPTIMIZER [unlike]`` writes ``OUT_RANK.pt``; with ``unlike``
-the second process is a machine whose decompositions come out otherwise.
+the second process is a machine whose directions come out differently.
 """
 
 import sys
 from functools import partial
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -20,7 +21,7 @@ from mtnrec.model.module import MultiTaskModule
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.mtn import penalty
 from mtnrec.mtn.callback import MTN
-from mtnrec.mtn.trace_norm import PolarFactor, polar_factor
+from mtnrec.mtn.trace_norm import PolarFactor, polar_factors, polar_from_vectors
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import CategoricalField, Schema
 
@@ -52,15 +53,22 @@ class Data(L.LightningDataModule):
         return self.train_dataloader()
 
 
-def polar_factor_of_machine(matrix: torch.Tensor) -> PolarFactor:
-    polar = polar_factor(matrix)
-    return polar._replace(factor=polar.factor * (1 - 0.05 * dist.get_rank()))
+def polar_from_vectors_of_machine(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    factor, lengths = polar_from_vectors(*arguments)
+    share = 1 - 0.05 * dist.get_rank()
+    return factor * share, lengths * share
+
+
+def polar_factors_of_machine(*arguments: Any) -> list[PolarFactor]:
+    share = 1 - 0.05 * dist.get_rank()
+    return [f._replace(factor=f.factor * share) for f in polar_factors(*arguments)]
 
 
 def main(devices: int, out: str, optimizer: str, machines: str = "alike") -> None:
     torch.manual_seed(0)
     if machines == "unlike":
-        penalty.polar_factor = penalty.quick_polar_factor = polar_factor_of_machine
+        penalty.polar_from_vectors = polar_from_vectors_of_machine
+        penalty.polar_factors = polar_factors_of_machine
     network = SharedBottom(
         SCHEMA,
         embedding_dim=4,
@@ -75,6 +83,7 @@ def main(devices: int, out: str, optimizer: str, machines: str = "alike") -> Non
         lam=0.05,
         target="towers",
         layers="all",
+        subsets="distinct",
         alpha="learned",
         alpha_sharing="per_layer",
         layer_weighting="mean",
@@ -82,14 +91,13 @@ def main(devices: int, out: str, optimizer: str, machines: str = "alike") -> Non
         frobenius=True,
         biases=False,
         coupling="gradient",
-        refresh_every=2 if machines == "alike" else 256,
+        refresh_every=1 if machines == "alike" else 128,
         alpha_optimizer=partial(torch.optim.Adam, lr=1e-2),
     )
 
     def keep(trainer: L.Trainer, module: L.LightningModule) -> None:
         state = mtn.state_dict()
-        alpha, services = state["weights"]["alpha_logits"], state["penalty"]["services"]
-        found = {"model": network.state_dict(), "alpha": alpha, "services": services}
+        found = {"model": network.state_dict(), "alpha": state["weights"]["alpha_logits"]}
         torch.save(found, f"{out}_{trainer.global_rank}.pt")
 
     trainer = L.Trainer(

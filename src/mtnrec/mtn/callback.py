@@ -19,6 +19,8 @@ from mtnrec.mtn.weights import LAYER_WEIGHTINGS, PenaltyWeights
 
 COLLAPSED_ALPHA = 0.99
 _STEPS_A_SHARE = 16  # to count zeros is a pass over the gradients
+# How many of eq. 2's subsets of the modes have the norm of each unfolding, and of the full set.
+_MULTIPLICITIES = {"distinct": (1, 1, 1), "all": (2, 2, 2, 1)}
 UNFOLDINGS = ("task", "output", "input")  # the rows of the three distinct unfoldings
 
 _logger = logging.getLogger(__name__)
@@ -37,14 +39,21 @@ class MTN(L.Callback):
     that), ``loss_share`` (penalty over loss plus penalty), ``zero_gradient_share`` (share of the
     penalised weights without a data gradient, which Adam moves at full rate whatever ``lam``); and
     for each layer its ``norm``, ``weight``, ``alpha_*``, ``effective_rank_*``, ``distance`` (mean
-    distance of two towers over their mean norm) and ``gap`` (the largest share of the norm that
-    old factors missed). The spectra are written to ``spectra/epoch_*.npz`` in the run's folder.
+    distance of two towers over their mean norm), and the largest deviations from the exact method
+    between two decompositions: ``gap`` (relative error of the norm), ``angle`` (degrees between the
+    penalty's gradient and the exact one, weights without a data gradient included) and ``length``
+    (relative error of its length). The spectra are written to ``spectra/epoch_*.npz`` in the run's
+    folder.
 
     Args:
         enabled: Whether it does anything.
         lam: ``lambda``; the paper uses 1e-5. With 0 it measures and leaves the training alone.
         target: Penalise the task ``towers``, or the ``shared`` layers side by side (experts).
         layers: ``all``, or the depths to penalise, counted from 0 next to the input.
+        subsets: The norms that alpha weights (eq. 2): those of the three ``distinct`` unfoldings,
+            or of ``all`` seven non-empty subsets of the modes, where each unfolding counts twice
+            (the complement of a set gives its transpose) and the full set, a vector, has the norm
+            ``||W_i||_F``; alpha then starts at 2/7, 2/7, 2/7 and 1/7.
         alpha: ``learned``, ``uniform``, or the fixed weights of the task, output and input
             unfolding.
         alpha_sharing: One alpha ``per_layer``, or ``shared`` by all layers.
@@ -54,9 +63,8 @@ class MTN(L.Callback):
         biases: Whether a bias counts as one more input of its layer.
         coupling: Add to the ``gradient`` (the paper's), or move the weights beside the optimiser's
             step by ``lr * lam * dR/dW``, ``decoupled``, as AdamW does with weight decay.
-        refresh_every: Most steps between two decompositions; 1 is the exact method. In between the
-            norm is replaced by its lower bound from the last factor. How far below it was decides
-            how long the next one serves: see :func:`mtnrec.mtn.penalty.next_service`.
+        refresh_every: Most steps for which a direction of the penalty is kept; 1 decomposes at each
+            step, the exact method. See :mod:`mtnrec.mtn.penalty` for what happens in between.
         alpha_optimizer: Makes the optimiser of what is learned.
 
     Raises:
@@ -71,6 +79,7 @@ class MTN(L.Callback):
         lam: float,
         target: str,
         layers: str | Sequence[int],
+        subsets: str,
         alpha: str | Sequence[float],
         alpha_sharing: str,
         layer_weighting: str,
@@ -85,6 +94,7 @@ class MTN(L.Callback):
         check_number("mtn.lam", lam, minimum=0)
         check_choice("mtn.target", target, ["towers", "shared"])
         _check_layers(layers)
+        check_choice("mtn.subsets", subsets, list(_MULTIPLICITIES))
         _check_alpha(alpha)
         check_choice("mtn.alpha_sharing", alpha_sharing, ["per_layer", "shared"])
         check_choice("mtn.layer_weighting", layer_weighting, LAYER_WEIGHTINGS)
@@ -97,6 +107,7 @@ class MTN(L.Callback):
         self.lam = lam
         self.target = target
         self.layers = layers
+        self.subsets = subsets
         self.alpha = alpha
         self.alpha_sharing = alpha_sharing
         self.layer_weighting = layer_weighting
@@ -124,7 +135,7 @@ class MTN(L.Callback):
             self._check_depth(depth, layers)
         weights = PenaltyWeights(
             layers=len(depths),
-            unfoldings=len(UNFOLDINGS),
+            multiplicities=_MULTIPLICITIES[self.subsets],
             alpha=self.alpha,
             alpha_sharing=self.alpha_sharing,
             layer_weighting=self.layer_weighting,
@@ -233,14 +244,15 @@ class MTN(L.Callback):
             return
         if self._penalty.is_due(trainer.global_step):
             self._settle(self._penalty)
-        self._penalty.refresh(trainer.global_step)
+        scale = self.lam * gradient_scale(trainer, optimizer)
+        strength = scale if self.coupling == "gradient" else None
+        self._penalty.update(trainer.global_step, strength)
         # Once an epoch at least: Lightning shows the last epoch's value where there is none.
         if trainer.global_step % _STEPS_A_SHARE == 0 or not self._zero_gradient_shares:
             self._zero_gradient_shares.append(_zero_gradient_share(self._penalty.parameters()))
         if self.lam == 0:
             return
         if self.coupling == "gradient":
-            scale = self.lam * gradient_scale(trainer, optimizer)
             add_to_gradients(self._penalty.gradients(), scale=scale)
         else:
             move_parameters(self._penalty.gradients(), optimizer, strength=self.lam)
@@ -275,15 +287,16 @@ class MTN(L.Callback):
         if self._zero_gradient_shares:
             shares = torch.stack(self._zero_gradient_shares)
             values["zero_gradient_share"] = shares.mean()
-        gaps = self._penalty.take_gaps()
+        deviations = self._penalty.pop_deviations()
         names = self._unfolding_names()
         for row, depth in enumerate(self._penalty.depths):
             layer = f"layer_{depth}"
             values[f"{layer}/norm"] = norms[row]
             values[f"{layer}/weight"] = layer_weights[row]
             values[f"{layer}/distance"] = mean_distance(self._penalty.stack(depth))
-            if gaps is not None:
-                values[f"{layer}/gap"] = torch.tensor(gaps[row])
+            if deviations is not None:
+                found = deviations[row]._asdict()
+                values |= {f"{layer}/{n}": torch.tensor(value) for n, value in found.items()}
             for column, name in enumerate(names):
                 values[f"{layer}/alpha_{name}"] = alpha[row, column]
                 values[f"{layer}/effective_rank_{name}"] = effective_rank(spectra[row][column])

@@ -1,161 +1,182 @@
-"""The penalty ``sum_i w_i R_i`` of a model's layers, with factors that may be some steps old.
+"""The penalty ``sum_i w_i R_i`` of a model's layers, and its direction while training moves them.
 
-``R_i`` is convex, and the factors of an earlier ``W'`` give a direction ``D_i = dR_i/dW'`` with
-``<D_i, W> <= R_i(W)``: between two decompositions ``R_i`` is replaced by that bound, whose gradient
-costs one addition. How far it was below is measured whenever a factor is replaced, and the next one
-serves the shorter, the further it was.
+``R_i``'s gradient is its *direction* ``D_i = sum_s alpha_s P_s + W_i / ||W_i||_F``, with the polar
+factors ``P_s`` of the unfoldings. A decomposition at each step (``refresh_every=1``, the exact
+method) costs more than the step. Otherwise:
 
-An old direction acts only on weights that had a data gradient when it was taken. Adam moves the
-others (behind a dead unit, say) by the penalty alone and at its full rate, so that ``k`` steps
-along one direction would carry them ``k`` rates past zero; they feel the penalty at the steps at
-which a factor is new, and shrink the more slowly. The model's outputs do not depend on them.
+1. Every few steps the unfoldings are decomposed, and their left singular vectors kept.
+2. At each step in between, all else is taken from the weights as they are: the rows of ``U^T M``,
+   normalised and rotated back (:func:`~mtnrec.mtn.trace_norm.polar_from_vectors`).
+3. That matters most for weights without a data gradient, behind a dead unit for example: under Adam
+   they move at the full rate by the penalty alone. The exact method brings their singular values to
+   zero and holds them there; a direction that is some steps old carries them past zero and back.
+4. A layer for which step 2 would cost too much keeps its direction for some steps. Meanwhile a
+   weight whose data gradient is smaller than the penalty's is held where that direction would only
+   carry it away from zero.
+5. Training moves the weights most at its start, so both intervals start at one step and grow.
+6. At each decomposition the direction that would have been used is compared with the new one, dead
+   weights included: angle, length, and the relative error of ``R_i``. The largest are logged.
 
-Several processes compute all of this from equal weights, and go by the results of rank 0: on unlike
-machines theirs would differ by rounding, and with it the steps at which they take new factors.
+Several processes follow rank 0, which sends its directions, norms and weights of the penalty: on
+different machines theirs would differ by rounding, and so would the models.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtnrec.mtn.trace_norm import (
-    PolarFactor,
+    Modes,
+    frobenius_norm,
+    largest_magnitude,
     layer_norms,
-    norms_along,
-    polar_factor,
+    left_vectors,
     polar_factors,
-    polar_iteration,
+    polar_from_vectors,
+    short_side,
+    unfold,
     unfoldings,
 )
 from mtnrec.mtn.weights import PenaltyWeights
 
-ROWS = unfoldings(3)
-_SHORT_SIDE = 64  # an H100 takes 1.3 ms to decompose as to iterate there
+UNFOLDINGS = unfoldings(3)
+_SMALLEST = 3e-4  # the singular values that the exact method holds at zero lie below
+_DECOMPOSE_EVERY = 32  # steps
+_DECOMPOSE_GROWTH = 64  # the interval grows by a step in as many
+_UPDATE_GROWTH = 8
+_HOLD_EVERY = 4  # steps
+# A recomputation that is made at each step may cost about a twentieth of a training step of the
+# default models at their default batch: 1.2e8 multiplications, shared-bottom's first tower layer.
+_CHEAP = 2**27
 
 
-def longest_service(shape: Sequence[int], column: int) -> int:
-    """Return how many steps a factor of a stack's unfolding may serve: the more, the more it costs.
+@cache
+def distinct_sides(shape: tuple[int, ...]) -> dict[Modes, list[int]]:
+    """Return the shorter sides of the unfoldings, each with the unfoldings whose factor it gives.
 
-    Args:
-        shape: Of the stack, ``(T, O, I)``.
-        column: Which of the unfoldings.
-
-    >>> [longest_service((2, 512, 2176), column) for column in range(3)]
-    [136, 136, 136]
-    >>> [longest_service((2, 512, 1024), column) for column in range(3)]
-    [64, 88, 128]
-    >>> [longest_service((2, 1, 64), column) for column in range(3)]
-    [32, 32, 32]
-    """
-    side, size = _side_and_size(shape, column)
-    # The spectrum of a few weights may turn all at once.
-    return max(64 if size >= 2**12 else 32, 4 * math.isqrt(side), size // 2**14)
-
-
-def tolerance(shape: Sequence[int]) -> float:
-    """Return what share of a layer's norm its old factors may miss; services are chosen for it.
-
-    Single steps miss up to twice as much where a layer is small and its spectrum turns quickly, and
-    large ones are dear, so that these are closer to the 1 % which the whole is to stay below.
+    A mode of size 1 makes unfoldings transposes of each other.
 
     Args:
         shape: Of the stack, ``(T, O, I)``.
+
+    >>> distinct_sides((2, 512, 2176))
+    {(0,): [0], (1,): [1], (0, 1): [2]}
+    >>> distinct_sides((2, 1, 64))
+    {(0,): [0, 2], (1,): [1]}
     """
-    return 0.004 if math.prod(shape) < 2**18 else 0.007
+    wide = frozenset(mode for mode, size in enumerate(shape) if size > 1)
+    known: dict[frozenset[frozenset[int]], Modes] = {}
+    found: dict[Modes, list[int]] = {}
+    for index, rows in enumerate(UNFOLDINGS):
+        one = wide.intersection(rows)
+        side = known.setdefault(frozenset({one, wide - one}), short_side(shape, rows))
+        found.setdefault(side, []).append(index)
+    return found
 
 
-def cost(shape: Sequence[int], column: int) -> float:
-    """Return about what a new factor of an unfolding costs, in multiplications.
-
-    Two products, a decomposition, which reaches a tenth of their speed, and the passes over the
-    stack that a new direction takes.
+@cache
+def recomputation_cost(shape: tuple[int, ...]) -> int:
+    """Return the multiplications of one recomputation of a direction.
 
     Args:
         shape: Of the stack, ``(T, O, I)``.
-        column: Which of the unfoldings.
+
+    >>> recomputation_cost((2, 128, 256)), recomputation_cost((2, 512, 2176))
+    (50593792, 6854017024)
     """
-    side, size = _side_and_size(shape, column)
-    return 2 * side * size + 12 * side**3 + 1000 * size
-
-
-def _side_and_size(shape: Sequence[int], column: int) -> tuple[int, int]:
-    """Return the shorter side of an unfolding and how many weights it has."""
     size = math.prod(shape)
-    side = shape[ROWS[column][0]]
-    return min(side, size // side), size
+    sides = (math.prod(shape[mode] for mode in side) for side in distinct_sides(shape))
+    return sum(2 * side * size for side in sides)
 
 
-def next_service(service: int, served: int, missed: float, allowed: float) -> int:
-    """Return how many steps the next factor of an unfolding is to serve.
-
-    What is missed grows about with the cube of the steps: the bound falls behind with the square of
-    how far the weights have moved, and faster where they gather speed. The next factor serves twice
-    as long at most, and no longer than the old one was to where an epoch's end came before: how the
-    weights move changes there, as rows come a second time.
+def update_interval(shape: tuple[int, ...], step: int, refresh_every: int) -> int:
+    """Return the steps between two recomputations of a direction.
 
     Args:
-        service: Steps that the old factor was to serve.
-        served: Steps that it has served; fewer when an epoch's end or a checkpoint came before.
-        missed: The share of the layer's norm that it misses now.
-        allowed: What it may miss.
+        shape: Of the stack, ``(T, O, I)``.
+        step: Steps of the optimiser so far.
+        refresh_every: Most steps.
 
-    >>> [next_service(16, 16, missed, allowed=0.002) for missed in (0.0, 0.001, 0.002, 0.015)]
-    [32, 21, 16, 8]
-    >>> [next_service(16, 8, missed, allowed=0.002) for missed in (0.0, 0.001, 0.015)]
-    [16, 11, 4]
+    >>> [update_interval((2, 128, 256), step, 128) for step in (0, 1000)]
+    [1, 1]
+    >>> [update_interval((2, 512, 2176), step, 128) for step in (0, 8, 1000)]
+    [1, 2, 51]
     """
-    longest = service if served < service else 2 * service
-    growth = math.cbrt(allowed / missed) if missed > 0 else math.inf
-    steps = min(longest, served * growth)
-    # Rounded up where little was missed, lest a factor of one step be followed by such for good.
-    return math.ceil(steps) if growth > 1 else max(1, int(steps))
+    longest = max(1, round(recomputation_cost(shape) / _CHEAP))
+    return min(longest, refresh_every, 1 + step // _UPDATE_GROWTH)
 
 
-def quick_polar_factor(matrix: Tensor) -> PolarFactor:
-    """Return a factor that is to serve many steps, in the precision of ``matrix``.
+def decomposition_interval(shape: tuple[int, ...], step: int, refresh_every: int) -> int:
+    """Return the steps between two decompositions; arguments as for :func:`update_interval`.
 
-    On a CPU the one in float32 takes half the time of the exact one, and misses 1e-4 of the norm of
-    trained towers: what lies below a few thousandths of the largest singular value. A GPU
-    decomposes the Gram matrix of a short side exactly in half a millisecond; where both sides are
-    longer, decompositions wait for latency and matrix products do not.
+    >>> [decomposition_interval((2, 128, 256), step, 128) for step in (0, 320, 10_000)]
+    [1, 6, 32]
     """
-    if matrix.device.type == "cpu":
-        # What rounding does make of an eigenvalue; the most that it could would cut off too much.
-        rounding = math.sqrt(max(matrix.shape)) * torch.finfo(matrix.dtype).eps
-        return polar_factor(matrix, matrix.dtype, rounding)
-    return polar_factor(matrix) if min(matrix.shape) < _SHORT_SIDE else polar_iteration(matrix)
+    slow = min(_DECOMPOSE_EVERY, refresh_every, 1 + step // _DECOMPOSE_GROWTH)
+    return max(slow, update_interval(shape, step, refresh_every))
 
 
-@dataclass(frozen=True)
-class _InService:
-    """A factor, the step at which it was taken, and the norm then, on the CPU."""
+class Deviation(NamedTuple):
+    """How far a direction was from the exact one; the largest of several where it is accumulated.
 
-    polar: PolarFactor
-    step: int
-    norm: Tensor
+    Args:
+        gap: Relative error of ``R_i`` along it, ``|<D, W> / R_i - 1|``.
+        angle: Between the two, in degrees.
+        length: Relative error of its length, ``| ||D|| / ||D_exact|| - 1 |``.
+    """
+
+    gap: float
+    angle: float
+    length: float
+
+    @classmethod
+    def of(cls, used: Tensor, exact: Tensor, stack: Tensor) -> "Deviation":
+        """Compare a direction with the exact one, at the weights ``stack``."""
+        products = [used * exact, used * used, exact * exact, used * stack, exact * stack]
+        found = torch.stack([p.sum(dtype=torch.float64) for p in products]).tolist()
+        both, of_used, of_exact, norm, exact_norm = found
+        # From the sine as well: near 1 the cosine alone is rounding.
+        across = math.sqrt(max(of_used * of_exact - both * both, 0.0))
+        return cls(
+            abs(norm / exact_norm - 1) if exact_norm else 0.0,
+            math.degrees(math.atan2(across, both)),
+            abs(math.sqrt(of_used / of_exact) - 1) if of_exact else 0.0,
+        )
+
+
+@dataclass
+class _Stack:
+    """What is kept of a depth between two decompositions."""
+
+    vectors: dict[Modes, Tensor] = field(default_factory=dict)  # by the side that they span
+    norms: Tensor | None = None  # of the unfoldings, (S,), float64, on the CPU
+    frobenius: float = 0.0
+    alpha: list[float] = field(default_factory=list)
+    direction: Tensor | None = None
+    held: Tensor | None = None  # the direction but for the weights that are held
+    decomposed: int = 0  # at which step
+    updated: int = 0
 
 
 class Penalty:
-    """The layers that are penalised, their weights, and their factors.
+    """The layers that are penalised, their weights, and their directions.
 
-    Keeps five tensors of the size of the penalised weights: a factor of each unfolding and two
-    directions.
+    Keeps one or two tensors of the size of the penalised weights (the directions), and the left
+    singular vectors of each unfolding, square.
 
     Args:
-        depths: By depth, the layers that are stacked: alike in shape, at least two.
+        depths: By depth, the layers that are stacked: equal in shape, at least two.
         weights: Alpha and layer weights.
         frobenius: Whether ``R_i`` has its Frobenius term.
         biases: Whether a bias counts as one more input of its layer.
-        refresh_every: Most steps that a factor serves; 1 is the exact method.
-
-    Attributes:
-        services: How many steps the factors at hand serve, ``L`` times ``S``.
+        refresh_every: Most steps that a direction is kept; 1 is the exact method.
     """
 
     def __init__(
@@ -172,24 +193,17 @@ class Penalty:
         self._frobenius = frobenius
         self._names = ("weight", "bias") if biases else ("weight",)
         self._refresh_every = refresh_every
-        self._factors: dict[int, dict[int, _InService]] = {depth: {} for depth in depths}
-        self.services = [[1] * len(ROWS) for _ in depths]
-        self._frobenius_norms: dict[int, Tensor] = {}
-        self._table: tuple[Tensor, Tensor] | None = None  # the norms above, side by side
-        self._new: dict[int, Tensor] = {}
-        self._old: dict[int, Tensor] = {}
+        self._stacks = {depth: _Stack() for depth in depths}
         self._layer_weights: list[float] = []
-        self._largest_gaps: dict[int, dict[int, float]] = {depth: {} for depth in depths}
-        self._next_step = 0  # the first one at which there is a new factor
+        self._largest: dict[int, Deviation] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs after :meth:`measure`; the factors follow from it."""
-        return {"services": self.services, "largest_gaps": self._largest_gaps}
+        """Return what a checkpoint needs after :meth:`measure`; the rest follows from it."""
+        return {"deviations": {depth: tuple(largest) for depth, largest in self._largest.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the state; :meth:`measure` is to follow."""
-        self.services = state_dict["services"]
-        self._largest_gaps = state_dict["largest_gaps"]
+        self._largest = {d: Deviation(*found) for d, found in state_dict["deviations"].items()}
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the model's parameters that the penalty acts on; frozen ones are left alone."""
@@ -208,194 +222,204 @@ class Penalty:
         return stack.to(torch.promote_types(stack.dtype, torch.float32))
 
     def is_due(self, step: int) -> bool:
-        """Say whether :meth:`refresh` would have new factors to go by."""
-        return step >= self._next_step
+        """Return whether :meth:`update` would decompose a stack, and look at the alphas."""
+        return any(self._decomposes(depth, step) for depth in self.depths)
 
-    def refresh(self, step: int) -> bool:
-        """Take new factors where they have served their steps; say whether any is new.
+    @torch.no_grad()
+    def update(self, step: int, strength: float | None) -> None:
+        """Bring the directions up to date with the weights.
 
-        Called with the gradients of the loss at hand, before they are changed.
+        Called with the gradients of the loss in place, before they are changed.
 
         Args:
             step: Steps of the optimiser so far.
+            strength: What the penalty's gradient is multiplied by when it is added to that of the
+                loss; None if it is not added there, so that no weight need be held.
         """
-        self._new.clear()
-        if not self.is_due(step):
-            return False
-        for depth in self.depths:
-            due = self._due(depth, step)
-            fresh = [c in due or f.step == step for c, f in enumerate(self._of(depth))]
-            if any(fresh):
-                stack = self.stack(depth)
-                self._take(depth, stack, due, step, exact=False)
-                self._aim(depth, stack, fresh)
-        with torch.no_grad():
+        decomposed = False
+        for depth, kept in self._stacks.items():
+            shape = self._shape(depth)
+            if self._decomposes(depth, step):
+                self._decompose(depth, step, exact=self._refresh_every == 1)
+                decomposed = True
+            elif step - kept.updated >= update_interval(shape, step, self._refresh_every):
+                kept.direction = self._direction(depth, self.stack(depth))
+                kept.held, kept.updated = None, step
+                self._follow_rank_0(kept.direction)
+            elif strength is not None and step > kept.updated:
+                self._hold(depth, step, strength)
+        if decomposed:
             self._layer_weights = self.weights.layer_weights(self.norms()).tolist()
-        self._next_step = min(
-            factor.step + service
-            for depth, services in zip(self.depths, self.services, strict=True)
-            for factor, service in zip(self._of(depth), services, strict=True)
-        )
-        return bool(self._new)
 
+    @torch.no_grad()
     def measure(self, step: int) -> list[list[Tensor]]:
-        """Take all factors anew and return the spectra.
+        """Decompose all stacks exactly and return the spectra.
 
         Returns:
             ``L`` times ``S``, descending, float64, on the CPU.
         """
-        for depth in self.depths:
-            self._take(depth, self.stack(depth), range(len(ROWS)), step, exact=True)
-        self._next_step = step
-        return [
-            [factor.polar.singular_values.cpu() for factor in self._of(depth)]
-            for depth in self.depths
-        ]
+        spectra = [self._decompose(depth, step, exact=True) for depth in self.depths]
+        self._layer_weights = self.weights.layer_weights(self.norms()).tolist()
+        return spectra
 
-    def _of(self, depth: int) -> list[_InService]:
-        return [self._factors[depth][column] for column in range(len(ROWS))]
+    def _decomposes(self, depth: int, step: int) -> bool:
+        since = step - self._stacks[depth].decomposed
+        return since >= decomposition_interval(self._shape(depth), step, self._refresh_every)
 
-    def _due(self, depth: int, step: int) -> list[int]:
-        services = self.services[self._row(depth)]
-        return [
-            column
-            for column, (factor, service) in enumerate(zip(self._of(depth), services, strict=True))
-            if step - factor.step >= service
-        ]
+    def _shape(self, depth: int) -> tuple[int, int, int]:
+        layers = self.depths[depth]
+        outputs, inputs = layers[0].weight.shape
+        return len(layers), outputs, inputs + ("bias" in self._names)
 
     def _row(self, depth: int) -> int:
         return list(self.depths).index(depth)
 
-    @torch.no_grad()
-    def _take(
-        self, depth: int, stack: Tensor, columns: Sequence[int], step: int, *, exact: bool
-    ) -> None:
-        """Take new factors, and choose how long they serve by how much the old ones missed."""
-        if not columns:
-            return
-        polar = polar_factor if exact or self._refresh_every == 1 else quick_polar_factor
-        known = self._factors[depth]
-        missed: dict[int, tuple[int, float]] = {}
-        new = polar_factors(stack, [ROWS[column] for column in columns], polar)
-        replaced = [c for c in columns if c in known and known[c].step < step]
-        along = norms_along([*new, *(known[column].polar for column in replaced)], stack)
-        # All at once: to fetch a number is to wait for the accelerator.
-        found = torch.cat([along, torch.linalg.vector_norm(stack)[None]]).double().cpu()
-        norms, bounds, (frobenius,) = found.split([len(new), len(replaced), 1])
-        bound_of = dict(zip(replaced, bounds, strict=True))
-        for column, factor, norm in zip(columns, new, norms, strict=True):
-            if column in bound_of:
-                missed[column] = step - known[column].step, (norm - bound_of[column]).item()
-            known[column] = _InService(factor, step, norm)
-        self._frobenius_norms[depth] = frobenius * self._frobenius
-        self._table = None
-        self._choose_services(depth, missed)
-        if dist.is_initialized():
-            self._follow_rank_0(depth, columns)
+    def _decompose(self, depth: int, step: int, *, exact: bool) -> list[Tensor]:
+        """Decompose a stack; return its spectra if ``exact``."""
+        kept, stack = self._stacks[depth], self.stack(depth)
+        used = None
+        if kept.vectors and kept.updated < step and self._refresh_every > 1:
+            is_kept = update_interval(self._shape(depth), step, self._refresh_every) > 1
+            used = self.current(depth) if is_kept else self._direction(depth, stack)
+        sides = distinct_sides(self._shape(depth))
+        kept.alpha = self.weights.alpha()[self._row(depth)].tolist()
+        frobenius = frobenius_norm(stack)
+        spectra: list[Tensor] = []
+        if exact:
+            factors = dict(zip(sides, polar_factors(stack, list(sides)), strict=True))
+            kept.vectors = {side: factor.vectors for side, factor in factors.items()}
+            by_side = {side: factor.singular_values.cpu() for side, factor in factors.items()}
+            spectra = _by_unfolding(sides, by_side)
+            norms = torch.stack([spectrum.sum() for spectrum in spectra])
+            kept.direction = self._start(depth, stack, frobenius.to(stack.dtype))
+            for side, columns in sides.items():
+                weight = sum(kept.alpha[column] for column in columns)
+                kept.direction.add_(factors[side].factor, alpha=weight)
+        else:
+            kept.vectors = {side: left_vectors(unfold(stack, side)) for side in sides}
+            lengths: dict[Modes, Tensor] = {}
+            kept.direction = self._direction(depth, stack, lengths)
+            norms = torch.stack(_by_unfolding(sides, lengths)).cpu()
+        kept.held = None
+        kept.norms = torch.cat([norms, frobenius.cpu()[None]])
+        self._follow_rank_0(kept.direction, kept.norms, *self.weights.parameters())
+        kept.frobenius = kept.norms[-1].item()
+        kept.norms = kept.norms[: self.weights.subsets]
+        kept.decomposed = kept.updated = step
+        if used is not None:
+            found = Deviation.of(used, kept.direction, stack)
+            before = self._largest.get(depth, found)
+            self._largest[depth] = Deviation(*map(max, zip(found, before, strict=True)))
+        return spectra
 
-    def _follow_rank_0(self, depth: int, columns: Sequence[int]) -> None:
-        """Replace the new factors of a depth, their services and the weights by those of rank 0."""
-        row = self._row(depth)
-        frobenius = self._frobenius_norms[depth]
-        services = frobenius.new_tensor(self.services[row])
-        new = [self._factors[depth][column] for column in columns]
-        of_factors = [t for f in new for t in (f.polar.factor, f.polar.singular_values, f.norm)]
-        mine = [services, frobenius, *of_factors, *self.weights.parameters()]
-        _broadcast(mine, new[0].polar.factor.device)
-        self.services[row] = services.long().tolist()
-
-    def _choose_services(self, depth: int, missed: Mapping[int, tuple[int, float]]) -> None:
-        """Choose how long the factors that took the place of others are to serve.
-
-        Notes the largest share of the layer's norm that each unfolding misses.
+    def _direction(
+        self, depth: int, stack: Tensor, norms: dict[Modes, Tensor] | None = None
+    ) -> Tensor:
+        """Return the direction at ``stack`` by the vectors of the last decomposition.
 
         Args:
-            depth: Of the layer.
-            missed: By unfolding, the steps that the old one served, and what it missed.
+            depth: Of the stack.
+            stack: ``(T, O, I)``.
+            norms: Where the sums of the rows' lengths go, by side.
         """
-        services, alphas = self.services[self._row(depth)], self._alphas(depth)
-        gaps = self._largest_gaps[depth]
-        norm = sum(a * f.norm.item() for a, f in zip(alphas, self._of(depth), strict=True))
-        shape = self._factors[depth][0].polar.factor.shape
-        # The least time in all is where each misses in proportion to the time it takes a step.
-        times = [cost(shape, column) / services[column] for column in range(len(ROWS))]
-        for column, (served, amount) in missed.items():
-            share = alphas[column] * amount / norm if norm else 0.0
-            gaps[column] = max(share, gaps.get(column, share))
-            allowed = tolerance(shape) * times[column] / sum(times)
-            chosen = next_service(services[column], served, share, allowed)
-            services[column] = min(chosen, longest_service(shape, column), self._refresh_every)
+        kept = self._stacks[depth]
+        scale = largest_magnitude(stack)
+        scaled = stack / scale
+        direction = self._start(depth, scaled, torch.linalg.vector_norm(scaled))
+        for side, columns in distinct_sides(self._shape(depth)).items():
+            factor, lengths = polar_from_vectors(scaled, side, kept.vectors[side], _SMALLEST)
+            direction.add_(factor, alpha=sum(kept.alpha[column] for column in columns))
+            if norms is not None:
+                norms[side] = lengths.sum(dtype=torch.float64) * scale.double()
+        return direction
 
-    def _alphas(self, depth: int) -> list[float]:
-        with torch.no_grad():
-            alphas: list[float] = self.weights.alpha()[self._row(depth)].tolist()
-        return alphas
+    def _start(self, depth: int, stack: Tensor, frobenius: Tensor) -> Tensor:
+        """Return the part of a direction that is the gradient of the Frobenius norm."""
+        # The full set of modes, if it is one of the subsets, has the norm ||W||_F as well.
+        share = self._frobenius + sum(self._stacks[depth].alpha[len(UNFOLDINGS) :])
+        return stack * (share / frobenius.clamp(min=torch.finfo(stack.dtype).tiny))
 
-    @torch.no_grad()
-    def _aim(self, depth: int, stack: Tensor, fresh: Sequence[bool]) -> None:
-        """Set the directions of a depth, some of whose factors are new."""
-        frobenius = self._frobenius_norms[depth].item()
-        new = stack / frobenius if frobenius else torch.zeros_like(stack)
-        kept = torch.zeros_like(stack)
-        for factor, alpha, is_new in zip(self._of(depth), self._alphas(depth), fresh, strict=True):
-            (new if is_new else kept).add_(factor.polar.factor, alpha=alpha)
-        if all(fresh) and self._refresh_every == 1:
-            self._new[depth] = new
+    def _hold(self, depth: int, step: int, strength: float) -> None:
+        """Leave out of a direction that is kept what would only carry weights away from zero."""
+        kept = self._stacks[depth]
+        if kept.direction is None or (step - kept.updated) % _HOLD_EVERY:
             return
-        has_gradient = self._has_gradient(depth, stack)
-        kept.mul_(has_gradient)
-        self._old[depth] = (new * has_gradient).add_(kept)
-        self._new[depth] = new.add_(kept)
+        weighted = strength * self._layer_weights[self._row(depth)]
+        gradient = self._gradient(depth, kept.direction)
+        outweighs = gradient.abs() <= weighted * kept.direction.abs()
+        is_held = outweighs & (kept.direction * self.stack(depth) <= 0)
+        kept.held = kept.direction.masked_fill(is_held, 0)
+        self._follow_rank_0(kept.held)
 
-    def _has_gradient(self, depth: int, stack: Tensor) -> Tensor:
-        """Say of each weight of a stack, as 1 or 0, whether the loss has a gradient there."""
-        found = torch.zeros_like(stack)
+    def _gradient(self, depth: int, like: Tensor) -> Tensor:
+        """Return the gradient of the loss by a stack."""
+        found = torch.zeros_like(like)
         for layer, part in zip(self.depths[depth], found, strict=True):
             places = {"weight": part[:, : layer.in_features], "bias": part[:, -1]}
             for name in self._names:
                 gradient = layer.get_parameter(name).grad
                 if gradient is not None:
-                    torch.ne(gradient, 0, out=places[name])
+                    places[name].copy_(gradient)
         return found
 
+    def current(self, depth: int) -> Tensor:
+        """Return the direction of a depth, ``(T, O, I)``."""
+        kept = self._stacks[depth]
+        direction = kept.direction if kept.held is None else kept.held
+        if direction is None:
+            raise RuntimeError("measure() comes first")
+        return direction
+
     def norms(self) -> Tensor:
-        """Return ``R_i`` when its factors were taken, float64 ``(L,)``, differentiable in alpha."""
-        norms, frobenius = self._norms()
-        return layer_norms(norms, self.weights.alpha(), frobenius)
+        """Return ``R_i`` at the last decomposition, float64 ``(L,)``, differentiable in alpha."""
+        return layer_norms(*self._norms(), self._frobenius_norms())
 
     def _norms(self) -> tuple[Tensor, Tensor]:
-        """Return the norms of the unfoldings, ``(L, S)``, and of the stacks, ``(L,)``."""
-        if self._table is None:
-            of_factors = [torch.stack([f.norm for f in self._of(depth)]) for depth in self.depths]
-            frobenius = [self._frobenius_norms[depth] for depth in self.depths]
-            self._table = torch.stack(of_factors), torch.stack(frobenius)
-        return self._table
+        """Return the norms of the unfoldings and alpha, ``(L, S)`` each."""
+        norms = [kept.norms for kept in self._stacks.values() if kept.norms is not None]
+        return torch.stack(norms), self.weights.alpha()
+
+    def _frobenius_norms(self) -> Tensor:
+        found = [self._frobenius * kept.frobenius for kept in self._stacks.values()]
+        return torch.tensor(found, dtype=torch.float64)
 
     def set_gradients_of_weights(self, scale: float) -> None:
         """Set the gradient of ``scale * sum_i w_i R_i`` by what the penalty's weights learn."""
-        self.weights.set_gradients(*self._norms(), scale=scale)
+        self.weights.set_gradients(self._norms()[0], self._frobenius_norms(), scale=scale)
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
-        """Yield each parameter, ``dR_i`` by it along the direction at hand, and ``w_i``."""
+        """Yield each parameter, ``dR_i`` by it along the current direction, and ``w_i``."""
         for (depth, layers), weight in zip(self.depths.items(), self._layer_weights, strict=True):
-            directions = self._new if depth in self._new else self._old
-            for layer, direction in zip(layers, directions[depth], strict=True):
+            for layer, direction in zip(layers, self.current(depth), strict=True):
                 yield layer.get_parameter("weight"), direction[:, : layer.in_features], weight
                 if "bias" in self._names:
                     yield layer.get_parameter("bias"), direction[:, layer.in_features], weight
 
-    def take_gaps(self) -> list[float] | None:
-        """Return the largest share of each layer's norm that was missed since the last call.
+    def pop_deviations(self) -> list[Deviation] | None:
+        """Return the largest deviations of each depth since the last call; None if some has none.
 
-        The largest of each unfolding, added up: as if they were at the same step. None if some
-        factor was not replaced.
+        Zeros with the exact method.
         """
-        if any(len(gaps) < len(ROWS) for gaps in self._largest_gaps.values()):
+        if self._refresh_every == 1:
+            return [Deviation(0.0, 0.0, 0.0)] * len(self.depths)
+        if any(depth not in self._largest for depth in self.depths):
             return None
-        found = [sum(gaps.values()) for gaps in self._largest_gaps.values()]
-        for gaps in self._largest_gaps.values():
-            gaps.clear()
+        found = [self._largest[depth] for depth in self.depths]
+        self._largest.clear()
         return found
+
+    def _follow_rank_0(self, *tensors: Tensor) -> None:
+        if dist.is_initialized():
+            _broadcast(tensors, next(iter(self.depths.values()))[0].weight.device)
+
+
+def _by_unfolding(
+    sides: Mapping[Modes, Sequence[int]], found: Mapping[Modes, Tensor]
+) -> list[Tensor]:
+    """Return what was found for each side in the order of the unfoldings."""
+    return [
+        found[side] for column in range(len(UNFOLDINGS)) for side in sides if column in sides[side]
+    ]
 
 
 def _broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:
@@ -418,7 +442,8 @@ def mean_distance(stack: Tensor) -> Tensor:
     >>> mean_distance(torch.ones(2, 3, 4))
     tensor(0.)
     """
-    pairs = combinations(stack.flatten(start_dim=1), 2)
+    scaled = (stack / largest_magnitude(stack)).flatten(start_dim=1)
+    pairs = combinations(scaled, 2)
     distances = torch.stack([torch.linalg.vector_norm(a - b) for a, b in pairs])
-    norm = torch.linalg.vector_norm(stack.flatten(start_dim=1), dim=1).mean()
+    norm = torch.linalg.vector_norm(scaled, dim=1).mean()
     return distances.mean() / norm

@@ -21,7 +21,11 @@ class PenaltyWeights(nn.Module):
 
     Args:
         layers: ``L``.
-        unfoldings: ``S``.
+        multiplicities: For each of the ``S`` norms that alpha weights, how many of the subsets of
+            eq. 2 have it; alpha starts proportional to that, and each subset learns at a rate of
+            its own. ``(1, 1, 1)`` for the distinct unfoldings; ``(2, 2, 2, 1)`` for all subsets: an
+            unfolding is that of a set of modes and of its complement, and the full set's is
+            ``||W||_F``.
         alpha: ``learned``, ``uniform``, or ``S`` fixed weights.
         alpha_sharing: One alpha ``per_layer``, or ``shared`` by all layers.
         layer_weighting: ``mean``; ``exponential_decay``, weights proportional to ``decay ** i``
@@ -34,7 +38,7 @@ class PenaltyWeights(nn.Module):
         self,
         *,
         layers: int,
-        unfoldings: int,
+        multiplicities: Sequence[int],
         alpha: str | Sequence[float],
         alpha_sharing: str,
         layer_weighting: str,
@@ -43,8 +47,12 @@ class PenaltyWeights(nn.Module):
         super().__init__()
         self._layers = layers
         rows = layers if alpha_sharing == "per_layer" else 1
-        self.alpha_logits = _zero_parameter(rows, unfoldings) if alpha == "learned" else None
-        fixed = [1 / unfoldings] * unfoldings if isinstance(alpha, str) else list(alpha)
+        self.subsets = len(multiplicities)
+        self.alpha_logits = _zero_parameter(rows, self.subsets) if alpha == "learned" else None
+        counts = torch.tensor(multiplicities, dtype=torch.float64)
+        self.register_buffer("multiplicities", counts, persistent=False)
+        fixed = (counts / counts.sum()).tolist() if isinstance(alpha, str) else list(alpha)
+        fixed += [0.0] * (self.subsets - len(fixed))
         fixed_alpha = torch.tensor([fixed], dtype=torch.float64)
         self.register_buffer("fixed_alpha", fixed_alpha, persistent=False)
 
@@ -59,7 +67,9 @@ class PenaltyWeights(nn.Module):
     def alpha(self) -> Tensor:
         """Return alpha, ``(L, S)``; rows sum to 1."""
         learned = self.alpha_logits
-        alpha = self.get_buffer("fixed_alpha") if learned is None else learned.softmax(dim=1)
+        if learned is None:
+            return self.get_buffer("fixed_alpha").expand(self._layers, -1)
+        alpha = (learned + self.get_buffer("multiplicities").log()).softmax(dim=1)
         return alpha.expand(self._layers, -1)
 
     def layer_weights(self, norms: Tensor) -> Tensor:
@@ -91,7 +101,8 @@ class PenaltyWeights(nn.Module):
         layer_weights = self.layer_weights(of_layers)
         if self.alpha_logits is not None:
             gradient = _through_softmax(alpha, scale * layer_weights.unsqueeze(1) * norms)
-            self.alpha_logits.grad = gradient.sum_to_size(self.alpha_logits.shape)
+            of_each = gradient / self.get_buffer("multiplicities")
+            self.alpha_logits.grad = of_each.sum_to_size(self.alpha_logits.shape)
         if self.layer_logits is not None:
             self.layer_logits.grad = _through_softmax(layer_weights, scale * of_layers)
             if self.gate is not None:
