@@ -654,10 +654,17 @@ def _build(config: Any, schema: Schema) -> None:
     MultiTaskModule(network, schema=schema, optimizer=optimizer).configure_optimizers()
     labels = np.array([[0, 0], [1, 0], [1, 1]], np.uint8)
     folder = Path(config.output_dir)
-    make_callbacks(config.monitor, config.patience, folder, schema=schema, validation_labels=labels)
+    make_callbacks(
+        config.monitor,
+        config.patience,
+        folder,
+        stop=config.stop,
+        schema=schema,
+        validation_labels=labels,
+    )
     ResumePoint(folder, "cell", config.trainer[CHECKPOINTS])
     settings = OmegaConf.to_container(config, resolve=True)
-    logger = make_logger(config.logger, settings, "checksum")
+    logger = make_logger(config.logger, settings, "checksum", ["seed"])
     instantiate(keys_of_lightning(config.trainer), logger=logger, enable_progress_bar=False)
 
 

@@ -15,6 +15,7 @@ from mtnrec.cell import (
     cell_of,
     claim,
     folder_name,
+    keys_of_seed,
     report_progress,
     resolve_settings,
     state_of,
@@ -55,10 +56,37 @@ def test_every_setting_and_content_of_the_data_set_makes_a_cell_of_its_own(cell)
         cell("model.embedding_dim", 64),
         cell("data.split_seed", 1),
         cell("patience", 4),
+        cell("stop", "patience"),
+        cell("task_loss", "mean"),
         cell(checksum="abd"),
     ]
 
     assert len(set(cells)) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        ([], []),
+        (["noise.seed=${seed}"], ["noise.seed"]),
+        (["data.split_seed=${seed}"], ["data.split_seed"]),
+        (["repeats=seed_split_noise"], ["data.split_seed", "noise.seed"]),
+        (["repeats=seed_split_noise", "noise.seed=7"], ["data.split_seed"]),
+    ],
+)
+def test_the_keys_that_change_with_the_seed_are_found(overrides, keys, compose_config):
+    config = compose_config("seed=3", *overrides)
+
+    assert keys_of_seed(config) == sorted(["seed", "data.seed", *keys])
+    assert config.seed == 3
+
+
+def test_repeats_draw_the_seed_alone_or_the_validation_rows_and_the_noise_as_well(compose_config):
+    alone = compose_config("seed=3")
+    all_drawn = compose_config("seed=3", "repeats=seed_split_noise")
+
+    assert (alone.data.split_seed, alone.noise.seed) == (0, 0)
+    assert (all_drawn.data.split_seed, all_drawn.noise.seed) == (3, 3)
 
 
 def test_a_cell_does_not_depend_on_the_order_of_the_keys(compose_config):

@@ -19,7 +19,8 @@ PLAIN = {"embedding_dim": 4, "bag_mode": "mean", "dropout": 0.0, "batch_norm": F
 
 def make_network(schema):
     torch.manual_seed(0)
-    return MMoE(schema, experts=3, expert_widths=[7, 6], tower_widths=[4], **PLAIN)
+    keys = {**PLAIN, "embedding_init": "per_field"}
+    return MMoE(schema, experts=3, expert_widths=[7, 6], tower_widths=[4], **keys)
 
 
 def scipy_distances(outputs):

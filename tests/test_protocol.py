@@ -2,19 +2,22 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from mtnrec.checks import InputError
-from mtnrec.protocol import make_callbacks, monitor_mode
+from mtnrec.protocol import StopAfterDecreases, make_callbacks, monitor_mode
 from mtnrec.schema import Schema
 
 INDEPENDENT = Schema((), ("price",), ("like", "share"), funnel=False)
 BOTH_CLASSES = [[0, 0], [1, 0], [1, 1]]
 
 
-def callbacks(schema, labels, directory, monitor="val/cvr_auc", patience=3):
+def callbacks(schema, labels, directory, monitor="val/cvr_auc", patience=3, stop="patience"):
     labels = np.array(labels, np.uint8).reshape(-1, 2)
-    return make_callbacks(monitor, patience, directory, schema=schema, validation_labels=labels)
+    return make_callbacks(
+        monitor, patience, directory, stop=stop, schema=schema, validation_labels=labels
+    )
 
 
 def test_a_monitor_on_the_test_set_is_refused_and_its_twin_on_validation_named(funnel_schema):
@@ -63,6 +66,52 @@ def test_the_best_epoch_is_kept_in_the_folder_of_the_run(funnel_schema, tmp_path
     assert best.format_checkpoint_name({}) == str(tmp_path / "checkpoints" / "best.ckpt")
     assert best.save_top_k == 1
     assert stopping.patience == 7
+
+
+def stopped_at(stopping, curve):
+    """The epoch after which a training with these values of the monitor stops, or None."""
+    for epoch, value in enumerate(curve):
+        if stopping._evaluate_stopping_criteria(torch.tensor(value))[0]:
+            return epoch
+    return None
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_the_papers_rule_stops_after_three_decreases_in_a_row(mode):
+    rng = np.random.default_rng(0)
+    sign = 1 if mode == "max" else -1
+    for _ in range(200):
+        curve = sign * rng.integers(0, 6, 25) / 6  # ties are no decreases
+        falls = "".join("01"[int(sign * step < 0)] for step in np.diff(curve))
+        expected = falls.find("111") + 3 if "111" in falls else None
+
+        stopping = StopAfterDecreases("val/cvr_auc", patience=3, mode=mode)
+
+        assert stopped_at(stopping, curve) == expected
+
+
+def test_the_papers_rule_goes_on_where_patience_ends():
+    jumping = [0.7, 0.6, 0.65, 0.6, 0.65, 0.64, 0.63, 0.62, 0.61]
+
+    assert stopped_at(StopAfterDecreases("val/cvr_auc", patience=3, mode="max"), jumping) == 7
+    falling = [0.5, 0.8, 0.7, 0.6, 0.55, 0.5]
+    assert stopped_at(StopAfterDecreases("val/cvr_auc", patience=3, mode="max"), falling) == 4
+
+
+def test_the_papers_rule_goes_on_from_a_checkpoint_where_it_was():
+    curve = [0.7, 0.6, 0.5, 0.4]
+    first = StopAfterDecreases("val/cvr_auc", patience=3, mode="max")
+    assert stopped_at(first, curve[:3]) is None
+
+    second = StopAfterDecreases("val/cvr_auc", patience=3, mode="max")
+    second.load_state_dict(first.state_dict())
+
+    assert stopped_at(second, curve[3:]) == 0
+
+
+def test_a_rule_that_does_not_exist_is_refused(funnel_schema, tmp_path):
+    with pytest.raises(InputError, match="stop must be one of patience, decreased; got 'early'"):
+        callbacks(funnel_schema, BOTH_CLASSES, tmp_path, stop="early")
 
 
 @pytest.mark.parametrize("patience", [0, -1, 1.5, True])

@@ -18,6 +18,8 @@ RUN = [
     "model.dropout=0.3",
     "mtn.enabled=true",
     "trainer.max_epochs=9",
+    "model.embedding_init=per_field",
+    "stop=patience",
     "patience=2",
 ]
 

@@ -11,6 +11,7 @@ import wandb
 from omegaconf import OmegaConf
 from wandb.proto.wandb_internal_pb2 import Record
 
+from mtnrec.cell import keys_of_seed
 from mtnrec.record import RunRecorder
 from mtnrec.tracking import make_logger, run_labels, tables_of
 
@@ -22,7 +23,8 @@ LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
 def labels(compose_config):
     def make(*overrides, checksum="1"):
         config = compose_config("output_dir=out", *overrides)
-        return run_labels(OmegaConf.to_container(config, resolve=True), checksum)
+        resolved = OmegaConf.to_container(config, resolve=True)
+        return run_labels(resolved, checksum, keys_of_seed(config))
 
     return make
 
@@ -32,6 +34,16 @@ def test_seed_and_what_means_nothing_leave_the_arm_as_it_is(labels):
 
     for override in ("seed=3", "mtn.lam=1", "noise.seed=4", "output_dir=other", "data.dir=there"):
         assert labels(override)["group"] == group
+
+
+@pytest.mark.parametrize(
+    "override", ["repeats=seed_split_noise", "noise.seed=${seed}", "data.split_seed=${seed}"]
+)
+def test_what_is_drawn_from_the_seed_leaves_the_arm_as_it_is(override, labels):
+    groups = {labels("noise.proportion=0.1", override, f"seed={n}")["group"] for n in range(3)}
+
+    assert len(groups) == 1
+    assert groups != {labels("noise.proportion=0.1")["group"]} or "repeats" not in override
 
 
 def test_what_determines_a_result_makes_another_arm(labels):
@@ -61,7 +73,7 @@ def test_a_name_of_ones_own_is_kept_and_tags_are_added(compose_config, tmp_path)
         "logger=wandb", f"output_dir={tmp_path}", "logger.name=mine", "logger.tags=[pilot]"
     )
 
-    logger = make_logger(config.logger, OmegaConf.to_container(config, resolve=True), "1")
+    logger = make_logger(config.logger, OmegaConf.to_container(config, resolve=True), "1", ["seed"])
 
     assert logger.name == "mtnrec"  # Lightning's is the project's
     assert logger._wandb_init["name"] == "mine"

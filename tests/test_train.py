@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import re
 
@@ -20,6 +21,7 @@ MODELS = ["shared_bottom", "esmm", "mmoe"]
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
 # MTN acts, and the best epoch is neither the first nor the last.
 OVERFIT = ["mtn.enabled=true", "trainer.max_epochs=4", "optimizer.lr=0.03", "data.batch_size=128"]
+OVERFIT += ["model.embedding_init=per_field"]
 
 
 def read_record(folder):
@@ -216,10 +218,59 @@ def test_bf16_keeps_the_weights_in_float32(train):
 
 
 def test_training_stops_when_patience_is_out(train):
-    folder = train(*LOG, "optimizer.lr=0.0", "patience=2", "trainer.max_epochs=9")
+    folder = train(*LOG, "optimizer.lr=0.0", "stop=patience", "patience=2", "trainer.max_epochs=9")
 
     assert list(read_csv(folder)["val/cvr_auc"]) == [0, 1, 2]
     assert read_record(folder)["best_epoch"] == 0
+
+
+def test_training_stops_when_the_monitor_decreased_as_often_as_patience_says(train):
+    folder = train(*LOG, "optimizer.lr=0.03", "patience=2", "trainer.max_epochs=30")
+
+    record = read_record(folder)
+    curve = [epoch["val/cvr_auc"] for epoch in record["history"]]
+    falls = [b < a for a, b in itertools.pairwise(curve)]
+    pairs = [all(pair) for pair in itertools.pairwise(falls)]
+    assert 3 <= len(curve) < 30
+    assert pairs.index(True) == len(pairs) - 1
+    assert record["best_epoch"] == int(np.argmax(curve))
+
+
+def test_repeats_may_draw_validation_rows_and_noise_anew(train):
+    keys = [*LOG, "noise.proportion=0.2", "trainer.max_epochs=1"]
+    seeds = [read_record(train(*keys, f"seed={seed}")) for seed in (1, 2)]
+    all_drawn = [
+        read_record(train(*keys, "repeats=seed_split_noise", f"seed={seed}")) for seed in (1, 2)
+    ]
+
+    assert len({record["noise"]["checksum"] for record in seeds}) == 1
+    assert len({record["noise"]["checksum"] for record in all_drawn}) == 2
+    assert {tuple(record["keys_of_seed"]) for record in all_drawn} == {
+        ("data.seed", "data.split_seed", "noise.seed", "seed")
+    }
+    positives = [record["counts"]["val/ctr"]["positives"] for record in all_drawn]
+    assert positives[0] != positives[1]
+    assert seeds[0]["counts"]["val/ctr"] == seeds[1]["counts"]["val/ctr"]
+
+
+def test_repeats_that_draw_anew_beside_a_fixed_seed_are_refused(train):
+    message = (
+        "repeats=seed_split_noise draws the validation rows and the noise anew for each seed, so "
+        "noise.seed must be the seed 0, got 5: leave noise.seed out, or set repeats=seed"
+    )
+
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        train(*LOG, "repeats=seed_split_noise", "noise.seed=5")
+
+
+def test_the_mean_of_the_tasks_losses_is_half_their_sum(train):
+    keys = [*LOG, "optimizer.lr=0.0", "trainer.max_epochs=1"]
+    losses = [
+        read_record(train(*keys, f"task_loss={kind}"))["history"][0]["train/loss"]
+        for kind in ("sum", "mean")
+    ]
+
+    assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-6)
 
 
 def test_mtn_is_logged_each_epoch_when_it_acts(run, plain_run):

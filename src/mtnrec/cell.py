@@ -1,5 +1,6 @@
 """A cell of a sweep: what determines its result, its folder, and what has become of it."""
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mtnrec.checks import InputError
 from mtnrec.config import find_input_error
@@ -118,6 +119,19 @@ def resolve_settings(config: DictConfig) -> dict[str, Any]:
         for key in config
         if key not in ("hydra", "output_dir", "logger")
     }
+
+
+def keys_of_seed(config: DictConfig) -> list[str]:
+    """Return the dotted keys of a config that change with the seed, the seed among them.
+
+    They are no settings of an arm: ``noise.seed=${seed}`` makes each repeat meet noise of its own,
+    and the repeats remain repeats of one another.
+    """
+    other = copy.deepcopy(config)
+    with open_dict(other):
+        other.seed = int(config.seed) + 1
+    one, two = (dict(flatten(resolve_settings(c))) for c in (config, other))
+    return sorted(key for key, value in one.items() if two[key] != value)
 
 
 def _folder_of_config(_root_: DictConfig) -> str:

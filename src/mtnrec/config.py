@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from lightning_utilities.core.rank_zero import rank_zero_only
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich import get_console
 from rich.logging import RichHandler
@@ -24,6 +24,15 @@ from mtnrec.checks import InputError
 _package = Path(__file__).resolve().parent
 _packaged = _package / "conf"  # there only in an installed wheel; see pyproject's force-include
 CONF_DIR = _packaged if _packaged.is_dir() else _package.parents[1] / "conf"
+
+
+def _seed_of_repeat(_root_: DictConfig) -> int:
+    """Return the seed of the validation rows and of the noise."""
+    is_drawn = OmegaConf.select(_root_, "repeats") == "seed_split_noise"
+    return int(_root_.seed) if is_drawn else 0
+
+
+OmegaConf.register_new_resolver("seed_of_repeat", _seed_of_repeat, replace=True)
 
 
 @dataclass
@@ -40,7 +49,11 @@ class Train:
         logger: Where metrics go.
         seed: Seed of the initial weights and of the order of the rows.
         monitor: Validation metric that chooses the epoch and stops the training.
-        patience: Epochs without a better ``monitor`` after which training stops.
+        stop: Rule that ends the training: ``patience`` or ``decreased``.
+        patience: Epochs in a row, without a better ``monitor`` than the best or each with a worse
+            one than the epoch before, after which training stops.
+        task_loss: ``sum`` or ``mean`` of the labels' cross entropies.
+        repeats: What another seed draws anew: ``seed`` or ``seed_split_noise``.
         resume: Whether a finished run is kept, and an interrupted one goes on where it was.
         threads: Of this process; None leaves it to torch.
         data_root: Folder of the prepared data sets.
@@ -56,7 +69,10 @@ class Train:
     logger: Any = MISSING
     seed: int = 0
     monitor: str = MISSING
+    stop: str = MISSING
     patience: int = MISSING
+    task_loss: str = MISSING
+    repeats: str = MISSING
     resume: bool = True
     threads: int | None = None
     data_root: str = MISSING

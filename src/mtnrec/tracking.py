@@ -29,7 +29,9 @@ _logger = logging.getLogger(__name__)
 _OF_AN_UNFOLDING = re.compile(r"mtn/layer_(\d+)/alpha_(\w+)")
 
 
-def make_logger(node: DictConfig, config: Mapping[str, Any], checksum: str) -> Logger:
+def make_logger(
+    node: DictConfig, config: Mapping[str, Any], checksum: str, of_seed: Sequence[str]
+) -> Logger:
     """Build the logger, and name, group and tag its run where the config leaves that open.
 
     Args:
@@ -37,8 +39,9 @@ def make_logger(node: DictConfig, config: Mapping[str, Any], checksum: str) -> L
             and W&B's ``resume`` is null where the run is to start anew.
         config: The resolved config.
         checksum: Of the data set.
+        of_seed: Keys of the config that change with the seed.
     """
-    labels = run_labels(config, checksum)
+    labels = run_labels(config, checksum, of_seed)
     filled = {key: labels[key] for key in ("name", "group") if key in node and node[key] is None}
     if "resume" in node and not config["resume"]:
         filled["resume"] = None
@@ -52,16 +55,26 @@ def _experiment() -> list[str]:
     return [choices["experiment"]] if choices.get("experiment") else []
 
 
-def run_labels(config: Mapping[str, Any], checksum: str) -> dict[str, Any]:
+def run_labels(config: Mapping[str, Any], checksum: str, of_seed: Sequence[str]) -> dict[str, Any]:
     """Return ``group``, the same for every seed of an arm, ``name`` and ``tags`` of a run."""
     settings = shown_settings(config)
-    arm = {**config, "seed": None, "data": {**config["data"], "seed": None}}
+    arm = _without(config, of_seed)
     mtn, proportion = settings["mtn"], settings["noise"]["proportion"]
     words = [str(settings["data"]), settings["model"], "mtn" if mtn["enabled"] else "baseline"]
     noise = f"noise_{proportion:g}" if proportion else "clean"
     strength = [f"lam={mtn['lam']:g}"] if mtn["enabled"] else []
     group = " ".join([*words, *strength, noise, cell_of(arm, checksum)[:8]])
     return {"group": group, "name": f"{group} seed={config['seed']}", "tags": [*words, noise]}
+
+
+def _without(config: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings with null in the place of the leaves that dotted keys name."""
+    return {
+        key: _without(value, keys, f"{prefix}{key}.")
+        if isinstance(value, Mapping)
+        else (None if f"{prefix}{key}" in keys else value)
+        for key, value in config.items()
+    }
 
 
 def shown_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,10 +29,11 @@ from mtnrec.cell import (
     claim,
     find_record,
     keys_of_lightning,
+    keys_of_seed,
     recording_failure,
 )
 from mtnrec.checkpoint import WholeCheckpointIO
-from mtnrec.checks import InputError, check_flag, check_integer
+from mtnrec.checks import InputError, check_choice, check_flag, check_integer
 from mtnrec.config import (
     command_of_job,
     entry_point,
@@ -49,7 +50,7 @@ from mtnrec.machine import compute_fast
 from mtnrec.metric.task_metrics import bayes_aucs
 from mtnrec.model.module import MultiTaskModule
 from mtnrec.network import make_network
-from mtnrec.protocol import make_callbacks
+from mtnrec.protocol import STOPS, make_callbacks
 from mtnrec.record import (
     RunRecorder,
     closing_table,
@@ -114,14 +115,21 @@ def _run(
     # In two steps, since Hydra would take the schema, a dataclass, for a part of the config.
     model = instantiate(cfg.model, _partial_=True, _convert_="all")
     network = make_network(partial(model, schema=schema))
-    module = MultiTaskModule(network, schema=schema, optimizer=instantiate(cfg.optimizer))
+    optimizer = instantiate(cfg.optimizer)
+    module = MultiTaskModule(network, schema=schema, optimizer=optimizer, task_loss=cfg.task_loss)
     module.card = make_card(config["model"], datamodule.manifest, datamodule.dir)
 
     validation_labels = datamodule.column("val", "labels")
     checkpoint, followers = make_callbacks(
-        cfg.monitor, cfg.patience, output_dir, schema=schema, validation_labels=validation_labels
+        cfg.monitor,
+        cfg.patience,
+        output_dir,
+        stop=cfg.stop,
+        schema=schema,
+        validation_labels=validation_labels,
     )
     cell = cell_of(config, datamodule.manifest.checksum)
+    of_seed = keys_of_seed(cfg)
     resume_point = ResumePoint(output_dir, cell, cfg.trainer[CHECKPOINTS])
     divergence = Divergence()
     experts = ExpertDistances()
@@ -130,7 +138,7 @@ def _run(
         keys_of_lightning(cfg.trainer),
         callbacks=[*callbacks, RichProgressBar(_DRAWS_A_SECOND)] if has_the_screen() else callbacks,
         enable_progress_bar=has_the_screen(),
-        logger=make_logger(cfg.logger, config, datamodule.manifest.checksum),
+        logger=make_logger(cfg.logger, config, datamodule.manifest.checksum, of_seed),
         default_root_dir=output_dir,
     )
     trainer.strategy.checkpoint_io = WholeCheckpointIO()
@@ -158,6 +166,7 @@ def _run(
         "status": "finished",
         "cell": cell,
         "seed": cfg.seed,
+        "keys_of_seed": of_seed,
         "config": config,
         "versions": versions(),
         "data": {
@@ -199,10 +208,27 @@ def check_settings(cfg: DictConfig) -> None:
         InputError: If a value is out of its range.
     """
     check_flag("resume", cfg.resume)
+    check_choice("stop", cfg.stop, STOPS)
+    check_choice("task_loss", cfg.task_loss, ["sum", "mean"])
+    _check_repeats(cfg)
     check_integer("seed", cfg.seed, minimum=0, maximum=_LARGEST_SEED)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=1)
     if cfg.threads is not None:
         check_integer("threads", cfg.threads, minimum=1, maximum=_MOST_THREADS)
+
+
+def _check_repeats(cfg: DictConfig) -> None:
+    check_choice("repeats", cfg.repeats, ["seed", "seed_split_noise"])
+    if cfg.repeats == "seed":
+        return
+    for key in ("data.split_seed", "noise.seed"):
+        value = OmegaConf.select(cfg, key)
+        if value != cfg.seed:
+            raise InputError(
+                f"repeats=seed_split_noise draws the validation rows and the noise anew for each "
+                f"seed, so {key} must be the seed {cfg.seed}, got {value}: leave {key} out, or set "
+                "repeats=seed"
+            )
 
 
 def _bayes_aucs(datamodule: Any) -> dict[str, float]:

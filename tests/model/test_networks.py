@@ -5,10 +5,12 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from mtnrec.batch import Batch
 from mtnrec.checks import InputError
 from mtnrec.model.esmm import ESMM
+from mtnrec.model.layer import FeatureInput
 from mtnrec.model.mmoe import MMoE
 from mtnrec.model.module import cross_entropies
 from mtnrec.model.shared_bottom import SharedBottom
@@ -371,3 +373,45 @@ def test_scoring_needs_no_labels(funnel_schema, make_batch):
     network = BUILD["esmm"](funnel_schema, **PLAIN)
 
     assert torch.equal(network(unlabelled).positive, network(batch).positive)
+
+
+SIZES = [3, 50, 1200]
+CATEGORICAL = Schema(
+    tuple(CategoricalField(f"f{n}", size) for n, size in enumerate(SIZES)),
+    (),
+    ("click", "conversion"),
+    funnel=True,
+)
+
+
+def made_vectors(**keys):
+    torch.manual_seed(0)
+    return [table.weight.detach() for table in FeatureInput(CATEGORICAL, 16, "mean", **keys).tables]
+
+
+def test_embeddings_start_as_rows_of_one_table_of_all_fields_do():
+    torch.manual_seed(1)
+    joint = nn.init.xavier_uniform_(torch.empty(sum(SIZES), 16))  # MTReclib's
+
+    found = made_vectors()
+
+    for vectors in found:
+        assert vectors[1:].abs().max() <= joint.abs().max() * 1.001
+        assert torch.equal(vectors[0], torch.zeros(16))  # missing or unseen
+    for vectors in found[1:]:
+        assert vectors[1:].std().item() == pytest.approx(joint.std().item(), rel=0.05)
+
+
+def test_embeddings_may_start_as_a_table_for_each_field_does():
+    torch.manual_seed(0)
+    tables = [nn.Embedding(size, 16) for size in SIZES]  # their constructors draw as well
+    expected = [nn.init.xavier_uniform_(table.weight).detach() for table in tables]
+
+    for vectors, table in zip(made_vectors(embedding_init="per_field"), expected, strict=True):
+        assert torch.equal(vectors[1:], table[1:])
+
+
+def test_an_unknown_start_of_the_embeddings_is_refused():
+    message = "model.embedding_init must be one of joint, per_field; got 'large'"
+    with pytest.raises(InputError, match=message):
+        FeatureInput(CATEGORICAL, 16, "mean", "large")

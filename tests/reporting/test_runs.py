@@ -222,6 +222,33 @@ def test_unlike_noise_under_the_same_settings_is_refused(tmp_path, write_run):
         settings_table(read_runs(tmp_path))
 
 
+def test_what_is_drawn_from_the_seed_is_no_setting_of_an_arm(tmp_path, write_run):
+    of_seed = ["data.seed", "data.split_seed", "noise.seed", "seed"]
+    for mtn in (False, True):
+        for seed in range(3):
+            drawn = {"noise.seed": seed, "data.split_seed": seed}
+            name = f"{mtn}-{seed}"
+            folder = write_run(tmp_path, name, noise=0.1, mtn=mtn, seed=seed, **drawn)
+            edit(folder, lambda record: record.update(keys_of_seed=of_seed))
+
+    table = arms(tmp_path)
+
+    assert table.groupby("variant")["arm"].nunique().to_dict() == {"": 1, "+MTN": 1}
+    assert table["baseline"].nunique() == 1
+    assert set(table["model"]) == {"MMoE"}
+
+
+def test_one_seed_has_one_noise_also_where_it_is_drawn_from_the_seed(tmp_path, write_run):
+    of_seed = ["data.seed", "noise.seed", "seed"]
+    for name, mtn in (("a", False), ("b", True)):
+        folder = write_run(tmp_path, name, noise=0.1, mtn=mtn, seed=1, **{"noise.seed": 1})
+        edit(folder, lambda record: record.update(keys_of_seed=of_seed))
+    edit(folder, lambda record: record["noise"].update(checksum="0" * 64))
+
+    with pytest.raises(InputError, match="a and b have the same noise settings, but saw unlike"):
+        settings_table(read_runs(tmp_path))
+
+
 def test_settings_of_mtn_are_missing_where_it_is_off(tmp_path, write_run):
     write_run(tmp_path, "off")
     write_run(tmp_path, "on", mtn={"refresh_every": 4})

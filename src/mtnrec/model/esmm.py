@@ -25,6 +25,8 @@ class ESMM(nn.Module):
         schema: Fields and labels of the data, which must be a funnel.
         embedding_dim: ``D``, or one by field as in :class:`~mtnrec.model.layer.FeatureInput`.
         bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
+        embedding_init: ``joint`` or ``per_field``, as in
+            :class:`~mtnrec.model.layer.FeatureInput`.
         tower_widths: Outputs of each tower's hidden layers; they hold the widths of what other
             models call bottom and tower.
         dropout: In [0, 1); the paper uses 0.
@@ -42,6 +44,7 @@ class ESMM(nn.Module):
         *,
         embedding_dim: int | Mapping[Any, int],
         bag_mode: str,
+        embedding_init: str = "joint",
         tower_widths: Sequence[int],
         dropout: float,
         batch_norm: bool,
@@ -54,7 +57,7 @@ class ESMM(nn.Module):
                 "model=mmoe"
             )
         check_sizes(dropout=dropout, batch_norm=batch_norm, tower_widths=tower_widths)
-        self.input = FeatureInput(schema, embedding_dim, bag_mode)
+        self.input = FeatureInput(schema, embedding_dim, bag_mode, embedding_init)
         self.towers = ParallelMLPs(
             len(schema.labels),
             self.input.out_features,

@@ -1,6 +1,7 @@
 """The layers that the networks share, and label probabilities in log space."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,14 +35,28 @@ class FeatureInput(nn.Module):
         embedding_dim: ``D``; one for all, or one for each field that it names and, for the other
             fields and the numerical features, a ``default``.
         bag_mode: ``mean``, the weighted mean of the tokens' vectors, or ``sum``.
+        embedding_init: Xavier's uniform distribution for the vectors, with bounds as for ``joint``,
+            one table of all fields (``sqrt(6 / (N + D))``, ``N`` the values of all fields), as in
+            MTReclib, whose settings the paper uses; or ``per_field``, a table for each
+            (``sqrt(6 / (N_f + D))``), where the vectors of a field of few values start up to a
+            hundred times larger.
+
+    Row 0 of each table, which stands for missing and unseen values, starts at zero: it is rare in
+    training or does not occur at all, so a random start would add noise to every row that has it.
+    MTReclib has no such row.
     """
 
     def __init__(
-        self, schema: Schema, embedding_dim: int | Mapping[Any, int], bag_mode: str
+        self,
+        schema: Schema,
+        embedding_dim: int | Mapping[Any, int],
+        bag_mode: str,
+        embedding_init: str = "joint",
     ) -> None:
         super().__init__()
         widths, default = _widths(schema, embedding_dim)
         check_choice("model.bag_mode", bag_mode, ["mean", "sum"])
+        check_choice("model.embedding_init", embedding_init, ["joint", "per_field"])
         if not schema.categorical and not schema.multivalued and not schema.numerical:
             raise InputError("the data set has no features: a model needs at least one")
         self.tables, self.bag_tables = (
@@ -50,10 +65,13 @@ class FeatureInput(nn.Module):
         )
         self._bag_mode = bag_mode
         tables = [*_embeddings(self.tables), *_embeddings(self.bag_tables)]
+        values = sum(table.num_embeddings for table in tables)
         for table in tables:
-            nn.init.xavier_uniform_(table.weight)
+            rows = values if embedding_init == "joint" else table.num_embeddings
+            bound = math.sqrt(6 / (rows + table.embedding_dim))
+            nn.init.uniform_(table.weight, -bound, bound)
             with torch.no_grad():
-                table.weight[0] = 0  # missing or unseen: rare in training, so start it neutral
+                table.weight[0] = 0
         self.numerical = nn.Linear(len(schema.numerical), default) if schema.numerical else None
         self._widths = [table.embedding_dim for table in tables]
         if self.numerical is not None:

@@ -28,6 +28,8 @@ class MMoE(nn.Module):
         schema: Fields and labels of the data; one gate and one tower a label.
         embedding_dim: ``D``, or one by field as in :class:`~mtnrec.model.layer.FeatureInput`.
         bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
+        embedding_init: ``joint`` or ``per_field``, as in
+            :class:`~mtnrec.model.layer.FeatureInput`.
         experts: ``E``.
         expert_widths: Outputs of each expert's layers.
         tower_widths: Outputs of each tower's hidden layers.
@@ -43,6 +45,7 @@ class MMoE(nn.Module):
         *,
         embedding_dim: int | Mapping[Any, int],
         bag_mode: str,
+        embedding_init: str = "joint",
         experts: int,
         expert_widths: Sequence[int],
         tower_widths: Sequence[int],
@@ -57,7 +60,7 @@ class MMoE(nn.Module):
             expert_widths=expert_widths,
             tower_widths=tower_widths,
         )
-        self.input = FeatureInput(schema, embedding_dim, bag_mode)
+        self.input = FeatureInput(schema, embedding_dim, bag_mode, embedding_init)
         width = self.input.out_features
         self.experts = ParallelMLPs(
             experts, width, expert_widths, dropout=dropout, batch_norm=batch_norm

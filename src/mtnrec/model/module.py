@@ -12,7 +12,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from mtnrec.batch import Batch, LogProbabilities
-from mtnrec.checks import InputError
+from mtnrec.checks import InputError, check_choice
 from mtnrec.metric.task_metrics import TaskMetrics
 from mtnrec.model.layer import FeatureInput
 from mtnrec.model.replay import Replay, can_be_replayed
@@ -33,12 +33,12 @@ def cross_entropies(output: LogProbabilities, labels: Tensor) -> Tensor:
 
 
 class MultiTaskModule(L.LightningModule):
-    """Trains a network on the sum of its labels' cross entropies.
+    """Trains a network on the sum, or the mean, of its labels' cross entropies.
 
-    Each epoch logs ``train/loss`` (without any penalty) and ``val/task_metric``; the test logs
-    ``test/task_metric``. ``results`` keeps the last values of each split in full precision, and
-    ``calibration_curves`` the columns of each task's curve after a test, as ``test/task``. Every
-    checkpoint carries ``card``, what it says of the model.
+    Each epoch logs ``train/loss`` (what is trained, without any penalty) and ``val/task_metric``;
+    the test logs ``test/task_metric``. ``results`` keeps the last values of each split in full
+    precision, and ``calibration_curves`` the columns of each task's curve after a test, as
+    ``test/task``. Every checkpoint carries ``card``, what it says of the model.
 
     No checkpoint is written from weights that are not finite.
 
@@ -49,6 +49,11 @@ class MultiTaskModule(L.LightningModule):
             Where it is ``replayable``, a GPU may record its passes.
         schema: Fields and labels of the data.
         optimizer: Makes the optimiser from the parameters.
+        task_loss: ``sum``, as in eq. 5, or ``mean``, as in MTReclib: beside it the same ``lambda``
+            weighs as much as ``lambda * T`` beside the sum.
+
+    Raises:
+        InputError: If ``task_loss`` is neither.
     """
 
     def __init__(
@@ -57,9 +62,12 @@ class MultiTaskModule(L.LightningModule):
         *,
         schema: Schema,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        task_loss: str = "sum",
     ) -> None:
         super().__init__()
+        check_choice("task_loss", task_loss, ["sum", "mean"])
         self.network = network
+        self._task_loss = task_loss
         self._optimizer = optimizer
         self.val_metrics = TaskMetrics(schema)
         self.test_metrics = TaskMetrics(schema)
@@ -84,7 +92,8 @@ class MultiTaskModule(L.LightningModule):
         return loss
 
     def _loss(self, batch: Batch) -> Tensor:
-        return cross_entropies(self(batch), _labels_of(batch)).sum()
+        losses = cross_entropies(self(batch), _labels_of(batch))
+        return losses.sum() if self._task_loss == "sum" else losses.mean()
 
     def on_train_start(self) -> None:
         replays = self.trainer.accumulate_grad_batches == 1 and can_be_replayed(self.network)

@@ -25,6 +25,8 @@ class SharedBottom(nn.Module):
         schema: Fields and labels of the data; one tower a label.
         embedding_dim: ``D``, or one by field as in :class:`~mtnrec.model.layer.FeatureInput`.
         bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
+        embedding_init: ``joint`` or ``per_field``, as in
+            :class:`~mtnrec.model.layer.FeatureInput`.
         bottom_widths: Outputs of the bottom's layers.
         tower_widths: Outputs of each tower's hidden layers.
         dropout: In [0, 1); the paper uses 0.
@@ -39,6 +41,7 @@ class SharedBottom(nn.Module):
         *,
         embedding_dim: int | Mapping[Any, int],
         bag_mode: str,
+        embedding_init: str = "joint",
         bottom_widths: Sequence[int],
         tower_widths: Sequence[int],
         dropout: float,
@@ -51,7 +54,7 @@ class SharedBottom(nn.Module):
             bottom_widths=bottom_widths,
             tower_widths=tower_widths,
         )
-        self.input = FeatureInput(schema, embedding_dim, bag_mode)
+        self.input = FeatureInput(schema, embedding_dim, bag_mode, embedding_init)
         self.bottom = MLP(
             self.input.out_features, bottom_widths, dropout=dropout, batch_norm=batch_norm
         )

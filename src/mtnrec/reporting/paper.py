@@ -4,7 +4,7 @@ import pandas as pd
 
 PAPER_PROTOCOL = (
     "Paper: mean of 10 runs; 20 % of the training rows validate; the epoch and the stop are chosen "
-    "by the validation CVR AUC, patience 3."
+    "by the validation CVR AUC: stopped when it decreased for 3 consecutive epochs."
 )
 TABLE_2_REMARK = (
     "The second table is scrambled in the copy of the paper that was read: the rows of ESMM and "

@@ -1,8 +1,9 @@
 """Finished runs as tables: one row a run, a metric or an epoch.
 
-An *arm* is all the runs that differ in nothing but their seed. The *baseline* of an arm is the arm
-with the same settings and no MTN; MTN arms and their baseline share its hash. The columns ``data``,
-``model``, ``variant`` and ``noise`` together tell every two arms apart.
+An *arm* is all the runs that differ in nothing but their seed and what follows from it (the record
+names those keys). The *baseline* of an arm is the arm with the same settings and no MTN; MTN arms
+and their baseline share its hash. The columns ``data``, ``model``, ``variant`` and ``noise``
+together tell every two arms apart.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from mtnrec.cell import FAILURE_FILE, RECORD_FILE, RUNNING_FILE, flatten, settin
 from mtnrec.checks import InputError
 from mtnrec.files import read_json
 
-_NOT_OF_THE_ARM = ("seed", "data.seed")
+_KEYS_OF_SEED = ("seed", "data.seed")  # of records that do not name them
 _MODEL_NAMES = {"SharedBottom": "Shared-bottom"}  # the paper's, where they are not the class's
 _MTN_NUMBERS = ("lam", "refresh_every")
 _MTN_TEXTS = ("target", "layers", "alpha", "alpha_sharing", "layer_weighting", "coupling")
@@ -250,7 +251,8 @@ def _reason(folder: Path) -> str:
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what determines the result but the seed, by dotted key."""
     settings = flatten(settings_of(record["config"]))
-    flat = {key: _plain(value) for key, value in settings if key not in _NOT_OF_THE_ARM}
+    of_seed = record.get("keys_of_seed", _KEYS_OF_SEED)
+    flat = {key: _plain(value) for key, value in settings if key not in of_seed}
     return flat | {"checksum": record["data"]["checksum"]}
 
 
@@ -271,9 +273,10 @@ def _hash(settings: Mapping[str, Any]) -> str:
 
 
 def _check_masks(runs: Sequence[Run], baselines: Sequence[str]) -> None:
-    first: dict[str, Run] = {}
+    first: dict[tuple[str, int | None], Run] = {}
     for run, baseline in zip(runs, baselines, strict=True):
-        other = first.setdefault(baseline, run)
+        is_drawn = "noise.seed" in run.record.get("keys_of_seed", _KEYS_OF_SEED)
+        other = first.setdefault((baseline, run.record["seed"] if is_drawn else None), run)
         if other.record["noise"]["checksum"] != run.record["noise"]["checksum"]:
             raise InputError(
                 f"{other.name} and {run.name} have the same noise settings, but saw unlike noise: "

@@ -1,0 +1,172 @@
+"""How far MTN's default is from the exact method, in what the logs say of the mechanism.
+
+``python benchmarks/mtn_accuracy.py --models esmm --sizes small --lams 1e-5 1e-3 --seeds 0 1``
+
+The default and the exact method (``refresh_every=1`` in float64) train the same model on the same
+batches. After each epoch: the largest relative difference, over layers and unfoldings, of the
+norms (``norm``: nuclear and Frobenius norms; ``R``: their weighted sum that the loss has), of the
+loss share, the alphas and the effective ranks, and of a spectrum's values over its largest. The
+worst epoch is printed. The row *rounding* is the same for the exact method in float32: what two
+trainings differ by that do the same in another precision. *Norm without* is how much larger the
+nuclear norms are without MTN, which says how much there is to be wrong about.
+
+*small*: embeddings of 16, towers 32-16 (ESMM 64-32-32-16), batches of 512 of 60,000 rows. *full*:
+the defaults of ``conf/``.
+"""
+
+import argparse
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import Tensor
+
+from mtnrec.batch import Batch
+from mtnrec.config import CONF_DIR
+from mtnrec.machine import compute_fast
+from mtnrec.model.module import cross_entropies
+from mtnrec.mtn.trace_norm import effective_rank, frobenius_norm
+
+SMALL = {
+    "shared_bottom": ["model.bottom_widths=[64,32]", "model.tower_widths=[32,16]"],
+    "esmm": ["model.tower_widths=[64,32,32,16]"],
+    "mmoe": ["model.experts=4", "model.expert_widths=[64,32]", "model.tower_widths=[32,16]"],
+}
+FIGURES = ("norm", "R", "loss share", "alpha", "effective rank", "spectrum")
+Epoch = dict[str, Any]
+
+
+def compose_training(model: str, size: str, seed: int, data_root: str, *keys: str) -> Any:
+    """Return the config of a training."""
+    overrides = [f"model={model}", f"seed={seed}", f"data_root={data_root}", *keys]
+    if size == "small":
+        overrides += [*SMALL[model], "model.embedding_dim=16"]
+        overrides += ["data.rows=60000", "data.batch_size=512"]
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("train", overrides=overrides)
+
+
+def batches_of(cfg: Any, epochs: int) -> list[list[Batch]]:
+    """Return the batches of each epoch."""
+    datamodule = instantiate(cfg.data, _convert_="all")
+    datamodule.prepare_data()
+    datamodule.setup()
+    loader = datamodule.train_dataloader()
+    return [list(loader) for _ in range(epochs)]
+
+
+def train(cfg: Any, schema: Any, epochs: list[list[Batch]], dtype: torch.dtype) -> Iterator[Epoch]:
+    """Train; yield what is logged of the mechanism after each epoch."""
+    torch.manual_seed(cfg.seed)
+    network = instantiate(cfg.model, _partial_=True, _convert_="all")(schema=schema).to(dtype)
+    optimizer = instantiate(cfg.optimizer)(network.parameters())
+    mtn = instantiate(cfg.mtn, _convert_="all")
+    trainer: Any = SimpleNamespace(precision_plugin=None, global_step=0)
+    module: Any = SimpleNamespace(network=network, device=torch.device("cpu"))
+    mtn.setup(trainer, module, "fit")
+    mtn.on_train_start(trainer, module)
+    for batches in epochs:
+        losses = []
+        for batch in batches:
+            batch = replace(batch, numerical=batch.numerical.to(dtype))
+            loss = cross_entropies(network(batch), batch.labels).sum()
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            mtn.on_before_optimizer_step(trainer, None, optimizer)
+            optimizer.step()
+            trainer.global_step += 1
+        penalty = mtn._penalty
+        spectra = [s for of_depth in mtn._measure(penalty, trainer.global_step) for s in of_depth]
+        frobenius = [frobenius_norm(penalty.stack(depth)) for depth in penalty.depths]
+        total = penalty.weights.layer_weights(penalty.norms()) @ penalty.norms()
+        loss = sum(losses) / len(losses)
+        yield {
+            "norm": torch.stack([*(s.sum() for s in spectra), *frobenius]),
+            "R": total.detach(),
+            "loss share": mtn.lam * total.detach() / (loss + mtn.lam * total.detach()),
+            "alpha": penalty.weights.alpha().detach(),
+            "effective rank": torch.stack([effective_rank(s) for s in spectra]),
+            "spectrum": spectra,
+        }
+
+
+def difference(found: Epoch, exact: Epoch, name: str) -> float:
+    """Return the largest relative difference of a figure."""
+    if name == "spectrum":
+        pairs = zip(found[name], exact[name], strict=True)
+        return max(((a - b).abs().max() / b.max()).item() for a, b in pairs)
+    of_each: Tensor = (found[name] / exact[name] - 1).nan_to_num(0, 0, 0)
+    return of_each.abs().max().item()
+
+
+def main() -> None:
+    """Print a row for each training, and one for rounding."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(SMALL))
+    parser.add_argument("--sizes", nargs="+", default=["small", "full"])
+    parser.add_argument("--lams", nargs="+", default=["1e-6", "1e-5", "1e-4", "1e-3", "1e-2"])
+    parser.add_argument("--couplings", nargs="+", default=["gradient", "decoupled"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3])
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--refresh-every", default="128")
+    arguments = parser.parse_args()
+    compute_fast(torch.device("cpu"))
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    columns = ["model", "size", "coupling", "lambda", "seed", "method", *FIGURES, "norm without"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+    for size in arguments.sizes:
+        for model in arguments.models:
+            for seed in arguments.seeds:
+                data = compose_training(model, size, seed, arguments.data_root)
+                epochs = batches_of(data, arguments.epochs)
+                datamodule = instantiate(data.data, _convert_="all")
+                datamodule.setup()
+                for coupling in arguments.couplings:
+                    for lam in arguments.lams:
+                        _compare(arguments, size, model, seed, coupling, lam, epochs, datamodule)
+
+
+def _compare(
+    arguments: Any,
+    size: str,
+    model: str,
+    seed: int,
+    coupling: str,
+    lam: str,
+    epochs: list[list[Batch]],
+    datamodule: Any,
+) -> None:
+    def run(every: str, dtype: torch.dtype, lam: str) -> list[Epoch]:
+        keys = [f"mtn.lam={lam}", f"mtn.coupling={coupling}", f"mtn.refresh_every={every}"]
+        keys = ["mtn.enabled=true", *keys]
+        cfg = compose_training(model, size, seed, arguments.data_root, *keys)
+        return list(train(cfg, datamodule.schema, epochs, dtype))
+
+    exact = run("1", torch.float64, lam)
+    without = run("128", torch.float32, "0")
+    methods = {
+        "default": run(arguments.refresh_every, torch.float32, lam),
+        "rounding": run("1", torch.float32, lam),
+    }
+    there = max(
+        (w["norm"] / e["norm"]).max().item() - 1 for w, e in zip(without, exact, strict=True)
+    )
+    for method, found in methods.items():
+        worst = [
+            max(difference(f, e, name) for f, e in zip(found, exact, strict=True))
+            for name in FIGURES
+        ]
+        cells = [f"`{model}`", size, coupling, lam, str(seed), method]
+        cells += [f"{value:.2%}" for value in worst]
+        print(f"| {' | '.join([*cells, f'{there:.0%}'])} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
