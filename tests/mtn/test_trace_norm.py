@@ -147,8 +147,9 @@ def test_left_vectors_give_the_polar_factor_and_the_spectrum(shape, dtype, error
         matrix = unfold(stack, rows)
         if matrix.shape[0] > matrix.shape[1]:
             continue
-        factor, lengths = polar_from_vectors(stack, rows, left_vectors(matrix), 1e-7)
+        factor, lengths = polar_from_vectors(stack, rows, left_vectors(matrix)[0], 1e-7)
         u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        assert left_vectors(matrix)[1].item() == pytest.approx(s[0].item(), rel=error)
         assert factor.dtype == dtype
         assert (unfold(factor, rows).double() - u @ vh).abs().max() < error
         torch.testing.assert_close(lengths.flip(0).double(), s, rtol=error, atol=error)
@@ -160,7 +161,9 @@ def test_left_vectors_give_a_subgradient_everywhere(name):
 
     for rows in unfoldings(3):
         side = short_side(stack.shape, rows)
-        factor, _ = polar_from_vectors(stack, side, left_vectors(unfold(stack, side)), 3e-4)
+        vectors, largest = left_vectors(unfold(stack, side))
+        least = 3e-4 * largest.item() + 1e-30
+        factor, _ = polar_from_vectors(stack, side, vectors, least)
         factor = unfold(factor, rows)
         assert torch.linalg.matrix_norm(factor.double(), 2) <= 1 + 1e-5
         norm = nuclear(stack, rows)
@@ -171,7 +174,7 @@ def test_a_singular_value_that_has_passed_zero_pulls_the_other_way_at_once():
     stack = gaussian(2, 5, 7)
     u, s, vh = torch.linalg.svd(unfold(stack, (1,)), full_matrices=False)
     part = fold(torch.outer(u[:, -1], vh[-1]), (1,), stack.shape)
-    old = left_vectors(unfold(stack, (1,)))
+    old, _ = left_vectors(unfold(stack, (1,)))
 
     for passed in (0.99, 1.01):
         factor, _ = polar_from_vectors(stack - passed * s[-1] * part, (1,), old, 1e-4)

@@ -47,14 +47,15 @@ from mtnrec.mtn.trace_norm import (
 from mtnrec.mtn.weights import PenaltyWeights
 
 UNFOLDINGS = unfoldings(3)
+_TINY = torch.finfo(torch.float32).tiny
 _SMALLEST = 3e-4  # the singular values that the exact method holds at zero lie below
 _DECOMPOSE_EVERY = 32  # steps
 _DECOMPOSE_GROWTH = 64  # the interval grows by a step in as many
 _UPDATE_GROWTH = 8
-_HOLD_EVERY = 4  # steps
-# A recomputation that is made at each step may cost about a twentieth of a training step of the
-# default models at their default batch: 1.2e8 multiplications, shared-bottom's first tower layer.
-_CHEAP = 2**27
+_HOLD_EVERY = 8  # steps
+# Multiplications of a recomputation that is made at each step: shared-bottom's and MMoE's first
+# tower layers take 5e7.
+_CHEAP = 2**26
 
 
 @cache
@@ -107,7 +108,7 @@ def update_interval(shape: tuple[int, ...], step: int, refresh_every: int) -> in
     >>> [update_interval((2, 128, 256), step, 128) for step in (0, 1000)]
     [1, 1]
     >>> [update_interval((2, 512, 2176), step, 128) for step in (0, 8, 1000)]
-    [1, 2, 51]
+    [1, 2, 102]
     """
     longest = max(1, round(recomputation_cost(shape) / _CHEAP))
     return min(longest, refresh_every, 1 + step // _UPDATE_GROWTH)
@@ -156,8 +157,10 @@ class _Stack:
     """What is kept of a depth between two decompositions."""
 
     vectors: dict[Modes, Tensor] = field(default_factory=dict)  # by the side that they span
+    least: dict[Modes, float] = field(default_factory=dict)  # length of a row that counts as one
     norms: Tensor | None = None  # of the unfoldings, (S,), float64, on the CPU
     frobenius: float = 0.0
+    scale: float = 1.0  # of the weights: their norms are taken at magnitudes near 1
     alpha: list[float] = field(default_factory=list)
     direction: Tensor | None = None
     held: Tensor | None = None  # the direction but for the weights that are held
@@ -283,11 +286,13 @@ class Penalty:
             used = self.current(depth) if is_kept else self._direction(depth, stack)
         sides = distinct_sides(self._shape(depth))
         kept.alpha = self.weights.alpha()[self._row(depth)].tolist()
+        kept.scale = largest_magnitude(stack).item()
         frobenius = frobenius_norm(stack)
         spectra: list[Tensor] = []
         if exact:
             factors = dict(zip(sides, polar_factors(stack, list(sides)), strict=True))
-            kept.vectors = {side: factor.vectors for side, factor in factors.items()}
+            for side, factor in factors.items():
+                self._keep(depth, side, factor.vectors, factor.singular_values[0])
             by_side = {side: factor.singular_values.cpu() for side, factor in factors.items()}
             spectra = _by_unfolding(sides, by_side)
             norms = torch.stack([spectrum.sum() for spectrum in spectra])
@@ -296,7 +301,8 @@ class Penalty:
                 weight = sum(kept.alpha[column] for column in columns)
                 kept.direction.add_(factors[side].factor, alpha=weight)
         else:
-            kept.vectors = {side: left_vectors(unfold(stack, side)) for side in sides}
+            for side in sides:
+                self._keep(depth, side, *left_vectors(unfold(stack, side)))
             lengths: dict[Modes, Tensor] = {}
             kept.direction = self._direction(depth, stack, lengths)
             norms = torch.stack(_by_unfolding(sides, lengths)).cpu()
@@ -312,6 +318,12 @@ class Penalty:
             self._largest[depth] = Deviation(*map(max, zip(found, before, strict=True)))
         return spectra
 
+    def _keep(self, depth: int, side: Modes, vectors: Tensor, largest: Tensor) -> None:
+        """Keep the vectors of a decomposition, and the length below which a row is rounding."""
+        kept = self._stacks[depth]
+        kept.vectors[side] = vectors
+        kept.least[side] = max(_SMALLEST * largest.item() / kept.scale, _TINY)
+
     def _direction(
         self, depth: int, stack: Tensor, norms: dict[Modes, Tensor] | None = None
     ) -> Tensor:
@@ -323,14 +335,13 @@ class Penalty:
             norms: Where the sums of the rows' lengths go, by side.
         """
         kept = self._stacks[depth]
-        scale = largest_magnitude(stack)
-        scaled = stack / scale
+        scaled = stack / kept.scale
         direction = self._start(depth, scaled, torch.linalg.vector_norm(scaled))
         for side, columns in distinct_sides(self._shape(depth)).items():
-            factor, lengths = polar_from_vectors(scaled, side, kept.vectors[side], _SMALLEST)
+            factor, lengths = polar_from_vectors(scaled, side, kept.vectors[side], kept.least[side])
             direction.add_(factor, alpha=sum(kept.alpha[column] for column in columns))
             if norms is not None:
-                norms[side] = lengths.sum(dtype=torch.float64) * scale.double()
+                norms[side] = lengths.sum(dtype=torch.float64) * kept.scale
         return direction
 
     def _start(self, depth: int, stack: Tensor, frobenius: Tensor) -> Tensor:
