@@ -26,6 +26,7 @@ MTN = {
     "layer_weighting": "mean",
     "coupling": "gradient",
     "refresh_every": 16,
+    "subsets": "distinct",
 }
 
 

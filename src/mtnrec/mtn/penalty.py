@@ -49,7 +49,8 @@ from mtnrec.mtn.weights import PenaltyWeights
 UNFOLDINGS = unfoldings(3)
 _TINY = torch.finfo(torch.float32).tiny
 _SMALLEST = 3e-4  # the singular values that the exact method holds at zero lie below
-_DECOMPOSE_EVERY = 32  # steps
+_DECOMPOSE_EVERY = 2, 32  # steps: the least that the longest interval may be, and the most
+_DECOMPOSITION = 2**18  # the rows of a side, cubed, that are worth one step of the interval
 _DECOMPOSE_GROWTH = 64  # the interval grows by a step in as many
 _UPDATE_GROWTH = 8
 _HOLD_EVERY = 8  # steps
@@ -119,8 +120,13 @@ def decomposition_interval(shape: tuple[int, ...], step: int, refresh_every: int
 
     >>> [decomposition_interval((2, 128, 256), step, 128) for step in (0, 320, 10_000)]
     [1, 6, 32]
+    >>> [decomposition_interval(shape, 10_000, 128) for shape in ((2, 16, 32), (2, 64, 128))]
+    [2, 9]
     """
-    slow = min(_DECOMPOSE_EVERY, refresh_every, 1 + step // _DECOMPOSE_GROWTH)
+    sides = (math.prod(shape[mode] for mode in side) for side in distinct_sides(shape))
+    least, most = _DECOMPOSE_EVERY
+    longest = min(max(least, sum(side**3 for side in sides) // _DECOMPOSITION), most)
+    slow = min(longest, refresh_every, 1 + step // _DECOMPOSE_GROWTH)
     return max(slow, update_interval(shape, step, refresh_every))
 
 

@@ -23,7 +23,15 @@ from mtnrec.files import read_json
 _KEYS_OF_SEED = ("seed", "data.seed")  # of records that do not name them
 _MODEL_NAMES = {"SharedBottom": "Shared-bottom"}  # the paper's, where they are not the class's
 _MTN_NUMBERS = ("lam", "refresh_every")
-_MTN_TEXTS = ("target", "layers", "alpha", "alpha_sharing", "layer_weighting", "coupling")
+_MTN_TEXTS = (
+    "target",
+    "layers",
+    "subsets",
+    "alpha",
+    "alpha_sharing",
+    "layer_weighting",
+    "coupling",
+)
 _KEYS = (
     *("cell", "seed", "config.data", "config.noise.proportion", "config.model._target_"),
     *("config.mtn.enabled", "data.name", "data.checksum", "data.parameters", "noise.checksum"),
