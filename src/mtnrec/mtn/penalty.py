@@ -10,9 +10,9 @@ method) costs more than the step. Otherwise:
 3. That matters most for weights without a data gradient, behind a dead unit for example: under Adam
    they move at the full rate by the penalty alone. The exact method brings their singular values to
    zero and holds them there; a direction that is some steps old carries them past zero and back.
-4. A layer for which step 2 would cost too much keeps its direction for some steps. Meanwhile a
-   weight whose data gradient is smaller than the penalty's is held where that direction would only
-   carry it away from zero.
+4. A layer for which step 2 would cost too much is recomputed every few steps. In between, where the
+   penalty outweighs the data gradient, the direction changes linearly with the weight, with the
+   slope that the last two recomputations show; so it fades as a weight comes to rest.
 5. Training moves the weights most at its start, so both intervals start at one step and grow.
 6. At each decomposition the direction that would have been used is compared with the new one, dead
    weights included: angle, length, and the relative error of ``R_i``. The largest are logged.
@@ -52,8 +52,9 @@ _SMALLEST = 3e-4  # the singular values that the exact method holds at zero lie 
 _DECOMPOSE_EVERY = 2, 32  # steps: the least that the longest interval may be, and the most
 _DECOMPOSITION = 2**18  # the rows of a side, cubed, that are worth one step of the interval
 _DECOMPOSE_GROWTH = 64  # the interval grows by a step in as many
+_UPDATE_EVERY = 32  # steps at most
 _UPDATE_GROWTH = 8
-_HOLD_EVERY = 8  # steps
+_UPDATES = 4  # of a layer that is not recomputed at each step, for one decomposition
 # Multiplications of a recomputation that is made at each step: shared-bottom's and MMoE's first
 # tower layers take 5e7.
 _CHEAP = 2**26
@@ -109,10 +110,10 @@ def update_interval(shape: tuple[int, ...], step: int, refresh_every: int) -> in
     >>> [update_interval((2, 128, 256), step, 128) for step in (0, 1000)]
     [1, 1]
     >>> [update_interval((2, 512, 2176), step, 128) for step in (0, 8, 1000)]
-    [1, 2, 102]
+    [1, 2, 32]
     """
     longest = max(1, round(recomputation_cost(shape) / _CHEAP))
-    return min(longest, refresh_every, 1 + step // _UPDATE_GROWTH)
+    return min(longest, _UPDATE_EVERY, refresh_every, 1 + step // _UPDATE_GROWTH)
 
 
 def decomposition_interval(shape: tuple[int, ...], step: int, refresh_every: int) -> int:
@@ -127,7 +128,9 @@ def decomposition_interval(shape: tuple[int, ...], step: int, refresh_every: int
     least, most = _DECOMPOSE_EVERY
     longest = min(max(least, sum(side**3 for side in sides) // _DECOMPOSITION), most)
     slow = min(longest, refresh_every, 1 + step // _DECOMPOSE_GROWTH)
-    return max(slow, update_interval(shape, step, refresh_every))
+    update = update_interval(shape, step, refresh_every)
+    updates = min(_UPDATES, 1 + step // _DECOMPOSE_GROWTH) if update > 1 else 1
+    return max(slow, min(updates * update, refresh_every))
 
 
 class Deviation(NamedTuple):
@@ -168,8 +171,9 @@ class _Stack:
     frobenius: float = 0.0
     scale: float = 1.0  # of the weights: their norms are taken at magnitudes near 1
     alpha: list[float] = field(default_factory=list)
-    direction: Tensor | None = None
-    held: Tensor | None = None  # the direction but for the weights that are held
+    direction: Tensor | None = None  # of a layer with a slope, but for slope * W
+    slope: Tensor | None = None
+    previous: tuple[Tensor, Tensor] | None = None  # direction and weights before, for the slope
     decomposed: int = 0  # at which step
     updated: int = 0
 
@@ -177,7 +181,7 @@ class _Stack:
 class Penalty:
     """The layers that are penalised, their weights, and their directions.
 
-    Keeps one or two tensors of the size of the penalised weights (the directions), and the left
+    Keeps a tensor of the size of the penalised weights, four for large layers, and the left
     singular vectors of each unfolding, square.
 
     Args:
@@ -208,11 +212,17 @@ class Penalty:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs after :meth:`measure`; the rest follows from it."""
-        return {"deviations": {depth: tuple(largest) for depth, largest in self._largest.items()}}
+        return {
+            "deviations": {depth: tuple(largest) for depth, largest in self._largest.items()},
+            "slopes": {depth: kept.slope for depth, kept in self._stacks.items()},
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the state; :meth:`measure` is to follow."""
         self._largest = {d: Deviation(*found) for d, found in state_dict["deviations"].items()}
+        for depth, slope in state_dict["slopes"].items():
+            weight = self.depths[depth][0].weight
+            self._stacks[depth].slope = None if slope is None else slope.to(weight.device)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the model's parameters that the penalty acts on; frozen ones are left alone."""
@@ -243,20 +253,20 @@ class Penalty:
         Args:
             step: Steps of the optimiser so far.
             strength: What the penalty's gradient is multiplied by when it is added to that of the
-                loss; None if it is not added there, so that no weight need be held.
+                loss; None if it is not added there, and so does not move weights at the full rate.
         """
         decomposed = False
         for depth, kept in self._stacks.items():
-            shape = self._shape(depth)
+            is_updated = step - kept.updated >= self._update_interval(depth, step)
             if self._decomposes(depth, step):
                 self._decompose(depth, step, exact=self._refresh_every == 1)
-                decomposed = True
-            elif step - kept.updated >= update_interval(shape, step, self._refresh_every):
+                decomposed = is_updated = True
+            elif is_updated:
                 kept.direction = self._direction(depth, self.stack(depth))
-                kept.held, kept.updated = None, step
                 self._follow_rank_0(kept.direction)
-            elif strength is not None and step > kept.updated:
-                self._hold(depth, step, strength)
+            if is_updated and self._update_interval(depth, step) > 1:
+                self._set_slope(depth, strength)
+            kept.updated = step if is_updated else kept.updated
         if decomposed:
             self._layer_weights = self.weights.layer_weights(self.norms()).tolist()
 
@@ -267,9 +277,17 @@ class Penalty:
         Returns:
             ``L`` times ``S``, descending, float64, on the CPU.
         """
-        spectra = [self._decompose(depth, step, exact=True) for depth in self.depths]
+        spectra = []
+        for depth, kept in self._stacks.items():
+            spectra.append(self._decompose(depth, step, exact=True))
+            kept.updated = step
+            if self._update_interval(depth, step) > 1:
+                self._keep_slope(depth, kept.slope)
         self._layer_weights = self.weights.layer_weights(self.norms()).tolist()
         return spectra
+
+    def _update_interval(self, depth: int, step: int) -> int:
+        return update_interval(self._shape(depth), step, self._refresh_every)
 
     def _decomposes(self, depth: int, step: int) -> bool:
         since = step - self._stacks[depth].decomposed
@@ -288,7 +306,7 @@ class Penalty:
         kept, stack = self._stacks[depth], self.stack(depth)
         used = None
         if kept.vectors and kept.updated < step and self._refresh_every > 1:
-            is_kept = update_interval(self._shape(depth), step, self._refresh_every) > 1
+            is_kept = self._update_interval(depth, step) > 1
             used = self.current(depth) if is_kept else self._direction(depth, stack)
         sides = distinct_sides(self._shape(depth))
         kept.alpha = self.weights.alpha()[self._row(depth)].tolist()
@@ -312,12 +330,11 @@ class Penalty:
             lengths: dict[Modes, Tensor] = {}
             kept.direction = self._direction(depth, stack, lengths)
             norms = torch.stack(_by_unfolding(sides, lengths)).cpu()
-        kept.held = None
         kept.norms = torch.cat([norms, frobenius.cpu()[None]])
         self._follow_rank_0(kept.direction, kept.norms, *self.weights.parameters())
         kept.frobenius = kept.norms[-1].item()
         kept.norms = kept.norms[: self.weights.subsets]
-        kept.decomposed = kept.updated = step
+        kept.decomposed = step
         if used is not None:
             found = Deviation.of(used, kept.direction, stack)
             before = self._largest.get(depth, found)
@@ -356,17 +373,35 @@ class Penalty:
         share = self._frobenius + sum(self._stacks[depth].alpha[len(UNFOLDINGS) :])
         return stack * (share / frobenius.clamp(min=torch.finfo(stack.dtype).tiny))
 
-    def _hold(self, depth: int, step: int, strength: float) -> None:
-        """Leave out of a direction that is kept what would only carry weights away from zero."""
+    def _set_slope(self, depth: int, strength: float | None) -> None:
+        """Measure the slope of a direction that was just recomputed, and take it out of it.
+
+        A secant for each weight, from the change of direction and weights since the last
+        recomputation, summed over its row and its column.
+        """
         kept = self._stacks[depth]
-        if kept.direction is None or (step - kept.updated) % _HOLD_EVERY:
+        if kept.previous is None or kept.direction is None or strength is None:
+            self._keep_slope(depth, None)
             return
+        stack = self.stack(depth)
         weighted = strength * self._layer_weights[self._row(depth)]
-        gradient = self._gradient(depth, kept.direction)
-        outweighs = gradient.abs() <= weighted * kept.direction.abs()
-        is_held = outweighs & (kept.direction * self.stack(depth) <= 0)
-        kept.held = kept.direction.masked_fill(is_held, 0)
-        self._follow_rank_0(kept.held)
+        outweighs = self._gradient(depth, stack).abs() <= weighted * kept.direction.abs()
+        moved = (stack - kept.previous[1]).mul_(outweighs)
+        turned = (kept.direction - kept.previous[0]).mul_(moved)
+        moved = moved.square_()
+        rise = turned.sum(2, keepdim=True) + turned.sum(1, keepdim=True)
+        run = moved.sum(2, keepdim=True) + moved.sum(1, keepdim=True)
+        slope = (rise / run.clamp(min=_TINY)).clamp_(min=0).mul_(outweighs)
+        self._follow_rank_0(slope)
+        self._keep_slope(depth, slope)
+
+    def _keep_slope(self, depth: int, slope: Tensor | None) -> None:
+        kept, stack = self._stacks[depth], self.stack(depth)
+        if kept.direction is None:
+            return
+        kept.previous, kept.slope = (kept.direction, stack), slope
+        if slope is not None:
+            kept.direction = kept.direction - slope * stack
 
     def _gradient(self, depth: int, like: Tensor) -> Tensor:
         """Return the gradient of the loss by a stack."""
@@ -380,12 +415,14 @@ class Penalty:
         return found
 
     def current(self, depth: int) -> Tensor:
-        """Return the direction of a depth, ``(T, O, I)``."""
+        """Return the direction of a depth at its weights, ``(T, O, I)``."""
         kept = self._stacks[depth]
-        direction = kept.direction if kept.held is None else kept.held
-        if direction is None:
+        if kept.direction is None:
             raise RuntimeError("measure() comes first")
-        return direction
+        if kept.slope is None:
+            return kept.direction
+        # Two operations, each rounded in the same way on every machine.
+        return kept.direction + kept.slope * self.stack(depth)
 
     def norms(self) -> Tensor:
         """Return ``R_i`` at the last decomposition, float64 ``(L,)``, differentiable in alpha."""
