@@ -51,13 +51,13 @@ def compose_training(model: str, size: str, seed: int, data_root: str, *keys: st
         return compose("train", overrides=overrides)
 
 
-def batches_of(cfg: Any, epochs: int) -> list[list[Batch]]:
-    """Return the batches of each epoch."""
+def load(cfg: Any, epochs: int) -> tuple[Any, list[list[Batch]]]:
+    """Return the schema, and the batches of each epoch."""
     datamodule = instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()
     datamodule.setup()
     loader = datamodule.train_dataloader()
-    return [list(loader) for _ in range(epochs)]
+    return datamodule.schema, [list(loader) for _ in range(epochs)]
 
 
 def train(cfg: Any, schema: Any, epochs: list[list[Batch]], dtype: torch.dtype) -> Iterator[Epoch]:
@@ -105,6 +105,12 @@ def difference(found: Epoch, exact: Epoch, name: str) -> float:
     return of_each.abs().max().item()
 
 
+def worst(found: list[Epoch], exact: list[Epoch]) -> list[str]:
+    """Return each figure's largest relative difference over the epochs, as text."""
+    pairs = list(zip(found, exact, strict=True))
+    return [f"{max(difference(f, e, name) for f, e in pairs):.2%}" for name in FIGURES]
+
+
 def main() -> None:
     """Print a row for each training, and one for rounding."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -125,12 +131,10 @@ def main() -> None:
         for model in arguments.models:
             for seed in arguments.seeds:
                 data = compose_training(model, size, seed, arguments.data_root)
-                epochs = batches_of(data, arguments.epochs)
-                datamodule = instantiate(data.data, _convert_="all")
-                datamodule.setup()
+                schema, epochs = load(data, arguments.epochs)
                 for coupling in arguments.couplings:
                     for lam in arguments.lams:
-                        _compare(arguments, size, model, seed, coupling, lam, epochs, datamodule)
+                        _compare(arguments, size, model, seed, coupling, lam, schema, epochs)
 
 
 def _compare(
@@ -140,14 +144,14 @@ def _compare(
     seed: int,
     coupling: str,
     lam: str,
+    schema: Any,
     epochs: list[list[Batch]],
-    datamodule: Any,
 ) -> None:
     def run(every: str, dtype: torch.dtype, lam: str) -> list[Epoch]:
         keys = [f"mtn.lam={lam}", f"mtn.coupling={coupling}", f"mtn.refresh_every={every}"]
         keys = ["mtn.enabled=true", *keys]
         cfg = compose_training(model, size, seed, arguments.data_root, *keys)
-        return list(train(cfg, datamodule.schema, epochs, dtype))
+        return list(train(cfg, schema, epochs, dtype))
 
     exact = run("1", torch.float64, lam)
     without = run("128", torch.float32, "0")
@@ -159,12 +163,7 @@ def _compare(
         (w["norm"] / e["norm"]).max().item() - 1 for w, e in zip(without, exact, strict=True)
     )
     for method, found in methods.items():
-        worst = [
-            max(difference(f, e, name) for f, e in zip(found, exact, strict=True))
-            for name in FIGURES
-        ]
-        cells = [f"`{model}`", size, coupling, lam, str(seed), method]
-        cells += [f"{value:.2%}" for value in worst]
+        cells = [f"`{model}`", size, coupling, lam, str(seed), method, *worst(found, exact)]
         print(f"| {' | '.join([*cells, f'{there:.0%}'])} |", flush=True)
 
 

@@ -81,7 +81,7 @@ def test_the_papers_rule_stops_after_three_decreases_in_a_row(mode):
     rng = np.random.default_rng(0)
     sign = 1 if mode == "max" else -1
     for _ in range(200):
-        curve = sign * rng.integers(0, 6, 25) / 6  # ties are no decreases
+        curve = sign * rng.integers(0, 6, 25) / 6  # a tie is not a decrease
         falls = "".join("01"[int(sign * step < 0)] for step in np.diff(curve))
         expected = falls.find("111") + 3 if "111" in falls else None
 
@@ -107,6 +107,13 @@ def test_the_papers_rule_goes_on_from_a_checkpoint_where_it_was():
     second.load_state_dict(first.state_dict())
 
     assert stopped_at(second, curve[3:]) == 0
+
+
+@pytest.mark.parametrize("rule", [EarlyStopping, StopAfterDecreases])
+def test_a_monitor_that_is_not_finite_stops_the_training_under_both_rules(rule):
+    stopping = rule("val/ctr_log_loss", patience=3, mode="min")
+
+    assert stopped_at(stopping, [0.5, 0.4, float("inf"), 0.3]) == 2
 
 
 def test_a_rule_that_does_not_exist_is_refused(funnel_schema, tmp_path):

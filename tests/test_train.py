@@ -255,7 +255,7 @@ def test_repeats_may_draw_validation_rows_and_noise_anew(train):
 
 def test_repeats_that_draw_anew_beside_a_fixed_seed_are_refused(train):
     message = (
-        "repeats=seed_split_noise draws the validation rows and the noise anew for each seed, so "
+        "repeats=seed_split_noise draws validation rows and noise for each seed, so "
         "noise.seed must be the seed 0, got 5: leave noise.seed out, or set repeats=seed"
     )
 

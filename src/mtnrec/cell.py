@@ -1,6 +1,5 @@
 """A cell of a sweep: what determines its result, its folder, and what has become of it."""
 
-import copy
 import fcntl
 import hashlib
 import json
@@ -13,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from mtnrec.checks import InputError
 from mtnrec.config import find_input_error
@@ -124,12 +123,10 @@ def resolve_settings(config: DictConfig) -> dict[str, Any]:
 def keys_of_seed(config: DictConfig) -> list[str]:
     """Return the dotted keys of a config that change with the seed, the seed among them.
 
-    They are no settings of an arm: ``noise.seed=${seed}`` makes each repeat meet noise of its own,
-    and the repeats remain repeats of one another.
+    They are not settings of an arm: with ``noise.seed=${seed}`` each repeat has its own noise, and
+    the repeats remain repeats of one another.
     """
-    other = copy.deepcopy(config)
-    with open_dict(other):
-        other.seed = int(config.seed) + 1
+    other = cast(DictConfig, OmegaConf.merge(config, {"seed": config.seed + 1}))
     one, two = (dict(flatten(resolve_settings(c))) for c in (config, other))
     return sorted(key for key, value in one.items() if two[key] != value)
 

@@ -53,7 +53,8 @@ class Train:
         patience: Epochs in a row, without a better ``monitor`` than the best or each with a worse
             one than the epoch before, after which training stops.
         task_loss: ``sum`` or ``mean`` of the labels' cross entropies.
-        repeats: What another seed draws anew: ``seed`` or ``seed_split_noise``.
+        repeats: What depends on the seed: ``seed`` (first weights, order of the rows), or
+            ``seed_split_noise`` (validation rows and noise as well).
         resume: Whether a finished run is kept, and an interrupted one goes on where it was.
         threads: Of this process; None leaves it to torch.
         data_root: Folder of the prepared data sets.

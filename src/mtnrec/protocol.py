@@ -46,7 +46,7 @@ class StopAfterDecreases(EarlyStopping):
     The paper's rule: "the training process stopped if AUC of CVR decreased for 3 consecutive
     epochs" (section 3.1). Each epoch is compared with the one before, where ``EarlyStopping``
     compares it with the best: a curve that jumps, as the AUC of CVR does on few positives, seldom
-    falls three times in a row, so that training goes on.
+    falls three times in a row, so training continues.
 
     Args:
         monitor: Metric of the validation set.
@@ -66,6 +66,8 @@ class StopAfterDecreases(EarlyStopping):
         self.previous = state_dict["previous"]
 
     def _evaluate_stopping_criteria(self, current: torch.Tensor) -> tuple[bool, str | None]:
+        if not current.isfinite():
+            return super()._evaluate_stopping_criteria(current)
         got_worse = self.previous is not None and self.monitor_op(self.previous, current)
         self.wait_count = self.wait_count + 1 if got_worse else 0
         self.previous = current

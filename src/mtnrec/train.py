@@ -48,7 +48,7 @@ from mtnrec.files import write_json
 from mtnrec.leak import check_leaks
 from mtnrec.machine import compute_fast
 from mtnrec.metric.task_metrics import bayes_aucs
-from mtnrec.model.module import MultiTaskModule
+from mtnrec.model.module import TASK_LOSSES, MultiTaskModule
 from mtnrec.network import make_network
 from mtnrec.protocol import STOPS, make_callbacks
 from mtnrec.record import (
@@ -202,14 +202,14 @@ def _run(
 
 
 def check_settings(cfg: DictConfig) -> None:
-    """Refuse what no constructor checks, before anything is prepared.
+    """Refuse what no constructor checks, or only after the data are prepared.
 
     Raises:
         InputError: If a value is out of its range.
     """
     check_flag("resume", cfg.resume)
     check_choice("stop", cfg.stop, STOPS)
-    check_choice("task_loss", cfg.task_loss, ["sum", "mean"])
+    check_choice("task_loss", cfg.task_loss, TASK_LOSSES)
     _check_repeats(cfg)
     check_integer("seed", cfg.seed, minimum=0, maximum=_LARGEST_SEED)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=1)
@@ -225,8 +225,8 @@ def _check_repeats(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value != cfg.seed:
             raise InputError(
-                f"repeats=seed_split_noise draws the validation rows and the noise anew for each "
-                f"seed, so {key} must be the seed {cfg.seed}, got {value}: leave {key} out, or set "
+                "repeats=seed_split_noise draws validation rows and noise for each seed, so "
+                f"{key} must be the seed {cfg.seed}, got {value}: leave {key} out, or set "
                 "repeats=seed"
             )
 

@@ -19,6 +19,7 @@ from mtnrec.model.replay import Replay, can_be_replayed
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import Schema
 
+TASK_LOSSES = ("sum", "mean")
 _STEPS_A_SUM = 16  # to read a value is to wait for the accelerator
 
 
@@ -65,7 +66,7 @@ class MultiTaskModule(L.LightningModule):
         task_loss: str = "sum",
     ) -> None:
         super().__init__()
-        check_choice("task_loss", task_loss, ["sum", "mean"])
+        check_choice("task_loss", task_loss, TASK_LOSSES)
         self.network = network
         self._task_loss = task_loss
         self._optimizer = optimizer

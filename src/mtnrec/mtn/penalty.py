@@ -40,7 +40,7 @@ from mtnrec.mtn.trace_norm import (
     left_vectors,
     polar_factors,
     polar_from_vectors,
-    short_side,
+    short_sides,
     unfold,
     unfoldings,
 )
@@ -60,28 +60,9 @@ _UPDATES = 4  # of a layer that is not recomputed at each step, for one decompos
 _CHEAP = 2**26
 
 
-@cache
-def distinct_sides(shape: tuple[int, ...]) -> dict[Modes, list[int]]:
-    """Return the shorter sides of the unfoldings, each with the unfoldings whose factor it gives.
-
-    A mode of size 1 makes unfoldings transposes of each other.
-
-    Args:
-        shape: Of the stack, ``(T, O, I)``.
-
-    >>> distinct_sides((2, 512, 2176))
-    {(0,): [0], (1,): [1], (0, 1): [2]}
-    >>> distinct_sides((2, 1, 64))
-    {(0,): [0, 2], (1,): [1]}
-    """
-    wide = frozenset(mode for mode, size in enumerate(shape) if size > 1)
-    known: dict[frozenset[frozenset[int]], Modes] = {}
-    found: dict[Modes, list[int]] = {}
-    for index, rows in enumerate(UNFOLDINGS):
-        one = wide.intersection(rows)
-        side = known.setdefault(frozenset({one, wide - one}), short_side(shape, rows))
-        found.setdefault(side, []).append(index)
-    return found
+def _lengths(shape: tuple[int, ...]) -> list[int]:
+    """Return the rows of each side that is decomposed."""
+    return [math.prod(shape[mode] for mode in side) for side in dict.fromkeys(short_sides(shape))]
 
 
 @cache
@@ -95,8 +76,13 @@ def recomputation_cost(shape: tuple[int, ...]) -> int:
     (50593792, 6854017024)
     """
     size = math.prod(shape)
-    sides = (math.prod(shape[mode] for mode in side) for side in distinct_sides(shape))
-    return sum(2 * side * size for side in sides)
+    return sum(2 * rows * size for rows in _lengths(shape))
+
+
+@cache
+def _longest_decomposition_interval(shape: tuple[int, ...]) -> int:
+    least, most = _DECOMPOSE_EVERY
+    return min(max(least, sum(rows**3 for rows in _lengths(shape)) // _DECOMPOSITION), most)
 
 
 def update_interval(shape: tuple[int, ...], step: int, refresh_every: int) -> int:
@@ -124,9 +110,7 @@ def decomposition_interval(shape: tuple[int, ...], step: int, refresh_every: int
     >>> [decomposition_interval(shape, 10_000, 128) for shape in ((2, 16, 32), (2, 64, 128))]
     [2, 9]
     """
-    sides = (math.prod(shape[mode] for mode in side) for side in distinct_sides(shape))
-    least, most = _DECOMPOSE_EVERY
-    longest = min(max(least, sum(side**3 for side in sides) // _DECOMPOSITION), most)
+    longest = _longest_decomposition_interval(shape)
     slow = min(longest, refresh_every, 1 + step // _DECOMPOSE_GROWTH)
     update = update_interval(shape, step, refresh_every)
     updates = min(_UPDATES, 1 + step // _DECOMPOSE_GROWTH) if update > 1 else 1
@@ -257,16 +241,20 @@ class Penalty:
         """
         decomposed = False
         for depth, kept in self._stacks.items():
-            is_updated = step - kept.updated >= self._update_interval(depth, step)
-            if self._decomposes(depth, step):
-                self._decompose(depth, step, exact=self._refresh_every == 1)
-                decomposed = is_updated = True
-            elif is_updated:
-                kept.direction = self._direction(depth, self.stack(depth))
+            interval = self._update_interval(depth, step)
+            decomposes = self._decomposes(depth, step)
+            if not decomposes and step - kept.updated < interval:
+                continue
+            stack = self.stack(depth)
+            if decomposes:
+                self._decompose(depth, stack, step, exact=self._refresh_every == 1)
+                decomposed = True
+            else:
+                kept.direction = self._direction(depth, stack)
                 self._follow_rank_0(kept.direction)
-            if is_updated and self._update_interval(depth, step) > 1:
-                self._set_slope(depth, strength)
-            kept.updated = step if is_updated else kept.updated
+            if interval > 1:
+                self._keep_slope(depth, stack, self._slope(depth, stack, strength))
+            kept.updated = step
         if decomposed:
             self._layer_weights = self.weights.layer_weights(self.norms()).tolist()
 
@@ -279,10 +267,11 @@ class Penalty:
         """
         spectra = []
         for depth, kept in self._stacks.items():
-            spectra.append(self._decompose(depth, step, exact=True))
+            stack = self.stack(depth)
+            spectra.append(self._decompose(depth, stack, step, exact=True))
             kept.updated = step
             if self._update_interval(depth, step) > 1:
-                self._keep_slope(depth, kept.slope)
+                self._keep_slope(depth, stack, kept.slope)
         self._layer_weights = self.weights.layer_weights(self.norms()).tolist()
         return spectra
 
@@ -301,44 +290,42 @@ class Penalty:
     def _row(self, depth: int) -> int:
         return list(self.depths).index(depth)
 
-    def _decompose(self, depth: int, step: int, *, exact: bool) -> list[Tensor]:
+    def _decompose(self, depth: int, stack: Tensor, step: int, *, exact: bool) -> list[Tensor]:
         """Decompose a stack; return its spectra if ``exact``."""
-        kept, stack = self._stacks[depth], self.stack(depth)
+        kept = self._stacks[depth]
         used = None
         if kept.vectors and kept.updated < step and self._refresh_every > 1:
             is_kept = self._update_interval(depth, step) > 1
             used = self.current(depth) if is_kept else self._direction(depth, stack)
-        sides = distinct_sides(self._shape(depth))
+        sides = short_sides(self._shape(depth))
         kept.alpha = self.weights.alpha()[self._row(depth)].tolist()
         kept.scale = largest_magnitude(stack).item()
         frobenius = frobenius_norm(stack)
         spectra: list[Tensor] = []
         if exact:
-            factors = dict(zip(sides, polar_factors(stack, list(sides)), strict=True))
+            factors = dict(zip(sides, polar_factors(stack), strict=True))
             for side, factor in factors.items():
                 self._keep(depth, side, factor.vectors, factor.singular_values[0])
-            by_side = {side: factor.singular_values.cpu() for side, factor in factors.items()}
-            spectra = _by_unfolding(sides, by_side)
+            spectra = [factors[side].singular_values.cpu() for side in sides]
             norms = torch.stack([spectrum.sum() for spectrum in spectra])
             kept.direction = self._start(depth, stack, frobenius.to(stack.dtype))
-            for side, columns in sides.items():
-                weight = sum(kept.alpha[column] for column in columns)
-                kept.direction.add_(factors[side].factor, alpha=weight)
+            for side, factor in factors.items():
+                kept.direction.add_(factor.factor, alpha=self._alpha(depth, side))
         else:
-            for side in sides:
+            for side in dict.fromkeys(sides):
                 self._keep(depth, side, *left_vectors(unfold(stack, side)))
-            lengths: dict[Modes, Tensor] = {}
-            kept.direction = self._direction(depth, stack, lengths)
-            norms = torch.stack(_by_unfolding(sides, lengths)).cpu()
+            found: dict[Modes, Tensor] = {}
+            kept.direction = self._direction(depth, stack, found)
+            norms = torch.stack([found[side] for side in sides]).cpu()
         kept.norms = torch.cat([norms, frobenius.cpu()[None]])
         self._follow_rank_0(kept.direction, kept.norms, *self.weights.parameters())
         kept.frobenius = kept.norms[-1].item()
         kept.norms = kept.norms[: self.weights.subsets]
         kept.decomposed = step
         if used is not None:
-            found = Deviation.of(used, kept.direction, stack)
-            before = self._largest.get(depth, found)
-            self._largest[depth] = Deviation(*map(max, zip(found, before, strict=True)))
+            deviation = Deviation.of(used, kept.direction, stack)
+            before = self._largest.get(depth, deviation)
+            self._largest[depth] = Deviation(*map(max, zip(deviation, before, strict=True)))
         return spectra
 
     def _keep(self, depth: int, side: Modes, vectors: Tensor, largest: Tensor) -> None:
@@ -360,12 +347,18 @@ class Penalty:
         kept = self._stacks[depth]
         scaled = stack / kept.scale
         direction = self._start(depth, scaled, torch.linalg.vector_norm(scaled))
-        for side, columns in distinct_sides(self._shape(depth)).items():
-            factor, lengths = polar_from_vectors(scaled, side, kept.vectors[side], kept.least[side])
-            direction.add_(factor, alpha=sum(kept.alpha[column] for column in columns))
+        for side, vectors in kept.vectors.items():
+            factor, lengths = polar_from_vectors(scaled, side, vectors, kept.least[side])
+            direction.add_(factor, alpha=self._alpha(depth, side))
             if norms is not None:
                 norms[side] = lengths.sum(dtype=torch.float64) * kept.scale
         return direction
+
+    def _alpha(self, depth: int, side: Modes) -> float:
+        """Return the weight of the unfoldings whose factor is found by a side."""
+        sides = short_sides(self._shape(depth))
+        alpha = self._stacks[depth].alpha
+        return sum(weight for weight, other in zip(alpha, sides, strict=False) if other == side)
 
     def _start(self, depth: int, stack: Tensor, frobenius: Tensor) -> Tensor:
         """Return the part of a direction that is the gradient of the Frobenius norm."""
@@ -373,56 +366,49 @@ class Penalty:
         share = self._frobenius + sum(self._stacks[depth].alpha[len(UNFOLDINGS) :])
         return stack * (share / frobenius.clamp(min=torch.finfo(stack.dtype).tiny))
 
-    def _set_slope(self, depth: int, strength: float | None) -> None:
-        """Measure the slope of a direction that was just recomputed, and take it out of it.
+    def _slope(self, depth: int, stack: Tensor, strength: float | None) -> Tensor | None:
+        """Return the slope of a direction that was just recomputed; None if there is none yet.
 
         A secant for each weight, from the change of direction and weights since the last
         recomputation, summed over its row and its column.
         """
         kept = self._stacks[depth]
-        if kept.previous is None or kept.direction is None or strength is None:
-            self._keep_slope(depth, None)
-            return
-        stack = self.stack(depth)
+        if kept.previous is None or strength is None:
+            return None
+        direction = _required(kept.direction)
         weighted = strength * self._layer_weights[self._row(depth)]
-        outweighs = self._gradient(depth, stack).abs() <= weighted * kept.direction.abs()
+        outweighs = self._gradient(depth, stack).abs() <= weighted * direction.abs()
         moved = (stack - kept.previous[1]).mul_(outweighs)
-        turned = (kept.direction - kept.previous[0]).mul_(moved)
+        turned = (direction - kept.previous[0]).mul_(moved)
         moved = moved.square_()
         rise = turned.sum(2, keepdim=True) + turned.sum(1, keepdim=True)
         run = moved.sum(2, keepdim=True) + moved.sum(1, keepdim=True)
         slope = (rise / run.clamp(min=_TINY)).clamp_(min=0).mul_(outweighs)
         self._follow_rank_0(slope)
-        self._keep_slope(depth, slope)
+        return slope
 
-    def _keep_slope(self, depth: int, slope: Tensor | None) -> None:
-        kept, stack = self._stacks[depth], self.stack(depth)
-        if kept.direction is None:
-            return
-        kept.previous, kept.slope = (kept.direction, stack), slope
+    def _keep_slope(self, depth: int, stack: Tensor, slope: Tensor | None) -> None:
+        """Take a slope out of the direction at ``stack``, to which :meth:`gradients` adds it."""
+        kept, direction = self._stacks[depth], _required(self._stacks[depth].direction)
+        kept.previous, kept.slope = (direction, stack), slope
         if slope is not None:
-            kept.direction = kept.direction - slope * stack
+            kept.direction = direction - slope * stack
 
     def _gradient(self, depth: int, like: Tensor) -> Tensor:
         """Return the gradient of the loss by a stack."""
         found = torch.zeros_like(like)
-        for layer, part in zip(self.depths[depth], found, strict=True):
-            places = {"weight": part[:, : layer.in_features], "bias": part[:, -1]}
+        for index, layer in enumerate(self.depths[depth]):
             for name in self._names:
                 gradient = layer.get_parameter(name).grad
                 if gradient is not None:
-                    places[name].copy_(gradient)
+                    found[self._part(index, layer, name)] = gradient
         return found
 
     def current(self, depth: int) -> Tensor:
         """Return the direction of a depth at its weights, ``(T, O, I)``."""
         kept = self._stacks[depth]
-        if kept.direction is None:
-            raise RuntimeError("measure() comes first")
-        if kept.slope is None:
-            return kept.direction
-        # Two operations, each rounded in the same way on every machine.
-        return kept.direction + kept.slope * self.stack(depth)
+        direction = _required(kept.direction)
+        return direction if kept.slope is None else direction + kept.slope * self.stack(depth)
 
     def norms(self) -> Tensor:
         """Return ``R_i`` at the last decomposition, float64 ``(L,)``, differentiable in alpha."""
@@ -444,10 +430,21 @@ class Penalty:
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
         """Yield each parameter, ``dR_i`` by it along the current direction, and ``w_i``."""
         for (depth, layers), weight in zip(self.depths.items(), self._layer_weights, strict=True):
-            for layer, direction in zip(layers, self.current(depth), strict=True):
-                yield layer.get_parameter("weight"), direction[:, : layer.in_features], weight
-                if "bias" in self._names:
-                    yield layer.get_parameter("bias"), direction[:, layer.in_features], weight
+            kept = self._stacks[depth]
+            for index, layer in enumerate(layers):
+                for name in self._names:
+                    parameter = layer.get_parameter(name)
+                    part = self._part(index, layer, name)
+                    gradient = _required(kept.direction)[part]
+                    if kept.slope is not None:
+                        # Two operations, each rounded in the same way on every machine.
+                        gradient = gradient + kept.slope[part] * parameter.detach()
+                    yield parameter, gradient, weight
+
+    def _part(self, index: int, layer: nn.Linear, name: str) -> tuple[Any, ...]:
+        """Return where a parameter of a layer stands in the stack of its depth."""
+        inputs = layer.in_features
+        return index, slice(None), slice(inputs) if name == "weight" else inputs
 
     def pop_deviations(self) -> list[Deviation] | None:
         """Return the largest deviations of each depth since the last call; None if some has none.
@@ -467,13 +464,10 @@ class Penalty:
             _broadcast(tensors, next(iter(self.depths.values()))[0].weight.device)
 
 
-def _by_unfolding(
-    sides: Mapping[Modes, Sequence[int]], found: Mapping[Modes, Tensor]
-) -> list[Tensor]:
-    """Return what was found for each side in the order of the unfoldings."""
-    return [
-        found[side] for column in range(len(UNFOLDINGS)) for side in sides if column in sides[side]
-    ]
+def _required(direction: Tensor | None) -> Tensor:
+    if direction is None:
+        raise RuntimeError("measure() comes first")
+    return direction
 
 
 def _broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:

@@ -11,6 +11,7 @@ References:
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from itertools import combinations
 from typing import NamedTuple
 
@@ -50,6 +51,26 @@ def short_side(shape: Sequence[int], rows: Modes) -> Modes:
     """
     others = tuple(mode for mode in range(len(shape)) if mode not in rows)
     return min(rows, others, key=lambda modes: math.prod(shape[m] for m in modes))
+
+
+@cache
+def short_sides(shape: tuple[int, ...]) -> tuple[Modes, ...]:
+    """Return the shorter side of each of the distinct unfoldings, by which its factor is found.
+
+    A mode of size 1 makes unfoldings transposes of each other; those have the same side.
+
+    Args:
+        shape: Of the tensor.
+
+    >>> short_sides((2, 512, 2176)), short_sides((2, 1, 64))
+    (((0,), (1,), (0, 1)), ((0,), (1,), (0,)))
+    """
+    wide = frozenset(mode for mode, size in enumerate(shape) if size > 1)
+    known: dict[frozenset[frozenset[int]], Modes] = {}
+    return tuple(
+        known.setdefault(frozenset({wide & set(rows), wide - set(rows)}), short_side(shape, rows))
+        for rows in unfoldings(len(shape))
+    )
 
 
 def unfold(tensor: Tensor, rows: Modes) -> Tensor:
@@ -154,20 +175,18 @@ def left_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiply_along(stack: Tensor, modes: Modes, matrix: Tensor) -> Tensor:
-    """Return ``fold(matrix @ unfold(stack, modes))``, without copies for a stack of three modes.
+    """Return ``fold(matrix @ unfold(stack, modes))``; only along ``(0, 2)`` the stack is copied.
 
     Args:
         stack: ``(T, O, I)``, contiguous.
         modes: The rows of the unfolding, ``m`` of them.
         matrix: ``(m, m)``.
     """
-    if 0 in modes and modes != (0, 2):
-        return (matrix @ unfold(stack, modes)).view(stack.shape)
     if modes == (1,):
         return matrix @ stack
-    if modes == (0, 2):
-        return fold(matrix @ unfold(stack, modes), modes, stack.shape)
-    return (stack.view(-1, len(matrix)) @ matrix.T).view(stack.shape)
+    if 0 not in modes:
+        return (stack.view(-1, len(matrix)) @ matrix.T).view(stack.shape)
+    return fold(matrix @ unfold(stack, modes), modes, stack.shape)
 
 
 def polar_from_vectors(
@@ -199,31 +218,22 @@ def polar_from_vectors(
     return multiply_along(rows, side, vectors), lengths.flatten()
 
 
-def polar_factors(stack: Tensor, which: Sequence[Modes] | None = None) -> list[PolarFactor]:
-    """Return the polar factors of unfoldings, folded back to the shape of ``stack``.
-
-    A mode of size 1 makes unfoldings transposes of each other (the last layer has ``O = 1``); each
-    is decomposed once.
+def polar_factors(stack: Tensor) -> list[PolarFactor]:
+    """Return the polar factors of the unfoldings, folded back to the shape of ``stack``.
 
     Args:
         stack: ``(T, O, I)``, or a tensor of any order.
-        which: Row modes of the unfoldings; all of :func:`unfoldings` if not given.
 
     Returns:
-        One entry for each of ``which``, in its order.
+        One entry for each of :func:`unfoldings`, in its order; the vectors are those of
+        :func:`short_sides`, and unfoldings with the same side share one decomposition.
     """
-    wide = frozenset(mode for mode, size in enumerate(stack.shape) if size > 1)
-    known: dict[frozenset[frozenset[int]], PolarFactor] = {}
-    factors = []
-    for rows in unfoldings(stack.dim()) if which is None else which:
-        row_side = wide.intersection(rows)
-        sides = frozenset({row_side, wide - row_side})
-        if sides not in known:
-            matrix = polar_factor(unfold(stack, rows))
-            folded = fold(matrix.factor, rows, stack.shape).contiguous()
-            known[sides] = matrix._replace(factor=folded)
-        factors.append(known[sides])
-    return factors
+    sides = short_sides(tuple(stack.shape))
+    factors = {}
+    for side in dict.fromkeys(sides):
+        matrix = polar_factor(unfold(stack, side))
+        factors[side] = matrix._replace(factor=fold(matrix.factor, side, stack.shape).contiguous())
+    return [factors[side] for side in sides]
 
 
 def norms_along(factors: Sequence[PolarFactor], stack: Tensor) -> Tensor:

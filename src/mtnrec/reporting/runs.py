@@ -20,7 +20,6 @@ from mtnrec.cell import FAILURE_FILE, RECORD_FILE, RUNNING_FILE, flatten, settin
 from mtnrec.checks import InputError
 from mtnrec.files import read_json
 
-_KEYS_OF_SEED = ("seed", "data.seed")  # of records that do not name them
 _MODEL_NAMES = {"SharedBottom": "Shared-bottom"}  # the paper's, where they are not the class's
 _MTN_NUMBERS = ("lam", "refresh_every")
 _MTN_TEXTS = (
@@ -259,9 +258,13 @@ def _reason(folder: Path) -> str:
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what determines the result but the seed, by dotted key."""
     settings = flatten(settings_of(record["config"]))
-    of_seed = record.get("keys_of_seed", _KEYS_OF_SEED)
+    of_seed = _keys_of_seed(record)
     flat = {key: _plain(value) for key, value in settings if key not in of_seed}
     return flat | {"checksum": record["data"]["checksum"]}
+
+
+def _keys_of_seed(record: Mapping[str, Any]) -> Sequence[str]:
+    return record.get("keys_of_seed", ("seed", "data.seed"))  # older records do not name them
 
 
 def _plain(value: Any) -> Any:
@@ -283,7 +286,7 @@ def _hash(settings: Mapping[str, Any]) -> str:
 def _check_masks(runs: Sequence[Run], baselines: Sequence[str]) -> None:
     first: dict[tuple[str, int | None], Run] = {}
     for run, baseline in zip(runs, baselines, strict=True):
-        is_drawn = "noise.seed" in run.record.get("keys_of_seed", _KEYS_OF_SEED)
+        is_drawn = "noise.seed" in _keys_of_seed(run.record)
         other = first.setdefault((baseline, run.record["seed"] if is_drawn else None), run)
         if other.record["noise"]["checksum"] != run.record["noise"]["checksum"]:
             raise InputError(
