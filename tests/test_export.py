@@ -1,6 +1,7 @@
 """What serving systems run gives the probabilities of the checkpoint, and MTN leaves no trace."""
 
 import sys
+from itertools import product
 
 import numpy as np
 import onnx
@@ -49,11 +50,20 @@ def run_program(path, inputs):
     return np.stack([o.numpy() for o in model(*map(torch.from_numpy, inputs.values()))], axis=1)
 
 
+FORMS = [("onnx", ".onnx", run_onnx), ("torch_export", ".pt2", run_program)]
+
+
 @pytest.mark.parametrize(
-    ("form", "suffix", "run_file"),
-    [("onnx", ".onnx", run_onnx), ("torch_export", ".pt2", run_program)],
+    ("model", "form", "suffix", "run_file"),
+    [
+        pytest.param(
+            model,
+            *form,
+            marks=[pytest.mark.slow] if form[0] == "torch_export" and model != "esmm" else [],
+        )
+        for model, form in product(MODELS, FORMS)
+    ],
 )
-@pytest.mark.parametrize("model", MODELS)
 def test_the_file_gives_the_probabilities_of_the_checkpoint_whatever_the_rows(
     model, form, suffix, run_file, train, export, tmp_path
 ):
@@ -78,7 +88,9 @@ def graph_of(path):
     return nodes, weights, [str(part) for part in (*graph.input, *graph.output)]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", ["esmm", *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS if m != "esmm")]
+)
 def test_a_model_trained_with_mtn_exports_to_the_same_graph_of_the_same_size(
     model, train, export, tmp_path
 ):

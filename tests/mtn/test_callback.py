@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -189,7 +190,7 @@ def train_two_processes(folder, *arguments):
     return [torch.load(folder / f"2_{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "lazy_adam"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("lazy_adam", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(optimizer, tmp_path):
     runpy.run_path(str(TWO_PROCESSES))["main"](1, str(tmp_path / "1"), optimizer)
     one = torch.load(tmp_path / "1_0.pt")
@@ -324,11 +325,19 @@ def test_decoupled_moves_weights_beside_the_optimisers_step(fit, funnel_schema):
         torch.testing.assert_close(step.detach(), -1e-2 * LAM / 3 * stack.grad, rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize("coupling", ["gradient", "decoupled"])
-@pytest.mark.parametrize("build", [SharedBottom, ESMM, MMoE])
-@pytest.mark.parametrize(
-    "lam", [1e-5, 1e-2, *(pytest.param(lam, marks=pytest.mark.slow) for lam in (1e-6, 1e-4, 1e-3))]
-)
+IN_THE_DEFAULT_SUITE = [
+    *product([SharedBottom, ESMM, MMoE], [1e-5, 1e-2], ["gradient"]),
+    (ESMM, 1e-2, "decoupled"),
+]
+SIDE_BY_SIDE = [
+    pytest.param(*case, marks=[] if case in IN_THE_DEFAULT_SUITE else [pytest.mark.slow])
+    for case in product(
+        [SharedBottom, ESMM, MMoE], [1e-6, 1e-5, 1e-4, 1e-3, 1e-2], ["gradient", "decoupled"]
+    )
+]
+
+
+@pytest.mark.parametrize(("build", "lam", "coupling"), SIDE_BY_SIDE)
 def test_the_default_does_what_the_exact_method_does(
     build, lam, coupling, funnel_schema, make_batch
 ):
