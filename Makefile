@@ -34,7 +34,7 @@ test-all: $(STAMP)  ## Run the test suite and the slow tests
 	$(BIN)/python -m pytest $(PARALLEL) -m ''
 
 test-versions: $(STAMP)  ## Run it with the oldest, the exact and the newest versions: 20 GB in .versions
-	$(BIN)/python benchmarks/versions.py
+	$(BIN)/python tests/stress/versions.py
 
 benchmark: $(STAMP)  ## Measure what is claimed of speed and memory: benchmarks/results.md
 	$(BIN)/python benchmarks/measure_all.py

@@ -29,12 +29,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from mtnrec.batch import Batch
-from mtnrec.cell import keys_of_lightning
-from mtnrec.config import CONF_DIR
-from mtnrec.machine import compute_fast
-from mtnrec.model.module import MultiTaskModule
-from mtnrec.record import peak_memory_bytes
+from mtnrec.command.config import CONF_DIR, lightning_keys
+from mtnrec.performance import compute_fast
 from mtnrec.schema import CategoricalField, Schema
+from mtnrec.training.module import MultiTaskModule
+from mtnrec.training.recorder import peak_memory_bytes
 
 PLAIN = "Adam()"
 OPTIMIZERS = {
@@ -110,7 +109,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     ]
     timer = _StepTimer()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    keys = keys_of_lightning(cfg.trainer)
+    keys = lightning_keys(cfg.trainer)
     trainer = instantiate(keys, max_epochs=1, limit_val_batches=0, callbacks=[timer], **quiet)
     if arguments.measure != PLAIN:
         compute_fast(trainer.strategy.root_device)

@@ -35,10 +35,11 @@ import numpy as np
 from mtnrec.data import datamodule as datamodule_module
 from mtnrec.data.aliexpress import AliExpress
 from mtnrec.data.datamodule import DataModule
-from mtnrec.data.memory import memory_bytes
-from mtnrec.data.store import open_prepared, verify_once, verify_prepared
-from mtnrec.data.writer import write_prepared
-from mtnrec.leak import check_leaks
+from mtnrec.data.prepared.store import open_prepared
+from mtnrec.data.prepared.verify import verify_once, verify_prepared
+from mtnrec.data.prepared.writer import write_prepared
+from mtnrec.inspection.leaks import check_leaks
+from mtnrec.resources import memory_bytes
 from mtnrec.schema import CategoricalField, Schema
 
 _SIZES = (1, 4, 7, 2, 21, 7, 50, 8, 7, 2, 2, 2, 2, 2, 2, 2)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from mtnrec.data.memory import memory_bytes
 from mtnrec.files import write_whole
-from mtnrec.record import versions
+from mtnrec.resources import memory_bytes
+from mtnrec.training.recorder import versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.md"

@@ -28,9 +28,9 @@ from hydra.utils import instantiate
 from mtn_accuracy import FIGURES, compose_training, load, train, worst
 
 from mtnrec.batch import Batch
-from mtnrec.config import CONF_DIR
-from mtnrec.machine import compute_fast
-from mtnrec.model.module import cross_entropies
+from mtnrec.command.config import CONF_DIR
+from mtnrec.model.loss import cross_entropies
+from mtnrec.performance import compute_fast
 
 ROWS = 2_000_000
 START, BLOCK, BLOCKS = 512, 256, 4

@@ -27,10 +27,10 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from mtnrec.batch import Batch
-from mtnrec.config import CONF_DIR
-from mtnrec.machine import compute_fast
-from mtnrec.model.module import cross_entropies
+from mtnrec.command.config import CONF_DIR
+from mtnrec.model.loss import cross_entropies
 from mtnrec.mtn.trace_norm import effective_rank, frobenius_norm
+from mtnrec.performance import compute_fast
 
 SMALL = {
     "shared_bottom": ["model.bottom_widths=[64,32]", "model.tower_widths=[32,16]"],

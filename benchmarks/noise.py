@@ -17,11 +17,10 @@ from omegaconf import DictConfig
 from rich import box, get_console
 from rich.table import Table
 
-from mtnrec.cell import keys_of_lightning
-from mtnrec.config import CONF_DIR
+from mtnrec.command.config import CONF_DIR, lightning_keys
 from mtnrec.data.datamodule import DataModule
-from mtnrec.machine import compute_fast
-from mtnrec.model.module import MultiTaskModule
+from mtnrec.performance import compute_fast
+from mtnrec.training.module import MultiTaskModule
 
 _EPOCHS = 4
 _PASSES = 7
@@ -64,7 +63,7 @@ def _train(cfg: DictConfig) -> float:
     timer = _EpochTimer()
     quiet_trainer = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = instantiate(
-        keys_of_lightning(cfg.trainer), callbacks=[timer], limit_val_batches=0, **quiet_trainer
+        lightning_keys(cfg.trainer), callbacks=[timer], limit_val_batches=0, **quiet_trainer
     )
     compute_fast(trainer.strategy.root_device)
     trainer.fit(module, datamodule=datamodule)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mtnrec.data.store import open_prepared
+from mtnrec.data.prepared.store import open_prepared
 
-SCRIPT = Path(__file__).with_name("line_by_line.py")
+SCRIPT = Path(__file__).parents[1] / "tests" / "reference" / "line_by_line.py"
 
 
 def run(*command: str) -> tuple[float, int]:

@@ -29,11 +29,11 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtnrec.batch import Batch
-from mtnrec.cell import keys_of_lightning
-from mtnrec.config import CONF_DIR
-from mtnrec.machine import compute_fast
-from mtnrec.model.module import MultiTaskModule, cross_entropies
-from mtnrec.record import RunRecorder
+from mtnrec.command.config import CONF_DIR, lightning_keys
+from mtnrec.model.loss import cross_entropies
+from mtnrec.performance import compute_fast
+from mtnrec.training.module import MultiTaskModule
+from mtnrec.training.recorder import RunRecorder
 
 MODELS = ("shared_bottom", "esmm", "mmoe")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
@@ -110,7 +110,7 @@ def measure(model: str, data_root: str, best: float) -> list[str]:
         bare.append(epoch())
         with tempfile.TemporaryDirectory() as folder:
             trainer = instantiate(
-                keys_of_lightning(cfg.trainer),
+                lightning_keys(cfg.trainer),
                 accelerator="cpu",
                 max_epochs=2,
                 callbacks=[timer, RunRecorder(), RichProgressBar(10, console_kwargs=screen)],

@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 MEASURES = ("fit", "train", "evaluate")
-LITERAL = Path(__file__).with_name("literal.py")
+LITERAL = Path(__file__).parents[1] / "tests" / "reference" / "literal.py"
 
 
 def run_on_a_terminal(command: Sequence[str]) -> str:

@@ -23,20 +23,20 @@ from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 
 from mtnrec.batch import Bags, Batch
-from mtnrec.config import CONF_DIR
-from mtnrec.data.aliexpress_join import CATEGORICAL, LABELS, NUMERICAL
+from mtnrec.command.config import CONF_DIR
 from mtnrec.data.datamodule import DataModule
-from mtnrec.data.store import Manifest
-from mtnrec.data.writer import write_prepared
+from mtnrec.data.preparation.aliexpress import CATEGORICAL, LABELS, NUMERICAL
+from mtnrec.data.prepared.manifest import Manifest
+from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.describe import main as describe_main
 from mtnrec.export import main as export_main
 from mtnrec.predict import main as predict_main
 from mtnrec.prepare import main as prepare_main
-from mtnrec.record import RunRecorder
 from mtnrec.report import main as report_main
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.status import main as status_main
 from mtnrec.train import main as train_main
+from mtnrec.training.recorder import RunRecorder
 
 _SMALL_MODELS = {
     "shared_bottom": ["model.bottom_widths=[16]", "model.tower_widths=[8]"],

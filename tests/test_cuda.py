@@ -11,8 +11,8 @@ from shared_fixtures import Killed
 
 from mtnrec import load_checkpoint
 from mtnrec.files import read_json
-from mtnrec.model import module
-from mtnrec.model.replay import Replay
+from mtnrec.training import module
+from mtnrec.training.cuda_graph import Replay
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

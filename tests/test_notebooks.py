@@ -15,8 +15,8 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from mtnrec.mtn.callback import COLLAPSED_ALPHA
-from mtnrec.reporting.runs import read_runs, results_table
-from mtnrec.reporting.tables import split_by_table
+from mtnrec.reporting.runs import read_runs
+from mtnrec.reporting.table.scores import split_by_table
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 NAMES = ("quickstart", "noise_robustness", "mechanism")
@@ -117,7 +117,7 @@ def test_the_quickstart_compares_the_pairs_of_the_records(execute, records, swee
     assert f": {treated.mean():.6f} with MTN, {baseline.mean():.6f} without;" in sentence
     assert f"over 2 pairs is {(treated - baseline).mean():+.6f}." in sentence
     assert kinds(notebook)["image/png"] == 1
-    scores = len(split_by_table(results_table(read_runs(sweep))))
+    scores = len(split_by_table(read_runs(sweep).results))
     assert kinds(notebook)["text/html"] == 4 + scores + 1 + 2  # pandas, differences, origin
 
 

@@ -3,7 +3,7 @@ import json
 import pandas as pd
 import pytest
 
-from mtnrec.reporting import figures
+from mtnrec.reporting.figure import catalogue as figures
 
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
 SWEEP = [*LOG, "hydra.mode=MULTIRUN", "mtn.enabled=false,true"]

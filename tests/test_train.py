@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from mtnrec.batch import Batch
-from mtnrec.data.writer import write_prepared
+from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.schema import CategoricalField, Schema
 
 MODELS = ["shared_bottom", "esmm", "mmoe"]

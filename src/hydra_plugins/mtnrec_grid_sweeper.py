@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 
 class GridSweeper(Sweeper):
-    """Runs the cells of one or several grids; :mod:`mtnrec.sweep` says how.
+    """Runs the cells of one or several grids; :mod:`mtnrec.sweep.launch` says how.
 
     Args:
         params: What is swept in every grid, as in Hydra's basic sweeper: ``seed: range(0,10)``.
@@ -33,7 +33,9 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from mtnrec import sweep  # every command loads this module; only sweeps need that one
+        from mtnrec.sweep import (
+            launch as sweep,  # every command loads this module; only sweeps need that one
+        )
 
         loader = self.hydra_context.config_loader
         grids = [{**self.params, **grid} for grid in self.grids.values()] or [dict(self.params)]

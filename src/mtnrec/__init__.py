@@ -30,7 +30,7 @@ __all__ = ["load_checkpoint"]
 def __getattr__(name: str) -> Any:
     # Loaded when it is asked for: half of the commands do without torch.
     if name == "load_checkpoint":
-        from mtnrec.scorer import load_checkpoint
+        from mtnrec.serving.scorer import load_checkpoint
 
         return load_checkpoint
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,12 +12,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich import get_console
 
-from mtnrec.config import entry_point
-from mtnrec.data.statistics import count_changes, count_split
-from mtnrec.data.store import open_prepared
-from mtnrec.description import check_destination, lay_out
+from mtnrec.command.entry_point import entry_point
+from mtnrec.data.prepared.store import open_prepared
 from mtnrec.files import write_whole
-from mtnrec.leak import check_leaks
+from mtnrec.inspection.layout import check_destination, lay_out
+from mtnrec.inspection.leaks import check_leaks
+from mtnrec.inspection.statistics import count_changes, count_split
 
 
 @entry_point("describe")

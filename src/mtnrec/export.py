@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 from rich import box, get_console
 
 from mtnrec.checks import InputError, check_choice
-from mtnrec.config import entry_point
-from mtnrec.scorer import load_checkpoint
-from mtnrec.serving import FORMATS, export
+from mtnrec.command.entry_point import entry_point
+from mtnrec.serving.export import FORMATS, export
+from mtnrec.serving.scorer import load_checkpoint
 
 
 @entry_point("export")

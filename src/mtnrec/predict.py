@@ -11,10 +11,10 @@ from omegaconf import DictConfig
 from rich import get_console
 
 from mtnrec.checks import InputError, check_integer
-from mtnrec.config import entry_point
-from mtnrec.machine import choose_products
-from mtnrec.prediction import PreparedRows, TableRows, closing_table, write_scores
-from mtnrec.scorer import load_checkpoint
+from mtnrec.command.entry_point import entry_point
+from mtnrec.performance import choose_products
+from mtnrec.serving.prediction import PreparedRows, TableRows, closing_table, write_scores
+from mtnrec.serving.scorer import load_checkpoint
 
 
 @entry_point("predict")

@@ -7,7 +7,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich import get_console
 
-from mtnrec.config import entry_point
+from mtnrec.command.entry_point import entry_point
 
 
 @entry_point("prepare")

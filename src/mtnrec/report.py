@@ -8,12 +8,12 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich import get_console
 
-from mtnrec.config import entry_point
-from mtnrec.reporting.figures import write_figures
+from mtnrec.command.entry_point import entry_point
+from mtnrec.reporting.figure.catalogue import write_figures
 from mtnrec.reporting.page import write_page
-from mtnrec.reporting.render import write_tables
-from mtnrec.reporting.runs import read_runs, results_table, unfinished, write_results
-from mtnrec.reporting.tables import comparisons, difference_table, score_table, split_by_table
+from mtnrec.reporting.runs import read_runs, unfinished
+from mtnrec.reporting.table.render import write_tables
+from mtnrec.reporting.table.scores import comparisons, difference_table, score_table, split_by_table
 
 
 @entry_point("report")
@@ -21,16 +21,15 @@ def main(cfg: DictConfig) -> None:
     """Write the report of finished runs: results, tables, figures and one page."""
     root, out, console = Path(cfg.runs), Path(cfg.out), get_console()
     runs, left_out = read_runs(root), unfinished(root)
-    results = results_table(runs)
     cells, tables = [], []
-    for title, part in split_by_table(results).items():
+    for title, part in split_by_table(runs.results).items():
         compared = comparisons(part, metric=cfg.metric, split=cfg.split)
         cells.append(compared)
         tables.append(score_table(compared, title))
         if (compared["pairs"] > 0).any():
             tables.append(difference_table(compared, f"{title}: differences"))
 
-    write_results(out, runs)
+    runs.write(out)
     write_tables(out / "tables", tables)
     with console.status("drawing"):
         figures = write_figures(out / "figures", runs)

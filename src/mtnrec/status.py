@@ -10,10 +10,10 @@ from omegaconf import DictConfig
 from rich import get_console
 from rich.live import Live
 
-from mtnrec.cell import State
 from mtnrec.checks import check_number
-from mtnrec.config import entry_point
-from mtnrec.overview import lay_out, read_cells
+from mtnrec.command.entry_point import entry_point
+from mtnrec.run.folder import State
+from mtnrec.sweep.progress import lay_out, read_cells
 
 
 @entry_point("status")

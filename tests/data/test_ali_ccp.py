@@ -4,19 +4,21 @@ import collections
 import io
 import json
 import re
+import shutil
 import tarfile
 
-import ali_ccp_log
 import numpy as np
 import polars as pl
 import pytest
+from reference import ali_ccp_log
 
 from mtnrec.checks import InputError
-from mtnrec.data import ali_ccp_join
-from mtnrec.data import raw as raw_module
-from mtnrec.data import writer as writer_module
 from mtnrec.data.ali_ccp import MULTI_VALUED, PRESETS
-from mtnrec.data.store import open_prepared, verify_prepared
+from mtnrec.data.preparation import ali_ccp as ali_ccp_join
+from mtnrec.data.prepared import writer as writer_module
+from mtnrec.data.prepared.store import open_prepared
+from mtnrec.data.prepared.verify import verify_prepared
+from mtnrec.data.raw import blocks
 
 SPLITS = ("train", "test")
 
@@ -242,7 +244,7 @@ def test_archives_and_files_and_any_threads_and_blocks_give_the_same_bytes(
         ali_ccp_log.pack(raw_dir, archives, common_first=common_first)
         assert checksums(prepared(archives, *keys, name="archived")[0]) == expected
     for block_bytes, threads in ((700, 3), (100_000, 2)):
-        monkeypatch.setattr(raw_module, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
         assert checksums(prepared(raw_dir, *keys, f"threads={threads}")[0]) == expected
 
 
@@ -535,8 +537,8 @@ def test_the_raw_folder_must_be_given_and_exist(make_datamodule, tmp_path):
 def test_a_disk_that_is_too_small_is_refused_before_the_work(
     raw_dir, prepared, monkeypatch, tmp_path
 ):
-    usage = raw_module.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(raw_module.shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
     with pytest.raises(InputError, match=r"become about .*\(1\.0 kB are free there\): free some"):
         prepared(raw_dir)

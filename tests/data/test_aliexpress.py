@@ -10,10 +10,11 @@ import polars as pl
 import pytest
 
 from mtnrec.checks import InputError
-from mtnrec.data import raw as raw_module
 from mtnrec.data.aliexpress import AliExpress
-from mtnrec.data.aliexpress_join import CATEGORICAL, LABELS, NUMERICAL
-from mtnrec.data.store import open_prepared, verify_prepared
+from mtnrec.data.preparation.aliexpress import CATEGORICAL, LABELS, NUMERICAL
+from mtnrec.data.prepared.store import open_prepared
+from mtnrec.data.prepared.verify import verify_prepared
+from mtnrec.data.raw import blocks
 
 COLUMNS = ["search_id", *CATEGORICAL, *NUMERICAL, *LABELS]
 SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "aliexpress_sample_fuxictr"
@@ -91,7 +92,7 @@ def assert_prepared_from(directory, raw_dir):
 
 @pytest.mark.parametrize("block_bytes", [5000, 1 << 23])
 def test_every_cell_equals_that_of_the_files(directory, raw_dir, monkeypatch, block_bytes):
-    monkeypatch.setattr(raw_module, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
 
     written = make(directory, raw_dir).prepare()
 
@@ -255,7 +256,7 @@ def test_a_bad_cell_is_refused_and_leaves_nothing(directory, raw_dir, column, te
 def test_the_line_is_right_in_every_chunk(
     directory, raw_dir, monkeypatch, split, line, column, text
 ):
-    monkeypatch.setattr(raw_module, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 5000)
     edit(raw_dir / f"{split}.csv", line, **{column: text})
 
     with pytest.raises(InputError, match=rf"{raw_dir}/{split}\.csv, line {line}:"):
@@ -266,7 +267,7 @@ def test_the_line_is_right_in_every_chunk(
 
 @pytest.mark.parametrize("line", [3, 40])
 def test_a_conversion_without_a_click_is_refused(directory, raw_dir, monkeypatch, line):
-    monkeypatch.setattr(raw_module, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 5000)
     edit(raw_dir / "train.csv", line, click="0", conversion="1")
 
     message = (
@@ -282,7 +283,7 @@ def test_a_conversion_without_a_click_is_refused(directory, raw_dir, monkeypatch
 def test_conversions_without_a_click_are_dropped_and_counted_on_demand(
     directory, raw_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(raw_module, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 5000)
     orphans = {"train": [2, 30, 31], "test": [61]}
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -456,7 +457,7 @@ def pack_raw(csv, zips, outer):
 
 @pytest.mark.parametrize("block_bytes", [2000, 1 << 23])
 def test_every_form_of_the_same_log_gives_the_same_bytes(forms, tmp_path, monkeypatch, block_bytes):
-    monkeypatch.setattr(raw_module, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
 
     manifests = {
         name: make(tmp_path / "data" / name, folder).prepare() for name, folder in forms.items()

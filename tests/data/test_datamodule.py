@@ -11,8 +11,9 @@ import torch
 
 from mtnrec.checks import InputError
 from mtnrec.data.aliexpress import AliExpress
-from mtnrec.data.datamodule import EvaluationSampler, TrainSampler
-from mtnrec.data.store import NotPreparedError, open_prepared
+from mtnrec.data.prepared.manifest import NotPreparedError
+from mtnrec.data.prepared.store import open_prepared
+from mtnrec.data.samplers import EvaluationSampler, TrainSampler
 
 LOADING = {
     "name": "aliexpress_nl",

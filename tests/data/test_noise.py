@@ -15,7 +15,7 @@ from mtnrec.batch import Bags, Batch
 from mtnrec.checks import InputError
 from mtnrec.data.aliexpress import AliExpress
 from mtnrec.data.noise import Noise, is_below, scale, splitmix64
-from mtnrec.data.store import open_prepared
+from mtnrec.data.prepared.store import open_prepared
 from mtnrec.schema import CategoricalField, Schema
 
 TAIL = 1e-6

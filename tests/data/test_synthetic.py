@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from mtnrec.checks import InputError
 from mtnrec.data import synthetic
-from mtnrec.data.store import open_prepared
+from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.synthetic import Synthetic
 
 SETTINGS = {

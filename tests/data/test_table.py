@@ -15,8 +15,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mtnrec.checks import InputError
-from mtnrec.data import raw, source
-from mtnrec.data.store import NotPreparedError, open_prepared, verify_prepared
+from mtnrec.data.prepared.manifest import NotPreparedError
+from mtnrec.data.prepared.store import open_prepared
+from mtnrec.data.prepared.verify import verify_prepared
+from mtnrec.data.raw import blocks, tabular
 from mtnrec.data.table import Table
 
 HILLSTROM = Path(__file__).parents[3] / "shared" / "data" / "hillstrom" / "hillstrom.csv"
@@ -147,8 +149,8 @@ def test_every_cell_is_that_of_the_table(prepared, directory, frame):
 
 @pytest.mark.parametrize("rows_per_chunk", [64, 1 << 16])
 def test_the_form_of_the_file_does_not_matter(tmp_path, frame, monkeypatch, rows_per_chunk):
-    monkeypatch.setattr(source, "_ROWS_PER_CHUNK", rows_per_chunk)
-    monkeypatch.setattr(raw, "BLOCK_BYTES", 40 * rows_per_chunk)
+    monkeypatch.setattr(tabular, "_ROWS_PER_CHUNK", rows_per_chunk)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 40 * rows_per_chunk)
     csv = write(frame, tmp_path / "rows.csv")
     (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(csv.read_bytes()))
     write(frame, tmp_path / "rows.parquet")
@@ -452,7 +454,7 @@ BAD_ROWS = [
 def test_a_bad_row_is_refused_and_leaves_nothing(
     directory, tmp_path, monkeypatch, row, message, quoted
 ):
-    monkeypatch.setattr(raw, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100)
     text = text_with(9, row).replace("b,", '"b",' if quoted else "b,")
     path = write(text, tmp_path / "rows.csv")
 
@@ -467,7 +469,7 @@ def test_a_bad_row_is_refused_and_leaves_nothing(
 def test_bad_rows_are_skipped_and_counted_on_demand(
     directory, tmp_path, monkeypatch, caplog, quoted, source_key
 ):
-    monkeypatch.setattr(raw, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100)
     good = (HEADER + "\n".join(LINES) + "\n").replace("b,", '"b",' if quoted else "b,")
     lines = good.splitlines()
     for position, (row, _) in enumerate(BAD_ROWS):

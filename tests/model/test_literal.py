@@ -1,13 +1,13 @@
 """The networks at their full sizes against the program that computes the layout literally."""
 
-import literal
 import pytest
 import torch
 from hydra.utils import instantiate
+from reference import literal
 
 from mtnrec.batch import Batch
-from mtnrec.machine import choose_products
-from mtnrec.model.module import cross_entropies
+from mtnrec.model.loss import cross_entropies
+from mtnrec.performance import choose_products
 from mtnrec.schema import CategoricalField, Schema
 
 SIZES = [2, 5, 8, 3, 22, 8, 51, 9, 8, 3, 3, 300]  # AliExpress's, and one that is looked up

@@ -10,9 +10,9 @@ from torch import nn
 from mtnrec.batch import Batch
 from mtnrec.checks import InputError
 from mtnrec.model.esmm import ESMM
-from mtnrec.model.layer import FeatureInput
+from mtnrec.model.feature_input import FeatureInput
+from mtnrec.model.loss import cross_entropies
 from mtnrec.model.mmoe import MMoE
-from mtnrec.model.module import cross_entropies
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.schema import CategoricalField, Schema
 

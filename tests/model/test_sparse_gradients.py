@@ -11,12 +11,13 @@ import torch
 
 from mtnrec.checks import InputError
 from mtnrec.model.esmm import ESMM
+from mtnrec.model.loss import cross_entropies
 from mtnrec.model.mmoe import MMoE
-from mtnrec.model.module import MultiTaskModule, cross_entropies
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.mtn.callback import MTN
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import CategoricalField, Schema
+from mtnrec.training.module import MultiTaskModule
 
 LAZY = partial(LazyAdam, lr=0.02, betas=[0.9, 0.999], eps=1e-8)
 ADAM = partial(torch.optim.Adam, lr=0.02, fused=True)
@@ -51,11 +52,8 @@ def make_mtn(coupling):
         layers="all",
         subsets="distinct",
         alpha="uniform",
-        alpha_sharing="per_layer",
         layer_weighting="mean",
-        decay=0.5,
         frobenius=True,
-        biases=False,
         coupling=coupling,
         refresh_every=1,
         alpha_optimizer=ADAM,

@@ -18,11 +18,13 @@ from torch import nn
 from mtnrec.batch import Batch
 from mtnrec.checks import InputError
 from mtnrec.model.esmm import ESMM
+from mtnrec.model.loss import cross_entropies
 from mtnrec.model.mmoe import MMoE
-from mtnrec.model.module import MultiTaskModule, cross_entropies
 from mtnrec.model.shared_bottom import SharedBottom
-from mtnrec.mtn.callback import MTN, add_to_gradients, gradient_scale
+from mtnrec.mtn.callback import MTN, gradient_scale
 from mtnrec.mtn.trace_norm import effective_rank
+from mtnrec.optimizer.penalty import add_to_gradients
+from mtnrec.training.module import MultiTaskModule
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 SGD = partial(torch.optim.SGD, lr=1e-1)
@@ -38,11 +40,8 @@ def make_mtn(**keys):
         "layers": "all",
         "subsets": "distinct",
         "alpha": "learned",
-        "alpha_sharing": "per_layer",
         "layer_weighting": "mean",
-        "decay": 0.5,
         "frobenius": True,
-        "biases": False,
         "coupling": "gradient",
         "refresh_every": 1,
         "alpha_optimizer": ADAM,
@@ -64,18 +63,15 @@ def make_network(schema, build=SharedBottom, seed=0, sizes=(5, 4)):
 class PenaltyInTheLoss(MultiTaskModule):
     """Adds ``lam * mean_i (sum_s alpha_s ||W_{s}||_* + ||W_i||_F)`` to the loss, by autograd."""
 
-    def __init__(self, network, *, learn_alpha, biases, **keys):
+    def __init__(self, network, *, learn_alpha, **keys):
         super().__init__(network, **keys)
         self.theta = nn.Parameter(torch.zeros(3, 3, dtype=torch.float64))
         self.theta.requires_grad_(learn_alpha)
-        self.biases = biases
 
     def training_step(self, batch):
         terms = []
         for theta, layers in zip(self.theta, self.network.task_layers(), strict=True):
             stack = torch.stack([layer.weight for layer in layers])
-            if self.biases:
-                stack = torch.cat([stack, torch.stack([x.bias for x in layers])[..., None]], 2)
             matrices = [stack.movedim(mode, 0).flatten(1) for mode in range(3)]
             norms = torch.stack([torch.linalg.svdvals(m).sum() for m in matrices])
             terms.append(theta.softmax(0) @ norms + torch.linalg.vector_norm(stack))
@@ -143,7 +139,7 @@ def test_equals_the_same_penalty_inside_the_loss(name, accumulate, clip, alpha, 
     inside, _ = fit(
         make_network(funnel_schema),
         module=PenaltyInTheLoss,
-        keys={"learn_alpha": alpha == "learned", "biases": False},
+        keys={"learn_alpha": alpha == "learned"},
         **keys,
     )
     without, _ = fit(make_network(funnel_schema), **keys)
@@ -160,25 +156,12 @@ def test_learned_alpha_equals_the_one_inside_the_loss(fit, funnel_schema):
         make_network(funnel_schema),
         module=PenaltyInTheLoss,
         optimizer=ADAM,
-        keys={"learn_alpha": True, "biases": False},
+        keys={"learn_alpha": True},
     )
 
     learned = mtn.state_dict()["weights"]["alpha_logits"].double()
     torch.testing.assert_close(learned, inside.theta.detach(), rtol=1e-4, atol=1e-6)
     assert learned.abs().max() > 0.01
-
-
-def test_biases_count_as_one_more_input(fit, funnel_schema):
-    mtn = make_mtn(alpha="uniform", biases=True)
-
-    with_callback, _ = fit(make_network(funnel_schema), mtn)
-    inside, _ = fit(
-        make_network(funnel_schema),
-        module=PenaltyInTheLoss,
-        keys={"learn_alpha": False, "biases": True},
-    )
-
-    assert distance(with_callback.network, inside.network) < 1e-9
 
 
 TWO_PROCESSES = Path(__file__).with_name("two_processes.py")
@@ -613,13 +596,6 @@ def test_one_tower_is_refused():
         start(make_mtn(), network)
 
 
-def test_biases_that_do_not_exist_are_refused():
-    network = SimpleNamespace(task_layers=lambda: [[nn.Linear(2, 1, bias=False)] * 2])
-
-    with pytest.raises(InputError, match=r"mtn\.biases=true, but layer 0 has no bias"):
-        start(make_mtn(biases=True), network)
-
-
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -635,9 +611,7 @@ def test_biases_that_do_not_exist_are_refused():
         ({"alpha": [0.5, 0.5]}, "mtn.alpha must be `learned`, `uniform` or three weights"),
         ({"alpha": [0.5, 0.5, 0.5]}, "mtn.alpha must sum to 1.*sum 1.5"),
         ({"alpha": [1.5, -0.5, 0.0]}, "mtn.alpha must be a number in"),
-        ({"alpha_sharing": "all"}, "mtn.alpha_sharing must be one of per_layer, shared"),
         ({"layer_weighting": "median"}, "mtn.layer_weighting must be one of mean"),
-        ({"decay": 2}, r"mtn.decay must be a number in \[0, 1\], got 2"),
         ({"coupling": "loose"}, "mtn.coupling must be one of gradient, decoupled"),
         ({"frobenius": "no"}, "mtn.frobenius must be true or false"),
         ({"enabled": 1}, "mtn.enabled must be true or false"),

@@ -7,29 +7,25 @@ import pytest
 import torch
 from torch import nn
 
-from mtnrec.mtn.penalty import (
-    Deviation,
-    Penalty,
-    decomposition_interval,
-    update_interval,
-)
-from mtnrec.mtn.trace_norm import short_sides
-from mtnrec.mtn.weights import PenaltyWeights
+from mtnrec.mtn.mixing import MixingWeights
+from mtnrec.mtn.penalty import Deviation, Penalty
+from mtnrec.mtn.schedule import RefreshPolicy
+from mtnrec.mtn.unfolding import short_sides
+
+POLICY = RefreshPolicy()
 
 
 def make_penalty(refresh_every, shape=(2, 24, 40), multiplicities=(1, 1, 1), dtype=torch.float32):
     torch.manual_seed(0)
     tasks, outputs, inputs = shape
     layers = [nn.Linear(inputs, outputs, dtype=dtype) for _ in range(tasks)]
-    weights = PenaltyWeights(
+    weights = MixingWeights(
         layers=1,
         multiplicities=multiplicities,
         alpha="uniform",
-        alpha_sharing="per_layer",
         layer_weighting="mean",
-        decay=0.5,
     )
-    keys = {"frobenius": True, "biases": False, "refresh_every": refresh_every}
+    keys = {"frobenius": True, "refresh_every": refresh_every}
     return Penalty({0: layers}, weights, **keys), layers
 
 
@@ -105,20 +101,21 @@ def test_intervals_start_at_one_step_and_grow_to_their_limits():
     small, large = (2, 128, 256), (2, 512, 2176)
     steps = [0, 100, 1000, 10_000, 10**6]
 
-    decomposed = [decomposition_interval(small, step, 128) for step in steps]
-    kept = [update_interval(large, step, 128) for step in steps]
+    decomposed = [POLICY.decomposition_interval(small, step) for step in steps]
+    kept = [POLICY.update_interval(large, step) for step in steps]
 
-    assert [update_interval(small, step, 128) for step in steps] == [1] * 5
+    assert [POLICY.update_interval(small, step) for step in steps] == [1] * 5
     assert decomposed[0] == kept[0] == 1
     assert decomposed == sorted(decomposed)
     assert kept == sorted(kept)
     assert decomposed[-1] == 32
     assert kept[-1] == 32
-    assert decomposition_interval(large, 10**6, 128) == 128
+    assert POLICY.decomposition_interval(large, 10**6) == 128
     assert all(
-        decomposition_interval(large, step, 128) >= k for step, k in zip(steps, kept, strict=True)
+        POLICY.decomposition_interval(large, step) >= k for step, k in zip(steps, kept, strict=True)
     )
-    assert update_interval(large, 10**6, 10) == decomposition_interval(large, 10**6, 10) == 10
+    short = RefreshPolicy(longest=10)
+    assert short.update_interval(large, 10**6) == short.decomposition_interval(large, 10**6) == 10
 
 
 def test_the_deviation_is_that_of_the_direction_that_would_have_been_used():
@@ -200,7 +197,7 @@ def test_a_restored_slope_gives_the_same_bits():
     whole, layers = kept_penalty(1e-5)
     whole.measure(10_040)
     state = copy.deepcopy(whole.state_dict())
-    restored = Penalty({0: layers}, whole.weights, frobenius=True, biases=False, refresh_every=128)
+    restored = Penalty({0: layers}, whole.weights, frobenius=True, refresh_every=128)
     restored.load_state_dict(state)
     restored.measure(10_040)
 

@@ -7,22 +7,21 @@ import pytest
 import scipy.stats
 import torch
 
-from mtnrec.mtn.trace_norm import (
-    effective_rank,
-    fold,
-    frobenius_norm,
-    layer_norms,
+from mtnrec.mtn.polar import (
     left_vectors,
     multiply_along,
-    norms_along,
     polar_factor,
     polar_factors,
     polar_from_vectors,
-    short_side,
-    tensor_trace_norm,
-    unfold,
-    unfoldings,
 )
+from mtnrec.mtn.trace_norm import (
+    effective_rank,
+    frobenius_norm,
+    layer_norms,
+    norms_along,
+    tensor_trace_norm,
+)
+from mtnrec.mtn.unfolding import fold, short_side, unfold, unfoldings
 
 SHAPES = [(2, 5, 7), (3, 6, 4), (2, 1, 8), (4, 3, 3), (2, 3, 2, 4)]
 ALPHA = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)

@@ -16,14 +16,15 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
 
 from mtnrec.batch import Batch
-from mtnrec.data.datamodule import RowGatherer, TrainSampler
-from mtnrec.model.module import MultiTaskModule
+from mtnrec.data.batches import RowGatherer
+from mtnrec.data.samplers import TrainSampler
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.mtn import penalty
 from mtnrec.mtn.callback import MTN
-from mtnrec.mtn.trace_norm import PolarFactor, polar_factors, polar_from_vectors
+from mtnrec.mtn.polar import PolarFactor, polar_factors, polar_from_vectors
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import CategoricalField, Schema
+from mtnrec.training.module import MultiTaskModule
 
 ROWS, GLOBAL_BATCH = 96, 32
 # More values of "a" than rows in a batch: some rows of its table are in none.
@@ -85,11 +86,8 @@ def main(devices: int, out: str, optimizer: str, machines: str = "alike") -> Non
         layers="all",
         subsets="distinct",
         alpha="learned",
-        alpha_sharing="per_layer",
         layer_weighting="mean",
-        decay=0.5,
         frobenius=True,
-        biases=False,
         coupling="gradient",
         refresh_every=1 if machines == "alike" else 128,
         alpha_optimizer=partial(torch.optim.Adam, lr=1e-2),

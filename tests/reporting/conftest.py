@@ -22,7 +22,6 @@ MTN = {
     "target": "towers",
     "layers": "all",
     "alpha": "learned",
-    "alpha_sharing": "per_layer",
     "layer_weighting": "mean",
     "coupling": "gradient",
     "refresh_every": 16,

@@ -5,11 +5,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mtnrec.reporting.appendix import cost_table, deviation_tables, settings_tables
-from mtnrec.reporting.figures import WrittenFigure
+from mtnrec.reporting.figure.catalogue import WrittenFigure
 from mtnrec.reporting.page import summarise, write_page
-from mtnrec.reporting.runs import read_runs, results_table, unfinished
-from mtnrec.reporting.tables import comparisons, difference_table, score_table, split_by_table
+from mtnrec.reporting.runs import read_runs, unfinished
+from mtnrec.reporting.table.appendix import cost_table, deviation_tables, settings_tables
+from mtnrec.reporting.table.scores import comparisons, difference_table, score_table, split_by_table
 
 VOID = {"meta", "img", "br"}
 
@@ -51,7 +51,7 @@ def draw(out, kind):
 
 def make_page(root, out):
     runs = read_runs(root)
-    parts = split_by_table(results_table(runs))
+    parts = split_by_table(runs.results)
     cells = [comparisons(part) for part in parts.values()]
     tables = [
         lay_out(cell, title)
@@ -121,7 +121,7 @@ def test_published_numbers_stand_beside_ours(tmp_path, write_run):
     write_run(tmp_path, "a", auc=auc, data="aliexpress_es")
     write_run(tmp_path, "b", auc=auc, data="aliexpress_es", mtn=True)
     write_run(tmp_path, "c", auc=auc, data="aliexpress_es", mtn={"lam": 0.1}, seed=1)
-    cells = comparisons(results_table(read_runs(tmp_path)))
+    cells = comparisons(read_runs(tmp_path).results)
 
     paper, mtreclib = deviation_tables(cells)
 
@@ -140,7 +140,7 @@ def test_published_numbers_stand_beside_ours(tmp_path, write_run):
 def test_runs_of_other_data_have_nothing_published_beside_them(tmp_path, write_run):
     write_run(tmp_path, "a", data="synthetic")
 
-    assert list(deviation_tables(comparisons(results_table(read_runs(tmp_path))))) == []
+    assert list(deviation_tables(comparisons(read_runs(tmp_path).results))) == []
 
 
 def test_the_speed_of_mtn_is_held_against_its_own_baseline(tmp_path, write_run):
@@ -172,6 +172,6 @@ def test_settings_are_parted_into_those_that_differ_and_those_that_do_not(tmp_pa
 def test_without_pairs_the_summary_claims_nothing(tmp_path, write_run):
     write_run(tmp_path, "a", mtn=True)
 
-    (sentence,) = summarise([comparisons(results_table(read_runs(tmp_path)))])
+    (sentence,) = summarise([comparisons(read_runs(tmp_path).results)])
 
     assert sentence.startswith("No run with MTN has a run of the same seed without MTN")

@@ -7,13 +7,8 @@ import pytest
 
 from mtnrec.checks import InputError
 from mtnrec.reporting.runs import (
-    costs_table,
-    epochs_table,
     read_runs,
-    results_table,
-    settings_table,
     unfinished,
-    write_results,
 )
 
 
@@ -25,7 +20,7 @@ def edit(folder, change):
 
 
 def arms(root):
-    return settings_table(read_runs(root)).set_index("run")
+    return read_runs(root).settings.set_index("run")
 
 
 def test_runs_are_found_at_any_depth_and_sorted_by_name(tmp_path, write_run):
@@ -81,7 +76,9 @@ def test_the_same_run_with_unlike_metrics_is_refused(tmp_path, write_run):
     write_run(tmp_path, "a", seed=3, auc={"ctr": 0.7})
     write_run(tmp_path, "b", seed=3, auc={"ctr": 0.8})
 
-    with pytest.raises(InputError, match=r"a and b in .* the same settings and seed 3, but unlike"):
+    with pytest.raises(
+        InputError, match=r"a and b in .* the same settings and seed 3, but different"
+    ):
         read_runs(tmp_path)
 
 
@@ -218,8 +215,8 @@ def test_unlike_noise_under_the_same_settings_is_refused(tmp_path, write_run):
     changed = write_run(tmp_path, "b", noise=0.1, mtn=True)
     edit(changed, lambda record: record["noise"].update(checksum="0" * 64))
 
-    with pytest.raises(InputError, match="a and b have the same noise settings, but saw unlike"):
-        settings_table(read_runs(tmp_path))
+    with pytest.raises(InputError, match="a and b have the same noise settings, but saw different"):
+        read_runs(tmp_path)
 
 
 def test_what_is_drawn_from_the_seed_is_no_setting_of_an_arm(tmp_path, write_run):
@@ -245,8 +242,8 @@ def test_one_seed_has_one_noise_also_where_it_is_drawn_from_the_seed(tmp_path, w
         edit(folder, lambda record: record.update(keys_of_seed=of_seed))
     edit(folder, lambda record: record["noise"].update(checksum="0" * 64))
 
-    with pytest.raises(InputError, match="a and b have the same noise settings, but saw unlike"):
-        settings_table(read_runs(tmp_path))
+    with pytest.raises(InputError, match="a and b have the same noise settings, but saw different"):
+        read_runs(tmp_path)
 
 
 def test_settings_of_mtn_are_missing_where_it_is_off(tmp_path, write_run):
@@ -264,7 +261,7 @@ def test_results_have_a_row_for_each_split_task_and_metric(tmp_path, write_run):
     auc = {"buy": 0.7, "buy_now": 0.8}
     write_run(tmp_path, "a", auc=auc, metrics={"test/buy_auc": None})
 
-    table = results_table(read_runs(tmp_path)).set_index(["split", "task", "metric"])
+    table = read_runs(tmp_path).results.set_index(["split", "task", "metric"])
 
     assert len(table) == 2 * 2 * 6
     assert pd.isna(table.loc[("test", "buy", "auc"), "value"])
@@ -277,7 +274,7 @@ def test_epochs_hold_every_logged_value(tmp_path, write_run):
     folder = write_run(tmp_path, "a", mtn=True, epochs=2)
     history = json.loads((folder / "result.json").read_text())["history"]
 
-    table = epochs_table(read_runs(tmp_path))
+    table = read_runs(tmp_path).epochs
 
     assert len(table) == sum(len(entry) - 2 for entry in history)
     values = table.set_index(["epoch", "name"])["value"]
@@ -288,7 +285,7 @@ def test_costs_are_those_of_the_records(tmp_path, write_run):
     folder = write_run(tmp_path, "a")
     record = json.loads((folder / "result.json").read_text())
 
-    (row,) = costs_table(read_runs(tmp_path)).to_dict("records")
+    (row,) = read_runs(tmp_path).costs.to_dict("records")
 
     assert row["seconds_fit"] == record["seconds"]["fit"]
     assert row["train_samples_per_second"] == record["samples_per_second"]["train"]
@@ -300,9 +297,9 @@ def test_written_tables_give_back_every_digit(tmp_path, write_run):
         write_run(tmp_path / "runs", f"{seed}", seed=seed, mtn=bool(seed))
     runs = read_runs(tmp_path / "runs")
 
-    write_results(tmp_path / "out", runs)
+    runs.write(tmp_path / "out")
 
-    results = results_table(runs)
+    results = runs.results
     with (tmp_path / "out" / "results.csv").open() as file:
         assert [float(row["value"]) for row in csv.DictReader(file)] == results["value"].tolist()
     stored = pd.read_parquet(tmp_path / "out" / "results.parquet")
@@ -323,7 +320,7 @@ def test_the_results_do_not_depend_on_what_the_runs_cost(tmp_path, write_run):
     edit(folder, slow)
 
     for root in ("first", "second"):
-        write_results(tmp_path / f"out_{root}", read_runs(tmp_path / root))
+        read_runs(tmp_path / root).write(tmp_path / f"out_{root}")
 
     for kind in ("csv", "parquet"):
         first, second = (

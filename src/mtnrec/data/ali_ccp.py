@@ -2,7 +2,7 @@
 
 The skeleton has a line for each impression, with its labels, its own features and the index of a
 line of common features, which describes the user and is shared by about 58 impressions. See
-:mod:`mtnrec.data.triples` for the lines.
+:mod:`mtnrec.data.raw.triples` for the lines.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,25 +14,19 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mtnrec.checks import InputError, check_choice, check_integer
-from mtnrec.data.ali_ccp_join import COMMON_FIELDS, SKELETON_FIELDS, USER, Columns, Log
 from mtnrec.data.datamodule import DataModule
-from mtnrec.data.raw import (
-    BadRows,
-    Block,
-    Meter,
-    available_cores,
-    find_one,
-    list_files,
-    map_in_order,
-    read_blocks,
-    read_tar,
-    require_raw_dir,
-    state_disk_need,
-)
-from mtnrec.data.store import Manifest, bag_stem
-from mtnrec.data.triples import MISSING
-from mtnrec.data.vocabulary import encode_in_place
-from mtnrec.data.writer import Writer, write_prepared
+from mtnrec.data.preparation.ali_ccp import COMMON_FIELDS, SKELETON_FIELDS, USER, Columns, Log
+from mtnrec.data.prepared.layout import bag_stem
+from mtnrec.data.prepared.manifest import Manifest
+from mtnrec.data.prepared.vocabulary import encode_in_place
+from mtnrec.data.prepared.writer import Writer, write_prepared
+from mtnrec.data.raw.archives import read_tar
+from mtnrec.data.raw.bad_rows import BadRows
+from mtnrec.data.raw.blocks import Block, map_in_order, read_blocks
+from mtnrec.data.raw.files import find_one, list_files, require_raw_dir, state_disk_need
+from mtnrec.data.raw.progress import Meter
+from mtnrec.data.raw.triples import MISSING
+from mtnrec.resources import available_cores
 from mtnrec.schema import CategoricalField, Schema
 
 MULTI_VALUED = ("109_14", "110_14", "127_14", "150_14", "210", "853")

@@ -15,20 +15,13 @@ from typing import ClassVar
 
 from mtnrec.checks import InputError, check_choice
 from mtnrec.data.datamodule import DataModule
-from mtnrec.data.raw import (
-    BadRows,
-    Block,
-    Meter,
-    find_one,
-    list_files,
-    open_plain,
-    open_zip,
-    read_blocks,
-    require_raw_dir,
-    state_disk_need,
-)
-from mtnrec.data.store import Manifest
-from mtnrec.data.writer import write_prepared
+from mtnrec.data.prepared.manifest import Manifest
+from mtnrec.data.prepared.writer import write_prepared
+from mtnrec.data.raw.archives import open_plain, open_zip
+from mtnrec.data.raw.bad_rows import BadRows
+from mtnrec.data.raw.blocks import Block, read_blocks
+from mtnrec.data.raw.files import find_one, list_files, require_raw_dir, state_disk_need
+from mtnrec.data.raw.progress import Meter
 from mtnrec.schema import Schema
 
 _SPLITS = ("train", "test")
@@ -79,8 +72,8 @@ class AliExpress(DataModule):
                 file breaks the format.
         """
         # Here, since training a prepared set needs no polars, whose import takes 0.1 s.
-        from mtnrec.data.aliexpress_join import CATEGORICAL, LABELS, NUMERICAL, Join
-        from mtnrec.data.vocabulary import encode_in_place
+        from mtnrec.data.preparation.aliexpress import CATEGORICAL, LABELS, NUMERICAL, Join
+        from mtnrec.data.prepared.vocabulary import encode_in_place
 
         raw_dir = require_raw_dir(self.raw_dir, self.origin)
         files = _find(raw_dir, self.country.lower())

@@ -2,8 +2,6 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,32 +11,33 @@ import lightning as L
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from mtnrec.batch import Bags, Batch
+from mtnrec.batch import Batch
 from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
-from mtnrec.data.memory import memory_bytes
+from mtnrec.data.batches import RowGatherer, Rows
 from mtnrec.data.noise import Noise
-from mtnrec.data.store import (
-    BAG_DTYPES,
-    SCHEMA_FILE,
+from mtnrec.data.prepared.manifest import SCHEMA_FILE, Manifest, NotPreparedError
+from mtnrec.data.prepared.store import (
     Arrays,
-    Manifest,
-    NotPreparedError,
-    bag_stem,
     expect_scattered_reads,
     open_prepared,
-    verify_once,
 )
+from mtnrec.data.prepared.verify import verify_once
+from mtnrec.data.samplers import (
+    EvaluationSampler,
+    TrainLoader,
+    TrainSampler,
+    permutation,
+    row_dtype,
+)
+from mtnrec.resources import memory_bytes
 from mtnrec.schema import Schema
 
-_SHARE_OF_THE_MEMORY = 0.75  # of which a split's pages can be kept; the rest is the process's own
 _READERS = 32  # reads under way at a time; more of them bring little
+_SHARE_OF_THE_MEMORY = 0.75  # of which a split's pages can be kept; the rest is the process's own
 
 _logger = logging.getLogger(__name__)
-
-Rows = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -132,9 +131,9 @@ class DataModule(L.LightningDataModule, ABC):
                 f"train, validate on a share of {self.validation_share} and test"
             )
         self._rows: dict[str, Rows] = {
-            "train": np.flatnonzero(~validates).astype(_dtype_of_rows(rows["train"])),
-            "val": np.flatnonzero(validates).astype(_dtype_of_rows(rows["train"])),
-            "test": np.arange(rows["test"], dtype=_dtype_of_rows(rows["test"])),
+            "train": np.flatnonzero(~validates).astype(row_dtype(rows["train"])),
+            "val": np.flatnonzero(validates).astype(row_dtype(rows["train"])),
+            "test": np.arange(rows["test"], dtype=row_dtype(rows["test"])),
         }
         if self.noise is not None:
             self.noise.learn(self.schema, arrays["train"])
@@ -154,7 +153,7 @@ class DataModule(L.LightningDataModule, ABC):
         validates = np.zeros(rows, np.bool_)
         count = round(self.validation_share * rows)
         if self.validation_split == "random":
-            validates[_permutation(rng, rows)[:count]] = True
+            validates[permutation(rng, rows)[:count]] = True
         else:
             validates[rows - count :] = True
         return validates
@@ -182,6 +181,11 @@ class DataModule(L.LightningDataModule, ABC):
         arrays, rows = self.stored(split)
         array = arrays.get(stem)
         return None if array is None else np.asarray(array).take(rows, axis=0)
+
+    def labels_of(self, split: str) -> npt.NDArray[np.uint8]:
+        """The labels of a split, ``(rows, T)``, in the order of evaluation."""
+        arrays, rows = self.stored(split)
+        return np.asarray(arrays["labels"]).take(rows, axis=0)
 
     def stored(self, split: str) -> tuple[Arrays, Rows]:
         """The arrays that hold a split, and which of their rows are its own."""
@@ -285,173 +289,3 @@ class SelfPreparing(DataModule):
                 f"({', '.join(differing)}): choose another data.dir, or run "
                 "`python -m mtnrec.prepare` with these settings"
             )
-
-
-class RowGatherer(Dataset[Batch]):
-    """Turns positions into a batch, by one ``take`` on each array.
-
-    Args:
-        arrays: Arrays of a prepared split, of equal length.
-        rows: The rows of those arrays that belong here, ``(rows,)``.
-        schema: The fields.
-        change: Changes a batch in place, given its rows of those arrays.
-        readers: Threads that take a batch's rows together, where these come from the disk.
-    """
-
-    def __init__(
-        self,
-        arrays: Arrays,
-        rows: Rows,
-        schema: Schema,
-        change: Callable[[Rows, Batch], None] | None = None,
-        readers: int = 1,
-    ) -> None:
-        self._arrays = {stem: np.asarray(array) for stem, array in arrays.items()}
-        self._rows = rows
-        self._multivalued = [field.name for field in schema.multivalued]
-        self._change = change
-        self._readers = readers
-        self._pool = ThreadPoolExecutor(readers) if readers > 1 else None
-
-    def __getitem__(self, positions: Rows) -> Batch:
-        rows = self._rows.take(positions)
-        batch = Batch(
-            categorical=self._take("categorical", rows),
-            numerical=self._take("numerical", rows),
-            labels=self._take("labels", rows).float(),
-            group=self._take("group", rows) if "group" in self._arrays else None,
-            bags=tuple(
-                gather_bags(self._arrays, field, self._arrays["bag"][rows, column])
-                for column, field in enumerate(self._multivalued)
-            ),
-        )
-        if self._change is not None:
-            self._change(rows, batch)
-        return batch
-
-    def _take(self, stem: str, rows: Rows) -> Tensor:
-        array = self._arrays[stem]
-        if self._pool is None:
-            return torch.from_numpy(array.take(rows, axis=0))
-        # numpy lets go of the interpreter while it copies, so that the reads overlap.
-        parts = np.array_split(rows, self._readers)
-        taken = self._pool.map(lambda part: array.take(part, axis=0), parts)
-        return torch.from_numpy(np.concatenate(list(taken)))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-
-def gather_bags(arrays: Arrays, field: str, bags: npt.NDArray[np.int32]) -> Bags:
-    """Collect some bags of a split's multi-valued field; ``bags`` are their numbers, ``(n,)``."""
-    offsets, tokens, weights = (arrays[bag_stem(field, part)] for part in BAG_DTYPES)
-    starts = offsets[bags]
-    lengths = offsets[bags + 1] - starts
-    ends = lengths.cumsum()
-    total = int(ends[-1]) if len(ends) else 0
-    positions = np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
-    return Bags(
-        torch.from_numpy(np.asarray(tokens).take(positions)),
-        torch.from_numpy(np.asarray(weights).take(positions)),
-        torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-    )
-
-
-def _dtype_of_rows(rows: int) -> type[np.integer[Any]]:
-    """Return the narrower type that numbers so many rows: each epoch's order holds all of them."""
-    return np.int32 if rows < 1 << 31 else np.int64
-
-
-def _permutation(rng: np.random.Generator, rows: int) -> Rows:
-    """Draw what ``rng.permutation(rows)`` does, in half the memory."""
-    order = np.arange(rows, dtype=_dtype_of_rows(rows))
-    rng.shuffle(order)
-    return order
-
-
-class TrainSampler(Sampler[Rows]):
-    """Random batches of one rank; their order is a function of (seed, epoch, rank).
-
-    Each global batch of ``batch_size * world_size`` rows is dealt to the ranks in turn. All ranks
-    get equally many rows, so that the mean of their gradients is the gradient of the global mean;
-    for that the last ``rows % world_size`` rows of an epoch's order are left out.
-
-    After ``load_state_dict`` the epoch that the state is of goes on where it was.
-    """
-
-    def __init__(self, rows: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
-        self._rows = rows - rows % world_size
-        self._all_rows = rows
-        self._global_batch = batch_size * world_size
-        self._seed = seed
-        self._rank, self._world_size = rank, world_size
-        self._epoch = 0
-        self._batches = 0  # that the epoch has given
-        self._done = (0, 0)  # an epoch, and its batches that are not to be given again
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order; Lightning calls it at the start of each epoch."""
-        self._epoch = epoch
-
-    def __iter__(self) -> Iterator[Rows]:
-        order = self._order(self._epoch)
-        epoch, done = self._done
-        for batch in range(done if epoch == self._epoch else 0, len(self)):
-            self._batches = batch + 1
-            yield self._deal(order, batch)[self._rank :: self._world_size]
-
-    def _order(self, epoch: int) -> Rows:
-        return _permutation(np.random.default_rng([self._seed, epoch]), self._all_rows)
-
-    def _deal(self, order: Rows, batch: int) -> Rows:
-        start = batch * self._global_batch
-        return order[start : min(start + self._global_batch, self._rows)]
-
-    def rows_of(self, epoch: int, batch: int, rank: int | None = None) -> Rows:
-        """Return a batch of an epoch once more: a rank's, or those of all ranks together."""
-        rows = self._deal(self._order(epoch), batch)
-        return rows if rank is None else rows[rank :: self._world_size]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "batches": self._batches}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._done = state_dict["epoch"], state_dict["batches"]
-
-    def __len__(self) -> int:
-        return -(-self._rows // self._global_batch)
-
-
-class TrainLoader(DataLoader[Batch]):
-    """A loader whose place in an epoch Lightning keeps in each checkpoint of a training."""
-
-    sampler: TrainSampler
-
-    def state_dict(self) -> dict[str, int]:
-        return self.sampler.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.sampler.load_state_dict(state_dict)
-
-
-class EvaluationSampler(Sampler[Rows]):
-    """Every row once and in order: each rank has a run of the batches that one process has.
-
-    The rows of rank 0, then those of rank 1 and so on are those of one process in its order, so
-    that what is measured on all of them is the same to the last bit. All ranks get equally many
-    batches (the last ones may be empty), since a rank that evaluates longer than the others would
-    wait for them for ever.
-    """
-
-    def __init__(self, rows: int, batch_size: int, rank: int, world_size: int) -> None:
-        self._rows = rows
-        self._batch_size = batch_size
-        self._rank, self._world_size = rank, world_size
-
-    def __iter__(self) -> Iterator[Rows]:
-        for batch in range(len(self)):
-            start = (self._rank * len(self) + batch) * self._batch_size
-            yield np.arange(min(start, self._rows), min(start + self._batch_size, self._rows))
-
-    def __len__(self) -> int:
-        return -(-self._rows // (self._batch_size * self._world_size))

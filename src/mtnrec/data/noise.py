@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from mtnrec.batch import Bags, Batch
 from mtnrec.checks import InputError, check_choice, check_integer, check_number
-from mtnrec.data.store import Arrays, bag_stem
+from mtnrec.data.prepared.layout import bag_stem
+from mtnrec.data.prepared.store import Arrays
 from mtnrec.schema import CategoricalField, Schema
 
 _FILES = {"train": 0, "val": 0, "test": 1}  # the validation rows are rows of the training file
@@ -173,7 +174,7 @@ class Noise:
             states = bits[of_bag, fields + bag]
             self._replace_tokens(batch.bags[bag], bag, noisy[of_bag], states)
 
-    def record(self, rows: Mapping[str, Integers]) -> dict[str, Any]:
+    def record(self, rows: Mapping[str, npt.NDArray[np.integer[Any]]]) -> dict[str, Any]:
         """Return the settings and what they make of a data set; costs a hash of each noisy feature.
 
         Args:

@@ -23,8 +23,9 @@ import numpy.typing as npt
 
 from mtnrec.checks import InputError, check_integer, check_number
 from mtnrec.data.datamodule import SelfPreparing
-from mtnrec.data.store import Arrays, Manifest
-from mtnrec.data.writer import write_prepared
+from mtnrec.data.prepared.manifest import Manifest
+from mtnrec.data.prepared.store import Arrays
+from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.schema import Schema
 
 _SEARCHES_PER_CHUNK = 8192
@@ -132,7 +133,7 @@ class Synthetic(SelfPreparing):
     def prepare(self) -> Manifest:
         """Generate the log and write it as a prepared data set."""
         # Here, since training a prepared set needs no polars, whose import takes 0.1 s.
-        from mtnrec.data.vocabulary import ValueCounts, encode_in_place
+        from mtnrec.data.prepared.vocabulary import ValueCounts, encode_in_place
 
         searches = -(-self.rows // self.rows_per_search)
         test_from = self.rows_per_search * round(searches * (1 - self.test_share))

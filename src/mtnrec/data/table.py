@@ -19,7 +19,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
-from mtnrec.data.column import (
+from mtnrec.data.datamodule import SelfPreparing
+from mtnrec.data.prepared.manifest import LARGEST_NUMBER, Manifest
+from mtnrec.data.prepared.store import Arrays
+from mtnrec.data.prepared.vocabulary import TextCounts, TextVocabulary
+from mtnrec.data.prepared.writer import Writer, write_prepared
+from mtnrec.data.raw.bad_rows import BadRows
+from mtnrec.data.raw.column import (
     MOST_CATEGORIES,
     Floats,
     Moments,
@@ -30,12 +36,7 @@ from mtnrec.data.column import (
     times_of,
     transformed,
 )
-from mtnrec.data.datamodule import SelfPreparing
-from mtnrec.data.raw import BadRows
-from mtnrec.data.source import Booleans, Chunk, Source
-from mtnrec.data.store import LARGEST_NUMBER, Arrays, Manifest
-from mtnrec.data.vocabulary import TextCounts, TextVocabulary
-from mtnrec.data.writer import Writer, write_prepared
+from mtnrec.data.raw.tabular import Booleans, Chunk, Source
 from mtnrec.schema import CategoricalField, Schema
 
 _SPLITS = ("train", "test")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -11,14 +12,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from mtnrec.batch import LogProbabilities
-from mtnrec.metric.calibration import (
-    CalibrationCurve,
-    calibration,
-    curve_of_sorted,
-    expected_calibration_error,
-    log_loss,
-)
-from mtnrec.metric.ranking import SortedScores, auc, auc_of_sorted, grouped_auc, sort_scores
+from mtnrec.metric import calibration, ranking
+from mtnrec.metric.catalogue import METRICS
 from mtnrec.schema import Schema, Task
 
 # Where CVR is a quotient it can exceed 1; its log loss, undefined there, takes this instead.
@@ -42,20 +37,45 @@ class TaskRows:
     labels: Tensor
     groups: Tensor | None
 
-    def metrics(self) -> tuple[dict[str, Tensor], CalibrationCurve]:
-        """Return AUC, log loss, calibration, expected calibration error, grouped AUC; the curve."""
-        scores = sort_scores(self.positive, self.labels)
-        # The probabilities are in the same order: nothing is sorted twice.
-        curve = curve_of_sorted(SortedScores(*(part.double().exp() for part in scores)))
-        values = {
-            "auc": auc_of_sorted(scores),
-            "log_loss": log_loss(self.positive, self.negative, self.labels),
-            "calibration": calibration(curve),
-            "ece": expected_calibration_error(curve),
-        }
-        if self.groups is not None:
-            values["grouped_auc"] = grouped_auc(self.positive, self.labels, self.groups)
-        return values, curve
+    def metrics(self) -> dict[str, Tensor]:
+        """Return every metric that is measured on predictions and defined for this data set."""
+        names = [name for name, metric in METRICS.items() if metric.is_measured]
+        values = {name: getattr(self, name)() for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @cached_property
+    def scores(self) -> ranking.SortedScores:
+        """The scores in order, for everything that needs them sorted."""
+        return ranking.sort_scores(self.positive, self.labels)
+
+    @cached_property
+    def curve(self) -> calibration.CalibrationCurve:
+        """The calibration curve."""
+        # The probabilities are in the order of the scores: nothing is sorted twice.
+        probabilities = (part.double().exp() for part in self.scores)
+        return calibration.curve_of_sorted(ranking.SortedScores(*probabilities))
+
+    def auc(self) -> Tensor:
+        """Area under the ROC curve."""
+        return ranking.auc_of_sorted(self.scores)
+
+    def log_loss(self) -> Tensor:
+        """Mean cross entropy."""
+        return calibration.log_loss(self.positive, self.negative, self.labels)
+
+    def calibration(self) -> Tensor:
+        """Sum of the probabilities over the positives."""
+        return calibration.calibration(self.curve)
+
+    def ece(self) -> Tensor:
+        """Expected calibration error."""
+        return calibration.expected_calibration_error(self.curve)
+
+    def grouped_auc(self) -> Tensor | None:
+        """AUC within groups; None where the data set has none."""
+        if self.groups is None:
+            return None
+        return ranking.grouped_auc(self.positive, self.labels, self.groups)
 
 
 def log_probability(task: Task, positive: Tensor) -> Tensor:
@@ -122,7 +142,7 @@ def bayes_aucs(
     true = torch.from_numpy(probabilities)
     output = LogProbabilities(true.log(), (-true).log1p())
     rows = {t.name: rows_of_task(t, output, torch.from_numpy(labels), None) for t in schema.tasks}
-    return {f"{name}_bayes_auc": auc(r.positive, r.labels).item() for name, r in rows.items()}
+    return {f"{name}_bayes_auc": r.auc().item() for name, r in rows.items()}
 
 
 class TaskMetrics(Metric):
@@ -146,7 +166,7 @@ class TaskMetrics(Metric):
     def __init__(self, schema: Schema) -> None:
         super().__init__()
         self._schema = schema
-        self.curves: dict[str, CalibrationCurve] = {}
+        self.curves: dict[str, calibration.CalibrationCurve] = {}
         for state in ("positive", "negative", "labels", "groups"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
@@ -178,8 +198,8 @@ class TaskMetrics(Metric):
         values: dict[str, Tensor] = {}
         for task in self._schema.tasks:
             rows = rows_of_task(task, output, labels, groups)
-            metrics, self.curves[task.name] = rows.metrics()
-            values |= {f"{task.name}_{metric}": value for metric, value in metrics.items()}
+            self.curves[task.name] = rows.curve
+            values |= {f"{task.name}_{name}": value for name, value in rows.metrics().items()}
             values[f"{task.name}_rows"] = torch.tensor(len(rows.labels))
             values[f"{task.name}_positives"] = rows.labels.long().sum()
         return values

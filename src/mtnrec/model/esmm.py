@@ -7,12 +7,9 @@ from torch import nn
 
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError
-from mtnrec.model.layer import (
-    FeatureInput,
-    ParallelMLPs,
-    check_sizes,
-    funnel_log_probabilities,
-)
+from mtnrec.model.feature_input import FeatureInput
+from mtnrec.model.log_probabilities import funnel_log_probabilities
+from mtnrec.model.mlp import ParallelMLPs, check_sizes
 from mtnrec.schema import Schema
 
 
@@ -23,10 +20,11 @@ class ESMM(nn.Module):
 
     Args:
         schema: Fields and labels of the data, which must be a funnel.
-        embedding_dim: ``D``, or one by field as in :class:`~mtnrec.model.layer.FeatureInput`.
+        embedding_dim: ``D``, or one by field as in
+            :class:`~mtnrec.model.feature_input.FeatureInput`.
         bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
         embedding_init: ``joint`` or ``per_field``, as in
-            :class:`~mtnrec.model.layer.FeatureInput`.
+            :class:`~mtnrec.model.feature_input.FeatureInput`.
         tower_widths: Outputs of each tower's hidden layers; they hold the widths of what other
             models call bottom and tower.
         dropout: In [0, 1); the paper uses 0.

@@ -8,12 +8,9 @@ from torch import nn
 
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import check_integer
-from mtnrec.model.layer import (
-    FeatureInput,
-    ParallelMLPs,
-    check_sizes,
-    label_log_probabilities,
-)
+from mtnrec.model.feature_input import FeatureInput
+from mtnrec.model.log_probabilities import label_log_probabilities
+from mtnrec.model.mlp import ParallelMLPs, check_sizes
 from mtnrec.schema import Schema
 
 _MOST_EXPERTS = 10_000
@@ -26,10 +23,11 @@ class MMoE(nn.Module):
 
     Args:
         schema: Fields and labels of the data; one gate and one tower a label.
-        embedding_dim: ``D``, or one by field as in :class:`~mtnrec.model.layer.FeatureInput`.
+        embedding_dim: ``D``, or one by field as in
+            :class:`~mtnrec.model.feature_input.FeatureInput`.
         bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
         embedding_init: ``joint`` or ``per_field``, as in
-            :class:`~mtnrec.model.layer.FeatureInput`.
+            :class:`~mtnrec.model.feature_input.FeatureInput`.
         experts: ``E``.
         expert_widths: Outputs of each expert's layers.
         tower_widths: Outputs of each tower's hidden layers.

@@ -6,13 +6,9 @@ from typing import Any
 from torch import nn
 
 from mtnrec.batch import Batch, LogProbabilities
-from mtnrec.model.layer import (
-    MLP,
-    FeatureInput,
-    ParallelMLPs,
-    check_sizes,
-    label_log_probabilities,
-)
+from mtnrec.model.feature_input import FeatureInput
+from mtnrec.model.log_probabilities import label_log_probabilities
+from mtnrec.model.mlp import MLP, ParallelMLPs, check_sizes
 from mtnrec.schema import Schema
 
 
@@ -23,10 +19,11 @@ class SharedBottom(nn.Module):
 
     Args:
         schema: Fields and labels of the data; one tower a label.
-        embedding_dim: ``D``, or one by field as in :class:`~mtnrec.model.layer.FeatureInput`.
+        embedding_dim: ``D``, or one by field as in
+            :class:`~mtnrec.model.feature_input.FeatureInput`.
         bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
         embedding_init: ``joint`` or ``per_field``, as in
-            :class:`~mtnrec.model.layer.FeatureInput`.
+            :class:`~mtnrec.model.feature_input.FeatureInput`.
         bottom_widths: Outputs of the bottom's layers.
         tower_widths: Outputs of each tower's hidden layers.
         dropout: In [0, 1); the paper uses 0.

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
+from mtnrec.metric.catalogue import layer_key
+from mtnrec.mtn.mixing import LAYER_WEIGHTINGS, MixingWeights
 from mtnrec.mtn.penalty import Penalty, mean_distance
 from mtnrec.mtn.trace_norm import effective_rank
-from mtnrec.mtn.weights import LAYER_WEIGHTINGS, PenaltyWeights
+from mtnrec.optimizer.penalty import add_to_gradients, move_parameters
 
 COLLAPSED_ALPHA = 0.99
 _STEPS_A_SHARE = 16  # to count zeros is a pass over the gradients
@@ -23,6 +26,7 @@ _STEPS_A_SHARE = 16  # to count zeros is a pass over the gradients
 _MULTIPLICITIES = {"distinct": (1, 1, 1), "all": (2, 2, 2, 1)}
 UNFOLDINGS = ("task", "output", "input")  # the rows of the three distinct unfoldings
 
+_ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
 _logger = logging.getLogger(__name__)
 
 
@@ -46,7 +50,7 @@ class MTN(L.Callback):
     folder.
 
     Args:
-        enabled: Whether it does anything.
+        enabled: Whether it does anything; ``false`` in ``conf``, where a run has MTN if asked.
         lam: ``lambda``; the paper uses 1e-5. With 0 it measures and leaves the training alone.
         target: Penalise the task ``towers``, or the ``shared`` layers side by side (experts).
         layers: ``all``, or the depths to penalise, counted from 0 next to the input.
@@ -56,11 +60,8 @@ class MTN(L.Callback):
             ``||W_i||_F``; alpha then starts at 2/7, 2/7, 2/7 and 1/7.
         alpha: ``learned``, ``uniform``, or the fixed weights of the task, output and input
             unfolding.
-        alpha_sharing: One alpha ``per_layer``, or ``shared`` by all layers.
         layer_weighting: ``mean`` (the paper's), ``exponential_decay``, ``learned`` or ``gated``.
-        decay: Ratio of ``exponential_decay``, in [0, 1].
         frobenius: Whether ``R_i`` has its Frobenius term.
-        biases: Whether a bias counts as one more input of its layer.
         coupling: Add to the ``gradient`` (the paper's), or move the weights beside the optimiser's
             step by ``lr * lam * dR/dW``, ``decoupled``, as AdamW does with weight decay.
         refresh_every: Most steps for which a direction of the penalty is kept; 1 decomposes at each
@@ -75,20 +76,17 @@ class MTN(L.Callback):
     def __init__(
         self,
         *,
-        enabled: bool,
-        lam: float,
-        target: str,
-        layers: str | Sequence[int],
-        subsets: str,
-        alpha: str | Sequence[float],
-        alpha_sharing: str,
-        layer_weighting: str,
-        decay: float,
-        frobenius: bool,
-        biases: bool,
-        coupling: str,
-        refresh_every: int,
-        alpha_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        enabled: bool = True,
+        lam: float = 1e-5,
+        target: str = "towers",
+        layers: str | Sequence[int] = "all",
+        subsets: str = "distinct",
+        alpha: str | Sequence[float] = "learned",
+        layer_weighting: str = "mean",
+        frobenius: bool = True,
+        coupling: str = "gradient",
+        refresh_every: int = 128,
+        alpha_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = _ADAM,
     ) -> None:
         check_flag("mtn.enabled", enabled)
         check_number("mtn.lam", lam, minimum=0)
@@ -96,11 +94,8 @@ class MTN(L.Callback):
         _check_layers(layers)
         check_choice("mtn.subsets", subsets, list(_MULTIPLICITIES))
         _check_alpha(alpha)
-        check_choice("mtn.alpha_sharing", alpha_sharing, ["per_layer", "shared"])
         check_choice("mtn.layer_weighting", layer_weighting, LAYER_WEIGHTINGS)
-        check_number("mtn.decay", decay, minimum=0, maximum=1)
         check_flag("mtn.frobenius", frobenius)
-        check_flag("mtn.biases", biases)
         check_choice("mtn.coupling", coupling, ["gradient", "decoupled"])
         check_integer("mtn.refresh_every", refresh_every, minimum=1)
         self.enabled = enabled
@@ -109,11 +104,8 @@ class MTN(L.Callback):
         self.layers = layers
         self.subsets = subsets
         self.alpha = alpha
-        self.alpha_sharing = alpha_sharing
         self.layer_weighting = layer_weighting
-        self.decay = decay
         self.frobenius = frobenius
-        self.biases = biases
         self.coupling = coupling
         self.refresh_every = refresh_every
         self.alpha_optimizer = alpha_optimizer
@@ -133,19 +125,16 @@ class MTN(L.Callback):
         depths = self._choose(self._find_depths(pl_module.network))
         for depth, layers in depths.items():
             self._check_depth(depth, layers)
-        weights = PenaltyWeights(
+        weights = MixingWeights(
             layers=len(depths),
             multiplicities=_MULTIPLICITIES[self.subsets],
             alpha=self.alpha,
-            alpha_sharing=self.alpha_sharing,
             layer_weighting=self.layer_weighting,
-            decay=self.decay,
         )
         self._penalty = Penalty(
             depths,
             weights,
             frobenius=self.frobenius,
-            biases=self.biases,
             refresh_every=self.refresh_every,
         )
 
@@ -187,8 +176,6 @@ class MTN(L.Callback):
             raise InputError(
                 f"MTN needs at least two {self.target} side by side, layer {depth} has one"
             )
-        if self.biases and any(layer.bias is None for layer in layers):
-            raise InputError(f"mtn.biases=true, but layer {depth} has no bias: set it to false")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._penalty is None:
@@ -289,21 +276,24 @@ class MTN(L.Callback):
             values["zero_gradient_share"] = shares.mean()
         deviations = self._penalty.pop_deviations()
         names = self._unfolding_names()
+        logged = {f"mtn/{name}": value for name, value in values.items()}
         for row, depth in enumerate(self._penalty.depths):
-            layer = f"layer_{depth}"
-            values[f"{layer}/norm"] = norms[row]
-            values[f"{layer}/weight"] = layer_weights[row]
-            values[f"{layer}/distance"] = mean_distance(self._penalty.stack(depth))
+            of_layer = {
+                "norm": norms[row],
+                "weight": layer_weights[row],
+                "distance": mean_distance(self._penalty.stack(depth)),
+            }
             if deviations is not None:
                 found = deviations[row]._asdict()
-                values |= {f"{layer}/{n}": torch.tensor(value) for n, value in found.items()}
+                of_layer |= {name: torch.tensor(value) for name, value in found.items()}
             for column, name in enumerate(names):
-                values[f"{layer}/alpha_{name}"] = alpha[row, column]
-                values[f"{layer}/effective_rank_{name}"] = effective_rank(spectra[row][column])
+                of_layer[f"alpha_{name}"] = alpha[row, column]
+                of_layer[f"effective_rank_{name}"] = effective_rank(spectra[row][column])
+            logged |= {layer_key(depth, name): value for name, value in of_layer.items()}
             self._warn_of_collapse(depth, alpha[row])
         # Several processes average them where the model is.
-        logged = {f"mtn/{n}": value.float().to(pl_module.device) for n, value in values.items()}
-        pl_module.log_dict(logged, sync_dist=True)
+        on_device = {name: value.float().to(pl_module.device) for name, value in logged.items()}
+        pl_module.log_dict(on_device, sync_dist=True)
         self._zero_gradient_shares.clear()
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "spectra"
@@ -331,38 +321,6 @@ class MTN(L.Callback):
             name,
             largest,
         )
-
-
-def add_to_gradients(
-    gradients: Iterable[tuple[nn.Parameter, Tensor, float]], *, scale: float
-) -> None:
-    """Add to the gradients of the loss those of the penalty, each times its weight and ``scale``.
-
-    Frozen parameters are left alone.
-    """
-    for parameter, gradient, weight in gradients:
-        if not parameter.requires_grad:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        parameter.grad.add_(gradient, alpha=scale * weight)
-
-
-@torch.no_grad()
-def move_parameters(
-    gradients: Iterable[tuple[nn.Parameter, Tensor, float]],
-    optimizer: Optimizer,
-    *,
-    strength: float,
-) -> None:
-    """Step against the penalty's gradients, at the learning rate of each parameter's group.
-
-    What the optimiser does not have is left alone.
-    """
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    for parameter, gradient, weight in gradients:
-        if parameter.requires_grad and id(parameter) in rates:
-            parameter.sub_(gradient, alpha=rates[id(parameter)] * strength * weight)
 
 
 def gradient_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:

@@ -6,7 +6,7 @@ method) costs more than the step. Otherwise:
 
 1. Every few steps the unfoldings are decomposed, and their left singular vectors kept.
 2. At each step in between, all else is taken from the weights as they are: the rows of ``U^T M``,
-   normalised and rotated back (:func:`~mtnrec.mtn.trace_norm.polar_from_vectors`).
+   normalised and rotated back (:func:`~mtnrec.mtn.polar.polar_from_vectors`).
 3. That matters most for weights without a data gradient, behind a dead unit for example: under Adam
    they move at the full rate by the penalty alone. The exact method brings their singular values to
    zero and holds them there; a direction that is some steps old carries them past zero and back.
@@ -24,7 +24,6 @@ different machines theirs would differ by rounding, and so would the models.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -32,89 +31,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtnrec.mtn.trace_norm import (
-    Modes,
-    frobenius_norm,
-    largest_magnitude,
-    layer_norms,
-    left_vectors,
-    polar_factors,
-    polar_from_vectors,
-    short_sides,
-    unfold,
-    unfoldings,
-)
-from mtnrec.mtn.weights import PenaltyWeights
+from mtnrec.mtn.mixing import MixingWeights
+from mtnrec.mtn.polar import largest_magnitude, left_vectors, polar_factors, polar_from_vectors
+from mtnrec.mtn.schedule import RefreshPolicy
+from mtnrec.mtn.trace_norm import frobenius_norm, layer_norms
+from mtnrec.mtn.unfolding import Modes, short_sides, unfold, unfoldings
 
 UNFOLDINGS = unfoldings(3)
 _TINY = torch.finfo(torch.float32).tiny
 _SMALLEST = 3e-4  # the singular values that the exact method holds at zero lie below
-_DECOMPOSE_EVERY = 2, 32  # steps: the least that the longest interval may be, and the most
-_DECOMPOSITION = 2**18  # the rows of a side, cubed, that are worth one step of the interval
-_DECOMPOSE_GROWTH = 64  # the interval grows by a step in as many
-_UPDATE_EVERY = 32  # steps at most
-_UPDATE_GROWTH = 8
-_UPDATES = 4  # of a layer that is not recomputed at each step, for one decomposition
-# Multiplications of a recomputation that is made at each step: shared-bottom's and MMoE's first
-# tower layers take 5e7.
-_CHEAP = 2**26
-
-
-def _lengths(shape: tuple[int, ...]) -> list[int]:
-    """Return the rows of each side that is decomposed."""
-    return [math.prod(shape[mode] for mode in side) for side in dict.fromkeys(short_sides(shape))]
-
-
-@cache
-def recomputation_cost(shape: tuple[int, ...]) -> int:
-    """Return the multiplications of one recomputation of a direction.
-
-    Args:
-        shape: Of the stack, ``(T, O, I)``.
-
-    >>> recomputation_cost((2, 128, 256)), recomputation_cost((2, 512, 2176))
-    (50593792, 6854017024)
-    """
-    size = math.prod(shape)
-    return sum(2 * rows * size for rows in _lengths(shape))
-
-
-@cache
-def _longest_decomposition_interval(shape: tuple[int, ...]) -> int:
-    least, most = _DECOMPOSE_EVERY
-    return min(max(least, sum(rows**3 for rows in _lengths(shape)) // _DECOMPOSITION), most)
-
-
-def update_interval(shape: tuple[int, ...], step: int, refresh_every: int) -> int:
-    """Return the steps between two recomputations of a direction.
-
-    Args:
-        shape: Of the stack, ``(T, O, I)``.
-        step: Steps of the optimiser so far.
-        refresh_every: Most steps.
-
-    >>> [update_interval((2, 128, 256), step, 128) for step in (0, 1000)]
-    [1, 1]
-    >>> [update_interval((2, 512, 2176), step, 128) for step in (0, 8, 1000)]
-    [1, 2, 32]
-    """
-    longest = max(1, round(recomputation_cost(shape) / _CHEAP))
-    return min(longest, _UPDATE_EVERY, refresh_every, 1 + step // _UPDATE_GROWTH)
-
-
-def decomposition_interval(shape: tuple[int, ...], step: int, refresh_every: int) -> int:
-    """Return the steps between two decompositions; arguments as for :func:`update_interval`.
-
-    >>> [decomposition_interval((2, 128, 256), step, 128) for step in (0, 320, 10_000)]
-    [1, 6, 32]
-    >>> [decomposition_interval(shape, 10_000, 128) for shape in ((2, 16, 32), (2, 64, 128))]
-    [2, 9]
-    """
-    longest = _longest_decomposition_interval(shape)
-    slow = min(longest, refresh_every, 1 + step // _DECOMPOSE_GROWTH)
-    update = update_interval(shape, step, refresh_every)
-    updates = min(_UPDATES, 1 + step // _DECOMPOSE_GROWTH) if update > 1 else 1
-    return max(slow, min(updates * update, refresh_every))
 
 
 class Deviation(NamedTuple):
@@ -172,24 +97,21 @@ class Penalty:
         depths: By depth, the layers that are stacked: equal in shape, at least two.
         weights: Alpha and layer weights.
         frobenius: Whether ``R_i`` has its Frobenius term.
-        biases: Whether a bias counts as one more input of its layer.
         refresh_every: Most steps that a direction is kept; 1 is the exact method.
     """
 
     def __init__(
         self,
         depths: Mapping[int, Sequence[nn.Linear]],
-        weights: PenaltyWeights,
+        weights: MixingWeights,
         *,
         frobenius: bool,
-        biases: bool,
         refresh_every: int,
     ) -> None:
         self.depths = depths
         self.weights = weights
         self._frobenius = frobenius
-        self._names = ("weight", "bias") if biases else ("weight",)
-        self._refresh_every = refresh_every
+        self._policy = RefreshPolicy(longest=refresh_every)
         self._stacks = {depth: _Stack() for depth in depths}
         self._layer_weights: list[float] = []
         self._largest: dict[int, Deviation] = {}
@@ -210,18 +132,13 @@ class Penalty:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the model's parameters that the penalty acts on; frozen ones are left alone."""
-        layers = [layer for depth in self.depths.values() for layer in depth]
-        found = [layer.get_parameter(name) for layer in layers for name in self._names]
-        return [parameter for parameter in found if parameter.requires_grad]
+        found = [_weight(layer) for layers in self.depths.values() for layer in layers]
+        return [weight for weight in found if weight.requires_grad]
 
     @torch.no_grad()
     def stack(self, depth: int) -> Tensor:
         """Return the stack of a depth, ``(T, O, I)``, at least in float32."""
-        layers = self.depths[depth]
-        stack = torch.stack([layer.weight for layer in layers])
-        if "bias" in self._names:
-            bias = torch.stack([layer.bias for layer in layers])
-            stack = torch.cat([stack, bias.unsqueeze(-1)], dim=-1)
+        stack = torch.stack([layer.weight for layer in self.depths[depth]])
         return stack.to(torch.promote_types(stack.dtype, torch.float32))
 
     def is_due(self, step: int) -> bool:
@@ -247,7 +164,7 @@ class Penalty:
                 continue
             stack = self.stack(depth)
             if decomposes:
-                self._decompose(depth, stack, step, exact=self._refresh_every == 1)
+                self._decompose(depth, stack, step, exact=self._policy.longest == 1)
                 decomposed = True
             else:
                 kept.direction = self._direction(depth, stack)
@@ -276,16 +193,16 @@ class Penalty:
         return spectra
 
     def _update_interval(self, depth: int, step: int) -> int:
-        return update_interval(self._shape(depth), step, self._refresh_every)
+        return self._policy.update_interval(self._shape(depth), step)
 
     def _decomposes(self, depth: int, step: int) -> bool:
         since = step - self._stacks[depth].decomposed
-        return since >= decomposition_interval(self._shape(depth), step, self._refresh_every)
+        return since >= self._policy.decomposition_interval(self._shape(depth), step)
 
     def _shape(self, depth: int) -> tuple[int, int, int]:
         layers = self.depths[depth]
         outputs, inputs = layers[0].weight.shape
-        return len(layers), outputs, inputs + ("bias" in self._names)
+        return len(layers), outputs, inputs
 
     def _row(self, depth: int) -> int:
         return list(self.depths).index(depth)
@@ -294,7 +211,7 @@ class Penalty:
         """Decompose a stack; return its spectra if ``exact``."""
         kept = self._stacks[depth]
         used = None
-        if kept.vectors and kept.updated < step and self._refresh_every > 1:
+        if kept.vectors and kept.updated < step and self._policy.longest > 1:
             is_kept = self._update_interval(depth, step) > 1
             used = self.current(depth) if is_kept else self._direction(depth, stack)
         sides = short_sides(self._shape(depth))
@@ -398,10 +315,8 @@ class Penalty:
         """Return the gradient of the loss by a stack."""
         found = torch.zeros_like(like)
         for index, layer in enumerate(self.depths[depth]):
-            for name in self._names:
-                gradient = layer.get_parameter(name).grad
-                if gradient is not None:
-                    found[self._part(index, layer, name)] = gradient
+            if layer.weight.grad is not None:
+                found[index] = layer.weight.grad
         return found
 
     def current(self, depth: int) -> Tensor:
@@ -432,26 +347,18 @@ class Penalty:
         for (depth, layers), weight in zip(self.depths.items(), self._layer_weights, strict=True):
             kept = self._stacks[depth]
             for index, layer in enumerate(layers):
-                for name in self._names:
-                    parameter = layer.get_parameter(name)
-                    part = self._part(index, layer, name)
-                    gradient = _required(kept.direction)[part]
-                    if kept.slope is not None:
-                        # Two operations, each rounded in the same way on every machine.
-                        gradient = gradient + kept.slope[part] * parameter.detach()
-                    yield parameter, gradient, weight
-
-    def _part(self, index: int, layer: nn.Linear, name: str) -> tuple[Any, ...]:
-        """Return where a parameter of a layer stands in the stack of its depth."""
-        inputs = layer.in_features
-        return index, slice(None), slice(inputs) if name == "weight" else inputs
+                gradient = _required(kept.direction)[index]
+                if kept.slope is not None:
+                    # Two operations, each rounded in the same way on every machine.
+                    gradient = gradient + kept.slope[index] * layer.weight.detach()
+                yield _weight(layer), gradient, weight
 
     def pop_deviations(self) -> list[Deviation] | None:
         """Return the largest deviations of each depth since the last call; None if some has none.
 
         Zeros with the exact method.
         """
-        if self._refresh_every == 1:
+        if self._policy.longest == 1:
             return [Deviation(0.0, 0.0, 0.0)] * len(self.depths)
         if any(depth not in self._largest for depth in self.depths):
             return None
@@ -462,6 +369,10 @@ class Penalty:
     def _follow_rank_0(self, *tensors: Tensor) -> None:
         if dist.is_initialized():
             _broadcast(tensors, next(iter(self.depths.values()))[0].weight.device)
+
+
+def _weight(layer: nn.Linear) -> nn.Parameter:
+    return layer.get_parameter("weight")
 
 
 def _required(direction: Tensor | None) -> Tensor:

@@ -12,16 +12,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mtnrec.files import write_whole
-from mtnrec.reporting.appendix import (
+from mtnrec.reporting.figure.catalogue import KINDS, WrittenFigure
+from mtnrec.reporting.runs import Runs, UnfinishedRun
+from mtnrec.reporting.table.appendix import (
     cost_table,
     data_table,
     deviation_tables,
     settings_tables,
     version_table,
 )
-from mtnrec.reporting.figures import KINDS, WrittenFigure
-from mtnrec.reporting.render import Table, to_html
-from mtnrec.reporting.runs import Run, UnfinishedRun, settings_table
+from mtnrec.reporting.table.render import Table, to_html
 
 _PIXELS_PER_POINT = 96 / 72 * 1.3  # the text of a figure is set for print, 8 points high
 _PROTOCOL = (
@@ -56,7 +56,7 @@ class _Section:
 
 def write_page(
     path: Path,
-    runs: Sequence[Run],
+    runs: Runs,
     *,
     left_out: Sequence[UnfinishedRun],
     cells: Sequence[pd.DataFrame],
@@ -69,11 +69,11 @@ def write_page(
         path: The file.
         runs: Finished runs.
         left_out: Runs without a result.
-        cells: What :func:`mtnrec.reporting.tables.comparisons` returns, by table.
+        cells: What :func:`mtnrec.reporting.table.scores.comparisons` returns, by table.
         tables: Scores and differences.
         figures: Written figures; their svg is shown.
     """
-    settings = settings_table(runs)
+    settings = runs.settings
     environment = Environment(
         loader=PackageLoader("mtnrec.reporting", "."),
         autoescape=True,
@@ -102,7 +102,7 @@ def summarise(cells: Sequence[pd.DataFrame]) -> Iterator[str]:
     """Say in words what the comparisons of each table came to.
 
     Args:
-        cells: What :func:`mtnrec.reporting.tables.comparisons` returns, by table.
+        cells: What :func:`mtnrec.reporting.table.scores.comparisons` returns, by table.
     """
     compared = pd.concat([table[table["pairs"] > 0] for table in cells])
     if compared.empty:
@@ -122,7 +122,7 @@ def _significant(cells: pd.DataFrame) -> str:
 
 
 def _sections(
-    runs: Sequence[Run],
+    runs: Runs,
     cells: Sequence[pd.DataFrame],
     tables: Sequence[Table],
     figures: Sequence[WrittenFigure],

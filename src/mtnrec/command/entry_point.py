@@ -1,0 +1,79 @@
+"""Commands: a function of the composed config, run by Hydra."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+from rich import get_console
+from rich.logging import RichHandler
+
+from mtnrec.command.config import CONF_DIR
+from mtnrec.command.errors import find_input_error
+from mtnrec.command.job import has_the_screen, is_first_process, is_job_of_a_sweep
+
+_logger = logging.getLogger(__name__)
+
+_INTERRUPTED = 130  # what shells make of Ctrl-C
+
+
+def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Make a command of a function of the composed config ``conf/<name>.yaml``.
+
+    What the user got wrong ends the command with one message and exit status 1. In a sweep every
+    error is the job's own: it is logged, and raised for the sweeper.
+    """
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=name)
+        def command(cfg: DictConfig) -> Any:
+            _quiet()
+            try:
+                return task(cfg)
+            except KeyboardInterrupt:
+                sys.stderr.write("mtnrec: interrupted\n")
+                sys.exit(_INTERRUPTED)
+            except Exception as error:
+                known = find_input_error(error)
+                if is_job_of_a_sweep():
+                    _logger.error("%s", error if known is None else known, exc_info=known is None)
+                    raise
+                if known is None:
+                    raise
+                sys.exit(f"mtnrec: {known}")
+
+        command.__doc__ = task.__doc__
+        main: Callable[[], None] = command
+        return main
+
+    return decorate
+
+
+def _quiet() -> None:
+    # Lightning asks for worker processes; batches are gathered by one index, in this process.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # Lightning 2.6 on torch 2.13; https://github.com/Lightning-AI/pytorch-lightning/issues/21326
+    warnings.filterwarnings(
+        "ignore", message=".*isinstance.treespec, LeafSpec", category=FutureWarning
+    )
+    # Of a folder that is gone on in, or whose run is replaced.
+    warnings.filterwarnings("ignore", message=".*exists and is not empty")
+    # Of DDP, about the gradient of a layer with one output.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # Which keeps the buckets of the gradients: see trainer=ddp.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified in DDP")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for talkative in ("fontTools", "onnx_ir", "onnxscript"):  # of every font, of every constant
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+    # Warns of torchvision, which no model here needs.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    if not has_the_screen():
+        get_console().quiet = True
+        logging.captureWarnings(capture=True)
+        root = logging.getLogger()
+        root.handlers = [one for one in root.handlers if not isinstance(one, RichHandler)]
+    if not is_first_process():  # the first says the same; an error is raised all the same
+        logging.getLogger().handlers = [logging.NullHandler()]

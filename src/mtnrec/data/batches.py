@@ -1,0 +1,88 @@
+"""Batches: from row numbers to the rows."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mtnrec.batch import Bags, Batch
+from mtnrec.data.prepared.layout import BAG_DTYPES, bag_stem
+from mtnrec.data.prepared.store import Arrays
+from mtnrec.schema import Schema
+
+Rows = npt.NDArray[np.integer[Any]]
+
+
+class RowGatherer(Dataset[Batch]):
+    """Turns positions into a batch, by one ``take`` on each array.
+
+    Args:
+        arrays: Arrays of a prepared split, of equal length.
+        rows: The rows of those arrays that belong here, ``(rows,)``.
+        schema: The fields.
+        change: Changes a batch in place, given its rows of those arrays.
+        readers: Threads that take a batch's rows together, where these come from the disk.
+    """
+
+    def __init__(
+        self,
+        arrays: Arrays,
+        rows: Rows,
+        schema: Schema,
+        change: Callable[[Rows, Batch], None] | None = None,
+        readers: int = 1,
+    ) -> None:
+        self._arrays = {stem: np.asarray(array) for stem, array in arrays.items()}
+        self._rows = rows
+        self._multivalued = [field.name for field in schema.multivalued]
+        self._change = change
+        self._readers = readers
+        self._pool = ThreadPoolExecutor(readers) if readers > 1 else None
+
+    def __getitem__(self, positions: Rows) -> Batch:
+        rows = self._rows.take(positions)
+        batch = Batch(
+            categorical=self._take("categorical", rows),
+            numerical=self._take("numerical", rows),
+            labels=self._take("labels", rows).float(),
+            group=self._take("group", rows) if "group" in self._arrays else None,
+            bags=tuple(
+                gather_bags(self._arrays, field, self._arrays["bag"][rows, column])
+                for column, field in enumerate(self._multivalued)
+            ),
+        )
+        if self._change is not None:
+            self._change(rows, batch)
+        return batch
+
+    def _take(self, stem: str, rows: Rows) -> Tensor:
+        array = self._arrays[stem]
+        if self._pool is None:
+            return torch.from_numpy(array.take(rows, axis=0))
+        # numpy lets go of the interpreter while it copies, so that the reads overlap.
+        parts = np.array_split(rows, self._readers)
+        taken = self._pool.map(lambda part: array.take(part, axis=0), parts)
+        return torch.from_numpy(np.concatenate(list(taken)))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def gather_bags(arrays: Arrays, field: str, bags: npt.NDArray[np.int32]) -> Bags:
+    """Collect some bags of a split's multi-valued field; ``bags`` are their numbers, ``(n,)``."""
+    offsets, tokens, weights = (arrays[bag_stem(field, part)] for part in BAG_DTYPES)
+    starts = offsets[bags]
+    lengths = offsets[bags + 1] - starts
+    ends = lengths.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    positions = np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+    return Bags(
+        torch.from_numpy(np.asarray(tokens).take(positions)),
+        torch.from_numpy(np.asarray(weights).take(positions)),
+        torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+    )

@@ -1,0 +1,42 @@
+"""Names and dtypes of the arrays of a prepared data set."""
+
+from typing import Any
+
+import numpy as np
+
+from mtnrec.schema import Schema
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "categorical": np.dtype(np.int32),
+    "numerical": np.dtype(np.float32),
+    "labels": np.dtype(np.uint8),
+    "group": np.dtype(np.int64),
+    "probabilities": np.dtype(np.float64),
+    "bag": np.dtype(np.int32),
+}
+BAG_DTYPES: dict[str, np.dtype[Any]] = {
+    "offsets": np.dtype(np.int64),
+    "tokens": np.dtype(np.int32),
+    "weights": np.dtype(np.float32),
+}
+_REQUIRED = ("categorical", "numerical", "labels")
+
+
+def required_arrays(schema: Schema) -> list[str]:
+    """Return the stems of the arrays that each split must have."""
+    bags = [bag_stem(field.name, part) for field in schema.multivalued for part in BAG_DTYPES]
+    return [*_REQUIRED, *(["bag"] if bags else []), *bags]
+
+
+def bag_stem(field: str, part: str) -> str:
+    """Return the name of an array of a multi-valued field; ``part`` is a key of ``BAG_DTYPES``.
+
+    >>> bag_stem("210", "tokens")
+    'bags/210/tokens'
+    """
+    return f"bags/{field}/{part}"
+
+
+def dtype_of(stem: str) -> np.dtype[Any]:
+    """Return the type of the numbers in ``<split>/<stem>.npy``."""
+    return BAG_DTYPES[stem.rpartition("/")[2]] if stem.startswith("bags/") else DTYPES[stem]

@@ -1,0 +1,164 @@
+"""The manifest of a prepared data set: the content of its `schema.json`."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtnrec.checks import InputError
+from mtnrec.data.prepared.layout import BAG_DTYPES, DTYPES, bag_stem
+from mtnrec.schema import CategoricalField, Schema
+
+FORMAT_VERSION = 2
+LARGEST_NUMBER = float(np.finfo(np.float32).max)  # of a numerical feature
+SCHEMA_FILE = "schema.json"
+_LONGEST_SCHEMA = 1 << 24  # bytes
+
+
+class NotPreparedError(InputError):
+    """There is no prepared data set in a folder."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``schema.json``.
+
+    Args:
+        source: Name of the data set, ``aliexpress_nl`` say.
+        parameters: The settings that it was prepared with; equal settings, equal bytes.
+        schema: Fields and labels.
+        rows: Rows of each split.
+        positives: Rows with label 1, for each split and label.
+        missing: Rows without a value, for each split and feature that lacks some.
+        transforms: What was done to a numerical feature: a missing value became ``fill``, then
+            ``(value - shift) / scale`` was stored; features that are stored as they are have none.
+        report: What the preparation counted, dropped rows say.
+        checksums: SHA-256 of each file, by its path in the folder.
+    """
+
+    source: str
+    parameters: dict[str, Any]
+    schema: Schema
+    rows: dict[str, int]
+    positives: dict[str, dict[str, int]]
+    missing: dict[str, dict[str, int]]
+    transforms: dict[str, dict[str, float]]
+    report: dict[str, int]
+    checksums: dict[str, str]
+
+    def to_json(self) -> str:
+        """Serialise; equal manifests give equal text."""
+        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+    @staticmethod
+    def from_json(text: bytes, path: Path) -> "Manifest":
+        """Parse and check ``text``, the content of ``path``.
+
+        Raises:
+            InputError: If it is no JSON, of another format version, lacks an entry, or one is not
+                what it should be: a size that is no count, a file outside of the folder.
+        """
+        remedy = "prepare the data set again with `python -m mtnrec.prepare`"
+        try:
+            content = json.loads(text, object_pairs_hook=_without_twins)
+            json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+            version = content.pop("format_version")
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"{path} is no schema of a prepared data set: {remedy}") from error
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"{path} has format version {version!r}, this version of mtnrec reads "
+                f"{FORMAT_VERSION}: {remedy}"
+            )
+        try:
+            schema = content.pop("schema")
+            fields, multivalued = (
+                tuple(CategoricalField(**field) for field in schema.pop(kind))
+                for kind in ("categorical", "multivalued")
+            )
+            numerical, labels = tuple(schema.pop("numerical")), tuple(schema.pop("labels"))
+            manifest = Manifest(
+                schema=Schema(fields, numerical, labels, **schema, multivalued=multivalued),
+                **content,
+            )
+            manifest._check()
+        except (KeyError, TypeError, AttributeError, InputError) as error:
+            raise InputError(f"{path} is damaged ({error}): {remedy}") from error
+        return manifest
+
+    def _check(self) -> None:
+        holds = {
+            "source": isinstance(self.source, str),
+            "parameters": isinstance(self.parameters, dict),
+            "rows": _is_table(self.rows, _is_count) and "train" in self.rows,
+            "positives": _is_table(self.positives, _counts),
+            "missing": _is_table(self.missing, _counts) and self.missing.keys() >= self.rows.keys(),
+            "transforms": _is_table(self.transforms, _is_transform),
+            "report": _is_table(self.report, _is_count),
+            "checksums": _is_table(self.checksums, lambda value: isinstance(value, str))
+            and self.checksums.keys() <= self._files(),
+        }
+        if wrong := [name for name, right in holds.items() if not right]:
+            raise InputError(f"{', '.join(wrong)} cannot be what a preparation wrote")
+
+    def _files(self) -> set[str]:
+        """The files that a folder may hold beside the schema."""
+        schema = self.schema
+        fields = (*schema.categorical, *schema.multivalued)
+        bags = [bag_stem(field.name, part) for field in schema.multivalued for part in BAG_DTYPES]
+        arrays = {f"{split}/{stem}.npy" for split in self.rows for stem in (*DTYPES, *bags)}
+        return arrays | {f"vocabulary/{field.name}.parquet" for field in fields}
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the manifest and, through the checksums in it, of the whole data set."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return content
+
+
+def _is_table(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(holds, value.values()))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _counts(value: Any) -> bool:
+    return _is_table(value, _is_count)
+
+
+def _is_transform(value: Any) -> bool:
+    return (
+        _is_table(value, lambda number: isinstance(number, int | float))
+        and {"shift", "scale"} <= value.keys() <= {"fill", "shift", "scale"}
+        and value["scale"] != 0
+        and all(abs(number) <= LARGEST_NUMBER for number in value.values())
+    )
+
+
+def read_schema(path: Path) -> bytes:
+    """Read ``schema.json``.
+
+    Raises:
+        InputError: If it cannot be read, or is too long for a schema.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(_LONGEST_SCHEMA + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error}): prepare the data set again") from error
+    if len(text) > _LONGEST_SCHEMA:
+        raise InputError(f"{path} has more than {_LONGEST_SCHEMA:,} bytes and is no schema")
+    return text

@@ -1,0 +1,132 @@
+"""Archives, read as streams: nothing is unpacked to the disk."""
+
+import math
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, cast
+
+from mtnrec.checks import InputError
+from mtnrec.data.raw.limits import LARGEST_RATIO, READ_BYTES, Limited, inflated, refuse_damage
+from mtnrec.data.raw.progress import Meter
+
+_LONGEST_HEADERS = 1 << 20  # bytes between two members of a tar archive
+_MOST_MEMBERS = 1000
+_IGNORED = ("__MACOSX",)  # the folder that archivers add
+
+
+@contextmanager
+def open_plain(path: Path, meter: Meter) -> Iterator[IO[bytes] | Limited]:
+    """Open a file that may be compressed by gzip (its name says so)."""
+    with meter.open(path) as file:
+        yield inflated(file, path) if path.suffix.lower() == ".gz" else file
+
+
+@contextmanager
+def open_zip(
+    file: IO[bytes], source: str, members: Sequence[str]
+) -> Iterator[Callable[[str], IO[bytes]]]:
+    """Open a zip archive that holds these members, in any folder, and no others.
+
+    Yields:
+        A function that opens a member by its name.
+
+    Raises:
+        InputError: If it is damaged, has other members, or inflates absurdly.
+    """
+    with refuse_damage(source):
+        archive = zipfile.ZipFile(file)
+        infos = [info for info in archive.infolist() if not info.is_dir()]
+        # A truncated archive of archives ends with the directory of one of them.
+        if infos and min(info.header_offset for info in archive.infolist()) > 0:
+            raise zipfile.BadZipFile("it does not begin with a member")
+        found = _check_members(source, [info.filename for info in infos], members)
+        # An archive in an archive does not get smaller; its directory is held in memory.
+        ratio = 2 if members[0].endswith(".zip") else LARGEST_RATIO
+        if sum(info.file_size for info in infos) > max(READ_BYTES, ratio * archive.start_dir):
+            raise zipfile.BadZipFile(f"it inflates to more than {ratio} times its size")
+
+    def open_member(name: str) -> IO[bytes]:
+        with refuse_damage(source):
+            return archive.open(infos[found[name]])
+
+    with archive:
+        yield open_member
+
+
+def read_tar(path: Path, members: Sequence[str], meter: Meter) -> Iterator[tuple[str, IO[bytes]]]:
+    """Read the members of a ``.tar.gz`` in the order asked for, as streams.
+
+    An archive can only be read from its start to its end: where it holds them in another order, it
+    is read once more.
+
+    Raises:
+        InputError: If it is damaged, has other members, links say, or inflates absurdly.
+    """
+    waiting = list(members)
+    while waiting:
+        names = []
+        with meter.open(path) as file, refuse_damage(str(path)):
+            plain = inflated(file, path)
+            # What stands between members is held in memory.
+            refusal = f"{path} has absurdly long headers"
+            headers = Limited(cast(IO[bytes], plain), _LONGEST_HEADERS, refusal)
+            with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r|") as archive:
+                for info in _plain_members(path, archive, headers):
+                    names.append(info.name)
+                    stream = cast(IO[bytes], archive.extractfile(info))
+                    if waiting and PurePosixPath(info.name).name == waiting[0]:
+                        yield waiting.pop(0), stream
+                    while stream.read(READ_BYTES):
+                        pass
+            while plain.read(READ_BYTES):  # to the end, where the checksum is
+                pass
+        _check_members(str(path), names, members)
+
+
+def _plain_members(
+    path: Path, archive: tarfile.TarFile, headers: Limited
+) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of an archive that are no folders; refuse links, pipes and the like."""
+    for _ in range(_MOST_MEMBERS):
+        headers.left = _LONGEST_HEADERS
+        if (info := archive.next()) is None:
+            return
+        headers.left = math.inf
+        _check_path(str(path), info.name)
+        if not info.isdir():
+            if not info.isreg() or info.issparse():
+                raise InputError(f"{path} holds {info.name}, which is no plain file")
+            yield info
+    raise InputError(f"{path} holds more than {_MOST_MEMBERS} files: fetch it again")
+
+
+def _check_path(source: str, name: str) -> None:
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or ":" in name.partition("/")[0]:
+        raise InputError(
+            f"{source} holds {name!r}, whose path climbs out of the folder: this archive is not "
+            "what it should be; fetch it again"
+        )
+
+
+def _check_members(source: str, names: list[str], expected: Sequence[str]) -> dict[str, int]:
+    """Return the place of each expected member; refuse missing and extra ones."""
+    places: dict[str, int] = {}
+    for place, name in enumerate(names):
+        _check_path(source, name)
+        path = PurePosixPath(name)
+        if path.parts[:1] == _IGNORED:
+            continue
+        member = path.name.lower()
+        if member not in expected or member in places:
+            times = "twice" if member in places else "which is not expected"
+            raise InputError(
+                f"{source} holds {name!r}, {times}: expected {', '.join(expected)} once each"
+            )
+        places[member] = place
+    if missing := [name for name in expected if name not in places]:
+        raise InputError(f"{source} lacks {', '.join(missing)}: fetch it again")
+    return places

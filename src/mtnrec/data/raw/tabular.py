@@ -1,0 +1,351 @@
+"""Reading tables of any columns: csv, csv.gz, Parquet, and folders of Parquet parts.
+
+A csv file has a header, commas, and quotes where a cell holds a comma, a quote or a line break. All
+its cells are text. An empty cell is missing, and so is an empty text or NaN in Parquet.
+"""
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from polars.exceptions import PanicException, PolarsError
+from rich.filesize import decimal
+
+from mtnrec.checks import InputError, find_repeated, name_some
+from mtnrec.data.raw import blocks
+from mtnrec.data.raw.bad_rows import BadRows
+from mtnrec.data.raw.blocks import Block, read_blocks
+from mtnrec.data.raw.limits import inflated
+from mtnrec.resources import memory_bytes
+from mtnrec.schema import MOST_COLUMNS
+
+_ROWS_PER_CHUNK = 1 << 16  # of Parquet
+_BYTES_PER_VALUE = 16  # of a text, at least
+_UNREADABLE = (pl.Binary, pl.Object, pl.Time, pl.Duration)
+
+Booleans = npt.NDArray[np.bool_]
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a file.
+
+    Args:
+        frame: Their cells; a missing one is null.
+        path: The file.
+        unit: ``line`` in a csv file, ``row`` in a Parquet file; both count from 1.
+        numbers: The line or row of each, ``(rows,)``.
+        first: How many rows of the source come before these.
+    """
+
+    frame: pl.DataFrame
+    path: Path
+    unit: str
+    numbers: Integers
+    first: int
+
+    def place(self, row: int) -> str:
+        """Say where a row stands."""
+        return f"{self.path}, {self.unit} {self.numbers[row]}"
+
+
+class Source:
+    """A table on disk; its headers are read at once, its rows chunk by chunk.
+
+    Args:
+        key: The setting that names it, ``data.train`` say.
+        path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, or a folder of ``.parquet`` files.
+
+    Raises:
+        InputError: If it cannot be read, or a column is named twice or not at all.
+    """
+
+    def __init__(self, key: str, path: str | Path) -> None:
+        self.path = Path(path)
+        self._files = _files(key, self.path)
+        self.columns = _header(self._files[0])
+        for file in self._files[1:]:
+            header = _header(file)
+            if differing := sorted(set(header) ^ set(self.columns)):
+                raise InputError(
+                    f"{file} and {self._files[0].name} differ in the columns "
+                    f"{name_some(differing)}: the parts of a folder have the same columns"
+                )
+
+    @property
+    def sizes(self) -> list[list[str | int]]:
+        """Name and bytes of each file."""
+        return [[file.name, file.stat().st_size] for file in self._files]
+
+    def demand(self, key: str, names: list[str]) -> None:
+        """Refuse names that are no columns; ``key`` is the setting that has them."""
+        if missing := [name for name in names if name not in self.columns]:
+            raise InputError(
+                f"{self.path} lacks the column {name_some(missing)} of {key}; it has "
+                f"{name_some(self.columns)}"
+            )
+
+    def chunks(
+        self, columns: list[str], bad_rows: BadRows, *, lists: Sequence[str] = ()
+    ) -> Iterator[Chunk]:
+        """Read some columns of all rows, in order and in bounded memory.
+
+        Rows of a csv file with too few or too many cells go to ``bad_rows``. Columns of Parquet
+        files may hold lists where ``lists`` names them.
+
+        Raises:
+            InputError: If a file is damaged or cut short, or there are no rows.
+        """
+        first = 0
+        for path in self._files:
+            if path.suffix == ".parquet":
+                parts = _read_parquet(path, columns, lists)
+            else:
+                parts = _read_csv(path, columns, bad_rows)
+            for unit, numbers, frame in parts:
+                yield Chunk(_missing_to_null(frame), path, unit, numbers, first)
+                first += frame.height
+        if not first:
+            raise InputError(f"{self.path} has no rows")
+
+
+_Rows = tuple[str, Integers, pl.DataFrame]
+
+
+def _files(key: str, path: Path) -> list[Path]:
+    if path.is_dir():
+        parts = sorted(part for part in path.glob("*.parquet") if part.name[0] not in "._")
+        if not parts:
+            raise InputError(f"{key}: the folder {path} has no .parquet files directly in it")
+        if others := [part.name for part in parts if not part.is_file()]:
+            raise InputError(f"{key}: {path} holds {name_some(others)}, which are no files")
+        return parts
+    if not path.is_file():
+        raise InputError(f"{key}: {path} is missing")
+    if not path.name.endswith((".csv", ".csv.gz", ".parquet")):
+        raise InputError(
+            f"{key} must be a .csv, .csv.gz or .parquet file or a folder of .parquet files, got "
+            f"{path}"
+        )
+    return [path]
+
+
+@contextmanager
+def readable(path: object) -> Iterator[None]:
+    """Turn what a damaged file raises into an error that names it."""
+    try:
+        yield
+    # A panic of polars is no Exception.
+    except (
+        PolarsError,
+        PanicException,
+        pa.ArrowException,
+        OSError,
+        UnicodeError,
+        csv.Error,
+    ) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{path} cannot be read ({reason}): it is damaged, cut short or of another format"
+        ) from error
+
+
+def _header(path: Path) -> list[str]:
+    with readable(path):
+        if path.suffix == ".parquet":
+            names = pl.scan_parquet(path, glob=False).collect_schema().names()
+        else:
+            names = _csv_header(path)
+    if len(names) > MOST_COLUMNS:
+        raise _too_wide(path)
+    if "" in names:
+        raise InputError(
+            f"{path}: column {names.index('') + 1} has no name in the header: name or remove it "
+            "(pandas writes none with index=False)"
+        )
+    if twice := find_repeated(names):
+        raise InputError(f"{path} names the column {name_some(twice)} twice: rename one")
+    return names
+
+
+def _csv_header(path: Path) -> list[str]:
+    first = _lines(next(_blocks(path)))[0]
+    if not first:
+        raise InputError(f"{path} starts with an empty line: a header is expected")
+    if first.count(",") >= MOST_COLUMNS:
+        raise _too_wide(path)
+    return next(csv.reader([first.removeprefix("\ufeff")], strict=True))
+
+
+def _too_wide(path: Path) -> InputError:
+    return InputError(f"{path} has more than {MOST_COLUMNS:,} columns: leave some out")
+
+
+def _missing_to_null(frame: pl.DataFrame) -> pl.DataFrame:
+    changes = []
+    for name, dtype in frame.schema.items():
+        column = pl.col(name)
+        if dtype in (pl.Categorical, pl.Enum):
+            column, dtype = column.cast(pl.String), pl.String()
+        if dtype == pl.String:
+            changes.append(pl.when(column != "").then(column).alias(name))
+        elif dtype.is_decimal():
+            changes.append(column.cast(pl.Float64))
+        elif dtype.is_float():
+            changes.append(column.fill_nan(None))
+    return frame.with_columns(changes)
+
+
+def _read_parquet(path: Path, columns: list[str], lists: Sequence[str]) -> Iterator[_Rows]:
+    row = 1
+    with readable(path):
+        check_row_groups(path, path)
+        scan = pl.scan_parquet(path, glob=False, hive_partitioning=False).select(columns)
+        for name, dtype in scan.collect_schema().items():
+            nested = dtype.is_nested() and not (name in lists and isinstance(dtype, pl.List))
+            if nested or dtype in _UNREADABLE:
+                raise InputError(
+                    f"{path}: the column {name!r} is of type {dtype}: leave it out with "
+                    "data.exclude, or turn it into numbers or texts"
+                )
+        for frame in scan.collect_batches(chunk_size=_ROWS_PER_CHUNK, maintain_order=True):
+            yield "row", np.arange(row, row + frame.height), frame
+            row += frame.height
+
+
+def check_row_groups(name: object, file: Any) -> None:
+    """Refuse a Parquet file whose row groups exceed the memory: each is decoded as a whole.
+
+    A run of equal values takes a few bytes, however long it is.
+
+    Args:
+        name: Of the file, for messages.
+        file: Its path or content.
+
+    Raises:
+        InputError: If the largest takes more than half of the memory.
+    """
+    metadata = pq.read_metadata(file)
+    values = [
+        sum(group.column(column).num_values for column in range(group.num_columns))
+        for group in map(metadata.row_group, range(metadata.num_row_groups))
+    ]
+    needed, memory = _BYTES_PER_VALUE * max(values, default=0), memory_bytes()
+    if not 0 <= needed <= memory // 2:
+        raise InputError(
+            f"{name} has a row group of {max(values):,} values, about {decimal(needed)}, and the "
+            f"memory is {decimal(memory)}: write it in smaller row groups"
+        )
+
+
+def _read_csv(path: Path, columns: list[str], bad_rows: BadRows) -> Iterator[_Rows]:
+    header = _header(path)
+    with readable(path):
+        for numbers, widths, make_frame in _split_csv(path, header):
+            bad = widths != len(header)
+            rule = f"expected {len(header)} values (the row is cut or malformed)"
+            for row in np.flatnonzero(bad):
+                bad_rows.add(f"{path}, line {numbers[row]}", rule, str(widths[row]))
+            yield "line", numbers[~bad], make_frame(~bad).select(columns)
+
+
+def _blocks(path: Path) -> Iterator[Block]:
+    with path.open("rb") as file:
+        stream = inflated(file, path) if path.suffix == ".gz" else file
+        yield from read_blocks(stream, str(path))
+
+
+def _lines(block: Block) -> pl.Series:
+    """Split a block into its lines, without their ends."""
+    try:
+        text = block.data.decode()
+    except UnicodeDecodeError as error:
+        line = block.first_line + block.data.count(b"\n", 0, error.start)
+        raise InputError(f"{block.source}, line {line}: the text is not UTF-8") from error
+    return pl.Series([text[:-1]]).str.split("\n").explode().str.strip_suffix("\r")
+
+
+_Lines = tuple[Integers, Integers, Callable[[Booleans], pl.DataFrame]]
+
+
+def _split_csv(path: Path, header: list[str]) -> Iterator[_Lines]:
+    """Split lines into cells: for each row its first line, its width, and how to make a frame.
+
+    Polars' csv reader fills a row that is too short with nulls, hence this one. From the first
+    quote on, rows are split by the csv module, which is several times slower.
+    """
+    blocks = _blocks(path)
+    for block in blocks:
+        lines, line = _lines(block), block.first_line
+        if b'"' in block.data:
+            rest = chain.from_iterable(map(_lines, blocks))
+            yield from _split_quoted(chain(lines, rest), line, header)
+            return
+        numbers = np.arange(line, line + len(lines))
+        if line == 1:
+            lines, numbers = lines[1:], numbers[1:]
+        commas = lines.str.count_matches(",", literal=True).to_numpy().astype(np.int64)
+        widths = np.where(lines.str.len_bytes().to_numpy() > 0, commas + 1, 0)
+
+        def make_frame(keep: Booleans, lines: pl.Series = lines) -> pl.DataFrame:
+            if len(header) == 1:
+                return lines.filter(keep).to_frame(header[0])
+            cells = lines.filter(keep).str.split_exact(",", len(header) - 1)
+            return cells.struct.rename_fields(header).struct.unnest()
+
+        yield numbers, widths, make_frame
+
+
+_Row = tuple[int, int, list[str]]  # its first line, its width and, if that is the header's, cells
+
+
+def _split_quoted(lines: Iterator[str], line: int, header: list[str]) -> Iterator[_Lines]:
+    reader = csv.reader((text + "\n" for text in lines), strict=True)
+    before = line - 1
+
+    def numbered() -> Iterator[_Row]:
+        while True:
+            start = before + reader.line_num + 1
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                raise csv.Error(f"line {start}: {error}") from error
+            if row is None:
+                return
+            yield start, len(row), row if len(row) == len(header) else []
+
+    rows = numbered()
+    if line == 1:
+        next(rows)
+    for part in _in_blocks(rows):
+
+        def make_frame(keep: Booleans, part: list[_Row] = part) -> pl.DataFrame:
+            kept = [cells for (_, _, cells), good in zip(part, keep, strict=True) if good]
+            return pl.DataFrame(kept, dict.fromkeys(header, pl.String), orient="row")
+
+        numbers, widths = np.array([row[:2] for row in part]).T
+        yield numbers, widths, make_frame
+
+
+def _in_blocks(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    """Put rows together up to the size of a block of lines."""
+    part: list[_Row] = []
+    size = 0
+    for row in rows:
+        part.append(row)
+        size += sum(map(len, row[2])) + len(row[2]) + 1
+        if size >= blocks.BLOCK_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part

@@ -1,0 +1,110 @@
+"""The order in which rows are read, by rank, and where a run continues in it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Sampler
+
+from mtnrec.batch import Batch
+from mtnrec.data.batches import Rows
+
+
+def row_dtype(rows: int) -> type[np.integer[Any]]:
+    """Return the narrower type that numbers so many rows: each epoch's order holds all of them."""
+    return np.int32 if rows < 1 << 31 else np.int64
+
+
+def permutation(rng: np.random.Generator, rows: int) -> Rows:
+    """Draw what ``rng.permutation(rows)`` does, in half the memory."""
+    order = np.arange(rows, dtype=row_dtype(rows))
+    rng.shuffle(order)
+    return order
+
+
+class TrainSampler(Sampler[Rows]):
+    """Random batches of one rank; their order is a function of (seed, epoch, rank).
+
+    Each global batch of ``batch_size * world_size`` rows is dealt to the ranks in turn. All ranks
+    get equally many rows, so that the mean of their gradients is the gradient of the global mean;
+    for that the last ``rows % world_size`` rows of an epoch's order are left out.
+
+    After ``load_state_dict`` the epoch that the state is of goes on where it was.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+        self._rows = rows - rows % world_size
+        self._all_rows = rows
+        self._global_batch = batch_size * world_size
+        self._seed = seed
+        self._rank, self._world_size = rank, world_size
+        self._epoch = 0
+        self._batches = 0  # that the epoch has given
+        self._done = (0, 0)  # an epoch, and its batches that are not to be given again
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; Lightning calls it at the start of each epoch."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[Rows]:
+        order = self._order(self._epoch)
+        epoch, done = self._done
+        for batch in range(done if epoch == self._epoch else 0, len(self)):
+            self._batches = batch + 1
+            yield self._deal(order, batch)[self._rank :: self._world_size]
+
+    def _order(self, epoch: int) -> Rows:
+        return permutation(np.random.default_rng([self._seed, epoch]), self._all_rows)
+
+    def _deal(self, order: Rows, batch: int) -> Rows:
+        start = batch * self._global_batch
+        return order[start : min(start + self._global_batch, self._rows)]
+
+    def rows_of(self, epoch: int, batch: int, rank: int | None = None) -> Rows:
+        """Return a batch of an epoch once more: a rank's, or those of all ranks together."""
+        rows = self._deal(self._order(epoch), batch)
+        return rows if rank is None else rows[rank :: self._world_size]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._done = state_dict["epoch"], state_dict["batches"]
+
+    def __len__(self) -> int:
+        return -(-self._rows // self._global_batch)
+
+
+class TrainLoader(DataLoader[Batch]):
+    """A loader whose place in an epoch Lightning keeps in each checkpoint of a training."""
+
+    sampler: TrainSampler
+
+    def state_dict(self) -> dict[str, int]:
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.sampler.load_state_dict(state_dict)
+
+
+class EvaluationSampler(Sampler[Rows]):
+    """Every row once and in order: each rank has a run of the batches that one process has.
+
+    The rows of rank 0, then those of rank 1 and so on are those of one process in its order, so
+    that what is measured on all of them is the same to the last bit. All ranks get equally many
+    batches (the last ones may be empty), since a rank that evaluates longer than the others would
+    wait for them for ever.
+    """
+
+    def __init__(self, rows: int, batch_size: int, rank: int, world_size: int) -> None:
+        self._rows = rows
+        self._batch_size = batch_size
+        self._rank, self._world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[Rows]:
+        for batch in range(len(self)):
+            start = (self._rank * len(self) + batch) * self._batch_size
+            yield np.arange(min(start, self._rows), min(start + self._batch_size, self._rows))
+
+    def __len__(self) -> int:
+        return -(-self._rows // (self._batch_size * self._world_size))

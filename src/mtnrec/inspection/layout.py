@@ -1,0 +1,235 @@
+"""The report of a prepared data set, laid out as text."""
+
+import io
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from mtnrec.checks import InputError
+from mtnrec.data.prepared.manifest import Manifest
+from mtnrec.inspection.leaks import FEWEST, THRESHOLD, LeakCheck
+from mtnrec.inspection.statistics import SLICES, Changes, SplitStatistics
+from mtnrec.schema import Schema
+
+_WIDTH = 80
+_STRONGEST = 3  # features of a task that are shown though no suspected leaks
+_NOTHING = "-"
+
+Statistics = Mapping[str, SplitStatistics]
+
+
+class _Part(NamedTuple):
+    """A table of the report, with a line above it and lines below it."""
+
+    title: str
+    table: Table
+    notes: tuple[str, ...] = ()
+
+
+def check_destination(out: Path, directory: Path) -> None:
+    """Refuse a report that cannot be a file, or would be no part of the prepared data set.
+
+    Args:
+        out: Where the report is to be written.
+        directory: Folder of the prepared data set.
+    """
+    if out.is_dir():
+        raise InputError(f"out={out} is a folder: name a file")
+    if out.resolve().is_relative_to(directory.resolve()):
+        raise InputError(
+            f"out={out} is inside the prepared data set, which holds no other files: choose a "
+            "file elsewhere"
+        )
+
+
+def lay_out(
+    directory: Path,
+    manifest: Manifest,
+    statistics: Statistics,
+    leaks: LeakCheck,
+    changes: Mapping[str, Changes],
+) -> str:
+    """Return the report: lines of at most 80 characters, unless names are long.
+
+    Args:
+        directory: Folder of the prepared data set.
+        manifest: Its manifest.
+        statistics: Of each split.
+        leaks: What each feature predicts alone.
+        changes: What noise changes, for each noisy split.
+    """
+    schema = manifest.schema
+    # The manifest has them in the order of the alphabet.
+    statistics = {s: statistics[s] for s in sorted(statistics, key=lambda s: (s != "train", s))}
+    parts = [
+        *_labels(schema, statistics),
+        *_fields(manifest, statistics),
+        _alone(schema, leaks),
+        *([_noise(changes)] if changes else []),
+    ]
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=_WIDTH, markup=False, highlight=False)
+    anything = console.options.update(max_width=1 << 16)
+    widths = [Measurement.get(console, anything, part.table).maximum for part in parts]
+    console.width = max(_WIDTH, *widths)
+    for line in _origin(directory, manifest):
+        console.print(line, soft_wrap=True)
+    for part in parts:
+        console.print("", part.title, "", sep="\n")
+        console.print(part.table)
+        for note in part.notes:
+            console.print(note, soft_wrap=True)
+    lines = buffer.getvalue().splitlines()
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _origin(directory: Path, manifest: Manifest) -> Iterator[str]:
+    yield f"{manifest.source}, prepared in {directory}"
+    yield f"checksum {manifest.checksum}"
+    settings = (f"{key}={json.dumps(value)}" for key, value in manifest.parameters.items())
+    if text := ", ".join(settings):
+        yield textwrap.fill(f"prepared with {text}", _WIDTH, break_long_words=False)
+    for what, count in manifest.report.items():
+        yield f"{what.replace('_', ' ')}: {count:,}"
+
+
+def _table(*headers: str, names: int = 1) -> Table:
+    """Make a table without rows; its first ``names`` columns are text, the others numbers."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for column, header in enumerate(headers):
+        table.add_column(header, justify="left" if column < names else "right", no_wrap=True)
+    return table
+
+
+def _share(part: float, whole: float) -> str:
+    if not whole:
+        return _NOTHING
+    share = part / whole
+    return "0" if not part else f"{share:.2%}" if share >= 1e-4 else "<0.01%"
+
+
+def _labels(schema: Schema, statistics: Statistics) -> Iterator[_Part]:
+    rates = _table("split", "task", "definition", "rows", "positives", "rate", names=3)
+    drift = _table("split", "task", *(str(number + 1) for number in range(SLICES)), names=2)
+    for split, found in statistics.items():
+        for column, task in enumerate(schema.tasks):
+            name = task.name.upper() if schema.funnel else task.name
+            rows, positives = found.task_rows[:, column], found.task_positives[:, column]
+            counts = f"{rows.sum():,}", f"{positives.sum():,}"
+            rate = f"{positives.sum() / rows.sum():.3%}" if rows.any() else _NOTHING
+            rates.add_row(split, name, schema.definition(task), *counts, rate)
+            slices = zip(positives, rows, strict=True)
+            percents = (f"{100 * part / all_:.3g}" if all_ else _NOTHING for part, all_ in slices)
+            drift.add_row(split, name, *percents)
+    yield _Part("Labels", rates)
+    yield _Part("Drift: rates in %, in each tenth of a split in the order of its file", drift)
+
+
+def _fields(manifest: Manifest, statistics: Statistics) -> Iterator[_Part]:
+    if manifest.schema.categorical:
+        yield _categorical(manifest, statistics)
+    if manifest.schema.multivalued:
+        yield _multivalued(manifest.schema, statistics)
+    if manifest.schema.numerical:
+        yield _numerical(manifest, statistics)
+    if manifest.transforms:
+        yield _transforms(manifest)
+
+
+def _headers(statistics: Statistics, *kinds: str) -> list[str]:
+    return [f"{split}\n{kind}" for split in statistics for kind in kinds]
+
+
+def _categorical(manifest: Manifest, statistics: Statistics) -> _Part:
+    table = _table("field", "vocabulary", *_headers(statistics, "missing", "others"))
+    for column, field in enumerate(manifest.schema.categorical):
+        shares = []
+        for split, found in statistics.items():
+            missing = manifest.missing[split].get(field.name, 0)
+            shares.append(_share(missing, found.rows))
+            shares.append(_share(found.zeros[column] - missing, found.rows))
+        table.add_row(field.name, f"{field.vocabulary_size:,}", *shares)
+    return _Part(
+        "Categorical fields: shares of the rows with index 0",
+        table,
+        (
+            "others: rare values, and values that no training row holds",
+            "vocabulary: indices, index 0 included",
+        ),
+    )
+
+
+def _multivalued(schema: Schema, statistics: Statistics) -> _Part:
+    kinds = ("empty", "tokens", "index 0")
+    table = _table("field", "vocabulary", *_headers(statistics, *kinds))
+    for column, field in enumerate(schema.multivalued):
+        cells = []
+        for found in statistics.values():
+            tokens = found.tokens[column]
+            cells.append(_share(found.empty_bags[column], found.rows))
+            cells.append(f"{tokens / found.rows:.2f}" if found.rows else _NOTHING)
+            cells.append(_share(found.zero_tokens[column], tokens))
+        table.add_row(field.name, f"{field.vocabulary_size:,}", *cells)
+    return _Part(
+        "Multi-valued fields: empty rows, tokens a row, share of the tokens with index 0",
+        table,
+        ("vocabulary: indices, index 0 (rare values, and values not in training) included",),
+    )
+
+
+def _numerical(manifest: Manifest, statistics: Statistics) -> _Part:
+    table = _table("feature", *_headers(statistics, "missing", "min", "mean", "max"))
+    for column, name in enumerate(manifest.schema.numerical):
+        cells = []
+        for split, found in statistics.items():
+            cells.append(_share(manifest.missing[split].get(name, 0), found.rows))
+            values = (found.minimum[column], found.mean[column], found.maximum[column])
+            cells += [f"{value:.4g}" if found.rows else _NOTHING for value in values]
+        table.add_row(name, *cells)
+    return _Part("Numerical features, as they are stored", table)
+
+
+def _transforms(manifest: Manifest) -> _Part:
+    table = _table("feature", "fill", "shift", "scale")
+    for name, transform in manifest.transforms.items():
+        cells = (transform.get(key) for key in ("fill", "shift", "scale"))
+        table.add_row(name, *(_NOTHING if cell is None else f"{cell:.6g}" for cell in cells))
+    title = "Transforms: a missing value became fill, and (value - shift) / scale is stored"
+    return _Part(title, table)
+
+
+def _alone(schema: Schema, leaks: LeakCheck) -> _Part:
+    table = _table("label", "feature", "AUC", names=2)
+    for task in schema.tasks:
+        found = leaks.aucs[task.name]
+        if found is None:
+            table.add_row(schema.definition(task), f"not judged: a class of under {FEWEST} rows")
+            continue
+        suspected = sum(value > THRESHOLD for value in found.values())
+        strongest = sorted(found, key=found.__getitem__, reverse=True)
+        for feature in strongest[: max(_STRONGEST, suspected)]:
+            table.add_row(schema.definition(task), feature, f"{found[feature]:.4f}")
+    findings = tuple(f"Suspected leak: {leak}" for leak in leaks.leaks)
+    note = f"learnt on one half of {leaks.rows:,} training rows, measured on the other"
+    nothing = (f"No feature that was judged has an AUC above {THRESHOLD} alone.",)
+    return _Part("What features predict alone", table, (note, *(findings or nothing)))
+
+
+def _noise(changes: Mapping[str, Changes]) -> _Part:
+    table = _table("", *changes)
+    table.add_row("rows", *(_share(change.noisy_rows, change.rows) for change in changes.values()))
+    for feature in next(iter(changes.values())).features:
+        shares = [_share(change.features[feature], change.rows) for change in changes.values()]
+        table.add_row(feature, *shares)
+    looked_at = ", ".join(f"{change.rows:,} rows of {split}" for split, change in changes.items())
+    note = f"counted on {looked_at}; a feature without another value stays as it is"
+    return _Part(
+        "Noise: shares of the rows, and of each feature's cells, that change", table, (note,)
+    )

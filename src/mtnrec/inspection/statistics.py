@@ -1,0 +1,201 @@
+"""What a prepared split holds, counted in one read and in bounded memory."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mtnrec.batch import Batch
+from mtnrec.data.batches import RowGatherer, Rows
+from mtnrec.data.prepared.layout import bag_stem
+from mtnrec.data.prepared.store import Arrays
+from mtnrec.schema import Schema, Task
+
+SLICES = 10
+_ROWS_PER_PIECE = 1 << 16
+_ROWS_PER_COMPARISON = 1 << 13
+_SAMPLE = 1 << 18
+
+Counts = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SplitStatistics:
+    """Counts of one split.
+
+    Args:
+        rows: Its rows.
+        task_rows: Rows that each task is measured on, for each tenth of the split in the order of
+            its file, ``(10, tasks)``.
+        task_positives: The positives among them.
+        zeros: Rows with index 0 in each categorical field, ``(F,)``: missing, rare or unseen.
+        minimum: Of each numerical feature as it is stored, ``(N,)``; NaN without rows.
+        mean: Likewise.
+        maximum: Likewise.
+        empty_bags: Rows with an empty bag in each multi-valued field, ``(M,)``.
+        tokens: Tokens of all rows; a bag counts once for each row that has it.
+        zero_tokens: Those among them with index 0.
+    """
+
+    rows: int
+    task_rows: Counts
+    task_positives: Counts
+    zeros: Counts
+    minimum: Floats
+    mean: Floats
+    maximum: Floats
+    empty_bags: Counts
+    tokens: Counts
+    zero_tokens: Counts
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What noise changes in a split.
+
+    Args:
+        rows: Rows that were looked at.
+        noisy_rows: Those among them in which a feature changes.
+        features: For each feature, in how many of them it changes.
+    """
+
+    rows: int
+    noisy_rows: int
+    features: dict[str, int]
+
+
+def count_changes(
+    arrays: Arrays, rows: Rows, schema: Schema, change: Callable[[Rows, Batch], None]
+) -> Changes:
+    """Compare at most 262,144 evenly spaced rows with what noise makes of them.
+
+    Args:
+        arrays: Arrays that hold the split.
+        rows: Those of their rows that belong to it.
+        schema: Features.
+        change: Puts the noise into a batch.
+    """
+    count = min(_SAMPLE, len(rows))
+    rows = rows[np.arange(count) * len(rows) // max(1, count)]
+    gatherers = RowGatherer(arrays, rows, schema), RowGatherer(arrays, rows, schema, change)
+    features = [field.name for field in (*schema.categorical, *schema.multivalued)]
+    total = np.zeros(len(features) + len(schema.numerical), np.int64)
+    noisy_rows = 0
+    for start in range(0, count, _ROWS_PER_COMPARISON):
+        piece = np.arange(start, min(start + _ROWS_PER_COMPARISON, count))
+        clean, noisy = (gatherer[piece] for gatherer in gatherers)
+        changed = _compare(clean, noisy)
+        noisy_rows += int(np.count_nonzero(changed.any(axis=1)))
+        total += np.count_nonzero(changed, axis=0)
+    names = [*features, *schema.numerical]
+    return Changes(count, noisy_rows, dict(zip(names, total.tolist(), strict=True)))
+
+
+def _compare(clean: Batch, noisy: Batch) -> npt.NDArray[np.bool_]:
+    """Say which features of each row differ, ``(rows, F + M + N)``."""
+    bags = []
+    for before, after in zip(clean.bags, noisy.bags, strict=True):
+        row = np.arange(len(clean)).repeat(before.offsets.diff().numpy())
+        differing = row[(before.tokens != after.tokens).numpy()]
+        bags.append(np.bincount(differing, minlength=len(clean)) > 0)
+    return np.concatenate(
+        [
+            (clean.categorical != noisy.categorical).numpy(),
+            np.array(bags, np.bool_).reshape(len(bags), len(clean)).T,
+            (clean.numerical != noisy.numerical).numpy(),
+        ],
+        axis=1,
+    )
+
+
+def rows_of(task: Task, labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Say which of the rows of ``labels``, ``(n, T)``, a task is measured on."""
+    return np.ones(len(labels), np.bool_) if task.given is None else labels[:, task.given] == 1
+
+
+def count_split(arrays: Arrays, schema: Schema) -> SplitStatistics:
+    """Read every array of a split once, and the labels.
+
+    Keeps a few megabytes, and 24 bytes for each bag of one multi-valued field at a time.
+    """
+    labels = arrays["labels"]
+    task_rows, task_positives = _count_labels(labels, schema)
+    minimum, mean, maximum = _summarise(arrays["numerical"])
+    bags = [_count_tokens(arrays, column, f.name) for column, f in enumerate(schema.multivalued)]
+    empty_bags, tokens, zero_tokens = np.array(bags, np.int64).reshape(-1, 3).T
+    return SplitStatistics(
+        rows=len(labels),
+        task_rows=task_rows,
+        task_positives=task_positives,
+        zeros=_count_zeros(arrays["categorical"]),
+        minimum=minimum,
+        mean=mean,
+        maximum=maximum,
+        empty_bags=empty_bags,
+        tokens=tokens,
+        zero_tokens=zero_tokens,
+    )
+
+
+def _pieces(
+    array: npt.NDArray[Any], first: int = 0, last: int | None = None
+) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Read rows ``[first, last)`` in bounded memory: the number of its first row, and a piece."""
+    last = len(array) if last is None else last
+    for start in range(first, last, _ROWS_PER_PIECE):
+        piece = slice(start, min(start + _ROWS_PER_PIECE, last))
+        if isinstance(array, np.memmap):
+            # A map of its own each time: its pages are given back.
+            path, offset, shape = str(array.filename), array.offset, array.shape
+            array = np.memmap(path, array.dtype, mode="r", offset=offset, shape=shape)
+        yield start, array[piece]
+
+
+def _count_labels(labels: npt.NDArray[np.uint8], schema: Schema) -> tuple[Counts, Counts]:
+    rows, positives = np.zeros((2, SLICES, len(schema.tasks)), np.int64)
+    edges = [len(labels) * number // SLICES for number in range(SLICES + 1)]
+    for number in range(SLICES):
+        for _, piece in _pieces(labels, edges[number], edges[number + 1]):
+            for column, task in enumerate(schema.tasks):
+                measured = piece[rows_of(task, piece), task.label]
+                rows[number, column] += len(measured)
+                positives[number, column] += np.count_nonzero(measured)
+    return rows, positives
+
+
+def _count_zeros(categorical: npt.NDArray[np.int32]) -> Counts:
+    zeros = np.zeros(categorical.shape[1], np.int64)
+    for _, piece in _pieces(categorical):
+        zeros += np.count_nonzero(piece == 0, axis=0)
+    return zeros
+
+
+def _summarise(numerical: npt.NDArray[np.float32]) -> tuple[Floats, Floats, Floats]:
+    rows, features = numerical.shape
+    if not rows:
+        unknown = np.full(features, np.nan)
+        return unknown, unknown, unknown
+    minimum, maximum = np.full(features, np.inf), np.full(features, -np.inf)
+    total = np.zeros(features)
+    for _, piece in _pieces(numerical):
+        minimum = np.minimum(minimum, piece.min(axis=0))
+        maximum = np.maximum(maximum, piece.max(axis=0))
+        total += piece.sum(axis=0, dtype=np.float64)
+    return minimum, total / rows, maximum
+
+
+def _count_tokens(arrays: Arrays, column: int, field: str) -> tuple[int, int, int]:
+    """Return empty bags, tokens and tokens with index 0 of one field, over the rows."""
+    offsets, tokens = (arrays[bag_stem(field, part)] for part in ("offsets", "tokens"))
+    lengths = np.diff(offsets)
+    rows_of_bag = np.zeros(len(lengths), np.int64)
+    for _, piece in _pieces(arrays["bag"]):
+        np.add.at(rows_of_bag, piece[:, column], 1)
+    zero_tokens = 0
+    for start, piece in _pieces(tokens):
+        bags = np.searchsorted(offsets, start + np.flatnonzero(piece == 0), side="right") - 1
+        zero_tokens += int(rows_of_bag[bags].sum())
+    return int(rows_of_bag[lengths == 0].sum()), int(rows_of_bag @ lengths), zero_tokens

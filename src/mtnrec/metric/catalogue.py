@@ -1,0 +1,128 @@
+"""The metrics that exist, and the keys under which values are logged and recorded.
+
+A metric is a row of :data:`METRICS` and a method of that name of
+:class:`~mtnrec.metric.task_metrics.TaskRows`; training, the record, the tables, the figures and W&B
+follow from the row. This module imports nothing, so that reading runs takes no torch.
+
+Keys::
+
+    val/ctcvr_auc                          split/task_metric
+    mtn/layer_0/effective_rank_output      mtn/layer_<depth>/<quantity>[_<unfolding>]
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """What is known of a metric.
+
+    Args:
+        title: In tables and figures.
+        better: ``higher``, ``lower``, or ``one``: the nearer to 1.
+        can_monitor: Whether it can choose the epoch.
+        needs_both_classes: Whether it is undefined on rows of one class.
+        is_measured: Whether it is of the predictions; the Bayes AUC is of the true probabilities.
+    """
+
+    title: str
+    better: Literal["higher", "lower", "one"]
+    can_monitor: bool = False
+    needs_both_classes: bool = False
+    is_measured: bool = True
+
+    def improves(self, value: Any, baseline: Any) -> Any:
+        """Return whether a value is better than the baseline's; of numbers, arrays or columns."""
+        if self.better == "one":
+            return abs(value - 1) < abs(baseline - 1)
+        return value < baseline if self.better == "lower" else value > baseline
+
+
+METRICS = {
+    "auc": MetricInfo("AUC", better="higher", can_monitor=True, needs_both_classes=True),
+    "log_loss": MetricInfo("log loss", better="lower", can_monitor=True),
+    "calibration": MetricInfo("calibration", better="one"),
+    "ece": MetricInfo("expected calibration error", better="lower", can_monitor=True),
+    "grouped_auc": MetricInfo("grouped AUC", better="higher"),
+    "bayes_auc": MetricInfo("Bayes AUC", better="higher", is_measured=False),
+}
+COUNTS = ("rows", "positives")
+
+_LAYER_KEY = re.compile(r"mtn/layer_(\d+)/(alpha|effective_rank)_(\w+)")
+
+
+class MetricKey(NamedTuple):
+    """A key taken apart."""
+
+    split: str
+    task: str
+    metric: str
+
+    def __str__(self) -> str:
+        return metric_key(*self)
+
+
+def metric_key(split: str, task: str, metric: str) -> str:
+    """Return the key of a metric or of a count.
+
+    >>> metric_key("val", "ctcvr", "auc")
+    'val/ctcvr_auc'
+    """
+    return f"{split}/{task}_{metric}"
+
+
+def parse_metric_key(key: str, tasks: Collection[str] | None = None) -> MetricKey | None:
+    """Take a key apart; None if it is not the key of a metric or a count.
+
+    Args:
+        key: For example ``val/ctcvr_auc``.
+        tasks: Names of the tasks. Names of tasks and of metrics may contain underscores: without
+            the tasks the longest known name of a metric is taken.
+
+    >>> parse_metric_key("test/ctr_grouped_auc")
+    MetricKey(split='test', task='ctr', metric='grouped_auc')
+    >>> parse_metric_key("test/ctr_grouped_auc", ["ctr_grouped"]).metric
+    'auc'
+    >>> parse_metric_key("train/loss")
+    """
+    split, _, rest = key.partition("/")
+    if tasks is not None:
+        found = [task for task in tasks if rest.startswith(f"{task}_")]
+        task = max(found, key=len, default="")
+        return MetricKey(split, task, rest.removeprefix(f"{task}_")) if found else None
+    found = [metric for metric in (*METRICS, *COUNTS) if rest.endswith(f"_{metric}")]
+    metric = max(found, key=len, default="")
+    return MetricKey(split, rest.removesuffix(f"_{metric}"), metric) if found else None
+
+
+class LayerKey(NamedTuple):
+    """The key of a quantity of an unfolding of a penalised layer, taken apart."""
+
+    layer: int
+    quantity: str
+    unfolding: str
+
+    def __str__(self) -> str:
+        return layer_key(self.layer, f"{self.quantity}_{self.unfolding}")
+
+
+def layer_key(layer: int | str, quantity: str) -> str:
+    """Return the key of a quantity of a penalised layer.
+
+    >>> layer_key(0, "norm"), layer_key(0, "alpha_task")
+    ('mtn/layer_0/norm', 'mtn/layer_0/alpha_task')
+    """
+    return f"mtn/layer_{layer}/{quantity}"
+
+
+def parse_layer_key(key: str) -> LayerKey | None:
+    """Take the key of an alpha or an effective rank apart; None if it is the key of neither.
+
+    >>> parse_layer_key("mtn/layer_0/effective_rank_output")
+    LayerKey(layer=0, quantity='effective_rank', unfolding='output')
+    """
+    found = _LAYER_KEY.fullmatch(key)
+    return None if found is None else LayerKey(int(found[1]), found[2], found[3])

@@ -1,0 +1,338 @@
+"""The input layer: embeddings, bags and numerical features."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtnrec.batch import Bags, Batch
+from mtnrec.checks import (
+    InputError,
+    check_choice,
+    check_integer,
+    name_some,
+)
+from mtnrec.schema import Schema
+
+_WIDEST_RUN = 32  # columns; beyond, the zeros beside the diagonal cost more than a product
+
+
+class FeatureInput(nn.Module):
+    """The features of a batch, one dense row each, as MTReclib lays them out.
+
+    Every categorical field looks up a ``D``-wide vector, every multi-valued field sums or averages
+    the vectors of its tokens with their weights (an empty bag gives zeros), and all numerical
+    features pass through one linear map to one more. The vectors side by side are the row.
+
+    Args:
+        schema: The fields.
+        embedding_dim: ``D``; one for all, or one for each field that it names and, for the other
+            fields and the numerical features, a ``default``.
+        bag_mode: ``mean``, the weighted mean of the tokens' vectors, or ``sum``.
+        embedding_init: Xavier's uniform distribution for the vectors, with bounds as for ``joint``,
+            one table of all fields (``sqrt(6 / (N + D))``, ``N`` the values of all fields), as in
+            MTReclib, whose settings the paper uses; or ``per_field``, a table for each
+            (``sqrt(6 / (N_f + D))``), where the vectors of a field of few values start up to a
+            hundred times larger.
+
+    Row 0 of each table, which stands for missing and unseen values, starts at zero: it is rare in
+    training or does not occur at all, so a random start would add noise to every row that has it.
+    MTReclib has no such row.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        embedding_dim: int | Mapping[Any, int],
+        bag_mode: str,
+        embedding_init: str = "joint",
+    ) -> None:
+        super().__init__()
+        widths, default = _widths(schema, embedding_dim)
+        check_choice("model.bag_mode", bag_mode, ["mean", "sum"])
+        check_choice("model.embedding_init", embedding_init, ["joint", "per_field"])
+        if not schema.categorical and not schema.multivalued and not schema.numerical:
+            raise InputError("the data set has no features: a model needs at least one")
+        self.tables, self.bag_tables = (
+            nn.ModuleList(nn.Embedding(f.vocabulary_size, widths[f.name]) for f in fields)
+            for fields in (schema.categorical, schema.multivalued)
+        )
+        self._bag_mode = bag_mode
+        tables = [*_embeddings(self.tables), *_embeddings(self.bag_tables)]
+        values = sum(table.num_embeddings for table in tables)
+        for table in tables:
+            rows = values if embedding_init == "joint" else table.num_embeddings
+            bound = math.sqrt(6 / (rows + table.embedding_dim))
+            nn.init.uniform_(table.weight, -bound, bound)
+            with torch.no_grad():
+                table.weight[0] = 0
+        self.numerical = nn.Linear(len(schema.numerical), default) if schema.numerical else None
+        self._widths = [table.embedding_dim for table in tables]
+        if self.numerical is not None:
+            self._widths.append(default)
+        self.out_features = sum(self._widths)
+        # A one-hot vector no wider than the embedding makes a product no dearer.
+        sizes = [field.vocabulary_size for field in schema.categorical]
+        self._small = [i for i, size in enumerate(sizes) if size <= self._widths[i]]
+        self._large = [i for i, size in enumerate(sizes) if size > self._widths[i]]
+        # Where the columns of a layer meet the small fields, the large ones, bags and numericals.
+        ends = list(itertools.accumulate(self._widths, initial=0))
+        blocks = [slice(start, end) for start, end in itertools.pairwise(ends)]
+        self._joined = _join(self._small, sizes)
+        joined = [slice(blocks[run[0]].start, blocks[run[-1]].stop) for run in self._joined]
+        self._blocks = [*joined, *(blocks[i] for i in self._large), *blocks[len(sizes) :]]
+        starts = list(itertools.accumulate((sizes[field] for field in self._small), initial=0))
+        self._one_hot_width = starts.pop()
+        self.register_buffer("_one_hot_starts", torch.tensor(starts), persistent=False)
+        small = torch.tensor(self._small, dtype=torch.int64)
+        self.register_buffer("_small_fields", small, persistent=False)
+
+    def make_gradients(self, *, sparse: bool) -> None:
+        """Choose sparse or dense gradients for the tables whose rows are looked up.
+
+        They are those with more rows than columns, and those of multi-valued fields. A sparse
+        gradient holds the rows that the batch has; not every optimiser takes one.
+        """
+        large = [_embeddings(self.tables)[field] for field in self._large]
+        for table in [*large, *_embeddings(self.bag_tables)]:
+            table.sparse = sparse
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the rows, ``(B, (F + M + 1) * D)``, and one ``D`` less without numericals."""
+        columns = batch.categorical.unbind(dim=1)
+        tables = _embeddings(self.tables)
+        vectors = [table(column) for table, column in zip(tables, columns, strict=True)]
+        vectors += self._bag_vectors(batch)
+        if self.numerical is not None:
+            vectors.append(self.numerical(batch.numerical))
+        return torch.cat(vectors, dim=1)
+
+    def feed(self, batch: Batch, *groups: Sequence[nn.Linear]) -> list[Tensor]:
+        """Return ``layer(self(batch))`` for each layer, without making the wide rows.
+
+        With ``E_f`` the table of a field and ``W_f`` the columns of a layer that it meets, the
+        field's share of the output is ``onehot @ (E_f W_f^T)``. For a small vocabulary that product
+        is far narrower than ``D`` columns, and its table is made once a batch. Likewise the map of
+        the numerical features folds into the layer. Fields with a large vocabulary look up their
+        vectors as usual. All shares are one matrix product; parameters, function and gradients are
+        those of the wide rows up to rounding. An export makes the wide rows: of one row at a time,
+        which is how models are served, folding would be most of the work.
+
+        Args:
+            batch: ``B`` rows.
+            groups: Linear layers alike, with ``out_features`` of this module as their inputs.
+
+        Returns:
+            The outputs of each group of ``E`` layers, ``(E, B, O)``.
+        """
+        if torch.compiler.is_exporting():
+            rows = self(batch)
+            return [torch.stack([layer(rows) for layer in layers]) for layers in groups]
+        columns = self._columns(batch)
+        return [
+            torch.bmm(columns.expand(len(layers), -1, -1), self._fold(layers).transpose(1, 2))
+            for layers in groups
+        ]
+
+    def feed_one(self, batch: Batch, layer: nn.Linear) -> Tensor:
+        """Return ``layer(self(batch))``, ``(B, O)``, as :meth:`feed` does."""
+        if torch.compiler.is_exporting():
+            return layer(self(batch))
+        return self._columns(batch) @ self._fold([layer])[0].T
+
+    def _columns(self, batch: Batch) -> Tensor:
+        """Return what the folded layers are applied to, ``(B, C)``; the last column is ones."""
+        columns = [self._one_hot(batch)] if self._small else []
+        columns += [self._table(field)(batch.categorical[:, field]) for field in self._large]
+        columns += self._bag_vectors(batch)
+        if self.numerical is not None:
+            columns.append(batch.numerical)
+        # For the bias: as one more column it costs neither a pass over the outputs nor one over
+        # their gradients.
+        columns.append(columns[0].new_ones(len(batch), 1))
+        return torch.cat(columns, dim=1)
+
+    def _fold(self, layers: Sequence[nn.Linear]) -> Tensor:
+        """Return the layers for :meth:`_columns`, ``(E, O, C)``."""
+        maps: list[Tensor | None] = [
+            torch.block_diag(*(self._table(field).weight.T for field in run))
+            for run in self._joined
+        ]
+        maps += [None] * (len(self._large) + len(self.bag_tables))
+        if self.numerical is not None:
+            maps.append(torch.cat([self.numerical.weight, self.numerical.bias[:, None]], dim=1))
+        weights = [layer.weight for layer in layers]
+        if weights[0].device.type != "cpu":  # many small products would wait for their start
+            weights = [torch.cat(weights)]
+        folded: Tensor = BlockProducts.apply(  # type: ignore[no-untyped-call]
+            self._blocks, len(weights), *weights, *maps
+        )
+        folded = folded.view(len(layers), -1, folded.shape[2])
+        bias = torch.stack([layer.bias for layer in layers]).unsqueeze(2)
+        if self.numerical is not None:
+            folded, of_numerical = folded.split([folded.shape[2] - 1, 1], dim=2)
+            bias = bias + of_numerical
+        return torch.cat([folded, bias], dim=2)
+
+    def _table(self, field: int) -> nn.Embedding:
+        return _embeddings(self.tables)[field]
+
+    def _one_hot(self, batch: Batch) -> Tensor:
+        """Return the small fields as ones among zeros, ``(B, sum of their vocabularies)``."""
+        small = batch.categorical.index_select(1, self.get_buffer("_small_fields"))
+        positions = small + self.get_buffer("_one_hot_starts")
+        dtype = _embeddings(self.tables)[0].weight.dtype
+        zeros = torch.zeros(len(batch), self._one_hot_width, dtype=dtype, device=positions.device)
+        return zeros.scatter_(1, positions, 1)
+
+    def _bag_vectors(self, batch: Batch) -> list[Tensor]:
+        """Return a vector ``(B, D)`` for each multi-valued field."""
+        return [
+            self._bag_vector(table, bags)
+            for table, bags in zip(_embeddings(self.bag_tables), batch.bags, strict=True)
+        ]
+
+    def _bag_vector(self, table: nn.Embedding, bags: Bags) -> Tensor:
+        if bags.tokens.dim() == 2:
+            return self._padded_bag_vector(table, bags)
+        weights = bags.weights
+        if self._bag_mode == "mean":
+            lengths = bags.offsets.diff()
+            row = torch.repeat_interleave(lengths)
+            totals = weights.new_zeros(len(lengths)).index_add(0, row, weights)
+            # Where all weights are zero the sum is zero too, whatever it is divided by.
+            weights = weights / totals.where(totals != 0, 1)[row]
+        tokens, vectors = bags.tokens, table.weight
+        if table.sparse and torch.is_grad_enabled():
+            # A row of gradient for each token would take more than a dense gradient does.
+            present, tokens = tokens.unique(return_inverse=True)
+            vectors = table(present)
+        return F.embedding_bag(
+            tokens,
+            vectors,
+            bags.offsets,
+            mode="sum",
+            per_sample_weights=weights,
+            include_last_offset=True,
+        )
+
+    def _padded_bag_vector(self, table: nn.Embedding, bags: Bags) -> Tensor:
+        weights = bags.weights
+        if self._bag_mode == "mean":
+            totals = weights.sum(dim=1, keepdim=True)
+            weights = weights / totals.where(totals != 0, 1)
+        return (table(bags.tokens) * weights.unsqueeze(2)).sum(dim=1)
+
+
+class BlockProducts(torch.autograd.Function):
+    """``W[:, block] @ M`` for each of ``E`` matrices alike and each block of their columns.
+
+    All products and the gradient of each ``W`` are written once and in place: the first layers of
+    MMoE's experts are the largest tensors of a step, and to join them, cut them and join their
+    gradients took a fifth of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Sequence[slice], count: int, *tensors: Any) -> Tensor:
+        """Return the products, ``(E, O, sum of the columns of M)``.
+
+        Args:
+            ctx: Of autograd.
+            blocks: Columns of ``W`` that each ``M`` meets.
+            count: ``E``.
+            tensors: ``E`` matrices ``W``, ``(O, I)``, and an ``M`` for each block; None is the
+                identity.
+        """
+        weights, maps = tensors[:count], tensors[count:]
+        ctx.save_for_backward(*tensors)
+        widths = [
+            block.stop - block.start if matrix is None else matrix.shape[1]
+            for block, matrix in zip(blocks, maps, strict=True)
+        ]
+        ctx.blocks, ctx.count, ctx.widths = blocks, count, widths
+        outputs: Tensor = weights[0].new_empty(count, len(weights[0]), sum(widths))
+        for weight, output in zip(weights, outputs, strict=True):
+            for block, matrix, part in zip(blocks, maps, output.split(widths, 1), strict=True):
+                if matrix is None:
+                    part.copy_(weight[:, block])
+                else:
+                    torch.mm(weight[:, block], matrix, out=part)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of each ``W`` and ``M`` that needs one."""
+        weights, maps = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        needed = ctx.needs_input_grad[2:]
+        of_weights = [
+            torch.empty_like(w) if n else None
+            for w, n in zip(weights, needed[: ctx.count], strict=True)
+        ]
+        # Transposed, since a product with few columns takes twice as long as one with few rows.
+        of_maps = [
+            m.new_zeros(m.shape[::-1]).T if n else None
+            for m, n in zip(maps, needed[ctx.count :], strict=True)
+        ]
+        for weight, gradient, of_weight in zip(weights, gradients[0], of_weights, strict=True):
+            parts = gradient.split(ctx.widths, 1)
+            for block, matrix, part, of_map in zip(ctx.blocks, maps, parts, of_maps, strict=True):
+                if of_weight is not None and matrix is None:
+                    of_weight[:, block] = part
+                elif of_weight is not None:
+                    torch.mm(part, matrix.T, out=of_weight[:, block])
+                if of_map is not None:
+                    of_map.T.addmm_(part.T, weight[:, block])
+        return (None, None, *of_weights, *of_maps)
+
+
+def _widths(schema: Schema, embedding_dim: int | Mapping[Any, int]) -> tuple[dict[str, int], int]:
+    """Return the width of the vectors of each field, and that of what no key names."""
+    names = [field.name for field in (*schema.categorical, *schema.multivalued)]
+    if not isinstance(embedding_dim, Mapping):
+        check_integer("model.embedding_dim", embedding_dim, minimum=1)
+        return dict.fromkeys(names, embedding_dim), embedding_dim
+    # YAML reads the names 101 and 109_14 as the numbers 101 and 10914.
+    by_number = {name.replace("_", ""): name for name in names if name[:1].isdigit()}
+    widths = {
+        str(key) if str(key) in names else by_number.get(str(key), str(key)): width
+        for key, width in embedding_dim.items()
+    }
+    for name, width in widths.items():
+        check_integer(f"model.embedding_dim.{name}", width, minimum=1)
+    if "default" not in widths:
+        raise InputError(
+            "model.embedding_dim needs a default for what it does not name, as in "
+            f"{{default: 128, 101: 16}}; got {widths}"
+        )
+    default = widths.pop("default")
+    if unknown := [name for name in widths if name not in names]:
+        raise InputError(
+            f"model.embedding_dim names {name_some(unknown)}; the fields of the data are "
+            f"{', '.join(names) or 'none'}"
+        )
+    return dict.fromkeys(names, default) | widths, default
+
+
+def _join(fields: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Cut fields into runs of neighbours whose vocabularies are small together.
+
+    One product with the tables of a run along a diagonal takes less time than a product for each,
+    whose matrices are a few columns wide.
+    """
+    runs: list[list[int]] = []
+    for field in fields:
+        run = runs[-1] if runs else []
+        is_next = run and field == run[-1] + 1
+        if is_next and sum(sizes[i] for i in (*run, field)) <= _WIDEST_RUN:
+            run.append(field)
+        else:
+            runs.append([field])
+    return runs
+
+
+def _embeddings(tables: nn.ModuleList) -> list[nn.Embedding]:
+    return [table for table in tables if isinstance(table, nn.Embedding)]

@@ -1,0 +1,97 @@
+"""The schedule of MTN: when a direction is recomputed, and when its stack is decomposed."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+from mtnrec.mtn.unfolding import short_sides
+
+
+@dataclass(frozen=True)
+class RefreshPolicy:
+    """The intervals between two decompositions of a stack, and between two of its directions.
+
+    Both begin at one step, since training moves the weights most at its start, and grow. How far
+    the defaults are from decomposing at each step: ``benchmarks/mtn_accuracy.py``.
+
+    Args:
+        longest: Most steps between two decompositions; 1 decomposes at each step.
+        decomposition_range: Steps: where the longest interval of a stack lies, by its cost.
+        decomposition_cost: The cost, rows of a side cubed, that is worth one step of the interval.
+        decomposition_growth: Steps in which the interval grows by one.
+        cheap: Multiplications of a recomputation that is made at each step; the first tower layers
+            of shared-bottom and MMoE take 5e7.
+        longest_update: Most steps between two recomputations of a direction that is not cheap.
+        update_growth: Steps in which that interval grows by one.
+        updates: Recomputations of such a direction for one decomposition.
+    """
+
+    longest: int = 128
+    decomposition_range: tuple[int, int] = (2, 32)
+    decomposition_cost: int = 2**18
+    decomposition_growth: int = 64
+    cheap: int = 2**26
+    longest_update: int = 32
+    update_growth: int = 8
+    updates: int = 4
+
+    def update_interval(self, shape: tuple[int, ...], step: int) -> int:
+        """Return the steps between two recomputations of a direction.
+
+        Args:
+            shape: Of the stack, ``(T, O, I)``.
+            step: Steps of the optimiser so far.
+
+        >>> policy = RefreshPolicy()
+        >>> [policy.update_interval((2, 128, 256), step) for step in (0, 1000)]
+        [1, 1]
+        >>> [policy.update_interval((2, 512, 2176), step) for step in (0, 8, 1000)]
+        [1, 2, 32]
+        """
+        by_cost = max(1, round(recomputation_cost(shape) / self.cheap))
+        return min(by_cost, self.longest_update, self.longest, 1 + step // self.update_growth)
+
+    def decomposition_interval(self, shape: tuple[int, ...], step: int) -> int:
+        """Return the steps between two decompositions; arguments as for :meth:`update_interval`.
+
+        >>> policy = RefreshPolicy()
+        >>> [policy.decomposition_interval((2, 128, 256), step) for step in (0, 320, 10_000)]
+        [1, 6, 32]
+        >>> [policy.decomposition_interval((2, *wide), 10_000) for wide in ((16, 32), (64, 128))]
+        [2, 9]
+        """
+        least, most = self.decomposition_range
+        by_cost = min(max(least, decomposition_cost(shape) // self.decomposition_cost), most)
+        grown = 1 + step // self.decomposition_growth
+        update = self.update_interval(shape, step)
+        updates = min(self.updates, grown) if update > 1 else 1
+        return max(min(by_cost, self.longest, grown), min(updates * update, self.longest))
+
+
+@cache
+def decomposition_cost(shape: tuple[int, ...]) -> int:
+    """Return the rows of each side that is decomposed, cubed.
+
+    Args:
+        shape: Of the stack, ``(T, O, I)``.
+    """
+    return sum(rows**3 for rows in _side_lengths(shape))
+
+
+@cache
+def recomputation_cost(shape: tuple[int, ...]) -> int:
+    """Return the multiplications of one recomputation of a direction.
+
+    Args:
+        shape: Of the stack, ``(T, O, I)``.
+
+    >>> recomputation_cost((2, 128, 256)), recomputation_cost((2, 512, 2176))
+    (50593792, 6854017024)
+    """
+    size = math.prod(shape)
+    return sum(2 * rows * size for rows in _side_lengths(shape))
+
+
+def _side_lengths(shape: tuple[int, ...]) -> list[int]:
+    """Return the rows of each side that is decomposed."""
+    return [math.prod(shape[mode] for mode in side) for side in dict.fromkeys(short_sides(shape))]

@@ -1,0 +1,220 @@
+"""Figures of results: AUC against noise and lambda, differences of pairs, calibration.
+
+Every function returns None if there is nothing of its kind in the rows.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mtnrec.reporting.figure.style import (
+    BASELINE,
+    Style,
+    along_funnel,
+    facets,
+    legend,
+    log_scale,
+    look,
+    ordered,
+    panels,
+    points,
+    row_title,
+    styled,
+    task_title,
+)
+from mtnrec.reporting.significance import mean_interval
+
+CALIBRATION_BINS = 20
+
+
+@styled
+def noise_curves(results: pd.DataFrame, *, y: str = "test AUC") -> Figure | None:
+    """Draw test AUC against noise: a row a model, a column a task (paper, Figure 1).
+
+    Args:
+        results: Rows of :attr:`Runs.results` of one data set; variants with one noise are left out.
+        y: What the values are, if they were made something else.
+    """
+    table = _aucs(results, "test")
+    table = table.assign(row=table["model"], x=table["noise"])
+    table = table[table.groupby(["row", "line"])["noise"].transform("nunique") > 1]
+    if table.empty:
+        return None
+    figure, found = facets(table, points, x="noise proportion", y=y, sharex=True, sharey="col")
+    for axes in found.values():
+        axes.set_xticks(sorted(table["noise"].unique()))
+    legend(figure)
+    return figure
+
+
+@styled
+def lambda_curves(results: pd.DataFrame) -> Figure | None:
+    """Draw test and validation AUC against lambda, and the baseline's as a line with its band.
+
+    Args:
+        results: Rows of :attr:`Runs.results` of one data set, model and noise; those with lambda 0
+            are left out.
+    """
+    splits = {"test": "test AUC", "val": "validation AUC"}
+    table = pd.concat([_aucs(results, split).assign(row=name) for split, name in splits.items()])
+    lam = r"\(lam=[^,)]+\)|\blam=[^,)]+, |, lam=[^,)]+"
+    line = table["line"].str.replace(lam, "", regex=True).str.strip()
+    table = table.assign(line=line, x=table["lam"])
+    swept = table[table["lam"] > 0]
+    swept = swept[swept.groupby("line")["lam"].transform("nunique") > 1]
+    if swept.empty:
+        return None
+    figure, found = facets(swept, points, x="lambda", y="", sharex=True, sharey="col")
+    baselines = table[~table["mtn"] & table["baseline"].isin(swept["baseline"])]
+    for (row, column), axes in found.items():
+        axes.set_xscale("log")
+        values = baselines[(baselines["row"] == row) & (baselines["column"] == column)]["value"]
+        _draw_level(axes, values)
+    legend(figure)
+    return figure
+
+
+@styled
+def paired_differences(results: pd.DataFrame) -> Figure | None:
+    """Draw MTN minus baseline, test AUC: a dot a seed, a diamond the mean with its interval.
+
+    Args:
+        results: Rows of :attr:`Runs.results` of one data set. Runs are paired by seed; a seed that
+            one of the two arms lacks is left out.
+    """
+    pairs = differences(_aucs(results, "test"))
+    if pairs.empty:
+        return None
+    variants, tasks = pairs["variant"].unique(), pairs["column"].unique()
+    labels = {variant: _cell_names(of_variant) for variant, of_variant in pairs.groupby("variant")}
+    heights = [len(labels[variant]) + 1 for variant in variants]  # and a line for the variant
+    figure, grid = panels(
+        len(variants),
+        len(tasks),
+        height=0.26 * sum(heights) / len(variants),
+        sharex="col",
+        height_ratios=heights,
+    )
+    for axes_of_row, variant in zip(grid, variants, strict=True):
+        row_title(axes_of_row[0], variant)
+        last = variant == variants[-1]
+        for axes, task in zip(axes_of_row, tasks, strict=True):
+            part = pairs[(pairs["variant"] == variant) & (pairs["column"] == task)]
+            _draw_differences(axes, part, labels[variant], named=axes is axes_of_row[0])
+            axes.spines.bottom.set_visible(last)
+            axes.tick_params(bottom=last)
+    for axes, task in zip(grid[-1], tasks, strict=True):
+        axes.set_xlabel(f"{task}: difference of test AUC")
+    legend(figure)
+    return figure
+
+
+def differences(aucs: pd.DataFrame) -> pd.DataFrame:
+    """Return MTN minus baseline, ``difference``, of each seed that both arms have.
+
+    Args:
+        aucs: One metric of one split, a row a run and task.
+    """
+    pair = ["baseline", "seed", "task"]
+    without = aucs[~aucs["mtn"]][[*pair, "value"]]
+    pairs = aucs[aucs["mtn"]].merge(without, on=pair, suffixes=("", "_without"))
+    pairs["difference"] = pairs["value"] - pairs["value_without"]
+    return pairs.dropna(subset="difference")
+
+
+@styled
+def reliability(bins: pd.DataFrame) -> Figure | None:
+    """Draw observed over predicted rates on the test set, both on log axes: a column a task.
+
+    Args:
+        bins: ``row``, ``line``, ``task``, ``run``, and ``predicted``, ``observed``, ``rows`` of
+            each bin of a run. The bins of all seeds are pooled by the rate they predict.
+    """
+    positives = bins.groupby(["row", "line", "task"])["observed"].transform("max") > 0
+    if not positives.any():
+        return None
+    table = bins[positives].sort_values("task", key=along_funnel, kind="stable")
+    table["column"] = table["task"].map(task_title)
+    figure, found = facets(
+        table, _draw_reliability, x="predicted rate (%)", y="observed rate (%)", height=1.8
+    )
+    for axes in found.values():
+        rates = np.concatenate([np.ravel(line.get_xydata()) for line in axes.lines])
+        limits = rates.min() / 1.5, rates.max() * 1.5
+        axes.plot(limits, limits, color="0.55", linewidth=0.8, zorder=0)
+        axes.set_aspect("equal")
+        log_scale(axes, "x", *limits, unit=0.01)
+        log_scale(axes, "y", *limits, unit=0.01)
+        axes.legend(loc="lower right", title="predicted / observed", fontsize=6, title_fontsize=6)
+    return figure
+
+
+def pooled(bins: pd.DataFrame, count: int = CALIBRATION_BINS) -> pd.DataFrame:
+    """Pool bins, in the order of what they predict, to ``count`` bins of nearly equal mass."""
+    bins = bins.sort_values("predicted", kind="stable")
+    middle = bins["rows"].cumsum() - bins["rows"] / 2
+    group = (middle * count / bins["rows"].sum()).astype(int)
+    sums = bins[["predicted", "observed"]].mul(bins["rows"], axis=0).groupby(group).sum()
+    return sums.div(bins["rows"].groupby(group).sum(), axis=0)
+
+
+def _aucs(results: pd.DataFrame, split: str) -> pd.DataFrame:
+    aucs = results[(results["split"] == split) & (results["metric"] == "auc")]
+    aucs = aucs.assign(line=aucs["variant"].mask(~aucs["mtn"], BASELINE))
+    return ordered(aucs.assign(column=aucs["task"].map(task_title)))
+
+
+def _draw_level(axes: Axes, values: pd.Series) -> None:
+    mean, low, high = mean_interval(values.dropna().to_numpy())
+    style = look(0)
+    axes.axhline(mean, label=BASELINE, color=style["color"], linestyle=style["linestyle"])
+    if np.isfinite(low):
+        axes.axhspan(low, high, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def _cell_names(pairs: pd.DataFrame) -> list[tuple[str, float]]:
+    return list(dict.fromkeys(zip(pairs["model"], pairs["noise"], strict=True)))
+
+
+def _draw_differences(
+    axes: Axes, pairs: pd.DataFrame, cells: list[tuple[str, float]], *, named: bool
+) -> None:
+    dots, mean_style = look(0), look(1)
+    for height, (model, noise) in enumerate(cells):
+        found = pairs[(pairs["model"] == model) & (pairs["noise"] == noise)]["difference"]
+        mean, low, high = mean_interval(found.to_numpy())
+        axes.plot(
+            found,
+            np.full(len(found), height - 0.17),
+            label="one seed",
+            **dots | {"linestyle": "none", "markersize": 3},
+        )
+        axes.errorbar(
+            [mean],
+            [height + 0.17],
+            xerr=[[mean - low], [high - mean]],
+            label="mean, 95 % interval",
+            **mean_style | {"marker": "D", "linestyle": "none"},
+        )
+    axes.axvline(0, color="0.55", linewidth=0.8, zorder=0)
+    axes.locator_params("x", nbins=3)  # the numbers are long
+    for height in range(1, len(cells)):
+        if cells[height][0] != cells[height - 1][0]:
+            axes.axhline(height - 0.5, color="0.85", linewidth=0.6, zorder=0)
+    axes.set_ylim(len(cells) - 0.4, -0.6)
+    names = [f"{model}, noise {noise:g}" for model, noise in cells]
+    axes.set_yticks(range(len(cells)), names if named else [])
+    axes.tick_params("y", length=0)
+
+
+def _draw_reliability(axes: Axes, bins: pd.DataFrame, name: str, style: Style) -> None:
+    means = np.average(bins[["predicted", "observed"]], axis=0, weights=bins["rows"])
+    seen = pooled(bins)
+    seen = seen[seen["observed"] > 0]
+    axes.plot(
+        seen["predicted"],
+        seen["observed"],
+        label=f"{name}: {means[0] / means[1]:.3f}",
+        **{**style, "markersize": 3},
+    )

@@ -1,0 +1,256 @@
+"""How every figure looks and is written: lines and their intervals, panels, legends, files.
+
+Palette: Okabe and Ito, Color Universal Design (2008), which is told apart with every kind of colour
+vision. A line also has its own marker and dashes, so that no figure rests on colour alone.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
+
+from mtnrec.reporting.significance import mean_interval
+from mtnrec.reporting.table.published import TASKS
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Style = Mapping[str, Any]  # keywords of Axes.plot
+Draw = Callable[[Axes, pd.DataFrame, str, Style], None]
+
+FORMATS = ("pdf", "svg", "png")
+BASELINE = "baseline"
+SEQUENTIAL = "cividis"  # even steps of lightness, in grey and for the colour-blind too
+INTERVAL = "mean with its 95 % interval over seeds (Student's t)"
+_ONE_COLUMN, _TWO_COLUMNS = 3.3, 7.0  # inches, of a page of two columns
+_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DASHES = ((0, (4, 2)), "-", (0, (6, 1, 1, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "legend.handlelength": 2.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.formatter.useoffset": False,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "errorbar.capsize": 2,
+    "pdf.fonttype": 42,  # TrueType; publishers refuse Type 3, the default
+    "svg.hashsalt": "mtnrec",  # the same ids in each file
+    "savefig.dpi": 200,
+}
+
+
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Make a function draw in one style, and leave matplotlib's settings as they are."""
+
+    @functools.wraps(draw)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        with mpl.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def look(index: int) -> dict[str, Any]:
+    """Return colour, marker and dashes of a figure's ``index``-th line; the baseline's is 0."""
+    return {
+        "color": _COLORS[index % len(_COLORS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _DASHES[index % len(_DASHES)],
+        "markerfacecolor": "white" if index == 0 else _COLORS[index % len(_COLORS)],
+    }
+
+
+def task_title(task: str) -> str:
+    """Return a task's name as the paper writes it; other tasks keep theirs.
+
+    >>> task_title("ctcvr"), task_title("buy_now")
+    ('CTCVR', 'buy_now')
+    """
+    return task.upper() if task in TASKS else task
+
+
+def along_funnel(tasks: pd.Series) -> pd.Series:
+    """Return keys that sort tasks: those of the funnel first, in its order; others by name."""
+    return tasks.map(lambda task: f"{(*TASKS, task).index(task)} {task}")
+
+
+def ordered(table: pd.DataFrame) -> pd.DataFrame:
+    """Sort results as they are drawn: baselines first, by model, lambda, noise and task."""
+    by_task = table.sort_values("task", key=along_funnel, kind="stable")
+    return by_task.sort_values(["data", "mtn", "model", "lam", "variant", "noise"], kind="stable")
+
+
+def panels(
+    rows: int, columns: int, *, height: float = 1.6, **subplots: Any
+) -> tuple[Figure, np.ndarray]:
+    """Return a figure as wide as a column of a page, or two, and its ``(rows, columns)`` axes.
+
+    Args:
+        rows: Number of rows.
+        columns: Number of columns; one is drawn as wide as a column of the page.
+        height: Of a row, in inches.
+        subplots: Keywords of `Figure.subplots`.
+    """
+    width = _ONE_COLUMN if columns == 1 else _TWO_COLUMNS
+    figure = Figure(figsize=(width, 0.45 + height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **subplots)
+
+
+def facets(
+    table: pd.DataFrame, draw: Draw, *, x: str, y: str, **subplots: Any
+) -> tuple[Figure, dict[tuple[str, str], Axes]]:
+    """Draw a panel for each ``row`` and ``column`` of a table, and in it each ``line``.
+
+    Args:
+        table: ``row``, ``column``, ``line`` (names, drawn in the order in which they occur) and
+            what ``draw`` needs of a line.
+        draw: Draws the rows of one line into a panel.
+        x: Label of the horizontal axes.
+        y: Label of the vertical axes.
+        subplots: See `panels`.
+
+    Returns:
+        The figure, and its axes by row and column; a panel without data is left blank.
+    """
+    rows, columns, lines = (list(table[key].unique()) for key in ("row", "column", "line"))
+    looks = {line: look(i + (BASELINE not in lines)) for i, line in enumerate(lines)}
+    figure, grid = panels(len(rows), len(columns), **subplots)
+    found = {}
+    for (row, column), axes in zip(itertools.product(rows, columns), grid.flat, strict=True):
+        part = table[(table["row"] == row) & (table["column"] == column)]
+        if part.empty:
+            axes.set_axis_off()  # the title of its column stays
+            continue
+        for line in (line for line in lines if (part["line"] == line).any()):
+            draw(axes, part[part["line"] == line], line, looks[line])
+        found[row, column] = axes
+    for axes, column in zip(grid[0], columns, strict=True):
+        axes.set_title(column)
+    for axes, row in zip(grid[:, 0], rows, strict=True):
+        # Names of rows are long: they stand above the panels, and above the names of the columns.
+        row_title(axes, row, line=int(row == rows[0]))
+        axes.set_ylabel(y)
+    for axes in grid[-1]:
+        axes.set_xlabel(x)
+    return figure, found
+
+
+def intervals(line: pd.DataFrame) -> pd.DataFrame:
+    """Return ``mean``, ``low`` and ``high`` over the runs for each ``x``, NaN left out."""
+    table = line.pivot(index="x", columns="run", values="value")
+    return pd.DataFrame(mean_interval(table.T)._asdict(), index=table.index)
+
+
+def points(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
+    """Draw the mean of each x with its interval as a bar.
+
+    Lines stand beside one another by a few points, so that their bars do not hide each other; the
+    data stay what they are.
+    """
+    found = intervals(line)
+    shift = 3 * len(axes.containers)
+    axes.errorbar(
+        found.index,
+        found["mean"],
+        [found["mean"] - found["low"], found["high"] - found["mean"]],
+        transform=axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans),
+        label=name,
+        elinewidth=0.8,
+        **style,
+    )
+    # Matplotlib leaves what is drawn beside its data out of the limits.
+    axes.update_datalim(np.column_stack([np.repeat(found.index, 3), found.to_numpy().ravel()]))
+    axes.margins(x=0.05 + 0.03 * len(axes.containers))
+    axes.autoscale_view()
+
+
+def curve(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
+    """Draw the mean of each x as a line and its interval as a band."""
+    found = intervals(line)
+    axes.plot(found.index, found["mean"], label=name, **_marked(found, style))
+    if found["low"].notna().any():
+        axes.fill_between(
+            found.index, found["low"], found["high"], color=style["color"], alpha=0.18, linewidth=0
+        )
+
+
+def median(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
+    """Draw the median of each x as a line, and a band from the least to the largest value."""
+    values = line.groupby("x")["value"].agg(["median", "min", "max"])
+    axes.plot(values.index, values["median"], label=name, **_marked(values, style))
+    axes.fill_between(
+        values.index, values["min"], values["max"], color=style["color"], alpha=0.18, linewidth=0
+    )
+
+
+def log_scale(axes: Axes, axis: str, low: float, high: float, unit: float = 1) -> None:
+    """Make the ``x`` or ``y`` axis logarithmic, with plain numbers of ``unit`` on it."""
+    decades = np.log10(high / low)
+    subs = (1, 2, 5) if decades < 1 else (1, 3) if decades < 2 else (1,)
+    axes.set(**{f"{axis}scale": "log", f"{axis}lim": (low, high)})
+    ticks = getattr(axes, f"{axis}axis")
+    ticks.set_major_locator(LogLocator(subs=subs, numticks=6))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}"))
+    ticks.set_minor_locator(NullLocator())
+
+
+def row_title(axes: Axes, name: str, line: int = 0) -> None:
+    """Write the name of a row above its first panel and as far to the right as it goes."""
+    axes.set_title(" \n" * line + " ", loc="left")  # keeps the room; a long title widens the panel
+    title = axes.annotate(
+        name,
+        (0, 1),
+        (0, 6 + 11 * line),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        annotation_clip=False,
+    )
+    title.set_in_layout(False)
+
+
+def legend(figure: Figure) -> None:
+    """Put one legend above the panels, each label once, in the order of drawing."""
+    handles: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    widest = 0.5 + 0.06 * max(map(len, handles))  # inches
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / widest)))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
+    figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(handles) // columns))
+
+
+def _marked(values: pd.DataFrame, style: Style) -> dict[str, Any]:
+    return {**style, "markersize": 3, "markevery": max(1, len(values) // 8)}
+
+
+@styled
+def save(figure: Figure, folder: Path, name: str) -> tuple[Path, ...]:
+    """Write a figure in each format; the same figure gives the same bytes."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)  # it has placed the panels; the formats share the places
+    paths = []
+    for suffix, date in zip(FORMATS, ("CreationDate", "Date", None), strict=True):
+        path = folder / f"{name}.{suffix}"
+        figure.savefig(path, metadata={date: None} if date else None)
+        paths.append(path)
+    return tuple(paths)

@@ -1,0 +1,114 @@
+"""Names of data sets, models and variants of MTN, with the settings that tell them apart."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mtnrec.run.identity import flatten
+from mtnrec.run.record import RunRecord
+
+_MODEL_NAMES = {"SharedBottom": "Shared-bottom"}  # the paper's, where they are not the class's
+
+
+class Labels(NamedTuple):
+    """What a run is called.
+
+    Args:
+        data: Data set.
+        model: Model.
+        variant: What it has that its baseline has not, ``+MTN``; empty for a baseline.
+    """
+
+    data: str
+    model: str
+    variant: str
+
+
+def label_runs(records: Sequence[RunRecord]) -> list[Labels]:
+    """Return the labels of each run.
+
+    A label is a name and, where runs of one name differ, the settings that differ, as in
+    ``MMoE (optimizer.lr=0.01)`` or ``+MTN (target=shared)``.
+    """
+    models = _model_labels(records)
+    parts = zip(_data_labels(records), models, _variant_labels(models, records), strict=True)
+    return [Labels(*part) for part in parts]
+
+
+def _data_labels(records: Sequence[RunRecord]) -> list[str]:
+    names = [record.data["name"] for record in records]
+    parameters = [dict(flatten(record.data["parameters"])) for record in records]
+    labels = _labels(names, names, parameters)
+    checksums = [{"checksum": record.data["checksum"][:8]} for record in records]
+    told = {(label, part["checksum"]) for label, part in zip(labels, checksums, strict=True)}
+    if len(told) == len(set(labels)):
+        return labels
+    return _labels(names, names, checksums)
+
+
+def _model_labels(records: Sequence[RunRecord]) -> list[str]:
+    arms = [record.identity.baseline_settings for record in records]
+    classes = [arm["model._target_"].rpartition(".")[2] for arm in arms]
+    names = [_MODEL_NAMES.get(name, name) for name in classes]
+    # Settings that go with the data set or the proportion of noise have columns of their own.
+    groups = [
+        (name, arm["checksum"], arm["noise.proportion"])
+        for name, arm in zip(names, arms, strict=True)
+    ]
+    settings = [{key.removeprefix("model."): value for key, value in arm.items()} for arm in arms]
+    return _labels(names, groups, settings)
+
+
+def _variant_labels(models: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
+    settings = [
+        {
+            key.partition(".")[2]: value
+            for key, value in record.identity.treatment_settings.items()
+            if not key.endswith(".enabled")
+        }
+        for record in records
+    ]
+    names = ["+".join(group.upper() for group in r.identity.treatments) for r in records]
+    # The baseline has no settings of MTN, so it would make every one of them tell.
+    groups = [(r.identity.baseline, name) for r, name in zip(records, names, strict=True)]
+    labels = _labels(models, groups, settings)
+    return [
+        f"+{name}{label.removeprefix(model)}" if name else ""
+        for model, label, name in zip(models, labels, names, strict=True)
+    ]
+
+
+def _labels(
+    names: Sequence[str], groups: Sequence[Any], settings: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Return each name, with the settings that differ within any group of that name."""
+    members: dict[Any, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault((names[index], group), []).append(index)
+    telling: dict[str, set[str]] = {name: set() for name in names}
+    for (name, _), indices in members.items():
+        telling[name] |= _differing([settings[index] for index in indices])
+    return [
+        _label(name, {key: setting[key] for key in sorted(telling[name] & setting.keys())})
+        for name, setting in zip(names, settings, strict=True)
+    ]
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> set[str]:
+    keys = {key for setting in settings for key in setting}
+    return {key for key in keys if len({text_or_none(setting, key) for setting in settings}) > 1}
+
+
+def _label(name: str, settings: Mapping[str, Any]) -> str:
+    parts = [f"{key}={as_text(value)}" for key, value in settings.items()]
+    return f"{name} ({', '.join(parts)})" if parts else name
+
+
+def as_text(value: Any) -> str:
+    """Write a setting as the command line does."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def text_or_none(settings: Mapping[str, Any], key: str) -> str | None:
+    """Write a setting as the command line does; None if there is none."""
+    return as_text(settings[key]) if key in settings else None

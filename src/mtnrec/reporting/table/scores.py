@@ -1,0 +1,316 @@
+"""Tables as in the paper: models in pairs, with and without MTN, by data set or by noise.
+
+``comparisons`` does the statistics and returns one row a cell; ``score_table`` and
+``difference_table`` lay them out; :mod:`mtnrec.reporting.table.render` writes them.
+"""
+
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mtnrec.checks import InputError
+from mtnrec.metric.catalogue import METRICS
+from mtnrec.reporting.significance import compare, holm, stars
+from mtnrec.reporting.table.published import DATA_NAMES, MODELS, TASKS, has_paper_settings
+from mtnrec.reporting.table.render import Cell, Group, Row, Table
+
+_SPLIT_NAMES = {"val": "validation", "test": "test"}
+_FEW_PAIRS = 5
+_MTN_SETTINGS = ["lam", "target", "layers", "subsets", "alpha", "layer_weighting"]
+_MTN_SETTINGS += ["coupling", "refresh_every"]
+_PLACE = ["model", "variant", "data", "noise", "task"]
+_ARM = ["arm", "baseline", "mtn", *_PLACE, *_MTN_SETTINGS, "split", "metric"]
+_COMPARED = ["baseline_mean", "difference", "deviation", "low", "high", "p_value", "wilcoxon_p"]
+_COMPARED += ["seeds_needed"]
+_EMPTY = "—"
+
+
+def split_by_table(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the results that belong in one table each, by title.
+
+    Runs without noise make one table, the noisy ones a table for each data set. Where a model was
+    trained with several variants of MTN these tables hold the paper's alone, and all of them have
+    a table of their own.
+
+    Args:
+        results: What :attr:`Runs.results` holds.
+    """
+    place = ["model", "data", "noise"]
+    variants = results[results["mtn"]].groupby(place)["variant"].nunique().rename("variants")
+    varied = results.join(variants, on=place)["variants"] > 1
+    pairs = results[~results["mtn"] | ~varied | has_paper_settings(results)]
+    parts = {"Models without noise": pairs[pairs["noise"] == 0]}
+    for data in _ordered(results["data"], DATA_NAMES):
+        noisy = pairs[(pairs["data"] == data) & (pairs["noise"] > 0)]
+        parts[f"Models under noise, {_data_name(data)}"] = noisy
+    for model in _ordered(results["model"], MODELS):
+        parts[f"Variants of MTN, {model}"] = results[varied & (results["model"] == model)]
+    return {title: part for title, part in parts.items() if len(part)}
+
+
+def comparisons(results: pd.DataFrame, *, metric: str = "auc", split: str = "test") -> pd.DataFrame:
+    """Return one row for each arm and task of a table, in the table's order.
+
+    Runs are paired by seed: a model's baseline and all its MTN variants, under the same data and
+    noise, are averaged over the ``seeds`` that each of them has with a defined metric, of
+    ``all_seeds`` that any has. Without such a seed each is averaged over its own and compared with
+    nothing. Holm's correction is over the rows that are returned.
+
+    Args:
+        results: Rows of :attr:`Runs.results`.
+        metric: Its ``metric``.
+        split: Its ``split``.
+
+    Returns:
+        The settings of the arm, ``mean``, ``seeds``, ``all_seeds``, and, of MTN arms that have a
+        baseline, the fields of :class:`~mtnrec.reporting.significance.PairedComparison`,
+        ``holm_p``, ``seeds_needed`` and ``improved``; what is undefined is NaN.
+
+    Raises:
+        InputError: If no run has the metric.
+    """
+    chosen = results[(results["metric"] == metric) & (results["split"] == split)]
+    if chosen.empty:
+        found = sorted(
+            {f"{s}/{m}" for s, m in zip(results["split"], results["metric"], strict=True)}
+        )
+        raise InputError(f"no run has the metric {split}/{metric}: choose of {', '.join(found)}")
+    blocks = chosen.groupby(["model", "data", "noise", "task"], sort=False)
+    cells = pd.DataFrame([row for _, block in blocks for row in _block_rows(block)])
+    cells["improved"] = METRICS[metric].improves(cells["mean"], cells["baseline_mean"])
+    cells["holm_p"] = np.nan
+    tested = cells["p_value"].notna()
+    cells.loc[tested, "holm_p"] = holm(cells.loc[tested, "p_value"])
+    return _sorted(cells, chosen)
+
+
+def score_table(cells: pd.DataFrame, title: str) -> Table:
+    """Lay comparisons out as in the paper: models in pairs, tasks under data sets or noise.
+
+    Args:
+        cells: What :func:`comparisons` returns.
+        title: Title of the table.
+    """
+    groups = _groups(cells)
+    by_place = {tuple(cell[key] for key in _PLACE): cell for cell in cells.to_dict("records")}
+    names = _variant_names(cells)
+    rows = []
+    previous = None
+    for model, variant in cells[["model", "variant"]].drop_duplicates().itertuples(index=False):
+        places = [
+            (model, variant, data, noise, task)
+            for data, noise, _, tasks in groups
+            for task in tasks
+        ]
+        found = tuple(
+            _score(by_place[place]) if place in by_place else Cell(_EMPTY) for place in places
+        )
+        starts = model != previous
+        name = names[model, variant]
+        header = model if not name else f"{model} {name}" if starts else name
+        rows.append(Row(header, found, starts))
+        previous = model
+    return Table(
+        title=title,
+        stub="Model",
+        groups=tuple(
+            Group(header, tuple(_task_name(task, tasks) for task in tasks))
+            for _, _, header, tasks in groups
+        ),
+        rows=tuple(rows),
+        notes=_notes(cells),
+        warnings=_warnings(cells),
+    )
+
+
+def difference_table(cells: pd.DataFrame, title: str) -> Table:
+    """Lay out what each comparison rests on, a row a comparison.
+
+    Args:
+        cells: What :func:`comparisons` returns.
+        title: Title of the table.
+    """
+    columns = (
+        *("data", "task", "pairs", "baseline", "MTN", "difference", "95 % interval", "p", "Holm p"),
+        *("Wilcoxon p", "seeds for 0.001"),
+    )
+    headers = {(data, noise): (header, tasks) for data, noise, header, tasks in _groups(cells)}
+    names = _variant_names(cells)
+    rows = []
+    previous = None
+    for cell in cells[cells["pairs"] > 0].to_dict("records"):
+        group, tasks = headers[cell["data"], cell["noise"]]
+        header = f"{cell['model']} {names[cell['model'], cell['variant']]}"
+        texts = (
+            group,
+            _task_name(cell["task"], tasks),
+            f"{cell['pairs']:.0f}",
+            f"{cell['baseline_mean']:.4f}",
+            f"{cell['mean']:.4f}",
+            f"{cell['difference']:+.4f}",
+            _EMPTY if np.isnan(cell["low"]) else f"[{cell['low']:+.4f}, {cell['high']:+.4f}]",
+            *(_p_text(cell[key]) for key in ("p_value", "holm_p", "wilcoxon_p")),
+            _EMPTY if np.isnan(cell["seeds_needed"]) else f"{cell['seeds_needed']:.0f}",
+        )
+        rows.append(Row(header, tuple(map(Cell, texts)), starts=header != previous))
+        previous = header
+    return Table(
+        title=title,
+        stub="Model",
+        groups=(Group("", columns),),
+        rows=tuple(rows),
+        notes=(
+            "Difference: MTN less baseline, the mean over pairs of runs of the same seed, with its "
+            "t-interval; p: two-sided paired t-test; Holm p: corrected for the comparisons of the "
+            "table; Wilcoxon p: signed-rank test, from six pairs on.",
+            "Seeds for 0.001: pairs with which a difference of 0.001 would be seen (power 0.8, "
+            "level 0.05).",
+        ),
+        warnings=_warnings(cells),
+    )
+
+
+def _block_rows(block: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Compare the arms of one model on one task under the same data and noise."""
+    values = block.pivot(index="seed", columns="variant", values="value")
+    common = values.dropna()
+    for arm in block.drop_duplicates("variant")[_ARM].to_dict("records"):
+        variant = arm["variant"]
+        own = common[variant] if len(common) else values[variant].dropna()
+        paired = bool(variant) and "" in common and len(common) > 0
+        found = compare(common[""], own) if paired else compare([], [])
+        yield {
+            **{str(key): value for key, value in arm.items()},
+            "mean": float(own.mean()),
+            "seeds": len(own),
+            "all_seeds": len(values),
+            "pairs": found.pairs,
+            **{key: np.nan if (v := getattr(found, key)) is None else v for key in _COMPARED},
+        }
+
+
+def _sorted(cells: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
+    by_setting = results.sort_values(_MTN_SETTINGS, na_position="first")
+    orders = {
+        "model": _ordered(cells["model"], MODELS),
+        "variant": sorted(by_setting["variant"].unique(), key=bool),
+        "data": _ordered(cells["data"], DATA_NAMES),
+        "noise": sorted(cells["noise"].unique()),
+        "task": _ordered(cells["task"], TASKS),
+    }
+    ranks = {
+        name: {value: rank for rank, value in enumerate(order)} for name, order in orders.items()
+    }
+    return cells.sort_values(
+        list(orders), key=lambda column: column.map(ranks[str(column.name)]), ignore_index=True
+    )
+
+
+def _ordered(labels: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return labels in the order of known names, then the others."""
+    names = list(known)
+
+    def place(label: str) -> tuple[int, str]:
+        name = label.partition(" (")[0]
+        return (names.index(name) if name in names else len(names), label)
+
+    return sorted(set(labels), key=place)
+
+
+def _groups(cells: pd.DataFrame) -> list[tuple[str, float, str, list[str]]]:
+    """Return data, noise, header and tasks of each group of columns."""
+    places = cells[["data", "noise"]].drop_duplicates()
+    ordered = sorted(
+        places.itertuples(index=False, name=None),
+        key=lambda place: (_ordered(places["data"], DATA_NAMES).index(place[0]), place[1]),
+    )
+    several_data, several_noise = places["data"].nunique() > 1, places["noise"].nunique() > 1
+    groups = []
+    for data, noise in ordered:
+        tasks = cells.loc[(cells["data"] == data) & (cells["noise"] == noise), "task"]
+        parts = [_data_name(data)] if several_data or not several_noise else []
+        parts += [f"noise {noise:g}"] if several_noise or noise else []
+        groups.append((data, noise, ", ".join(parts), _ordered(tasks, TASKS)))
+    return groups
+
+
+def _variant_names(cells: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """Return what each model's variants are called: ``+MTN`` where the table has only one."""
+    found = cells[["model", "variant"]].drop_duplicates()
+    several = found[found["variant"] != ""].groupby("model")["variant"].count()
+    return {
+        (model, variant): "+MTN" if variant and several[model] == 1 else variant
+        for model, variant in found.itertuples(index=False)
+    }
+
+
+def _score(cell: dict[Hashable, Any]) -> Cell:
+    if np.isnan(cell["mean"]):
+        return Cell(_EMPTY, note="undefined")
+    short = cell["seeds"] < cell["all_seeds"]
+    text = f"{cell['mean']:.4f}"
+    return Cell(
+        text=text,
+        bold=bool(cell["improved"]) and text != f"{cell['baseline_mean']:.4f}",
+        stars=stars(cell["p_value"]),
+        holm_stars=stars(cell["holm_p"]),
+        note=f"{cell['seeds']} of {cell['all_seeds']} seeds" if short else "",
+    )
+
+
+def _notes(cells: pd.DataFrame) -> tuple[str, ...]:
+    metric, split = cells["metric"].iloc[0], cells["split"].iloc[0]
+    fewest, most = cells["seeds"].min(), cells["seeds"].max()
+    runs = f"{most}" if fewest == most else f"{fewest} to {most}"
+    notes = [f"Mean {METRICS[metric].title} on the {_SPLIT_NAMES[split]} rows over {runs} seeds."]
+    if set(cells["task"]) == set(TASKS):
+        notes.append("CTR and CTCVR: all rows; CVR: the clicked rows.")
+    tests = int(cells["p_value"].notna().sum())
+    if cells["mtn"].any():
+        notes.append(
+            "Bold: better than the baseline, by the digits shown. * p < 0.05, ** p < 0.01: "
+            "two-sided paired t-test against the baseline over the same seeds; a starred number "
+            "that is not bold is no better. "
+            f"† and ‡: the same two levels after Holm's correction for the {tests} tests of the "
+            "table."
+        )
+    if (cells["seeds"] < cells["all_seeds"]).any():
+        notes.append(
+            "Where seeds are missing, a model's rows are averaged over the seeds that all have."
+        )
+    return tuple(notes)
+
+
+def _warnings(cells: pd.DataFrame) -> tuple[str, ...]:
+    found = []
+    compared = cells[cells["pairs"] > 0]
+    few = compared[compared["pairs"] < _FEW_PAIRS]
+    if len(few):
+        found.append(
+            f"Fewer than five pairs of runs in {len(few)} of {len(compared)} comparisons (the "
+            f"fewest: {few['pairs'].min():.0f}): the tests say little."
+        )
+    alone = cells[cells["mtn"] & (cells["pairs"] == 0) & cells["mean"].notna()]
+    if len(alone):
+        found.append(
+            f"{len(alone)} numbers with MTN are compared with nothing: no run of the same seed "
+            "without MTN has a value."
+        )
+    return tuple(found)
+
+
+def _data_name(label: str) -> str:
+    name, bracket, rest = label.partition(" (")
+    return DATA_NAMES.get(name, name) + bracket + rest
+
+
+def _task_name(task: str, tasks: Iterable[str]) -> str:
+    return task.upper() if set(tasks) == set(TASKS) else task
+
+
+def _p_text(p_value: float) -> str:
+    if np.isnan(p_value):
+        return _EMPTY
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -1,0 +1,182 @@
+"""Run folders: the record, the failure, the lock, and what they say of the state."""
+
+import fcntl
+import os
+import shlex
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Any
+
+from mtnrec.checks import InputError
+from mtnrec.files import read_json, remove_leftovers, write_json
+from mtnrec.run.identity import RunIdentity
+from mtnrec.run.record import RECORD_FILE, RunRecord
+
+FAILURE_FILE = "failure.json"
+RUNNING_FILE = "running.json"
+_LOCK_FILE = ".lock"
+_LOOKS, _PAUSE = 10, 0.02  # seconds
+
+Explain = Callable[[Exception], Exception | None]
+"""Returns the cause of an error that the user can put right, if there is one."""
+
+
+def _as_raised(error: Exception) -> None:
+    """Explain no error."""
+
+
+class CellBusyError(InputError):
+    """Another process is making the cell."""
+
+
+class State(StrEnum):
+    """What has become of a cell."""
+
+    FINISHED = "finished"
+    FAILED = "failed"
+    RUNNING = "running"
+    INTERRUPTED = "interrupted"
+    WAITING = "waiting"
+
+
+def find_record(folder: Path, config: Mapping[str, Any], checksum: str | None) -> RunRecord | None:
+    """Return the record in a folder if it is of the same run; None if there is no such record."""
+    path = folder / RECORD_FILE
+    content = read_json(path)
+    if content is None or checksum is None:
+        return None
+    run = RunIdentity(config, checksum, seed_keys=())
+    return RunRecord.from_content(content, path) if content.get("cell") == run.id else None
+
+
+def state_of(folder: Path) -> State:
+    """Say what has become of the cell in a folder."""
+    if (folder / RECORD_FILE).is_file():
+        return State.FINISHED
+    if _is_locked(folder):
+        return State.RUNNING
+    if (folder / FAILURE_FILE).is_file():
+        return State.FAILED
+    return State.INTERRUPTED if (folder / RUNNING_FILE).is_file() else State.WAITING
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        with (folder / _LOCK_FILE).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+@contextmanager
+def claim(
+    folder: Path, overrides: Sequence[str], command: Sequence[str], explain: Explain = _as_raised
+) -> Iterator[None]:
+    """Hold a cell's folder while its run is made; what goes wrong is written to ``failure.json``.
+
+    The system lets go of the folder however the process ends.
+
+    Args:
+        folder: Folder of the run.
+        overrides: The run's overrides of the config.
+        command: What makes the run again.
+        explain: Which error ``failure.json`` names; the one raised, where it returns None.
+
+    Raises:
+        CellBusyError: If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK_FILE).open("wb") as lock:
+        if not _lock(lock):
+            raise CellBusyError(
+                f"{folder} is being made by another process{_owner(folder)}: wait for it, or "
+                "choose another hydra.run.dir"
+            )
+        for name in (RECORD_FILE, FAILURE_FILE, RUNNING_FILE):
+            remove_leftovers(folder / name)
+        (folder / FAILURE_FILE).unlink(missing_ok=True)
+        write_json(folder / RUNNING_FILE, _who(overrides))
+        with recording_failure(folder, overrides, command, explain):
+            yield
+        (folder / RUNNING_FILE).unlink()  # it stays where the process was stopped
+
+
+@contextmanager
+def recording_failure(
+    folder: Path, overrides: Sequence[str], command: Sequence[str], explain: Explain = _as_raised
+) -> Iterator[None]:
+    """Write to ``failure.json`` what goes wrong in a process of a run; :func:`claim` does so too.
+
+    Of several processes the first to fail writes, since the others fail for want of it. Where one
+    was killed, the others lose their connection to it, or are ended before they notice; then none
+    writes, and the run is interrupted.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _is_locked(folder) and not (folder / FAILURE_FILE).is_file():
+            with suppress(OSError):  # on a full disk what has failed is told all the same
+                record_failure(folder, error, overrides, command, explain)
+        raise
+
+
+def record_failure(
+    folder: Path,
+    error: Exception,
+    overrides: Sequence[str],
+    command: Sequence[str],
+    explain: Explain = _as_raised,
+) -> None:
+    """Write ``failure.json`` of a run that has ended; the arguments are those of :func:`claim`."""
+    named = explain(error) or error
+    failure = {
+        "status": "failed",
+        "error": type(named).__name__,
+        "message": str(named),
+        "traceback": "".join(traceback.format_exception(error)),
+        "overrides": list(overrides),
+        "command": shlex.join(command),
+    }
+    write_json(folder / FAILURE_FILE, failure)
+    (folder / RUNNING_FILE).unlink(missing_ok=True)
+
+
+def report_progress(folder: Path, progress: dict[str, Any]) -> None:
+    """Add to what is said of a run that is being made, if it is said at all."""
+    running = read_json(folder / RUNNING_FILE)
+    if running is not None:
+        write_json(folder / RUNNING_FILE, running | progress)
+
+
+def _lock(file: IO[bytes]) -> bool:
+    # A second look, since `state_of` holds the lock for the blink of an eye.
+    for _ in range(_LOOKS):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_PAUSE)
+        else:
+            return True
+    return False
+
+
+def _who(overrides: Sequence[str]) -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": time.time(),
+        "overrides": list(overrides),
+    }
+
+
+def _owner(folder: Path) -> str:
+    running = read_json(folder / RUNNING_FILE)
+    return "" if running is None else f" ({running['pid']} on {running['host']})"

@@ -1,0 +1,176 @@
+"""The identity of a run: the settings that determine its result, and what follows from them.
+
+An *arm* is all the runs that differ in nothing but their seed and what follows from it. The
+*baseline* of an arm is the arm with the same settings and without the treatments. The report, W&B
+and the folders of a sweep take all of this from here.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+TREATMENTS = ("mtn",)  # groups of the config that a baseline does without
+# Keys of the config that say where a run reads and writes, or how it is shown and computed, not
+# what comes out; of the data the checksum says it.
+_NOT_OF_THE_CELL = ("logger", "output_dir", "data_root", "resume", "threads")
+_NOT_OF_THE_DATA = ("dir", "raw_dir", "train", "test", "verify", "threads")
+_NOT_OF_THE_TRAINER = (
+    "enable_progress_bar",
+    "enable_model_summary",
+    "log_every_n_steps",
+    "profiler",
+)
+CHECKPOINTS = "checkpoint_every_n_steps"  # of `ResumePoint`, not of Lightning's trainer
+
+
+def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a resolved config that determines the result.
+
+    A part that is switched off counts as such, whatever its other keys say: so runs without MTN
+    are the same cell at every ``mtn.lam``.
+    """
+    settings = {key: value for key, value in config.items() if key not in _NOT_OF_THE_CELL}
+    for part, keys in (("data", _NOT_OF_THE_DATA), ("trainer", _NOT_OF_THE_TRAINER)):
+        settings[part] = {key: value for key, value in config[part].items() if key not in keys}
+    settings |= {group: {"enabled": False} for group in TREATMENTS if not config[group]["enabled"]}
+    # MTN takes its factors anew at each checkpoint; nothing else depends on it.
+    if not config["mtn"]["enabled"] or not config["trainer"].get(CHECKPOINTS):
+        settings["trainer"].pop(CHECKPOINTS, None)
+    if not config["noise"]["proportion"]:
+        settings["noise"] = {"proportion": 0}
+    return settings
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested settings by dotted key.
+
+    >>> dict(flatten({"seed": 0, "mtn": {"lam": 1e-05, "layers": [0, 1]}}))
+    {'seed': 0, 'mtn.lam': 1e-05, 'mtn.layers': [0, 1]}
+    """
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def folder_name(config: Mapping[str, Any]) -> str:
+    """Return the name of a cell's folder: what most sweeps vary, and a hash of all settings."""
+    model = str(config["model"]["_target_"]).rpartition(".")[2].lower()
+    mtn = "-mtn" if config["mtn"]["enabled"] else ""
+    noise = f"-noise{config['noise']['proportion']:g}" if config["noise"]["proportion"] else ""
+    name = f"{config['data']['name']}-{model}{mtn}{noise}-seed{config['seed']}"
+    return f"{name}-{_hash(result_settings(config))[:8]}"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What tells a run from others.
+
+    Args:
+        config: The resolved config.
+        checksum: Of the data set.
+        seed_keys: Dotted keys of the config that follow from the seed, the seed among them: with
+            ``noise.seed=${seed}`` each repeat has its own noise, and the repeats remain repeats of
+            one another.
+    """
+
+    config: Mapping[str, Any]
+    checksum: str
+    seed_keys: Collection[str]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The settings that determine the result, nested as in the config."""
+        return result_settings(self.config)
+
+    @cached_property
+    def id(self) -> str:
+        """Hash of the settings and of the data set's checksum."""
+        return _hash([self.settings, self.checksum])
+
+    @cached_property
+    def arm_settings(self) -> dict[str, Any]:
+        """The settings but for what follows from the seed, by dotted key, and the checksum."""
+        flat = flatten(self.settings)
+        settings = {key: _plain(value) for key, value in flat if key not in self.seed_keys}
+        return settings | {"checksum": self.checksum}
+
+    @cached_property
+    def baseline_settings(self) -> dict[str, Any]:
+        """The arm's settings without those of the treatments."""
+        groups = tuple(f"{group}." for group in TREATMENTS)
+        return {k: value for k, value in self.arm_settings.items() if not k.startswith(groups)}
+
+    @cached_property
+    def treatment_settings(self) -> dict[str, Any]:
+        """The arm's settings of the treatments; a baseline's say that they are off."""
+        return {k: v for k, v in self.arm_settings.items() if k not in self.baseline_settings}
+
+    @cached_property
+    def arm(self) -> str:
+        """Hash of the arm's settings."""
+        return _hash_flat(self.arm_settings)
+
+    @cached_property
+    def baseline(self) -> str:
+        """Hash that an arm and its baseline share."""
+        return _hash_flat(self.baseline_settings)
+
+    @cached_property
+    def treatments(self) -> list[str]:
+        """Groups of the config that the run has and its baseline has not; none in a baseline."""
+        return [group for group in TREATMENTS if self.settings[group]["enabled"]]
+
+    @cached_property
+    def shown_settings(self) -> dict[str, Any]:
+        """The settings, with ``model`` and ``data`` by their names on the command line.
+
+        Their keys are in ``model_settings`` and ``data_settings``.
+        """
+        return self.settings | {
+            "model_settings": self.settings["model"],
+            "data_settings": self.settings["data"],
+            "model": self.config["model"]["_target_"].split(".")[-2],
+            "data": self.config["data"]["name"],
+        }
+
+    @cached_property
+    def tags(self) -> list[str]:
+        """Data set, model, treatment and noise in a word each."""
+        settings, proportion = self.shown_settings, self.settings["noise"]["proportion"]
+        treatment = "+".join(self.treatments) or "baseline"
+        noise = f"noise_{proportion:g}" if proportion else "clean"
+        return [str(settings["data"]), settings["model"], treatment, noise]
+
+    @cached_property
+    def group(self) -> str:
+        """Name of the arm."""
+        *words, noise = self.tags
+        strengths = [f"lam={self.settings[group]['lam']:g}" for group in self.treatments]
+        return " ".join([*words, *strengths, noise, self.arm[:8]])
+
+    @cached_property
+    def name(self) -> str:
+        """Name of the run."""
+        return f"{self.group} seed={self.config['seed']}"
+
+
+def _plain(value: Any) -> Any:
+    """Write whole numbers as integers: the command line gives 0 where a file gives 0.0."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _hash_flat(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _hash(content: Any) -> str:
+    # Keys like 101 and `default` are not sorted with each other before they are text.
+    as_text = json.loads(json.dumps(content))
+    return hashlib.sha256(json.dumps(as_text, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,211 @@
+"""Raw values as a trained model takes them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+
+from mtnrec.batch import Bags, Batch
+from mtnrec.checks import InputError, name_some
+from mtnrec.data.prepared.manifest import LARGEST_NUMBER
+from mtnrec.data.prepared.vocabulary import Integers, TextVocabulary, Vocabulary
+from mtnrec.data.raw.column import Floats, numbers_of, text_of, transformed
+from mtnrec.data.raw.tabular import check_row_groups, readable
+from mtnrec.schema import CategoricalField, Schema
+
+_INT32 = np.iinfo(np.int32)
+
+
+class Encoder:
+    """Turns raw values into indices and numbers, as the preparation of a data set did.
+
+    A value that the training rows did not have, or too rarely, has index 0, as a missing one. A
+    multi-valued field is a column of lists; a column of lists named after it and ``_weights`` holds
+    the weights of the values, which are 1 without it.
+
+    Args:
+        schema: The fields.
+        vocabularies: By field, the raw values in the order of their indices, the first of which
+            is 1; integers or texts.
+        transforms: By numerical feature: a missing value becomes ``fill``, then ``(value - shift) /
+            scale``.
+
+    Raises:
+        InputError: If a vocabulary is not of its field.
+
+    Attributes:
+        unseen: By field, how many values had no index so far.
+        missing: By field, how many cells had no value so far.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        vocabularies: Mapping[str, pl.Series],
+        transforms: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        self._schema = schema
+        for field in (*schema.categorical, *schema.multivalued):
+            if field.name in vocabularies:
+                _check_vocabulary(field, vocabularies[field.name])
+        self._vocabularies = {
+            name: TextVocabulary(values)
+            if values.dtype == pl.String
+            else Vocabulary(values.to_numpy())
+            for name, values in vocabularies.items()
+        }
+        self._transforms = transforms
+        fields = [field.name for field in (*schema.categorical, *schema.multivalued)]
+        self.unseen = dict.fromkeys(fields, 0)
+        self.missing = dict.fromkeys([*fields, *schema.numerical], 0)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that a table needs."""
+        return [*self.missing]
+
+    @property
+    def lists(self) -> list[str]:
+        """The columns that are, or may be, lists."""
+        names = [field.name for field in self._schema.multivalued]
+        return [*names, *map(_weights_of, names)]
+
+    def encode(self, frame: pl.DataFrame, place: Callable[[int], str]) -> Batch:
+        """Return the rows of a frame, without labels; columns that are no features are ignored.
+
+        Args:
+            frame: Has :attr:`columns`; a missing cell is null.
+            place: Says where a row of it stands, for messages.
+
+        Raises:
+            InputError: If a column is missing, a number is none, or one is missing and the model's
+                data had no such cell.
+        """
+        if lacking := [name for name in self.columns if name not in frame.columns]:
+            raise InputError(
+                f"the rows lack the column {name_some(lacking)}, which the model needs; they have "
+                f"{name_some(frame.columns)}"
+            )
+        rows = frame.height
+        categorical = [
+            self._indices(field.name, frame[field.name]) for field in self._schema.categorical
+        ]
+        numerical = [self._numbers(name, frame[name], place) for name in self._schema.numerical]
+        return Batch(
+            torch.from_numpy(np.column_stack([np.empty((rows, 0), np.int32), *categorical])),
+            torch.from_numpy(np.column_stack([np.empty((rows, 0), np.float32), *numerical])),
+            bags=tuple(self._bags(field.name, frame, place) for field in self._schema.multivalued),
+        )
+
+    def _indices(self, name: str, column: pl.Series) -> Integers:
+        if name not in self._vocabularies:
+            raise InputError(
+                f"the data set that the model was trained on has no vocabulary of {name!r}: its "
+                "raw values cannot be scored, only its prepared rows"
+            )
+        vocabulary = self._vocabularies[name]
+        absent = column.is_null().to_numpy()
+        if isinstance(vocabulary, TextVocabulary):
+            indices = vocabulary.encode(text_of(column))
+        else:
+            # By way of text, since 2.5 as an integer would be 2.
+            whole = text_of(column).cast(pl.Int64, strict=False)
+            known = whole.is_between(_INT32.min, _INT32.max).fill_null(value=False).to_numpy()
+            values = whole.fill_null(0).to_numpy()
+            indices = vocabulary.encode(np.where(known, values, 0).astype(np.int32))
+            indices = np.where(known, indices, 0).astype(np.int32)
+        self.missing[name] += int(np.count_nonzero(absent))
+        self.unseen[name] += int(np.count_nonzero((indices == 0) & ~absent))
+        return indices
+
+    def _numbers(
+        self, name: str, column: pl.Series, place: Callable[[int], str]
+    ) -> npt.NDArray[np.float32]:
+        values = _read_numbers(name, column, place)
+        absent = np.isnan(values)
+        transform = self._transforms.get(name, {})
+        if absent.any():
+            if "fill" not in transform:
+                raise InputError(
+                    f"{place(int(absent.argmax()))}, column {name!r}: a number is missing, and the "
+                    "model's data had none: fill it in before"
+                )
+            self.missing[name] += int(np.count_nonzero(absent))
+        parts = {"fill": np.nan, "shift": 0.0, "scale": 1.0} | dict(transform)
+        return transformed(values, **parts).astype(np.float32)
+
+    def _bags(self, name: str, frame: pl.DataFrame, place: Callable[[int], str]) -> Bags:
+        lists = _as_lists(name, frame[name])
+        lengths = lists.list.len().fill_null(0)
+        tokens = self._indices(name, lists.explode().drop_nulls())
+        if len(tokens) != lengths.sum():
+            raise InputError(f"column {name!r}: a list holds a missing value: leave it out")
+        self.missing[name] += int((lengths == 0).sum())
+        weights = np.ones(len(tokens), np.float32)
+        if (given := _weights_of(name)) in frame.columns:
+            of_tokens = _as_lists(given, frame[given])
+            if not of_tokens.list.len().fill_null(0).equals(lengths):
+                row = int((of_tokens.list.len().fill_null(0) != lengths).arg_max() or 0)
+                raise InputError(f"{place(row)}: the lists {name!r} and {given!r} differ in length")
+            values = of_tokens.explode().drop_nulls()
+            weights = _read_numbers(given, values, lambda _: "a list").astype(np.float32)
+        offsets = np.concatenate([[0], lengths.to_numpy().cumsum()]).astype(np.int32)
+        return Bags(*map(torch.from_numpy, (tokens, weights, offsets)))
+
+
+def _weights_of(name: str) -> str:
+    return f"{name}_weights"
+
+
+def _as_lists(name: str, column: pl.Series) -> pl.Series:
+    if not isinstance(column.dtype, pl.List):
+        raise InputError(
+            f"column {name!r} must hold lists, since the field is multi-valued, got {column.dtype}"
+        )
+    return column
+
+
+def _read_numbers(name: str, column: pl.Series, place: Callable[[int], str]) -> Floats:
+    """Read a column; NaN where a cell is missing."""
+    read = numbers_of(column)
+    values = read.fill_null(np.nan).to_numpy()
+    wrong = (read.is_null() & column.is_not_null()).to_numpy() | (np.abs(values) > LARGEST_NUMBER)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise InputError(
+            f"{place(row)}, column {name!r}: expected a number that is finite in 32 bits, got "
+            f"{column[row]!r}"
+        )
+    return values
+
+
+def _check_vocabulary(field: CategoricalField, values: pl.Series) -> None:
+    ascends = not values.dtype.is_nested() and values.is_sorted() and values.is_unique().all()
+    if (
+        values.dtype not in (pl.Int32, pl.String)
+        or values.null_count()
+        or len(values) + 1 != field.vocabulary_size
+        or not ascends
+    ):
+        raise InputError(
+            f"the vocabulary of {field.name!r} is damaged: expected {field.vocabulary_size - 1} "
+            "integers or texts in ascending order; prepare the data set again"
+        )
+
+
+def read_vocabularies(files: Mapping[str, Any]) -> dict[str, pl.Series]:
+    """Read ``vocabulary/<field>.parquet``, the content of the files by field.
+
+    Raises:
+        InputError: If one is damaged, or the memory does not hold it.
+    """
+    vocabularies = {}
+    for name, file in files.items():
+        with readable(f"the vocabulary of {name!r}"):
+            check_row_groups(f"the vocabulary of {name!r}", file)
+            file.seek(0)
+            vocabularies[name] = pl.read_parquet(file).sort("index")["value"]
+    return vocabularies

@@ -1,0 +1,144 @@
+"""Scores of many rows, from a prepared data set or a table to a Parquet file."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import rich.table
+from rich import box
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mtnrec.checks import InputError, check_choice, name_some
+from mtnrec.data.batches import RowGatherer
+from mtnrec.data.prepared.store import open_prepared
+from mtnrec.data.raw.bad_rows import BadRows
+from mtnrec.data.raw.tabular import Source
+from mtnrec.files import in_place_of
+from mtnrec.serving.scorer import Scorer, shifted
+
+
+class Means(NamedTuple):
+    """What a prediction gave in all: the rows, and the mean probability of each task."""
+
+    rows: int
+    probabilities: dict[str, float]
+
+
+class PreparedRows:
+    """The rows of a prepared data set.
+
+    Args:
+        scorer: Its model must have been trained on a set with the same fields and vocabularies.
+        directory: Folder of the prepared data set.
+        split: ``train`` or ``test``.
+        batch_size: Rows scored at a time.
+
+    Raises:
+        InputError: If the indices in the set do not mean to the model what they mean there.
+    """
+
+    def __init__(self, scorer: Scorer, directory: Path, split: str, batch_size: int) -> None:
+        manifest, arrays = open_prepared(directory)
+        check_choice("split", split, sorted(arrays))
+        known = scorer.manifest
+        if manifest.schema != known.schema or manifest.transforms != known.transforms:
+            what = "other fields or scales"
+        elif _of_vocabularies(manifest.checksums) != _of_vocabularies(known.checksums):
+            what = "other vocabularies"
+        else:
+            what = None
+        if what is not None:
+            raise InputError(
+                f"{directory} has {what} than the data set that the model was trained on "
+                f"({known.source}): score raw values with table=FILE, or prepare the set with the "
+                "same training rows"
+            )
+        self.total: int | None = manifest.rows[split]
+        self._gather = RowGatherer(arrays[split], np.arange(self.total), manifest.schema)
+        self._batch_size = batch_size
+        self._scorer = scorer
+        self._place = lambda row: f"row {row} of {directory / split}"
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        for start in range(0, len(self._gather), self._batch_size):
+            end = min(start + self._batch_size, len(self._gather))
+            rows = self._gather[np.arange(start, end)]
+            scores = self._scorer.score_batch(rows, shifted(self._place, start)).numpy()
+            yield pa.table(dict(zip(self._scorer.tasks, scores.T, strict=True)))
+
+
+class TableRows:
+    """The rows of a table of raw values.
+
+    Args:
+        scorer: The model.
+        path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, or a folder of ``.parquet`` files; other
+            columns than the model's are ignored.
+        keep: Columns that go to the scores unchanged, an id say.
+        batch_size: Rows scored at a time.
+    """
+
+    def __init__(self, scorer: Scorer, path: Path, keep: list[str], batch_size: int) -> None:
+        self.total: int | None = None
+        self._source = Source("table", path)
+        self._source.demand("the model", scorer.encoder.columns)
+        self._source.demand("keep", keep)
+        if taken := [name for name in keep if name in scorer.tasks]:
+            raise InputError(f"keep names {name_some(taken)}, which the scores are called")
+        self._keep, self._scorer, self._batch_size = keep, scorer, batch_size
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        encoder = self._scorer.encoder
+        needed = {*encoder.columns, *encoder.lists, *self._keep}
+        columns = [name for name in self._source.columns if name in needed]
+        for chunk in self._source.chunks(columns, BadRows("refuse"), lists=encoder.lists):
+            kept = {name: chunk.frame[name].to_arrow() for name in self._keep}
+            scores = self._scorer.score_raw(chunk.frame, chunk.place, self._batch_size)
+            yield pa.table(kept | dict(zip(self._scorer.tasks, scores.T, strict=True)))
+
+
+def write_scores(scorer: Scorer, rows: PreparedRows | TableRows, out: Path) -> Means:
+    """Write a row of probabilities for each row, in their order; whole or not at all.
+
+    Memory does not grow with the rows.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("scoring {task.completed:,} rows"), BarColumn(), TimeElapsedColumn())
+    count, sums = 0, np.zeros(len(scorer.tasks))
+    with in_place_of(out) as temporary, ExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns))
+        bar = progress.add_task("", total=rows.total)
+        writer: pq.ParquetWriter | None = None
+        for part in rows:
+            writer = writer or stack.enter_context(pq.ParquetWriter(temporary, part.schema))
+            writer.write_table(part)
+            count += len(part)
+            sums += [part[task].to_numpy().sum(dtype=np.float64) for task in scorer.tasks]
+            progress.advance(bar, len(part))
+        if writer is None:
+            raise InputError("there are no rows to score")
+    return Means(count, dict(zip(scorer.tasks, sums / count, strict=True)))
+
+
+def closing_table(scorer: Scorer, means: Means) -> rich.table.Table:
+    """Lay out the mean of each task, and the values that the model did not know."""
+    unseen = {name: count for name, count in scorer.encoder.unseen.items() if count}
+    shown = ", ".join(f"{name} {count:,}" for name, count in unseen.items()) or "none"
+    table = rich.table.Table(
+        title=f"{means.rows:,} rows",
+        caption=f"values that the training rows did not have, scored as missing: {shown}",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("task")
+    table.add_column("mean probability", justify="right")
+    for task, mean in means.probabilities.items():
+        table.add_row(task, f"{mean:.6f}")
+    return table
+
+
+def _of_vocabularies(checksums: dict[str, str]) -> dict[str, str]:
+    return {name: sum_ for name, sum_ in checksums.items() if name.startswith("vocabulary/")}

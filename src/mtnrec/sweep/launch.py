@@ -1,0 +1,211 @@
+"""A sweep: which cells it has, what is left of them, and how they are run.
+
+A cell's folder is named after its settings, so the same command finds what it finished before.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import InstantiationException
+from hydra.plugins.launcher import Launcher
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich import get_console
+from rich.live import Live
+
+from mtnrec.checks import InputError
+from mtnrec.command.config import resolve_settings
+from mtnrec.command.job import command_of, draws_on_the_screen
+from mtnrec.data.datamodule import DataModule
+from mtnrec.files import read_json, write_json
+from mtnrec.run.folder import (
+    FAILURE_FILE,
+    RUNNING_FILE,
+    State,
+    find_record,
+    record_failure,
+    state_of,
+)
+from mtnrec.sweep.progress import PLAN_FILE, lay_out, read_cells
+
+_DEATHS = 3  # of its process, after which a cell counts as failed
+_PAUSE = 1.0  # seconds between two looks at what other processes do
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell that a sweep wants.
+
+    Args:
+        overrides: Of the config.
+        folder: Folder of the run.
+        config: Composed and resolved, without what depends on the folder.
+    """
+
+    overrides: tuple[str, ...]
+    folder: Path
+    config: dict[str, Any]
+
+
+def plan(
+    config: DictConfig,
+    loader: ConfigLoader,
+    grids: Iterable[Mapping[str, Any]],
+    arguments: Sequence[str],
+) -> list[Job]:
+    """Return the cells of all grids, each once.
+
+    Args:
+        config: The sweep's own config.
+        loader: Composes those of the jobs.
+        grids: What each sweeps, by key.
+        arguments: Of the command line; they replace a key in every grid.
+    """
+    parser = OverridesParser.create(config_loader=loader)
+    jobs: dict[Path, Job] = {}
+    for grid in grids:
+        lines = [*(f"{key}={value}" for key, value in grid.items()), *arguments]
+        (cells,) = BasicSweeper.split_arguments(parser.parse_overrides(lines), None)
+        for overrides in cells:
+            composed = loader.load_sweep_config(config, overrides)
+            folder = Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir
+            jobs.setdefault(folder, Job(tuple(overrides), folder, resolve_settings(composed)))
+    return list(jobs.values())
+
+
+def run(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> None:
+    """Run the cells that are not finished; end with exit status 1 if some could not be.
+
+    Args:
+        jobs: The cells.
+        launcher: Runs them.
+        config: The sweep's own config.
+    """
+    directory = Path(config.hydra.sweep.dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    cells = {job.folder.relative_to(directory).as_posix(): list(job.overrides) for job in jobs}
+    write_json(directory / PLAN_FILE, {"started": time.time(), "cells": cells})
+    checksums = _prepare_data(jobs)
+    pending = [job for job in jobs if not _is_finished(job, checksums[_data_of(job)])]
+    _logger.info(
+        "%d cells in %s, %d of them finished before", len(jobs), directory, len(jobs) - len(pending)
+    )
+    for job in pending:
+        for remains in (FAILURE_FILE, RUNNING_FILE):
+            (job.folder / remains).unlink(missing_ok=True)
+    with _on_the_screen(directory, config):
+        _launch(pending, launcher)
+    _close(jobs, pending)
+
+
+def _data_of(job: Job) -> str:
+    """Name a job's data set; the seed is of the order of the rows, which it does not know."""
+    return json.dumps(job.config["data"] | {"seed": 0})
+
+
+def _prepare_data(jobs: Sequence[Job]) -> dict[str, str | None]:
+    """Prepare data before several runs want it at once, and tell early what is not there.
+
+    Returns:
+        The checksum of each data set; None where there is none.
+    """
+    checksums: dict[str, str | None] = {}
+    cells = Counter(map(_data_of, jobs))
+    for job in jobs:
+        data = _data_of(job)
+        if data in checksums:
+            continue
+        checksums[data] = None
+        try:
+            datamodule: DataModule = instantiate(job.config["data"], _convert_="all")
+            datamodule.prepare_data()
+            checksums[data] = datamodule.find_checksum()
+        except (InputError, InstantiationException) as error:
+            _logger.warning("%d of %d cells will fail: %s", cells[data], len(jobs), error)
+    return checksums
+
+
+def _is_finished(job: Job, checksum: str | None) -> bool:
+    if not job.config["resume"] or state_of(job.folder) is not State.FINISHED:
+        return False
+    return find_record(job.folder, job.config, checksum) is not None
+
+
+def _launch(pending: Sequence[Job], launcher: Launcher) -> None:
+    deaths: Counter[Path] = Counter()
+    while pending:
+        try:
+            launcher.launch([job.overrides for job in pending], initial_job_idx=0)
+        except Exception as error:  # a worker that is killed takes the whole launch down
+            dead = [job for job in pending if state_of(job.folder) is State.INTERRUPTED]
+            if not dead:
+                raise
+            _logger.warning("%s; going on with what is left", error)
+            for job in dead:
+                deaths[job.folder] += 1
+                if deaths[job.folder] == _DEATHS:
+                    _give_up(job, error)
+        else:
+            pending = _wait_for_others(pending)
+        pending = [
+            job for job in pending if state_of(job.folder) in (State.INTERRUPTED, State.WAITING)
+        ]
+
+
+def _wait_for_others(jobs: Sequence[Job]) -> list[Job]:
+    """Return the cells that other processes are making, when they are done with them.
+
+    Another sweep may be at them, or a worker of one that was killed, which ends its cell first.
+    """
+    busy = [job for job in jobs if state_of(job.folder) is State.RUNNING]
+    if busy:
+        _logger.info("%d cells are being made by other processes; waiting for them", len(busy))
+    while any(state_of(job.folder) is State.RUNNING for job in busy):
+        time.sleep(_PAUSE)
+    return busy
+
+
+def _give_up(job: Job, error: Exception) -> None:
+    died = RuntimeError(f"its process died {_DEATHS} times: {error}")
+    record_failure(job.folder, died, job.overrides, command_of(job.folder, job.overrides))
+
+
+@contextmanager
+def _on_the_screen(directory: Path, config: DictConfig) -> Iterator[None]:
+    """Show how the sweep goes where its runs do not show it themselves."""
+    if draws_on_the_screen(config.hydra.launcher._target_) or not get_console().is_terminal:
+        yield
+        return
+    with Live(get_renderable=lambda: lay_out(read_cells(directory)), refresh_per_second=1):
+        yield
+
+
+def _close(jobs: Sequence[Job], pending: Sequence[Job]) -> None:
+    states = [(job, state_of(job.folder)) for job in jobs]
+    console = get_console()
+    finished = sum(state is State.FINISHED for _, state in states)
+    before = len(jobs) - len(pending)
+    console.print(f"{finished} of {len(jobs)} cells are finished, {before} of them were before")
+    for job, state in states:
+        if state is State.FAILED:
+            failure = read_json(job.folder / FAILURE_FILE) or {}
+            message = f"\n{job.folder} failed: {failure['message']}"
+            console.print(message, markup=False, soft_wrap=True)
+            console.print(f"  {failure.get('command', '')}", markup=False, soft_wrap=True)
+        elif state is not State.FINISHED:
+            console.print(f"\n{job.folder} is {state}", markup=False, soft_wrap=True)
+    if finished < len(jobs):
+        sys.exit(f"mtnrec: {len(jobs) - finished} of {len(jobs)} cells are not finished")

@@ -1,0 +1,47 @@
+"""Run a job of a sweep in a subprocess."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+from mtnrec.command.job import command_of_job, has_the_screen, overrides_of_job
+from mtnrec.files import read_json
+from mtnrec.run.folder import FAILURE_FILE, record_failure
+from mtnrec.run.record import RECORD_FILE, RunRecord
+
+_LINES = 30  # of the output of a run that failed
+
+_logger = logging.getLogger(__name__)
+
+
+def run_in_subprocess(output_dir: Path) -> RunRecord:
+    """Run this job of a sweep in a subprocess and return its record.
+
+    Lightning starts the other processes of a run by repeating the command line of the first, which
+    in a sweep is the sweep's; and when one of them fails it kills the first.
+
+    Raises:
+        RuntimeError: If the command fails.
+    """
+    (output_dir / FAILURE_FILE).unlink(missing_ok=True)
+    command = command_of_job(output_dir)
+    shown = has_the_screen()
+    output = None if shown else subprocess.PIPE
+    done = subprocess.run(
+        [sys.executable, *command[1:]],
+        check=False,
+        stdout=output,
+        stderr=None if shown else subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode == 0 and (output_dir / RECORD_FILE).is_file():
+        return RunRecord.read(output_dir / RECORD_FILE)
+    if not shown:
+        _logger.error("%s", "\n".join(done.stdout.splitlines()[-_LINES:]))
+    failure = read_json(output_dir / FAILURE_FILE)
+    if failure is not None:
+        raise RuntimeError(failure["message"])
+    error = RuntimeError(f"one of its processes ended with exit status {done.returncode}")
+    record_failure(output_dir, error, overrides_of_job(), command)
+    raise error

@@ -1,0 +1,200 @@
+"""Fit a model by the protocol, test its best epoch once, and return the record of the run."""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import RichProgressBar
+from omegaconf import DictConfig, OmegaConf
+from rich import get_console
+
+from mtnrec.checkpoint.bundle import make_card
+from mtnrec.checkpoint.io import WholeCheckpointIO
+from mtnrec.checks import InputError, check_choice, check_flag, check_integer
+from mtnrec.command.config import lightning_keys, seed_keys
+from mtnrec.command.job import has_the_screen
+from mtnrec.data.datamodule import DataModule
+from mtnrec.inspection.leaks import LeakCheck, check_leaks
+from mtnrec.metric.task_metrics import bayes_aucs
+from mtnrec.model.loss import TASK_LOSSES
+from mtnrec.model.network import make_network
+from mtnrec.performance import compute_fast
+from mtnrec.run.identity import CHECKPOINTS, RunIdentity
+from mtnrec.run.record import RECORD_FILE, RunRecord
+from mtnrec.tracking.loggers import describe_run, make_logger, report_run
+from mtnrec.training.divergence import Divergence
+from mtnrec.training.expert_distances import ExpertDistances
+from mtnrec.training.module import MultiTaskModule
+from mtnrec.training.recorder import RunRecorder, peak_memory_bytes, split_counts, versions
+from mtnrec.training.resume import ResumePoint
+from mtnrec.training.selection import STOPS, make_callbacks
+from mtnrec.training.summary import closing_table
+
+_LARGEST_SEED = 2**32 - 1  # of numpy's global stream
+_MOST_THREADS = 1024  # torch ends the process where there are too many
+_REFRESHES_PER_SECOND = 10  # of the bar; Lightning's 100 would take time of a step
+
+
+def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRecord:
+    """Train, test the best epoch once, and write the record.
+
+    Args:
+        cfg: The composed config, ``conf/train.yaml``.
+        datamodule: What its group ``data`` describes.
+        recorder: Which times the run from its start.
+    """
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    output_dir = Path(cfg.output_dir)
+    datamodule.noise = instantiate(cfg.noise, _convert_="all")
+    mtn = instantiate(cfg.mtn, _convert_="all")
+    datamodule.prepare_data()
+    datamodule.setup()
+    identity = RunIdentity(config, datamodule.manifest.checksum, seed_keys(cfg))
+    leaks = check_leaks(*datamodule.stored("train"), datamodule.schema)
+    leaks.warn()
+
+    module = _make_module(cfg, datamodule)
+    checkpoint, followers = make_callbacks(
+        cfg.monitor,
+        cfg.patience,
+        output_dir,
+        stop=cfg.stop,
+        schema=datamodule.schema,
+        validation_labels=datamodule.labels_of("val"),
+    )
+    resume_point = ResumePoint(output_dir, identity.id, cfg.trainer[CHECKPOINTS])
+    divergence, experts = Divergence(), ExpertDistances()
+    callbacks = [mtn, divergence, recorder, experts, *followers, resume_point]
+    trainer = _make_trainer(cfg, identity, callbacks)
+    compute_fast(trainer.strategy.root_device)
+    describe_run(trainer.loggers, identity)
+    (output_dir / RECORD_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
+    start = resume_point.find(trainer, module) if cfg.resume else None
+    if start is None:
+        resume_point.discard()  # what is written from now on does not belong to it
+    with divergence.explaining(trainer):
+        trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
+    best = checkpoint.best_model_path
+    if not best:
+        raise InputError(
+            "training ended before its first validation, so there is no epoch to test: allow more "
+            "epochs or steps"
+        )
+    trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
+
+    chosen = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
+    results = recorder.validations[chosen["global_step"]] | module.results["test"]
+    metrics, counts = split_counts(results)
+    record = RunRecord(
+        cell=identity.id,
+        seed=cfg.seed,
+        keys_of_seed=list(identity.seed_keys),
+        config=config,
+        versions=versions(),
+        data=_describe_data(datamodule, leaks),
+        noise=datamodule.noise.record(datamodule.row_numbers),
+        mtn=config["mtn"],
+        best_epoch=chosen["epoch"],
+        metrics=metrics | _bayes_aucs(datamodule),
+        counts=counts,
+        history=recorder.epochs,
+        calibration_curves=module.calibration_curves,
+        expert_distances=experts.distances,
+        threads=torch.get_num_threads(),
+        seconds=recorder.seconds,
+        samples_per_second=recorder.samples_per_second(),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    if trainer.is_global_zero:
+        record.write(output_dir)
+        resume_point.discard()
+        report_run(trainer.loggers, record)
+        get_console().print(closing_table(datamodule.schema, record))
+        get_console().print(
+            f"The record of the run is {output_dir / RECORD_FILE}", markup=False, soft_wrap=True
+        )
+    return record
+
+
+def _make_module(cfg: DictConfig, datamodule: DataModule) -> MultiTaskModule:
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    schema = datamodule.schema
+    # In two steps, since Hydra would take the schema, a dataclass, for a part of the config.
+    model = instantiate(cfg.model, _partial_=True, _convert_="all")
+    network = make_network(partial(model, schema=schema))
+    optimizer = instantiate(cfg.optimizer)
+    module = MultiTaskModule(network, schema=schema, optimizer=optimizer, task_loss=cfg.task_loss)
+    settings = cast(dict[str, Any], OmegaConf.to_container(cfg.model, resolve=True))
+    module.card = make_card(settings, datamodule.manifest, Path(datamodule.dir))
+    return module
+
+
+def _make_trainer(cfg: DictConfig, identity: RunIdentity, callbacks: list[L.Callback]) -> L.Trainer:
+    shown = has_the_screen()
+    trainer: L.Trainer = instantiate(
+        lightning_keys(cfg.trainer),
+        callbacks=[*callbacks, RichProgressBar(_REFRESHES_PER_SECOND)] if shown else callbacks,
+        enable_progress_bar=shown,
+        logger=make_logger(cfg.logger, identity),
+        default_root_dir=Path(cfg.output_dir),
+    )
+    trainer.strategy.checkpoint_io = WholeCheckpointIO()
+    return trainer
+
+
+def _describe_data(datamodule: DataModule, leaks: LeakCheck) -> dict[str, Any]:
+    manifest = datamodule.manifest
+    return {
+        "name": manifest.source,
+        "checksum": manifest.checksum,
+        "parameters": manifest.parameters,
+        "rows": datamodule.split_rows,
+        "suspected_leaks": [asdict(leak) for leak in leaks.leaks],
+        "leaks_not_judged": leaks.not_judged,
+    }
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Refuse what no constructor checks, or only after the data are prepared.
+
+    Raises:
+        InputError: If a value is out of its range.
+    """
+    check_flag("resume", cfg.resume)
+    check_choice("stop", cfg.stop, STOPS)
+    check_choice("task_loss", cfg.task_loss, TASK_LOSSES)
+    _check_repeats(cfg)
+    check_integer("seed", cfg.seed, minimum=0, maximum=_LARGEST_SEED)
+    check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=1)
+    if cfg.threads is not None:
+        check_integer("threads", cfg.threads, minimum=1, maximum=_MOST_THREADS)
+
+
+def _check_repeats(cfg: DictConfig) -> None:
+    check_choice("repeats", cfg.repeats, ["seed", "seed_split_noise"])
+    if cfg.repeats == "seed":
+        return
+    for key in ("data.split_seed", "noise.seed"):
+        value = OmegaConf.select(cfg, key)
+        if value != cfg.seed:
+            raise InputError(
+                "repeats=seed_split_noise draws validation rows and noise for each seed, so "
+                f"{key} must be the seed {cfg.seed}, got {value}: leave {key} out, or set "
+                "repeats=seed"
+            )
+
+
+def _bayes_aucs(datamodule: DataModule) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for split in ("val", "test"):
+        probabilities = datamodule.column(split, "probabilities")
+        if probabilities is not None:
+            bayes = bayes_aucs(datamodule.schema, probabilities, datamodule.labels_of(split))
+            metrics |= {f"{split}/{name}": value for name, value in bayes.items()}
+    return metrics

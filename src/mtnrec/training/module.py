@@ -1,0 +1,213 @@
+"""The LightningModule that trains any network."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from mtnrec.batch import Batch, LogProbabilities
+from mtnrec.checks import InputError, check_choice
+from mtnrec.metric.task_metrics import TaskMetrics
+from mtnrec.model.feature_input import FeatureInput
+from mtnrec.model.loss import TASK_LOSSES, cross_entropies
+from mtnrec.optimizer.lazy_adam import LazyAdam
+from mtnrec.schema import Schema
+from mtnrec.training.cuda_graph import Replay, can_be_replayed
+
+_STEPS_A_SUM = 16  # to read a value is to wait for the accelerator
+
+
+class MultiTaskModule(L.LightningModule):
+    """Trains a network on the sum, or the mean, of its labels' cross entropies.
+
+    Each epoch logs ``train/loss`` (what is trained, without any penalty) and ``val/task_metric``;
+    the test logs ``test/task_metric``. ``results`` keeps the last values of each split in full
+    precision, and ``calibration_curves`` the columns of each task's curve after a test, as
+    ``test/task``. Every checkpoint carries ``card``, what it says of the model.
+
+    No checkpoint is written from weights that are not finite.
+
+    Args:
+        network: Called with a :class:`Batch`, returns :class:`LogProbabilities`. It offers
+            ``task_layers()`` (for each depth, the ``T`` linear layers of the towers) and
+            ``shared_layers()`` (for each depth, the layers that stand side by side below them).
+            Where it is ``replayable``, a GPU may record its passes.
+        schema: Fields and labels of the data.
+        optimizer: Makes the optimiser from the parameters.
+        task_loss: ``sum``, as in eq. 5, or ``mean``, as in MTReclib: beside it the same ``lambda``
+            weighs as much as ``lambda * T`` beside the sum.
+
+    Raises:
+        InputError: If ``task_loss`` is neither.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        schema: Schema,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        task_loss: str = "sum",
+    ) -> None:
+        super().__init__()
+        check_choice("task_loss", task_loss, TASK_LOSSES)
+        self.network = network
+        self._task_loss = task_loss
+        self._optimizer = optimizer
+        self.val_metrics = TaskMetrics(schema)
+        self.test_metrics = TaskMetrics(schema)
+        self._losses: list[tuple[int, Tensor]] = []  # the latest, and the rows of each
+        self._sum_of_losses, self._rows_of_losses = 0.0, 0
+        self.results: dict[str, dict[str, float]] = {}
+        self.calibration_curves: dict[str, dict[str, list[float]]] = {}
+        self.card: dict[str, Any] = {}
+        self._replay: Replay | None = None
+
+    def forward(self, batch: Batch) -> LogProbabilities:
+        """Return the log-probabilities of the labels, ``(B, T)`` each."""
+        return self.network(batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self._loss(batch) if self._replay is None else self._replay(batch)
+        self._losses.append((len(batch), loss.detach()))
+        if len(self._losses) == _STEPS_A_SUM:
+            self._sum_losses()
+        if self.trainer.is_last_batch or self.trainer.global_step + 1 == self.trainer.max_steps:
+            self._log_losses()
+        return loss
+
+    def _loss(self, batch: Batch) -> Tensor:
+        losses = cross_entropies(self(batch), _labels_of(batch))
+        return losses.sum() if self._task_loss == "sum" else losses.mean()
+
+    def on_train_start(self) -> None:
+        replays = self.trainer.accumulate_grad_batches == 1 and can_be_replayed(self.network)
+        self._replay = Replay(self.network, self._loss) if replays else None
+
+    def on_train_end(self) -> None:
+        self._replay = None  # the parameters leave the GPU
+
+    def _sum_losses(self) -> None:
+        if not self._losses:
+            return
+        rows, losses = zip(*self._losses, strict=True)
+        # One after the other, so that the sum does not depend on where a checkpoint cuts it.
+        for count, loss in zip(rows, torch.stack(losses).tolist(), strict=True):
+            self._sum_of_losses += count * loss
+            self._rows_of_losses += count
+        self._losses.clear()
+
+    def _log_losses(self) -> None:
+        self._sum_losses()
+        self.log(
+            "train/loss",
+            self._sum_of_losses / self._rows_of_losses,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            sync_dist=True,
+            batch_size=self._rows_of_losses,
+        )
+        self._sum_of_losses, self._rows_of_losses = 0.0, 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        floats = [w for w in checkpoint["state_dict"].values() if w.is_floating_point()]
+        if not get_total_norm(floats, norm_type=math.inf).isfinite():
+            raise InputError(
+                "a checkpoint must have finite weights, and after step "
+                f"{checkpoint['global_step']} some are not: lower optimizer.lr, set "
+                "trainer.gradient_clip_val, or choose trainer.precision=32-true. The last "
+                "checkpoint stays"
+            )
+        checkpoint["mtnrec"] = self.card
+        self._sum_losses()
+        if self._rows_of_losses:  # within an epoch
+            own = [self._sum_of_losses, self._rows_of_losses]
+            checkpoint["train_losses"] = _of_all_ranks(own)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        of_ranks = checkpoint.get("train_losses")
+        own = of_ranks[self.global_rank] if of_ranks else (0.0, 0)
+        self._sum_of_losses, self._rows_of_losses = own
+
+    def validation_step(self, batch: Batch) -> None:
+        self.val_metrics.update(self(batch), _labels_of(batch), batch.group)
+
+    def test_step(self, batch: Batch) -> None:
+        self.test_metrics.update(self(batch), _labels_of(batch), batch.group)
+
+    def on_validation_start(self) -> None:
+        if dist.is_initialized():  # batch norm's statistics saw each rank's own rows last
+            for buffer in self.network.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val", self.val_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test", self.test_metrics)
+        self.calibration_curves = {
+            f"test/{task}": {name: column.tolist() for name, column in curve._asdict().items()}
+            for task, curve in self.test_metrics.curves.items()
+        }
+
+    def _log_metrics(self, split: str, metrics: TaskMetrics) -> None:
+        values = {f"{split}/{name}": value.item() for name, value in metrics.compute().items()}
+        metrics.reset()
+        self.results[split] = values
+        for name, value in values.items():
+            if not name.endswith(("_rows", "_positives")):
+                self.log(name, value, sync_dist=True)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            # DDP looks for sparse gradients before Lightning asks for the optimiser.
+            self.configure_optimizers()
+
+    def configure_optimizers(self) -> Optimizer:
+        try:
+            optimizer = self._optimizer(self.network.parameters())
+        # A rate out of range or a word, say: torch names rule and value.
+        except (ValueError, TypeError) as error:
+            raise InputError(f"optimizer: {error}") from error
+        lazy = isinstance(optimizer, LazyAdam)
+        if lazy and dist.is_initialized() and dist.get_backend() == "nccl":
+            raise InputError(
+                "optimizer=lazy_adam has sparse gradients, which NCCL does not add up over "
+                "processes: choose trainer.devices=1, optimizer=adam, or a strategy with "
+                "process_group_backend=gloo"
+            )
+        for part in self.network.modules():
+            if isinstance(part, FeatureInput):
+                part.make_gradients(sparse=lazy)
+        return optimizer
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val and isinstance(optimizer, LazyAdam):
+            optimizer = optimizer.gradients_to_clip()
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+
+def _of_all_ranks(own: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [own]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def _labels_of(batch: Batch) -> Tensor:
+    if batch.labels is None:
+        raise InputError("the batch has no labels: they are needed to train and to evaluate")
+    return batch.labels

@@ -1,0 +1,187 @@
+"""The run record ``result.json``: what was run, on what, and what came out."""
+
+import logging
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+
+from mtnrec.batch import Batch
+from mtnrec.metric.catalogue import COUNTS, parse_metric_key
+from mtnrec.run.folder import report_progress
+
+_PACKAGES = ("mtnrec", "torch", "lightning", "torchmetrics", "numpy", "hydra-core")
+
+_logger = logging.getLogger(__name__)
+
+
+class RunRecorder(L.Callback):
+    """Times a run, keeps the metrics of each validation and each epoch, and logs a line on each.
+
+    A resumed run goes on where the checkpoint was written: it counts what was spent until then,
+    and logs the epochs that it takes over, so that each logger has them all. It stands behind MTN,
+    whose metrics it keeps.
+
+    ``validations`` holds, by global step, what was measured; ``epochs`` each epoch's last values.
+    """
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._stage_started = 0.0
+        self._validated: dict[str, float] = {}
+        self.seconds: dict[str, float] = {"fit": 0.0}
+        self.validations: dict[int, dict[str, float]] = {}
+        self.epochs: list[dict[str, float]] = []
+        self._rows = {"train": 0, "evaluate": 0}
+        self._spent = {"train": 0.0, "evaluate": 0.0}
+        self._counted: str | None = None  # what the time is spent on, and since when
+        self._counted_since = 0.0
+
+    def _count(self, what: str | None) -> None:
+        """Add the time since the last call to what it was spent on."""
+        now = time.perf_counter()
+        if self._counted is not None:
+            self._spent[self._counted] += now - self._counted_since
+        self._counted, self._counted_since = what, now
+
+    def state_dict(self) -> dict[str, Any]:
+        self._count(self._counted)
+        return {
+            "fit_seconds": self.seconds["fit"] + time.perf_counter() - self._stage_started,
+            "validations": self.validations,
+            "epochs": self.epochs,
+            "rows": self._rows,
+            "spent": self._spent,
+            "counted": self._counted,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds["fit"] = state_dict["fit_seconds"]
+        self.validations = state_dict["validations"]
+        self.epochs = state_dict["epochs"]
+        self._rows = state_dict["rows"]
+        self._spent = state_dict["spent"]
+        self._counted = state_dict["counted"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._counted_since = time.perf_counter()  # where the run goes on within an epoch
+        for epoch in self.epochs:
+            values = {name: value for name, value in epoch.items() if name != "step"}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=int(epoch["step"]) - 1)  # as Lightning counts
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seconds["setup"] = time.perf_counter() - self._started
+        self._stage_started = time.perf_counter()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seconds["fit"] += time.perf_counter() - self._stage_started
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._count("evaluate")
+        self._stage_started = time.perf_counter()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seconds["test"] = time.perf_counter() - self._stage_started
+        self._count(None)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._count("train")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._count(None)
+        metrics = trainer.callback_metrics
+        logged = {name: metrics[name].item() for name in metrics if _is_of_training(name)}
+        place = {"epoch": trainer.current_epoch, "step": trainer.global_step}
+        self.epochs.append(place | logged | self._validated)
+        self._validated = {}
+        if trainer.is_global_zero:
+            report_progress(
+                Path(trainer.default_root_dir),
+                {"epochs": len(self.epochs), "max_epochs": trainer.max_epochs},
+            )
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Validation runs inside the training epoch.
+        self._count("evaluate")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._count("train")
+        values = cast(dict[str, dict[str, float]], pl_module.results)["val"]
+        self.validations[trainer.global_step] = values
+        self._validated = split_counts(values)[0]
+        found = ((parse_metric_key(key), value) for key, value in values.items())
+        aucs = ", ".join(f"{key.task} {v:.4f}" for key, v in found if key and key.metric == "auc")
+        _logger.info("epoch %d, validation AUC: %s", trainer.current_epoch, aucs)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        self._rows["train"] += len(batch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._rows["evaluate"] += len(batch)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def samples_per_second(self) -> dict[str, float]:
+        """Return rows a second of this process, loading included: ``train``, ``evaluate``."""
+        return {
+            what: self._rows[what] / self._spent[what] for what in self._rows if self._spent[what]
+        }
+
+
+def _is_of_training(name: str) -> bool:
+    return name.startswith(("train/", "mtn/"))
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result may depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # a checkout that is not installed
+            found[package] = "not installed"
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident memory of this process so far, GPU memory added."""
+    # Linux counts kibibytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + gpu
+
+
+def split_counts(results: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split ``split/task_metric`` values into metrics and, by ``split/task``, counts."""
+    metrics: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+    for name, value in results.items():
+        task, _, last = name.rpartition("_")
+        if last in COUNTS:
+            counts.setdefault(task, {})[last] = int(value)
+        else:
+            metrics[name] = value
+    return metrics, counts

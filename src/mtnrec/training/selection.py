@@ -1,0 +1,144 @@
+"""The protocol: validation chooses the epoch and stops the training, the test is read once."""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from mtnrec.checks import InputError, check_choice, check_integer
+from mtnrec.metric.catalogue import METRICS, metric_key, parse_metric_key
+from mtnrec.schema import Schema
+
+STOPS = ("patience", "decreased")
+
+_logger = logging.getLogger(__name__)
+
+
+def monitor_mode(monitor: str, schema: Schema) -> str:
+    """Check the monitor and return ``max`` or ``min``.
+
+    Raises:
+        InputError: If it is on the test set, or no metric of the data set's tasks.
+    """
+    if monitor.startswith("test/"):
+        raise InputError(
+            f"monitor={monitor} would choose the epoch on the test set, whose result then is no "
+            f"estimate of anything: choose monitor=val/{monitor.removeprefix('test/')}"
+        )
+    modes = {
+        metric_key("val", task.name, name): "min" if metric.better == "lower" else "max"
+        for task in schema.tasks
+        for name, metric in METRICS.items()
+        if metric.can_monitor
+    }
+    if monitor not in modes:
+        raise InputError(f"monitor must be one of {', '.join(modes)}; got {monitor!r}")
+    return modes[monitor]
+
+
+class StopAfterDecreases(EarlyStopping):
+    """Stops when the monitor got worse in each of ``patience`` epochs in a row.
+
+    The paper's rule: "the training process stopped if AUC of CVR decreased for 3 consecutive
+    epochs" (section 3.1). Each epoch is compared with the one before, where ``EarlyStopping``
+    compares it with the best: a curve that jumps, as the AUC of CVR does on few positives, seldom
+    falls three times in a row, so training continues.
+
+    Args:
+        monitor: Metric of the validation set.
+        patience: Epochs.
+        mode: ``max`` or ``min``: which way the metric gets better.
+    """
+
+    def __init__(self, monitor: str, *, patience: int, mode: str) -> None:
+        super().__init__(monitor, patience=patience, mode=mode)
+        self.previous: torch.Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"previous": self.previous}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.previous = state_dict["previous"]
+
+    def _evaluate_stopping_criteria(self, current: torch.Tensor) -> tuple[bool, str | None]:
+        if not current.isfinite():
+            return super()._evaluate_stopping_criteria(current)
+        got_worse = self.previous is not None and self.monitor_op(self.previous, current)
+        self.wait_count = self.wait_count + 1 if got_worse else 0
+        self.previous = current
+        if self.wait_count < self.patience:
+            return False, None
+        return True, f"{self.monitor} got worse in each of the last {self.patience} epochs"
+
+
+def make_callbacks(
+    monitor: str,
+    patience: int,
+    directory: Path,
+    *,
+    stop: str,
+    schema: Schema,
+    validation_labels: npt.NDArray[np.uint8],
+) -> tuple[ModelCheckpoint, list[L.Callback]]:
+    """Return the callback that keeps the best epoch, and all that follow the monitor.
+
+    Where the validation rows have one class only, an AUC is undefined: the last epoch is kept
+    instead, training goes on to ``max_epochs``, and a warning says what to do.
+
+    Args:
+        monitor: Metric of the validation set, for example ``val/cvr_auc``.
+        patience: Epochs in a row after which training stops.
+        directory: Folder of the run; the checkpoint is ``checkpoints/best.ckpt`` in it.
+        stop: What happens in those epochs: ``patience``, none has a better value than the best so
+            far; ``decreased``, each has a worse one than the epoch before (the paper's rule).
+        schema: The tasks.
+        validation_labels: ``(rows, T)``.
+
+    Raises:
+        InputError: If a value is out of range.
+    """
+    check_choice("stop", stop, STOPS)
+    mode = monitor_mode(monitor, schema)
+    check_integer("patience", patience, minimum=1)
+    # Without a version counter a second run in the same folder replaces the first one's checkpoint.
+    checkpoint = partial(
+        ModelCheckpoint,
+        dirpath=directory / "checkpoints",
+        filename="best",
+        save_weights_only=True,  # `ResumePoint` keeps what a training goes on from
+        enable_version_counter=False,
+    )
+    if (problem := _undefined(monitor, schema, validation_labels)) is not None:
+        _logger.warning(
+            "%s is undefined: the validation set has %s. No epoch can be chosen by it and nothing "
+            "stops the training early; the last epoch is tested. Choose another monitor, a larger "
+            "data.validation_share, or more rows",
+            monitor,
+            problem,
+        )
+        last = checkpoint()
+        return last, [last]
+    best = checkpoint(monitor=monitor, mode=mode)
+    stopping = StopAfterDecreases if stop == "decreased" else EarlyStopping
+    return best, [best, stopping(monitor, patience=patience, mode=mode)]
+
+
+def _undefined(monitor: str, schema: Schema, labels: npt.NDArray[np.uint8]) -> str | None:
+    tasks = {task.name: task for task in schema.tasks}
+    key = parse_metric_key(monitor, tasks)
+    if key is None:
+        raise ValueError(f"{monitor} is not the key of a metric")
+    task = tasks[key.task]
+    if task.given is not None:
+        labels = labels[labels[:, task.given] == 1]
+    rows, positives = len(labels), int(labels[:, task.label].sum())
+    if rows and (0 < positives < rows or not METRICS[key.metric].needs_both_classes):
+        return None
+    return f"{positives} positives among {rows} rows ({schema.definition(task)})"

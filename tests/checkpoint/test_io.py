@@ -1,0 +1,219 @@
+"""Checkpoints on the disk: whole, refused where they are not what they should be."""
+
+import errno
+import os
+import re
+import resource
+import zipfile
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtnrec.checkpoint.io import WholeCheckpointIO, check_weights, read_checkpoint
+from mtnrec.checks import InputError
+from mtnrec.files import remove_leftovers
+
+CONTENT = {"state_dict": {"a": torch.arange(5000.0)}, "callbacks": {}}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    WholeCheckpointIO().save_checkpoint(CONTENT, path)
+    return path
+
+
+def test_nothing_but_the_checkpoint_is_left(path):
+    assert list(path.parent.iterdir()) == [path]
+    assert torch.equal(read_checkpoint(path, "")["state_dict"]["a"], CONTENT["state_dict"]["a"])
+
+
+def test_a_checkpoint_is_under_its_name_only_when_it_is_on_the_disk(path, monkeypatch):
+    before, seen = path.read_bytes(), []
+
+    def look(descriptor):
+        (temporary,) = set(path.parent.iterdir()) - {path}
+        seen.append((path.read_bytes() == before, temporary.stat().st_size > 0))
+
+    monkeypatch.setattr(os, "fsync", look)
+    WholeCheckpointIO().save_checkpoint(CONTENT | {"more": 1}, path)
+
+    assert seen == [(True, True)]
+    assert read_checkpoint(path, "")["more"] == 1
+
+
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(path):
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # the system refuses to write more
+    try:
+        with pytest.raises(InputError, match=r"last.ckpt could not be written \(File too large; "):
+            WholeCheckpointIO().save_checkpoint(CONTENT, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_is_told_with_what_to_do(path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+
+    with pytest.raises(InputError, match=r"No space left on device; .*make room, or choose"):
+        WholeCheckpointIO().save_checkpoint(CONTENT, path)
+
+
+def test_leftovers_are_those_of_the_file_alone(path):
+    others = [path.with_name(name) for name in ("best.ckpt", ".best.ckpt.1.tmp", "last.ckpt.tmp")]
+    for other in others:
+        other.touch()
+    path.with_name(".last.ckpt.4711.tmp").touch()
+
+    remove_leftovers(path)
+
+    assert set(path.parent.iterdir()) == {path, *others}
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.999])
+def test_a_truncated_file_is_refused(share, path):
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+    with pytest.raises(InputError, match=r"last.ckpt is damaged or no checkpoint \(.*: remove it"):
+        read_checkpoint(path, "remove it")
+
+
+def test_a_flipped_bit_is_found(path):
+    content = bytearray(path.read_bytes())
+    middle = content.find(torch.arange(2000.0, 2010.0).numpy().tobytes())
+    content[middle] ^= 1
+    path.write_bytes(content)
+
+    with pytest.raises(InputError, match="damaged"):
+        read_checkpoint(path, "remove it")
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_code_in_a_file_is_not_run(path, tmp_path):
+    torch.save(Harmful(), path)
+
+    with pytest.raises(InputError, match="damaged or no checkpoint"):
+        read_checkpoint(path, "remove it")
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {"weights": torch.zeros(3)}, [1, 2]])
+def test_a_foreign_file_is_refused(content, path):
+    torch.save(content, path)
+
+    with pytest.raises(InputError, match="is no checkpoint of a training: remove it"):
+        read_checkpoint(path, "remove it")
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [3, None, [torch.zeros(2)], torch.zeros(1).expand(10**12), torch.eye(2).to_sparse()],
+)
+def test_weights_that_are_not_there_in_full_are_refused(weight, path):
+    torch.save(CONTENT | {"state_dict": {"a": weight}}, path)
+
+    with pytest.raises(InputError, match=r"last.ckpt is damaged.*: remove it"):
+        read_checkpoint(path, "remove it")
+
+
+def test_a_repeated_number_is_refused_wherever_it_is(path):
+    state = [torch.zeros(1).expand(10**12)]
+    state.append(state)  # in itself
+    torch.save(CONTENT | {"optimizer_states": [{"state": {0: state}}]}, path)
+
+    with pytest.raises(InputError, match=r"a tensor \(1000000000000,\) is not whole"):
+        read_checkpoint(path, "remove it")
+
+
+def repack(path, change, compression=zipfile.ZIP_STORED):
+    """Write a checkpoint anew, with right checksums."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, part in change(parts).items():
+            archive.writestr(name, part)
+
+
+def test_a_checkpoint_that_inflates_is_refused_unread(path):
+    repack(path, lambda parts: parts | {"last/data/1": bytes(10**7)}, zipfile.ZIP_DEFLATED)
+
+    with pytest.raises(InputError, match="its parts are compressed"):
+        read_checkpoint(path, "remove it")
+
+
+def test_parts_that_share_their_bytes_are_refused(path):
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        most = max(info.file_size for info in archive.infolist())
+    for at in [m.start() for m in re.finditer(b"PK\x01\x02", content)]:
+        content[at + 20 : at + 28] = 2 * most.to_bytes(4, "little")  # sizes: all the largest
+    path.write_bytes(content)
+
+    with pytest.raises(InputError, match="its parts are larger than the file"):
+        read_checkpoint(path, "remove it")
+
+
+@pytest.mark.parametrize("size", [b"J\xff\xff\xff\x7f", b"\x8a\x08" + b"\xff" * 7 + b"\x7f"])
+def test_a_pickle_that_says_another_size_than_its_bytes_is_refused(size, path):
+    pickled = b"M" + (5000).to_bytes(2, "little")
+
+    def change(parts):
+        name = next(name for name in parts if name.endswith("data.pkl"))
+        assert pickled in parts[name]
+        return parts | {name: parts[name].replace(pickled, size)}
+
+    repack(path, change)
+
+    with pytest.raises(InputError, match="damaged or no checkpoint"):
+        read_checkpoint(path, "remove it")
+
+
+@settings(max_examples=100, deadline=None)
+@given(at=st.floats(0, 1), put=st.binary(min_size=1, max_size=6), in_pickle=st.booleans())
+def test_no_bytes_lead_to_another_error(at, put, in_pickle, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "any.ckpt"
+    torch.save(CONTENT, path)
+
+    def damage(content):
+        start = int(at * len(content))
+        return content[:start] + put + content[start + len(put) :]
+
+    if in_pickle:
+        repack(path, lambda parts: {n: damage(p) if "pkl" in n else p for n, p in parts.items()})
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+
+    try:
+        weight = read_checkpoint(path, "remove it")["state_dict"]
+    except InputError:
+        return
+    assert all(isinstance(w, torch.Tensor) for w in weight.values())
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"a": torch.zeros(2, 3)}, "a is (2, 3) there and (3, 2) here: remove it"),
+        ({}, "a is absent there and (3, 2) here"),
+        ({"a": torch.zeros(3, 2), "b": torch.zeros(1)}, "b is (1,) there and absent here"),
+    ],
+)
+def test_weights_of_another_model_are_refused(found, message, path):
+    expected = {"a": torch.zeros(3, 2)}
+
+    with pytest.raises(InputError, match="is of another model or schema: " + re.escape(message)):
+        check_weights(path, found, expected, "remove it")
+    check_weights(path, expected, expected, "remove it")

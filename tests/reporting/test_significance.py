@@ -1,0 +1,183 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.weightstats import DescrStatsW
+
+from mtnrec.checks import InputError
+from mtnrec.reporting.significance import compare, holm, mean_interval, seeds_needed, stars
+
+
+def drawn(pairs, shift=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    baseline = 0.7 + rng.normal(0, 0.01, pairs)
+    return baseline, baseline + shift + rng.normal(0, 0.002, pairs)
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 10, 60])
+@pytest.mark.parametrize("shift", [0.0, -0.003])
+def test_the_comparison_is_scipys_paired_t_test(pairs, shift):
+    baseline, treated = drawn(pairs, shift)
+
+    found = compare(baseline, treated)
+
+    expected = stats.ttest_rel(treated, baseline)
+    interval = expected.confidence_interval(0.95)
+    assert found.pairs == pairs
+    assert found.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert found.difference == pytest.approx(treated.mean() - baseline.mean())
+    assert found.baseline_mean == baseline.mean()
+    assert found.treated_mean == treated.mean()
+    assert found.deviation == pytest.approx(np.std(treated - baseline, ddof=1))
+
+
+def test_the_signed_rank_test_starts_at_six_pairs():
+    baseline, treated = drawn(6, 0.01)
+
+    found = compare(baseline, treated)
+
+    assert (treated > baseline).all()
+    assert found.wilcoxon_p == pytest.approx(2 / 2**6)  # one of 64 signs, two-sided
+    assert compare(baseline[:5], treated[:5]).wilcoxon_p is None
+
+
+def test_the_signed_rank_test_is_scipys():
+    baseline, treated = drawn(20, 0.001)
+
+    assert compare(baseline, treated).wilcoxon_p == stats.wilcoxon(treated, baseline).pvalue
+
+
+def test_one_pair_has_a_difference_and_nothing_else():
+    found = compare([0.7], [0.75])
+
+    assert found.difference == pytest.approx(0.05)
+    assert found.pairs == 1
+    fields = ("deviation", "low", "high", "p_value", "wilcoxon_p", "seeds_needed")
+    assert [getattr(found, field) for field in fields] == [None] * 6
+
+
+def test_no_pair_has_no_mean():
+    found = compare([math.nan], [0.75])
+
+    assert (found.pairs, found.dropped) == (0, 1)
+    assert math.isnan(found.difference)
+    assert found.p_value is None
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.001])
+def test_differences_that_do_not_vary_have_no_p_value(shift):
+    baseline = 0.7 + np.arange(7) / 30
+
+    found = compare(baseline, baseline + shift)
+
+    assert found.deviation == 0
+    assert found.difference == pytest.approx(shift)
+    assert (found.p_value, found.low, found.high, found.seeds_needed) == (None,) * 4
+    # Seven signs that agree are evidence; seven zeros are none.
+    assert found.wilcoxon_p == (pytest.approx(2 / 2**7) if shift else None)
+
+
+def test_pairs_with_an_undefined_metric_are_dropped_and_counted():
+    baseline, treated = drawn(8)
+    baseline[2], treated[5] = math.nan, math.nan
+    whole = [0, 1, 3, 4, 6, 7]
+
+    found = compare(baseline, treated)
+
+    assert (found.pairs, found.dropped) == (6, 2)
+    assert found.p_value == compare(baseline[whole], treated[whole]).p_value
+
+
+@pytest.mark.parametrize("treated", [[0.1, 0.2], [[0.1]], 0.1])
+def test_values_that_cannot_be_paired_are_refused(treated):
+    with pytest.raises(InputError, match="two vectors of one length, got shapes"):
+        compare([0.1], treated)
+
+
+@pytest.mark.parametrize("deviation", [1e-9, 1e-5, 3e-4, 0.001, 0.0025, 0.02])
+@pytest.mark.parametrize("power", [0.8, 0.95])
+def test_seeds_needed_are_the_fewest_that_statsmodels_gives_the_power(deviation, power):
+    needed = seeds_needed(deviation, power=power)
+
+    def powers(pairs):
+        return TTestPower().power(0.001 / deviation, pairs, alpha=0.05, alternative="two-sided")
+
+    assert needed == 2 or powers(needed - 1) < power
+    # statsmodels gives NaN where scipy loses a tail that is nothing.
+    assert deviation < 1e-4 or powers(needed) >= power
+
+
+def test_the_comparison_tells_the_seeds_needed_for_a_thousandth():
+    baseline, treated = drawn(10)
+
+    assert compare(baseline, treated).seeds_needed == seeds_needed(
+        np.std(treated - baseline, ddof=1)
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 24])
+def test_holm_is_that_of_statsmodels(count):
+    values = np.random.default_rng(count).random(count) ** 4
+
+    expected = multipletests(values, method="holm")[1] if count else []
+
+    np.testing.assert_allclose(holm(values), expected, rtol=1e-12)
+
+
+def test_holm_keeps_ties_equal_and_below_one():
+    assert holm([0.5, 0.5, 0.01]).tolist() == [1, 1, 0.03]
+
+
+def test_stars_are_those_of_the_papers_tables():
+    found = [stars(p) for p in (None, 1.0, 0.05, 0.0499, 0.01, 0.0099, 0.0)]
+
+    assert found == ["", "", "", "*", "*", "**", "**"]
+
+
+def test_the_mean_interval_is_that_of_statsmodels():
+    values = np.random.default_rng(0).normal(size=(7, 3))
+
+    mean, low, high = mean_interval(values)
+
+    expected = DescrStatsW(values)
+    np.testing.assert_allclose(mean, expected.mean)
+    np.testing.assert_allclose((low, high), expected.tconfint_mean(0.05))
+
+
+def test_curves_of_unlike_length_count_where_they_have_values():
+    curves = [[1.0, 2.0, 3.0, math.nan], [3.0, 4.0, math.nan, math.nan]]
+
+    mean, low, high = mean_interval(curves)
+
+    np.testing.assert_array_equal(mean, [2, 3, 3, math.nan])
+    np.testing.assert_array_equal(np.isnan(low), [False, False, True, True])
+    assert high[0] == pytest.approx(2 + 12.706204736432095)  # t of one degree; the sd of 1, 3 is √2
+
+
+def test_a_planted_difference_is_found_and_none_is_found_at_the_level():
+    tables = 1000
+    found = {
+        shift: sum(compare(*drawn(5, shift, seed)).p_value < 0.05 for seed in range(tables))
+        for shift in (0.0, 0.01)
+    }
+
+    low, high = stats.binom.ppf([1e-5, 1 - 1e-5], tables, 0.05)
+    assert low <= found[0.0] <= high
+    power = TTestPower().power(0.01 / 0.002, 5, alpha=0.05)
+    assert found[0.01] >= stats.binom.ppf(1e-5, tables, power)
+
+
+def test_holm_keeps_the_errors_of_a_whole_table_at_the_level():
+    rng = np.random.default_rng(0)
+    tables, cells, pairs = 2000, 12, 10
+    differences = rng.normal(size=(tables, cells, pairs))
+    p_values = stats.ttest_1samp(differences, 0, axis=2).pvalue
+
+    wrong = sum(bool((holm(table) < 0.05).any()) for table in p_values)
+
+    assert wrong <= stats.binom.ppf(1 - 1e-5, tables, 0.05)
+    assert (p_values < 0.05).any(axis=1).mean() > 0.3  # what there is without it

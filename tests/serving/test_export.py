@@ -1,0 +1,185 @@
+"""What serving systems run gives the probabilities of the checkpoint, and MTN leaves no trace."""
+
+import sys
+from itertools import product
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from mtnrec import load_checkpoint
+from mtnrec.batch import Bags, Batch
+from mtnrec.model.esmm import ESMM
+from mtnrec.schema import CategoricalField, Schema
+from mtnrec.serving import export as serving
+
+MODELS = ["shared_bottom", "esmm", "mmoe"]
+LOG = ["data=synthetic", "data.rows=2600"]
+
+
+def checkpoint_of(run):
+    return run / "checkpoints" / "best.ckpt"
+
+
+def random_rows(schema, rows):
+    rng = np.random.default_rng(5)
+    sizes = [field.vocabulary_size for field in schema.categorical]
+    return {
+        "categorical": rng.integers(0, sizes, (rows, len(sizes))).astype(np.int32),
+        "numerical": rng.normal(size=(rows, len(schema.numerical))).astype(np.float32),
+    }
+
+
+def expected_of(checkpoint, inputs):
+    """The three probabilities by the network in float64, ``(rows, 3)``."""
+    network = load_checkpoint(checkpoint, "cpu").network.double()
+    categorical, numerical = map(torch.from_numpy, inputs.values())
+    click, conversion = network(Batch(categorical, numerical.double())).positive.numpy().T
+    return np.exp(np.stack([click, np.minimum(conversion - click, 0), conversion], axis=1))
+
+
+def run_onnx(path, inputs):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["ctr", "cvr", "ctcvr"]
+    return np.stack(session.run(None, inputs), axis=1)
+
+
+def run_program(path, inputs):
+    model = torch.export.load(path).module()
+    return np.stack([o.numpy() for o in model(*map(torch.from_numpy, inputs.values()))], axis=1)
+
+
+FORMS = [("onnx", ".onnx", run_onnx), ("torch_export", ".pt2", run_program)]
+
+
+@pytest.mark.parametrize(
+    ("model", "form", "suffix", "run_file"),
+    [
+        pytest.param(
+            model,
+            *form,
+            marks=[pytest.mark.slow] if form[0] == "torch_export" and model != "esmm" else [],
+        )
+        for model, form in product(MODELS, FORMS)
+    ],
+)
+def test_the_file_gives_the_probabilities_of_the_checkpoint_whatever_the_rows(
+    model, form, suffix, run_file, train, export, tmp_path
+):
+    checkpoint = checkpoint_of(train(*LOG, model=model))
+    out = tmp_path / f"model{suffix}"
+
+    export(f"checkpoint={checkpoint}", f"format={form}", f"out={out}")
+
+    schema = load_checkpoint(checkpoint).manifest.schema
+    for rows in (1, 2, 513):
+        inputs = random_rows(schema, rows)
+        found = run_file(out, inputs)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected_of(checkpoint, inputs), rtol=2e-5)
+
+
+def graph_of(path):
+    """All of a graph but the values of its weights."""
+    graph = onnx.load(path).graph
+    nodes = [node.SerializeToString(deterministic=True) for node in graph.node]
+    weights = [(w.name, w.data_type, tuple(w.dims)) for w in graph.initializer]
+    return nodes, weights, [str(part) for part in (*graph.input, *graph.output)]
+
+
+@pytest.mark.parametrize(
+    "model", ["esmm", *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS if m != "esmm")]
+)
+def test_a_model_trained_with_mtn_exports_to_the_same_graph_of_the_same_size(
+    model, train, export, tmp_path
+):
+    for mtn in ("true", "false"):
+        run = train(*LOG, f"mtn.enabled={mtn}", "mtn.lam=0.01", model=model)
+        export(f"checkpoint={checkpoint_of(run)}", f"out={tmp_path}/{mtn}.onnx")
+
+    files = [tmp_path / f"{mtn}.onnx" for mtn in ("true", "false")]
+    assert graph_of(files[0]) == graph_of(files[1])
+    assert files[0].stat().st_size == files[1].stat().st_size
+    assert files[0].read_bytes() != files[1].read_bytes()  # the weights differ
+
+
+@pytest.mark.parametrize("bag_mode", ["mean", "sum"])
+def test_padded_bags_are_the_bags(bag_mode):
+    fields = (CategoricalField("shop", 7),), (CategoricalField("brands", 9),)
+    schema = Schema(fields[0], (), ("click", "buy"), funnel=True, multivalued=fields[1])
+    network = ESMM(
+        schema,
+        embedding_dim=3,
+        bag_mode=bag_mode,
+        tower_widths=[5],
+        dropout=0,
+        batch_norm=False,
+    ).eval()
+    shops, none = torch.tensor([[1], [0], [6]], dtype=torch.int32), torch.empty(3, 0)
+    bags = Bags(
+        torch.tensor([3, 8, 5], dtype=torch.int32),
+        torch.tensor([0.5, 2.0, 1.5]),
+        torch.tensor([0, 2, 2, 3], dtype=torch.int32),
+    )
+    tokens = torch.tensor([[3, 8], [0, 0], [5, 4]], dtype=torch.int32)
+    weights = torch.tensor([[0.5, 2.0], [0.0, 0.0], [1.5, 0.0]])
+
+    with torch.no_grad():
+        expected = network(Batch(shops, none, bags=(bags,))).positive.exp()
+        ctr, _, ctcvr = serving.ServedModel(network, schema)(shops, none, tokens, weights)
+
+    torch.testing.assert_close(torch.stack([ctr, ctcvr], dim=1), expected)
+
+
+def test_a_quotient_of_vanishing_probabilities_is_right(train, export, tmp_path):
+    checkpoint = checkpoint_of(train(*LOG, model="shared_bottom"))
+    content = torch.load(checkpoint, weights_only=True)
+    biases = [n for n, w in content["state_dict"].items() if "towers" in n and w.shape == (1,)]
+    for name, logit in zip(biases, (-150, -152), strict=True):  # no float32 holds their exponential
+        content["state_dict"][name] += logit
+    torch.save(content, tmp_path / "rare.ckpt")
+    export(f"checkpoint={tmp_path}/rare.ckpt")
+
+    inputs = random_rows(load_checkpoint(checkpoint).manifest.schema, 200)
+    click, conversion, both = run_onnx(tmp_path / "rare.onnx", inputs).T
+
+    expected = expected_of(tmp_path / "rare.ckpt", inputs)
+    assert (click == 0).all()
+    assert (both == 0).all()
+    np.testing.assert_allclose(conversion, expected[:, 1], rtol=1e-4)
+
+
+def test_what_gives_other_probabilities_is_not_written(train, tmp_path, monkeypatch):
+    scorer = load_checkpoint(checkpoint_of(train(*LOG, model="esmm")), "cpu")
+    right = scorer.score_batch
+    monkeypatch.setattr(scorer, "score_batch", lambda batch: right(batch) * 1.001)
+
+    with pytest.raises(RuntimeError, match=r"other probabilities than the checkpoint .* 1.0e-03"):
+        serving.export(scorer, "onnx", tmp_path / "model.onnx")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["format=pickle"], "format must be one of onnx, torch_export; got 'pickle'"),
+        (["out=model.pt2"], "out must be a .onnx file for format=onnx, got model.pt2"),
+        (["checkpoint=none.ckpt"], "none.ckpt is missing"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(overrides, message, train, export):
+    checkpoint = checkpoint_of(train(*LOG, model="esmm"))
+
+    with pytest.raises(SystemExit, match=message):
+        export(*([] if "checkpoint" in overrides[0] else [f"checkpoint={checkpoint}"]), *overrides)
+
+
+def test_a_package_that_is_not_installed_is_named(train, export, monkeypatch, tmp_path):
+    checkpoint = checkpoint_of(train(*LOG, model="esmm"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+
+    with pytest.raises(SystemExit, match=r"format=onnx needs onnxruntime.*'mtnrec\[export\]'"):
+        export(f"checkpoint={checkpoint}", f"out={tmp_path}/model.onnx")

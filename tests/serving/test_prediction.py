@@ -1,0 +1,419 @@
+"""Scores of prepared rows, of raw values and of pandas frames are those of the trained network."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from reference import ali_ccp_log
+
+from mtnrec import load_checkpoint
+from mtnrec.batch import Batch
+from mtnrec.data.prepared.store import open_prepared
+
+TASKS = ["ctr", "cvr", "ctcvr"]
+
+
+def write_shop(path, rows=600, seed=0):
+    """A log with texts, integers, numbers, missing cells and values that only few rows have."""
+    rng = np.random.default_rng(seed)
+    click = rng.random(rows) < 0.4
+    frame = pd.DataFrame(
+        {
+            "id": np.arange(rows),
+            "brand": rng.choice(["zeta", "Älpha", "beta", None], rows),
+            "shop": rng.integers(-5, 30, rows),
+            "price": np.where(rng.random(rows) < 0.1, np.nan, rng.lognormal(3, 1, rows)),
+            "age": rng.random(rows) * 80,
+            "click": click.astype(int),
+            "buy": (click & (rng.random(rows) < 0.5)).astype(int),
+        }
+    )
+    frame.to_csv(path, index=False)
+    return frame
+
+
+@pytest.fixture(scope="module")
+def shop(train, tmp_path_factory):
+    """A model trained on a table of one's own: the run, the test rows and the data's overrides."""
+    folder = tmp_path_factory.mktemp("shop")
+    write_shop(folder / "train.csv")
+    rows = write_shop(folder / "test.csv", rows=90, seed=1)
+    data = [
+        *("data=table", f"data.train={folder}/train.csv", f"data.test={folder}/test.csv"),
+        *("data.labels=[click,buy]", "data.exclude=[id]", "data.fill=mean", "data.min_count=5"),
+        "data.funnel=true",
+        f"data.dir={folder}/prepared",
+    ]
+    run = train(*data, model="shared_bottom")
+    return run, rows, data
+
+
+def checkpoint_of(run):
+    return run / "checkpoints" / "best.ckpt"
+
+
+def scores_of_network(run, directory, split="test"):
+    """Probabilities of the tasks by the plain network on the prepared arrays."""
+    config = OmegaConf.create(json.loads((run / "result.json").read_text())["config"])
+    manifest, arrays = open_prepared(directory)
+    network = instantiate(config.model, _partial_=True, _convert_="all")(schema=manifest.schema)
+    state = torch.load(checkpoint_of(run), weights_only=True)["state_dict"]
+    network.load_state_dict({name.removeprefix("network."): state[name] for name in state})
+    features = (torch.from_numpy(np.array(arrays[split][f])) for f in ("categorical", "numerical"))
+    with torch.inference_mode():
+        click, buy = network.eval()(Batch(*features)).positive.double().exp().numpy().T
+    return np.stack([click, np.minimum(buy / click, 1), buy], axis=1)
+
+
+def test_prepared_rows_and_raw_values_have_the_scores_of_the_network(shop, predict, tmp_path):
+    run, rows, data = shop
+    directory = Path(data[-1].removeprefix("data.dir="))
+    checkpoint = f"checkpoint={checkpoint_of(run)}"
+    table = tmp_path / "rows.csv"
+    rows.drop(columns=["click", "buy"]).to_csv(table, index=False)
+
+    predict(checkpoint, *data, f"out={tmp_path}/prepared.parquet")
+    predict(checkpoint, f"table={table}", "keep=[id]", f"out={tmp_path}/raw.parquet")
+
+    prepared = pd.read_parquet(tmp_path / "prepared.parquet")
+    raw = pd.read_parquet(tmp_path / "raw.parquet")
+    assert list(prepared.columns) == TASKS
+    assert list(raw.columns) == ["id", *TASKS]
+    assert raw["id"].tolist() == [str(number) for number in rows["id"]]  # the cells are text
+    pd.testing.assert_frame_equal(raw[TASKS], prepared)
+    np.testing.assert_allclose(prepared, scores_of_network(run, directory), rtol=1e-5)
+
+
+def test_a_frame_of_pandas_has_the_same_scores_in_any_order_of_columns(shop, predict, tmp_path):
+    run, rows, data = shop
+    predict(f"checkpoint={checkpoint_of(run)}", *data, f"out={tmp_path}/scores.parquet")
+    expected = pd.read_parquet(tmp_path / "scores.parquet").to_numpy()
+    frame = rows.set_index(rows["id"] + 100)[["price", "shop", "click", "age", "brand"]]
+
+    scorer = load_checkpoint(checkpoint_of(run), device="cpu")
+    scores = scorer.score(frame)
+    few = scorer.score(frame, batch_size=7)
+
+    assert list(scores.columns) == TASKS
+    assert scores.index.equals(frame.index)
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+    np.testing.assert_allclose(few, expected, rtol=1e-5)
+    as_category = frame.astype({"brand": "category", "shop": float})
+    np.testing.assert_array_equal(scorer.score(as_category), scores)
+    assert scorer.score(frame.head(0)).shape == (0, 3)
+
+
+def test_unseen_values_score_as_missing_ones_and_are_counted(shop):
+    run, rows, _ = shop
+    scorer = load_checkpoint(checkpoint_of(run), device="cpu")
+    unseen = rows.assign(brand="never", shop=10**12)
+    missing = rows.assign(brand=None, shop=None)
+
+    scores = scorer.score(unseen)
+
+    assert scorer.encoder.unseen == {"brand": 90, "shop": 90}
+    np.testing.assert_array_equal(scores, scorer.score(missing))
+    assert scorer.encoder.unseen == {"brand": 90, "shop": 90}
+    assert scorer.encoder.missing["brand"] == 90
+    assert scorer.encoder.missing["price"] == 2 * rows["price"].isna().sum() > 0
+    half = rows.assign(shop=2.5)
+    np.testing.assert_array_equal(scorer.score(half), scorer.score(rows.assign(shop=None)))
+
+
+def test_a_missing_number_takes_the_mean_of_the_training_rows(shop, tmp_path):
+    run, rows, data = shop
+    prices = pd.read_csv(data[1].removeprefix("data.train="))["price"]
+    scorer = load_checkpoint(checkpoint_of(run), device="cpu")
+
+    filled = scorer.score(rows.fillna({"price": prices.mean()}))
+
+    np.testing.assert_allclose(scorer.score(rows), filled, rtol=1e-6)
+
+
+def raw_rows(directory, split):
+    """The raw values of a prepared split, by its own vocabularies."""
+    manifest, arrays = open_prepared(directory)
+    arrays = arrays[split]
+
+    def values_of(name):
+        known = pl.read_parquet(directory / "vocabulary" / f"{name}.parquet")
+        return dict(zip(known["index"], known["value"], strict=True))
+
+    columns = {}
+    for column, field in enumerate(manifest.schema.categorical):
+        values = values_of(field.name)
+        columns[field.name] = [values.get(i) for i in arrays["categorical"][:, column].tolist()]
+    for column, name in enumerate(manifest.schema.numerical):
+        columns[name] = arrays["numerical"][:, column].astype(float)
+    for column, field in enumerate(manifest.schema.multivalued):
+        values = values_of(field.name)
+        stem = f"bags/{field.name}"
+        offsets = arrays[f"{stem}/offsets"]
+        bags = [slice(offsets[b], offsets[b + 1]) for b in arrays["bag"][:, column]]
+        columns[field.name] = [
+            [values.get(token, -7) for token in arrays[f"{stem}/tokens"][bag].tolist()]
+            for bag in bags
+        ]
+        columns[f"{field.name}_weights"] = [arrays[f"{stem}/weights"][bag] for bag in bags]
+    return pl.DataFrame(columns)
+
+
+def test_multi_valued_fields_are_lists(train, predict, prepare, tmp_path):
+    ali_ccp_log.write_log(tmp_path / "raw", 800, history=0.02, rows_per_common=20)
+    for skeleton in (tmp_path / "raw").glob("sample_skeleton_*.csv"):  # conversions are too rare
+        lines = [line.split(",", 3) for line in skeleton.read_text().splitlines()]
+        labels = [f"{int(row % 3 == 0)},{int(row % 6 == 0)}" for row in range(len(lines))]
+        texts = [f"{line[0]},{two},{line[3]}\n" for line, two in zip(lines, labels, strict=True)]
+        skeleton.write_text("".join(texts))
+    data = ["data=ali_ccp", "data.preset=null", "data.fields=[101,205,210,853,109_14]"]
+    data += ["data.tokens=all", f"data.dir={tmp_path}/log"]
+    prepare(*data, f"data.raw_dir={tmp_path}/raw", "data.min_count=2")
+    run = train(*data)
+    checkpoint = f"checkpoint={checkpoint_of(run)}"
+    rows = raw_rows(tmp_path / "log", "test")
+    lists = [name for name, dtype in rows.schema.items() if isinstance(dtype, pl.List)]
+    rows.write_parquet(tmp_path / "rows.parquet")
+
+    predict(checkpoint, *data, f"out={tmp_path}/prepared.parquet")
+    predict(checkpoint, f"table={tmp_path}/rows.parquet", f"out={tmp_path}/raw.parquet")
+
+    assert lists
+    prepared, raw = (pd.read_parquet(tmp_path / f"{n}.parquet") for n in ("prepared", "raw"))
+    np.testing.assert_allclose(raw, prepared, rtol=1e-5)
+    frame = load_checkpoint(checkpoint_of(run), device="cpu").score(rows.to_pandas())
+    np.testing.assert_allclose(frame, prepared, rtol=1e-5)
+
+
+def test_the_raw_csv_of_aliexpress_is_scored(train, predict, prepare, write_aliexpress, tmp_path):
+    raw = write_aliexpress(tmp_path / "raw")
+    data = ["data=aliexpress_nl", f"data.dir={tmp_path}/prepared"]
+    prepare(*data, f"data.raw_dir={raw}")
+    run = train(*data, model="shared_bottom")
+    checkpoint = f"checkpoint={checkpoint_of(run)}"
+
+    predict(checkpoint, *data, f"out={tmp_path}/prepared.parquet")
+    predict(checkpoint, f"table={raw}/test.csv", f"out={tmp_path}/raw.parquet")
+
+    scores = [pd.read_parquet(tmp_path / f"{name}.parquet") for name in ("prepared", "raw")]
+    pd.testing.assert_frame_equal(*scores)
+    expected = scores_of_network(run, tmp_path / "prepared")
+    np.testing.assert_allclose(scores[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.drop(columns="brand"), "the rows lack the column 'brand', which the"),
+        (
+            lambda rows: rows.assign(age=["old"] + ["1"] * 89),
+            "row 0, column 'age': expected a number that is finite in 32 bits, got 'old'",
+        ),
+        (lambda rows: rows.assign(age=[1.0] * 89 + [1e39]), "row 89, column 'age': expected"),
+        (
+            lambda rows: rows.assign(age=[1.0] * 11 + [None] * 79),
+            "row 11, column 'age': a number is missing, and the model's data had none",
+        ),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(change, message, train, tmp_path, shop):
+    _, rows, data = shop
+    without_fill = [key for key in data if not key.startswith("data.fill")][:-1]
+    if "missing" in message:
+        run = train(
+            *without_fill,
+            "data.exclude=[id,price]",
+            f"data.dir={tmp_path}/whole",
+            model="shared_bottom",
+        )
+    else:
+        run = shop[0]
+
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(checkpoint_of(run), device="cpu").score(change(rows), batch_size=8)
+
+
+def test_a_table_that_does_not_fit_leaves_no_file(shop, predict, tmp_path):
+    run, rows, _ = shop
+    rows.assign(age=["1"] * 50 + ["old"] * 40).to_csv(tmp_path / "rows.csv", index=False)
+
+    with pytest.raises(SystemExit, match=r"rows.csv, line 52, column 'age': expected a number"):
+        predict(
+            f"checkpoint={checkpoint_of(run)}",
+            f"table={tmp_path}/rows.csv",
+            f"out={tmp_path}/out/scores.parquet",
+        )
+
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_set_with_other_vocabularies_is_refused(shop, predict, prepare, tmp_path):
+    run, _, data = shop
+    other = [*data[:-1], f"data.dir={tmp_path}/other"]
+    for change, what in (([], "other vocabularies"), (["data.fill=0"], "other fields or scales")):
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        path = data[1].removeprefix("data.train=")
+        frame = pd.read_csv(path, dtype=str)  # pandas 2 would round the numbers
+        if not change:
+            frame["brand"] = frame["brand"].replace("beta", "gamma")
+        frame.to_csv(tmp_path / "train.csv", index=False)
+        keys = [*other, f"data.train={tmp_path}/train.csv", *change]
+        prepare(*keys)
+
+        with pytest.raises(SystemExit, match=f"has {what} than the data set that the model was"):
+            predict(f"checkpoint={checkpoint_of(run)}", *keys, f"out={tmp_path}/s.parquet")
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def truncate(path, content):
+    path.write_bytes(content[: len(content) // 2])
+
+
+def foreign(path, content):
+    torch.save({"state_dict": {}}, path)
+
+
+def other_version(path, content):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["mtnrec"]["format_version"] = 99
+    torch.save(checkpoint, path)
+
+
+def payload(path, content):
+    torch.save({"state_dict": {}, "mtnrec": Payload()}, path)
+
+
+def plain_pickle(path, content):
+    path.write_bytes(pickle.dumps(Payload()))
+
+
+def a_call(path, content):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["mtnrec"]["network"] = {"_target_": "os.mkdir", "path": "executed"}
+    torch.save(checkpoint, path)
+
+
+def a_class(path, content):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["mtnrec"]["network"] = {"_target_": "subprocess.Popen", "args": ["ls"]}
+    torch.save(checkpoint, path)
+
+
+def other_widths(path, content):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["mtnrec"]["network"]["embedding_dim"] = 5
+    torch.save(checkpoint, path)
+
+
+def with_card(**entries):
+    def damage(path, content):
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["mtnrec"] |= entries
+        torch.save(checkpoint, path)
+
+    return damage
+
+
+def with_vocabulary_size(path, content):
+    manifest = torch.load(path, weights_only=True)["mtnrec"]["manifest"]
+    with_card(
+        manifest=re.sub(r'"vocabulary_size": \d+', '"vocabulary_size": 2000000000', manifest)
+    )(path, content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (with_card(manifest=7), "what it says of its model is not whole"),
+        (with_card(network=None), "what it says of its model is not whole"),
+        (with_card(network={7: 8}), "what it says of its model is not whole"),
+        (with_card(vocabularies={"shop": b"x"}), "what it says of its model is not whole"),
+        (with_card(vocabularies={"shop": torch.zeros(9)}), "what it says of its model is not who"),
+        (with_card(vocabularies={"shop": torch.zeros(9, dtype=torch.uint8)}), "cannot be read"),
+        (with_card(format_version=torch.zeros(2)), "has format version tensor"),
+        (with_card(manifest="[" * 100_000), "is no schema of a prepared data set"),
+        (with_card(network={"_target_": "torch.nn.Linear"}), "Linear cannot be made as it says"),
+        (with_vocabulary_size, "the vocabulary of '.*' is damaged"),
+        (truncate, "is damaged or no checkpoint"),
+        (lambda path, _: path.write_bytes(b""), "is damaged or no checkpoint"),
+        (lambda path, _: path.write_bytes(os.urandom(5000)), "is damaged or no checkpoint"),
+        (lambda path, _: path.unlink(), "is missing"),
+        (foreign, "is no checkpoint of mtnrec"),
+        (other_version, "has format version 99, this version of mtnrec reads 1"),
+        (payload, "is damaged or no checkpoint"),
+        (plain_pickle, "is damaged or no checkpoint"),
+        (a_call, "needs the model os.mkdir, which cannot be imported"),
+        (a_class, "names subprocess.Popen as its model, which is no torch.nn.Module"),
+        (other_widths, "the weights are not those of mtnrec.model.shared_bottom.SharedBottom"),
+    ],
+)
+def test_a_damaged_or_foreign_checkpoint_is_refused_and_runs_no_code(
+    damage, message, shop, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "best.ckpt"
+    shutil.copy(checkpoint_of(shop[0]), path)
+    damage(path, path.read_bytes())
+
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(path)
+
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "one of data=NAME .* and table=FILE .* is needed"),
+        (["data=synthetic", "table=rows.csv"], "one of data=NAME"),
+        (["table=rows.csv", "out=scores.csv"], "out must be a .parquet file, got scores.csv"),
+        (["table=rows.csv", "batch_size=0"], "batch_size must be an integer >= 1, got 0"),
+        (["table=rows.csv"], "table: rows.csv is missing"),
+        (["table=small.csv"], "small.csv lacks the column 'age', 'price', 'shop'|lacks the column"),
+        (["table=whole.csv", "keep=[name]"], "lacks the column 'name' of keep"),
+        (["table=whole.csv", "keep=[ctr]"], "keep names 'ctr', which the scores are called"),
+        (["table=whole.csv", "device=abacus"], "device='abacus' cannot be used"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(overrides, message, shop, predict, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.csv").write_text("brand\nzeta\n")
+    shop[1].assign(ctr=1).to_csv("whole.csv", index=False)
+
+    with pytest.raises(SystemExit, match=message):
+        predict(f"checkpoint={checkpoint_of(shop[0])}", "out=scores.parquet", *overrides)
+
+
+def test_a_row_without_a_finite_probability_is_named(shop, predict, tmp_path):
+    run, rows, data = shop
+    path, out = tmp_path / "best.ckpt", tmp_path / "out" / "scores.parquet"
+    checkpoint = torch.load(checkpoint_of(run), weights_only=True)
+    checkpoint["state_dict"]["network.bottom.0.weight"][3, 2] = torch.inf
+    torch.save(checkpoint, path)
+
+    with pytest.raises(SystemExit, match=r"row 0 of .*/prepared/test has no finite probability"):
+        predict(f"checkpoint={path}", *data, f"out={out}")
+    with pytest.raises(ValueError, match="row 0 has no finite probability"):
+        load_checkpoint(path).score(rows)
+
+    assert list(out.parent.iterdir()) == []
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error():
+    import mtnrec
+
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = mtnrec.nothing

@@ -1,0 +1,293 @@
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import cloudpickle
+import pytest
+import yaml
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+
+from mtnrec.command.config import CONF_DIR
+from mtnrec.run.folder import State, claim, state_of
+from mtnrec.sweep import launch as sweep
+from mtnrec.train import main as train_main
+
+LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3", "trainer.max_epochs=1"]
+SWEEP = [*LOG, "hydra.mode=MULTIRUN", "mtn.enabled=true", "seed=0,1", "mtn.lam=1e-4,-1"]
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def states(root):
+    return {path.name: state_of(path) for path in root.iterdir() if path.is_dir()}
+
+
+@pytest.fixture
+def plan():
+    """Plan the cells of a command line, as the sweeper does."""
+
+    def make(grids, *arguments, experiment=None):
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            lines = [] if experiment is None else [f"experiment={experiment}"]
+            config = loader.load_configuration("train", [*arguments, *lines], RunMode.MULTIRUN)
+            sweeper = config.hydra.sweeper
+            grids = grids or [{**sweeper.params, **g} for g in (sweeper.grids or {"": {}}).values()]
+            return sweep.plan(config, loader, grids, [*arguments, *lines])
+
+    return make
+
+
+def test_several_grids_are_laid_side_by_side(plan):
+    grids = [
+        {"seed": "range(0,2)", "model": "esmm,mmoe"},
+        {"seed": "range(0,2)", "model": "mmoe", "mtn.enabled": True, "mtn.lam": "1e-4,1e-3"},
+    ]
+
+    jobs = plan(grids)
+
+    assert len(jobs) == 4 + 4
+    assert len({job.folder for job in jobs}) == 8
+    assert {job.folder.parent for job in jobs} == {Path("runs")}
+    assert jobs[0].overrides == ("seed=0", "model=esmm")
+    assert jobs[-1].config["mtn"]["lam"] == 1e-3
+
+
+def test_a_cell_that_two_grids_share_is_made_once(plan):
+    (job,) = plan([{"mtn.enabled": "false", "mtn.lam": "1e-5,1e-4"}, {"seed": 0}])
+
+    assert job.config["mtn"]["enabled"] is False
+
+
+def test_the_command_line_narrows_every_grid(plan):
+    grids = [{"seed": "range(0,9)", "model": model} for model in ("esmm", "mmoe")]
+
+    jobs = plan(grids, "seed=7", "patience=1")
+
+    assert [job.config["seed"] for job in jobs] == [7, 7]
+    assert {job.config["patience"] for job in jobs} == {1}
+
+
+@pytest.mark.parametrize(
+    ("name", "swept", "narrowed", "cells"),
+    [
+        ("table_1", 10 * 4 * 3 * 2, [], 2),
+        ("table_2", 10 * 3 * 3 * 2, ["noise.proportion=0.1"], 2),
+        ("figure_1", 10 * 6, ["noise.proportion=0,0.1"], 2),
+        ("figure_3", 10 * 2 * 2, [], 3),  # without MTN its target makes no difference
+        ("analysis_3_target", 10 * 2 * 2, [], 3),
+        ("analysis_3_layers", 10 * 2 * 4, ["mtn.layers=all,[0]"], 3),
+        ("lambda", 5 * 2 * 2 * 6, ["mtn.lam=1e-4"], 3),
+        ("alpha", 10 * 2 * 5, ["mtn.alpha=uniform,[0,0,1]"], 3),
+        ("layer_weighting", 10 * 2 * 4, ["mtn.layer_weighting=mean,gated"], 3),
+    ],
+)
+def test_an_experiment_sweeps_what_it_says_and_narrows(name, swept, narrowed, cells, plan):
+    file = yaml.safe_load((CONF_DIR / "experiment" / f"{name}.yaml").read_text())
+    folder = "analysis_3_target" if name == "figure_3" else name  # they share their runs
+    if "hydra" in file:
+        params = [f"{key}={value}" for key, value in file["hydra"]["sweeper"]["params"].items()]
+        overrides = OverridesParser.create().parse_overrides(params)
+        assert len(BasicSweeper.split_arguments(overrides, None)[0]) == swept
+
+    jobs = plan(None, "seed=3", "data=synthetic", "model=mmoe", *narrowed, experiment=name)
+
+    assert len(jobs) == cells
+    assert {job.folder.parent.as_posix() for job in jobs} == {f"runs/{folder}"}
+    assert {job.config["seed"] for job in jobs} == {3}
+    assert {job.config["data"]["name"] for job in jobs} == {"synthetic"}
+
+
+def test_the_quickstart_runs_on_any_launcher(plan):
+    jobs = plan(None, "hydra/launcher=basic", "seed=0", experiment="quickstart")
+
+    assert len(jobs) == 3 * 6 + (6 - 1) + 1  # the grid of lambda has one of shared-bottom's cells
+
+
+def test_a_failing_cell_does_not_end_a_sweep_and_says_how_to_run_it_again(train, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2 of 4 cells"):
+        train(*SWEEP, folder=tmp_path)
+
+    found = states(tmp_path)
+    failed = [name for name, state in found.items() if state is State.FAILED]
+    assert len(found) == 4
+    assert len(failed) == 2
+    assert sum(state is State.FINISHED for state in found.values()) == 2
+    out = " ".join(capsys.readouterr().out.split())
+    for name in failed:
+        failure = read_json(tmp_path / name / "failure.json")
+        assert failure["message"] == "mtn.lam must be a number in [0, inf), got -1"
+        assert failure["command"] in out
+        assert f"{tmp_path / name} failed: mtn.lam must be" in out
+
+
+def test_the_command_of_a_cell_makes_it_in_its_place(train, tmp_path):
+    with pytest.raises(SystemExit, match="1 of 1 cells are"):
+        train(*LOG, "hydra.mode=MULTIRUN", "mtn.lam=-1", "seed=3", folder=tmp_path)
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    command = shlex.split(read_json(folder / "failure.json")["command"])
+
+    assert command[:3] == ["python", "-m", "mtnrec.train"]
+    again = [argument for argument in command[3:] if argument != "mtn.lam=-1"]
+    train(*again, folder=folder)
+
+    record = read_json(folder / "result.json")
+    assert record["seed"] == 3
+    assert record["config"]["output_dir"] == str(folder)
+    assert not (folder / "failure.json").exists()
+
+
+def test_the_same_sweep_again_runs_what_is_not_finished(train, tmp_path, capsys):
+    train(*SWEEP, "mtn.lam=1e-4", folder=tmp_path)
+    records = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+
+    train(*SWEEP, "mtn.lam=1e-4", "seed=0,1,2", folder=tmp_path)
+
+    assert len(records) == 2
+    assert {path: path.stat().st_mtime_ns for path in records} == records
+    assert len(list(tmp_path.rglob("result.json"))) == 3
+    assert "3 of 3 cells are finished, 2 of them were before" in capsys.readouterr().out
+
+
+def test_data_that_are_not_there_are_told_of_before_the_first_run(train, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2 of 2 cells"):
+        train("hydra.mode=MULTIRUN", "data=aliexpress_nl", "seed=0,1", folder=tmp_path)
+
+    said = " ".join(capsys.readouterr().out.split())
+    early = said.index("2 of 2 cells will fail: there is no prepared data set")
+    assert early < said.index("#0 :")
+
+
+class Launcher:
+    """Runs cells that kill it: each launch does, until a cell has died often enough."""
+
+    def __init__(self, folders, deadly):
+        self.folders, self.deadly, self.launches = folders, deadly, []
+
+    def launch(self, job_overrides, initial_job_idx):
+        self.launches.append([name for (name,) in job_overrides])
+        for (name,) in job_overrides:
+            folder = self.folders[name]
+            folder.mkdir(exist_ok=True)
+            if name == self.deadly:
+                (folder / "running.json").write_text("{}")
+                raise RuntimeError("a worker was killed")
+            (folder / "result.json").write_text("{}")
+
+
+def test_a_cell_that_kills_its_worker_is_tried_three_times_and_the_others_go_on(tmp_path):
+    folders = {name: tmp_path / name for name in "abc"}
+    jobs = [sweep.Job((name,), folder, {}) for name, folder in folders.items()]
+    launcher = Launcher(folders, "b")
+
+    sweep._launch(jobs, launcher)
+
+    assert launcher.launches == [["a", "b", "c"], ["b", "c"], ["b", "c"], ["c"]]
+    assert read_json(folders["b"] / "failure.json")["message"] == (
+        "its process died 3 times: a worker was killed"
+    )
+    assert state_of(folders["c"]) is State.FINISHED
+
+
+class Sharing(Launcher):
+    """Finds one cell in the hands of another process, which gives it up unfinished."""
+
+    def launch(self, job_overrides, initial_job_idx):
+        super().launch(job_overrides, initial_job_idx)
+        if len(self.launches) == 1:
+            (self.folders["b"] / "result.json").unlink()
+            other = claim(self.folders["b"], [], "")
+            other.__enter__()
+            threading.Timer(0.1, other.__exit__, (None, None, None)).start()
+
+
+def test_a_cell_that_another_process_makes_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_PAUSE", 0.02)
+    folders = {name: tmp_path / name for name in "ab"}
+    launcher = Sharing(folders, None)
+
+    sweep._launch([sweep.Job((name,), folder, {}) for name, folder in folders.items()], launcher)
+
+    assert launcher.launches == [["a", "b"], ["b"]]
+    assert state_of(folders["b"]) is State.FINISHED
+
+
+def test_a_launcher_that_fails_of_itself_ends_the_sweep(tmp_path):
+    class Broken:
+        def launch(self, job_overrides, initial_job_idx):
+            raise RuntimeError("no such partition")
+
+    with pytest.raises(RuntimeError, match="no such partition"):
+        sweep._launch([sweep.Job(("a",), tmp_path / "a", {})], Broken())
+
+
+def test_the_training_can_be_sent_to_a_worker_process():
+    task = train_main.__wrapped__  # what Hydra's launchers pickle
+
+    assert callable(cloudpickle.loads(cloudpickle.dumps(task)))
+
+
+OUTCOME = ("cell", "metrics", "counts", "history", "best_epoch", "calibration_curves")
+
+
+def outcomes(root):
+    records = {path.parent.name: read_json(path) for path in root.rglob("result.json")}
+    return {name: {key: record[key] for key in OUTCOME} for name, record in records.items()}
+
+
+def command(folder, data_root, *overrides):
+    return [
+        *(sys.executable, "-m", "mtnrec.train", "-m", f"hydra.sweep.dir={folder}"),
+        *(f"data_root={data_root}", "data.rows=12000", "data.click_rate=0.2"),
+        *("data.conversion_rate=0.3", "data.batch_size=128", "model=shared_bottom"),
+        *("model.embedding_dim=8", "model.bottom_widths=[16]", "model.tower_widths=[8]"),
+        *("trainer.max_epochs=8", "threads=1", "mtn.enabled=false,true", "seed=0,1"),
+        *overrides,
+    ]
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_three_times_and_two_workers_give_the_bits_of_one_process(tmp_path):
+    data = tmp_path / "data"
+    subprocess.run(command(tmp_path / "whole", data), check=True, capture_output=True)
+    expected = outcomes(tmp_path / "whole")
+
+    killed = command(tmp_path / "killed", data)
+    for epochs in (2, 1, 1):
+        process = subprocess.Popen(killed, start_new_session=True, stdout=subprocess.DEVNULL)
+        wait_for_epochs(tmp_path / "killed", epochs, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(killed, check=True, capture_output=True)
+    logs = [path.read_text() for path in (tmp_path / "killed").rglob("train.log")]
+
+    workers = ["hydra/launcher=workers", "hydra.launcher.n_jobs=2"]
+    subprocess.run(command(tmp_path / "two", data, *workers), check=True, capture_output=True)
+
+    assert len(expected) == 4
+    assert any(re.search("goes on from .*last.ckpt", log) for log in logs)
+    assert outcomes(tmp_path / "killed") == expected
+    assert outcomes(tmp_path / "two") == expected
+
+
+def wait_for_epochs(root, epochs, process):
+    """Wait until a run of a live sweep has finished some epochs."""
+    while process.poll() is None:
+        for path in root.rglob("running.json"):
+            if read_json(path).get("epochs", 0) >= epochs and state_of(path.parent) == "running":
+                return
+        time.sleep(0.02)
+    raise AssertionError("the sweep was done before it could be killed")

@@ -1,0 +1,105 @@
+import platform
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mtnrec import performance as machine
+from mtnrec.performance import choose_products, keep_freed_memory
+
+CPU = torch.device("cpu")
+
+PAGES = """
+import resource, sys, torch
+from mtnrec.performance import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for step in range(40):
+    if step == 20:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
+def test_memory_that_is_freed_is_not_faulted_in_again():
+    pages = {}
+    for what in ("keep", "leave"):
+        command = [sys.executable, "-c", PAGES, what]
+        pages[what] = int(subprocess.run(command, check=True, capture_output=True).stdout)
+
+    of_the_blocks = 20 * (64 << 20) // resource.getpagesize()
+    assert pages["leave"] > 0.5 * of_the_blocks
+    assert pages["keep"] < 0.02 * of_the_blocks
+
+
+def test_a_system_without_glibc_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+
+    assert not keep_freed_memory()
+
+
+@pytest.fixture
+def amd(monkeypatch):
+    monkeypatch.setattr(machine, "_is_amd", lambda: True)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3), (2048, 201, 512), (256, 2048, 512), (2176, 512, 64)])
+def test_products_are_those_of_float32_on_any_processor(amd, product_setting, shape):
+    choose_products(CPU)  # on a processor that rounds it changes nothing
+    rows, inner, columns = shape
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    exact = a.double() @ b.double()
+    error = torch.finfo(torch.float32).eps * inner**0.5
+
+    for product in (a @ b, (b.T @ a.T).T, torch.stack([a, a]) @ b, torch.addmm(b[0] * 0, a, b)):
+        assert ((product - exact).abs() <= error * (a.abs() @ b.abs())).all()
+
+
+def test_a_processor_that_would_round_to_bfloat16_is_left_as_it_is(
+    amd, product_setting, monkeypatch
+):
+    monkeypatch.setattr(
+        machine, "_multiply", lambda a, b: (a.bfloat16() @ b.bfloat16()).to(torch.float32)
+    )
+
+    assert not choose_products(CPU)
+    assert product_setting.fp32_precision == "ieee"
+
+
+@pytest.mark.parametrize(("vendor", "device"), [("Intel", "cpu"), ("AMD", "cuda")])
+def test_other_processors_and_devices_are_left_as_they_are(
+    product_setting, monkeypatch, vendor, device
+):
+    monkeypatch.setattr(machine, "_is_amd", lambda: vendor == "AMD")
+
+    assert not choose_products(torch.device(device))
+    assert product_setting.fp32_precision == "ieee"
+
+
+def test_the_choice_leaves_random_numbers_alone(amd, product_setting):
+    before = torch.get_rng_state()
+    choose_products(CPU)
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("vendor_id\t: AuthenticAMD\n", True), ("vendor_id\t: GenuineIntel\n", False)],
+)
+def test_the_vendor_is_read_from_what_linux_says(monkeypatch, tmp_path, text, expected):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "cpuinfo")
+
+    assert machine._is_amd() is expected
+
+
+def test_the_vendor_is_read_from_what_windows_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "absent")
+    monkeypatch.setattr("platform.processor", lambda: "AMD64 Family 26 Model 2, AuthenticAMD")
+
+    assert machine._is_amd()

@@ -1,0 +1,325 @@
+import gzip
+import json
+import struct
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType, SimpleNamespace
+
+import numpy as np
+import pytest
+import wandb
+from omegaconf import OmegaConf
+from wandb.proto.wandb_internal_pb2 import Record
+
+from mtnrec.command.config import seed_keys
+from mtnrec.reporting.runs import read_runs
+from mtnrec.run.identity import RunIdentity
+from mtnrec.tracking.loggers import make_logger
+from mtnrec.tracking.tables import tables_of
+from mtnrec.training.recorder import RunRecorder
+
+# Rates at which every split has both classes of every task.
+LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
+
+
+@pytest.fixture
+def labels(compose_config):
+    def make(*overrides, checksum="1"):
+        config = compose_config("output_dir=out", *overrides)
+        resolved = OmegaConf.to_container(config, resolve=True)
+        return RunIdentity(resolved, checksum, seed_keys(config))
+
+    return make
+
+
+def test_seed_and_what_means_nothing_leave_the_arm_as_it_is(labels):
+    group = labels().group
+
+    for override in ("seed=3", "mtn.lam=1", "noise.seed=4", "output_dir=other", "data.dir=there"):
+        assert labels(override).group == group
+
+
+@pytest.mark.parametrize(
+    "override", ["repeats=seed_split_noise", "noise.seed=${seed}", "data.split_seed=${seed}"]
+)
+def test_what_is_drawn_from_the_seed_leaves_the_arm_as_it_is(override, labels):
+    groups = {labels("noise.proportion=0.1", override, f"seed={n}").group for n in range(3)}
+
+    assert len(groups) == 1
+    assert groups != {labels("noise.proportion=0.1").group}
+
+
+def test_what_determines_a_result_makes_another_arm(labels):
+    overrides = ["mtn.enabled=true", "model=mmoe", "noise.proportion=0.1", "optimizer.lr=0.1"]
+    groups = {labels(*override).group for override in [[], *([o] for o in overrides)]}
+
+    assert len(groups | {labels(checksum="2").group}) == 6
+
+
+def test_a_data_set_may_be_called_by_a_number(labels):
+    found = labels("data.name=5")
+
+    assert found.group.startswith("5 ")
+    assert found.tags[0] == "5"
+
+
+def test_name_and_tags_say_model_data_mtn_and_noise(labels):
+    found = labels("model=mmoe", "mtn.enabled=true", "noise.proportion=0.15", "seed=7")
+
+    assert found.group.startswith("synthetic mmoe mtn lam=1e-05 noise_0.15 ")
+    assert found.name == f"{found.group} seed=7"
+    assert found.tags == ["synthetic", "mmoe", "mtn", "noise_0.15"]
+
+
+def test_a_name_of_ones_own_is_kept_and_tags_are_added(compose_config, tmp_path):
+    config = compose_config(
+        "logger=wandb", f"output_dir={tmp_path}", "logger.name=mine", "logger.tags=[pilot]"
+    )
+
+    resolved = OmegaConf.to_container(config, resolve=True)
+    logger = make_logger(config.logger, RunIdentity(resolved, "1", ["seed"]))
+
+    assert logger.name == "mtnrec"  # Lightning's is the project's
+    assert logger._wandb_init["name"] == "mine"
+    assert logger._wandb_init["tags"] == ["pilot", "synthetic", "esmm", "baseline", "clean"]
+
+
+def test_tables_lay_the_record_out(tmp_path):
+    (tmp_path / "spectra").mkdir()
+    np.savez(tmp_path / "spectra" / "epoch_001.npz", **{"layer_0/task": np.array([3.0, 1.0])})
+    record = {
+        "best_epoch": 1,
+        "config": {"output_dir": str(tmp_path)},
+        "counts": {
+            "test/buy": {"rows": 9, "positives": 2},
+            "test/buy_now": {"rows": 9, "positives": 1},
+        },
+        "metrics": {"test/buy_auc": 0.7, "test/buy_now_auc": 0.6},
+        "history": [
+            {"epoch": 0, "mtn/layer_0/alpha_task": 0.4, "mtn/layer_0/effective_rank_task": 1.5}
+        ],
+        "calibration_curves": {"test/buy": {"predicted": [0.1], "observed": [0.2], "rows": [9]}},
+        "expert_distances": [[0.0, 2.0], [2.0, 0.0]],
+    }
+
+    rows = {name: rows for name, (_, rows) in tables_of(SimpleNamespace(**record)).items()}
+
+    nothing = [None] * 5
+    assert rows["metrics"] == [
+        ["test", "buy", 9, 2, 0.7, *nothing],
+        ["test", "buy_now", 9, 1, 0.6, *nothing],
+    ]
+    assert rows["alphas"] == [[0, 0, "task", 0.4, 1.5]]
+    assert rows["spectra"] == [["layer_0", "task", 0, 3.0], ["layer_0", "task", 1, 1.0]]
+    assert rows["calibration"] == [["test", "buy", 0.1, 0.2, 9]]
+    assert rows["expert_distances"] == [[0, 0.0, 2.0], [1, 2.0, 0.0]]
+
+
+def test_a_record_without_history_and_curves_has_its_metrics_only(tmp_path):
+    record = {
+        "best_epoch": 0,
+        "config": {"output_dir": str(tmp_path)},
+        "counts": {"test/ctr": {"rows": 9, "positives": 2}},
+        "metrics": {"test/ctr_auc": None},
+        "history": [],
+        "calibration_curves": {},
+        "expert_distances": None,
+    }
+
+    assert list(tables_of(SimpleNamespace(**record))) == ["metrics"]
+
+
+def read_wandb(path):
+    """The records of an offline run: LevelDB's log format, after a header of 7 bytes."""
+    content, position, parts = path.read_bytes(), 7, []
+    while position + 7 <= len(content):
+        if (left := 32768 - position % 32768) < 7:  # too short for a header: the block is padded
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        parts.append(content[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(b"".join(parts))
+            parts.clear()
+
+
+def values_of(items):
+    return [(item.key or "/".join(item.nested_key), json.loads(item.value_json)) for item in items]
+
+
+def read_wandb_run(path):
+    """Its config, history, summary, axis of each metric, run and exit code."""
+    history, axes, kept = {}, {}, {"config": {}, "summary": {}}
+    for record in read_wandb(path):
+        for part in ("config", "summary"):
+            kept[part] |= values_of(getattr(record, part).update)
+        for name, value in values_of(record.history.item):
+            history.setdefault(name, []).append(value)
+        kind = record.WhichOneof("record_type")
+        if kind == "metric":
+            axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
+        elif kind in ("run", "exit"):
+            kept[kind] = getattr(record, kind)
+    return SimpleNamespace(**kept, history=history, axes=axes)
+
+
+def test_each_job_of_a_sweep_is_an_offline_run_of_wandb_of_its_own(train):
+    sweep = train(*LOG, "hydra.mode=MULTIRUN", "seed=0,1", "logger=wandb", "logger.offline=true")
+
+    groups, names = set(), set()
+    for seed in (0, 1):
+        (path,) = sweep.glob(f"*-seed{seed}-*/wandb/offline-run-*/*.wandb")
+        found = read_wandb_run(path)
+        config, history = found.config, found.history
+        result = json.loads((path.parents[2] / "result.json").read_text())
+        groups.add(found.run.run_group)
+        names.add(found.run.display_name)
+        assert list(found.run.tags) == ["synthetic", "esmm", "baseline", "clean"]
+        assert found.exit.exit_code == 0
+        assert (config["model"], config["data"], config["seed"]) == ("esmm", "synthetic", seed)
+        assert config["model_settings"] == result["config"]["model"]
+        assert config["mtn"] == {"enabled": False}
+        assert config["noise"] == {"proportion": 0}
+        assert {found.axes[f"{part}/*"] for part in ("train", "val", "mtn")} == {"epoch"}
+        assert len(history["val/cvr_auc"]) == 2
+        assert history["val/cvr_auc"][result["best_epoch"]] == pytest.approx(
+            result["metrics"]["val/cvr_auc"]
+        )
+        assert history["test/ctcvr_log_loss"] == pytest.approx(
+            [result["metrics"]["test/ctcvr_log_loss"]]
+        )
+        assert history["tables/metrics/nrows"] == [len(result["counts"])]
+        assert history["figures/training_curves/_type"] == ["image-file"]
+        assert found.summary["best_epoch"] == result["best_epoch"]
+        for name, value in result["metrics"].items():
+            assert found.summary[name] == pytest.approx(value)
+    assert len(names) == 2
+    (group,) = groups
+    (arm,) = set(read_runs(sweep).settings["arm"])
+    assert group.endswith(f" {arm[:8]}")  # the report's arm
+
+
+def test_a_run_that_goes_on_is_the_same_run_of_wandb(train, tmp_path, monkeypatch):
+    run = [*LOG, "logger=wandb", "logger.offline=true"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunRecorder, "on_test_start", lambda *_: 1 // 0)
+        with pytest.raises(ArithmeticError):
+            train(*run, folder=tmp_path)
+
+    train(*run, folder=tmp_path)
+    train(*run, "resume=false", folder=tmp_path)
+
+    paths = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime)
+    first, second, third = (read_wandb_run(path).run.run_id for path in paths)
+    assert first == second != third
+
+
+@pytest.fixture
+def wandb_at(monkeypatch):
+    """Sends runs to a server; W&B's own process keeps that, so it is a new one before and after."""
+
+    def send(url):
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", 40 * "0")
+        wandb.teardown()
+
+    yield send
+    wandb.teardown()
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_does_not_end_the_run(train, tmp_path, wandb_at):
+    wandb_at("http://127.0.0.1:9")
+
+    train(*LOG, "logger=wandb", "logger.settings.init_timeout=1", folder=tmp_path)
+
+    assert "W&B does not answer" in (tmp_path / "train.log").read_text()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    found = read_wandb_run(path)
+    assert len(found.history["val/cvr_auc"]) == 2
+    assert found.exit.exit_code == 0
+
+
+class WandbServer(BaseHTTPRequestHandler):
+    """Takes a run, and is gone when the first values come."""
+
+    answers = MappingProxyType(
+        {
+            "Viewer": {"viewer": {"id": "V", "entity": "team", "flags": "{}"}},
+            "RunResumeStatus": {"model": None},
+            "UpsertBucket": {
+                "upsertBucket": {
+                    "bucket": {
+                        "id": "B",
+                        "name": "taken",
+                        "project": {"name": "mtnrec", "entity": {"name": "team"}},
+                    }
+                }
+            },
+        }
+    )
+
+    def do_POST(self):
+        if self.path != "/graphql":
+            self.server.gone.set()
+            self.server.shutdown()
+            self.server.server_close()
+            return
+        text = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            text = gzip.decompress(text)
+        data = self.answers.get(json.loads(text)["operationName"], {})
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_does_not_end_the_run(train, tmp_path, wandb_at):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), WandbServer)
+    server.gone = threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    wandb_at(f"http://127.0.0.1:{server.server_port}")
+
+    times = ["init_timeout=20", "finish_timeout=5"]
+    train(*LOG, "logger=wandb", *(f"logger.settings.{time}" for time in times), folder=tmp_path)
+
+    assert server.gone.is_set()
+    assert (tmp_path / "result.json").exists()
+    assert "W&B does not answer" in (tmp_path / "train.log").read_text()
+    (path,) = tmp_path.glob("wandb/run-*/*.wandb")
+    assert len(read_wandb_run(path).history["val/cvr_auc"]) == 2
+
+
+def test_tables_that_the_server_does_not_take_do_not_end_the_run(train, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise wandb.errors.CommError("gone")
+
+    monkeypatch.setattr(wandb.Run, "log_artifact", refuse)
+
+    train(*LOG, "logger=wandb", "logger.offline=true", folder=tmp_path)
+
+    assert "W&B does not answer (gone)" in (tmp_path / "train.log").read_text()
+    assert (tmp_path / "result.json").exists()
+
+
+def test_a_run_that_fails_closes_its_run_of_wandb_as_failed(train, tmp_path):
+    with pytest.raises(SystemExit, match="ESMM has no shared layers"):
+        train(
+            *LOG,
+            "logger=wandb",
+            "logger.offline=true",
+            "mtn.enabled=true",
+            "mtn.target=shared",
+            folder=tmp_path,
+        )
+
+    assert wandb.run is None
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert read_wandb_run(path).exit.exit_code == 1

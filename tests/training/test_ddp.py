@@ -1,0 +1,143 @@
+"""Several processes against one: ``python -m mtnrec.train trainer=ddp``."""
+
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+from stress import kill
+from stress.ddp import MODELS, OPTIONS, compare, settings
+from stress.ddp import train as train_apart
+
+from mtnrec.files import read_json
+from mtnrec.run.folder import State, state_of
+
+FAILING_RANK = Path(__file__).with_name("failing_rank.py")
+IN_THE_DEFAULT_SUITE = [("esmm", True, "all"), ("mmoe", False, "none")]
+
+
+PRODUCT = [
+    pytest.param(*case, marks=[] if case in IN_THE_DEFAULT_SUITE else [pytest.mark.slow])
+    for case in product(MODELS, (False, True), OPTIONS)
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about evaluating here
+@pytest.mark.parametrize(("model", "mtn", "option"), PRODUCT)
+def test_two_processes_train_what_one_does_and_measure_it_exactly(
+    model, mtn, option, train, tmp_path
+):
+    root = f"data_root={tmp_path / 'data'}"
+    one, two = (settings(mtn=mtn, option=option, devices=devices) for devices in (1, 2))
+
+    train(root, *one, model=model, folder=tmp_path / "one")
+    train_apart(tmp_path / "two", root, *MODELS[model], *two)
+
+    weights, alphas, metrics_equal = compare(tmp_path / "one", tmp_path / "two")
+    assert weights < 1e-9
+    assert alphas < 1e-6  # they are logged in float32
+    assert metrics_equal
+    files = [
+        {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")}
+        for name in ("one", "two")
+    ]
+    assert files[0] == files[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about evaluating here
+def test_all_ranks_evaluate_with_the_batch_norm_that_is_kept(tmp_path):
+    keys = [*MODELS["esmm"], *settings(mtn=False, option="none", devices=2)]
+
+    train_apart(tmp_path, f"data_root={tmp_path / 'data'}", *keys, "model.batch_norm=true")
+
+    assert compare(tmp_path, tmp_path).metrics_equal
+
+
+@pytest.mark.parametrize(
+    ("rank", "failure"),
+    [
+        pytest.param(0, "raise", marks=pytest.mark.slow),
+        pytest.param(0, "kill", marks=pytest.mark.slow),
+        (1, "raise"),
+        pytest.param(1, "kill", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_ends_early_ends_the_run_with_an_error(rank, failure, tmp_path):
+    environment = os.environ | {"FAILING_RANK": str(rank), "FAILURE": failure}
+    keys = [*MODELS["esmm"], *settings(mtn=True, option="none", devices=2)]
+    command = [sys.executable, FAILING_RANK, f"hydra.run.dir={tmp_path / 'run'}", *keys]
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    assert done.returncode != 0
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert ("ArithmeticError: so it goes" in done.stderr) == (failure == "raise")
+    failed = read_json(tmp_path / "run" / "failure.json")
+    if failure == "raise":
+        assert failed["message"] == "so it goes"
+    elif failed is not None:
+        assert "onnection" in failed["message"]
+    else:  # the launcher was faster than the other rank
+        assert state_of(tmp_path / "run") is State.INTERRUPTED
+
+
+# With three processes the sum of their gradients depends on its order.
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 3])
+def test_processes_that_go_on_within_an_epoch_end_with_the_bits_of_an_uninterrupted_run(
+    devices, tmp_path
+):
+    keys = [*MODELS["esmm"], *settings(mtn=True, option="all", devices=devices)]
+    keys += ["model.dropout=0.2", "trainer.precision=32-true", "data.batch_size=40"]
+    keys += ["trainer.checkpoint_every_n_steps=1", f"data_root={tmp_path / 'data'}"]
+    train_apart(tmp_path / "whole", *keys)
+    environment = os.environ | {"FAILING_RANK": "1", "FAILURE": "raise", "FAILING_BATCH": "8"}
+    command = [sys.executable, FAILING_RANK, f"hydra.run.dir={tmp_path / 'run'}", *keys]
+    subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
+
+    train_apart(tmp_path / "run", *keys)
+
+    assert ", after epoch 0, step 2\n" in (tmp_path / "run" / "train.log").read_text()
+    kill.compare(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2])
+def test_a_loss_of_one_rank_that_is_not_finite_is_named_with_its_rows(devices, tmp_path):
+    environment = os.environ | {"FAILING_RANK": "1", "FAILURE": "diverge"}
+    keys = [*MODELS["esmm"], *settings(mtn=True, option="none", devices=devices)]
+    command = [sys.executable, FAILING_RANK, f"hydra.run.dir={tmp_path}", *keys]
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    message = read_json(tmp_path / "failure.json")["message"]
+    assert message.startswith("the loss must be finite, got nan at step 2 (epoch 0, batch 2: 120 ")
+    assert done.stderr.count(message) == devices  # no rank waits for another
+    assert not list((tmp_path / "checkpoints").glob("*.ckpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about evaluating here
+def test_processes_that_slurm_starts_on_two_machines_make_one_run(tmp_path):
+    keys = [*MODELS["esmm"], *settings(mtn=True, option="none", devices=1)]
+    keys.append(f"data_root={tmp_path / 'data'}")
+    train_apart(tmp_path / "one", *keys)
+    keys += ["trainer=slurm", "trainer.num_nodes=2", "trainer.devices=1", "data.batch_size=120"]
+    command = [sys.executable, "-m", "mtnrec.train", *keys, f"hydra.run.dir={tmp_path / 'run'}"]
+    of_job = {"SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 1, "SLURM_NNODES": 2, "SLURM_LOCALID": 0}
+    of_job |= {"SLURM_JOB_ID": os.getpid(), "SLURM_JOB_NAME": "mtn", "SLURM_NODELIST": "127.0.0.1"}
+    tasks = []
+    for rank in range(2):
+        own = of_job | {"SLURM_PROCID": rank, "SLURM_NODEID": rank}
+        environment = os.environ | {name: str(value) for name, value in own.items()}
+        tasks.append(subprocess.Popen(command, env=environment))
+
+    assert [task.wait(timeout=120) for task in tasks] == [0, 0]
+
+    weights, alphas, metrics_equal = compare(tmp_path / "one", tmp_path / "run")
+    assert weights < 1e-9
+    assert alphas < 1e-6
+    assert metrics_equal
