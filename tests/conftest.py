@@ -9,4 +9,5 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", 0)
     if runs_tests:
-        config.pluginmanager.import_plugin("shared_fixtures")
+        for module in ("shared_fixtures", "run_fixtures"):
+            config.pluginmanager.import_plugin(module)

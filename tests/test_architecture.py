@@ -38,7 +38,7 @@ ALLOWED = {
     "tracking": {"checks", "metric", "reporting", "run"},
     "training": GROUND
     | {"checkpoint", "command", "data", "files", "inspection", "metric", "model", "optimizer"}
-    | {"performance", "run", "tracking"},
+    | {"mtn", "performance", "run", "serving", "tracking"},
     # The commands.
     "train": {"command", "run", "sweep", "tracking", "training"},
     "prepare": {"command"},
@@ -48,7 +48,7 @@ ALLOWED = {
     "status": {"checks", "command", "run", "sweep"},
     "report": {"command", "reporting"},
     "dashboard": {"checks", "command", "files", "tracking"},
-    "__init__": {"serving"},
+    "__init__": {"data", "model", "mtn", "optimizer", "reporting", "serving", "training"},
 }
 
 

@@ -12,7 +12,7 @@ from shared_fixtures import Killed
 from mtnrec import load_checkpoint
 from mtnrec.files import read_json
 from mtnrec.training import module
-from mtnrec.training.cuda_graph import Replay
+from mtnrec.training.cuda_graph import CudaGraphLoss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -22,12 +22,12 @@ IN_FLOAT64 = "trainer.precision=64-true"
 MODELS = ("shared_bottom", "esmm", "mmoe")
 
 
-def read_record(folder):
+def read_capture(folder):
     return read_json(folder / "result.json")
 
 
 def losses_of(folder):
-    return [epoch["train/loss"] for epoch in read_record(folder)["history"]]
+    return [epoch["train/loss"] for epoch in read_capture(folder)["history"]]
 
 
 def weights_of(folder):
@@ -40,7 +40,7 @@ def assert_same_bits(*folders):
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert losses_of(folders[0]) == losses_of(folders[1])
-    assert read_record(folders[0])["metrics"] == read_record(folders[1])["metrics"]
+    assert read_capture(folders[0])["metrics"] == read_capture(folders[1])["metrics"]
 
 
 def assert_close(*folders, rtol):
@@ -54,7 +54,7 @@ def assert_close(*folders, rtol):
 @pytest.fixture
 def replays(monkeypatch):
     """The rows of each batch that a graph was replayed for."""
-    counted, record = [], Replay._record
+    counted, record = [], CudaGraphLoss._capture
 
     def recording(self, batch):
         recorded = record(self, batch)
@@ -65,7 +65,7 @@ def replays(monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(Replay, "_record", recording)
+    monkeypatch.setattr(CudaGraphLoss, "_capture", recording)
     return counted
 
 
@@ -86,15 +86,15 @@ def test_a_gpu_trains_what_the_cpu_trains(model, options, train):
     on_cpu = train(*LOG, IN_FLOAT64, *options, model=model)
 
     assert_close(on_gpu, on_cpu, rtol=1e-8)
-    for name, value in read_record(on_cpu)["metrics"].items():
-        assert read_record(on_gpu)["metrics"][name] == pytest.approx(value, rel=1e-6, nan_ok=True)
+    for name, value in read_capture(on_cpu)["metrics"].items():
+        assert read_capture(on_gpu)["metrics"][name] == pytest.approx(value, rel=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_factors_from_products_alone_miss_less_than_a_hundredth_of_the_norm(model, train):
     folder = train(*ON_GPU, "mtn.enabled=true", "trainer.max_epochs=4", model=model)
 
-    history = read_record(folder)["history"]
+    history = read_capture(folder)["history"]
     gaps = [v for epoch in history for name, v in epoch.items() if name.endswith("/gap")]
     assert gaps
     assert all(-1e-4 < gap < 0.01 for gap in gaps)
@@ -110,7 +110,7 @@ def test_replayed_steps_have_the_bits_of_steps_that_are_not(
     replayed = train(*keys, model=model)
     assert set(replays) == {128}
     assert len(replays) == 2 * 15 - 1
-    monkeypatch.setattr(module, "can_be_replayed", lambda network: False)
+    monkeypatch.setattr(module, "can_be_captured", lambda network: False)
 
     one_by_one = train(*keys, model=model)
 

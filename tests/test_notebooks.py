@@ -19,7 +19,7 @@ from mtnrec.reporting.runs import read_runs
 from mtnrec.reporting.table.scores import split_by_table
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-NAMES = ("quickstart", "noise_robustness", "mechanism")
+NAMES = ("quickstart", "noise_robustness", "mechanism", "from_python", "own_model")
 TASKS = ("ctr", "cvr", "ctcvr")
 SEEDS = (0, 1)
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
@@ -177,3 +177,24 @@ def test_the_mechanism_notebook_counts_collapses_and_pairs_with_lambda_0(execute
     # Spectra over epochs of 3 variants, at the best epoch of 2 targets, 5 curves, heat maps.
     assert kinds(notebook)["image/png"] == 3 + 2 + 5 + 1
     assert kinds(notebook)["text/html"] == 5
+
+
+def test_a_frame_is_trained_on_scored_and_compared_without_a_terminal(execute):
+    notebook = execute("from_python")
+
+    scores, comparison = (
+        output["data"]["text/html"]
+        for cell in notebook.cells[-4:]
+        for output in cell.get("outputs", [])
+        if "text/html" in output.get("data", {})
+    )
+    assert all(task in scores for task in ("ctr", "cvr", "ctcvr"))
+    assert "+MTN" in comparison
+
+
+def test_a_model_of_ones_own_is_trained_with_mtn(execute):
+    notebook = execute("own_model")
+
+    (shapes,) = (o["data"]["text/plain"] for o in notebook.cells[6].outputs if "data" in o)
+    assert shapes == "[[(16, 16), (16, 16)], [(1, 16), (1, 16)]]"
+    assert "effective_rank_task" in str(notebook.cells[-2].outputs)

@@ -20,17 +20,95 @@ Notation used in every docstring:
 
 "MTN" and "the paper": B. Dai et al., *Enhancing Multi-Task Models for Recommendation with Tensor
 Trace Norm*; equation numbers are its own.
+
+Glossary:
+
+run
+    One training: a model on a data set with a seed. Its folder holds its record, ``result.json``.
+arm
+    All runs that differ in nothing but their seed and what follows from it.
+treatment
+    What an arm has and its baseline has not: MTN.
+baseline
+    The arm with the same settings and no treatment.
+variant
+    A treatment with certain settings, for example MTN on the experts.
+sweep
+    A folder of runs that one command trained.
+task
+    What is predicted and measured: CTR, CVR and CTCVR on a funnel, else one for each label.
+field
+    A categorical feature: a vocabulary and a table of embeddings.
+tower
+    The layers of a network that belong to one task.
+stack
+    The weights of the towers' layers at one depth, a tensor ``(T, O, I)``.
+unfolding
+    A stack laid out as a matrix whose rows are one of its modes: task, output or input.
+noise
+    Features of a share of the rows replaced by other values of the same field.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["load_checkpoint"]
+if TYPE_CHECKING:
+    from mtnrec.data.ali_ccp import AliCcp
+    from mtnrec.data.aliexpress import AliExpress
+    from mtnrec.data.noise import Noise
+    from mtnrec.data.synthetic import Synthetic
+    from mtnrec.data.table import Table
+    from mtnrec.model.esmm import ESMM
+    from mtnrec.model.mmoe import MMoE
+    from mtnrec.model.shared_bottom import SharedBottom
+    from mtnrec.mtn.callback import MTN
+    from mtnrec.optimizer.lazy_adam import LazyAdam
+    from mtnrec.reporting.runs import read_runs
+    from mtnrec.serving.scorer import load_checkpoint
+    from mtnrec.training.api import fit
+    from mtnrec.training.module import MultiTaskModule
+
+__all__ = [
+    "ESMM",
+    "MTN",
+    "AliCcp",
+    "AliExpress",
+    "LazyAdam",
+    "MMoE",
+    "MultiTaskModule",
+    "Noise",
+    "SharedBottom",
+    "Synthetic",
+    "Table",
+    "fit",
+    "load_checkpoint",
+    "read_runs",
+]
+
+_MODULES = {
+    "AliCcp": "data.ali_ccp",
+    "AliExpress": "data.aliexpress",
+    "ESMM": "model.esmm",
+    "LazyAdam": "optimizer.lazy_adam",
+    "MMoE": "model.mmoe",
+    "MTN": "mtn.callback",
+    "MultiTaskModule": "training.module",
+    "Noise": "data.noise",
+    "SharedBottom": "model.shared_bottom",
+    "Synthetic": "data.synthetic",
+    "Table": "data.table",
+    "fit": "training.api",
+    "load_checkpoint": "serving.scorer",
+    "read_runs": "reporting.runs",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when it is asked for: half of the commands do without torch.
-    if name == "load_checkpoint":
-        from mtnrec.serving.scorer import load_checkpoint
-
-        return load_checkpoint
+    # Imported on first use: half of the commands do without torch.
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

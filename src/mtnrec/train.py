@@ -3,12 +3,10 @@
 ``python -m mtnrec.train model=esmm mtn.enabled=true``
 """
 
-import logging
 from pathlib import Path
-from typing import Any, cast
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from mtnrec.command.entry_point import entry_point
 from mtnrec.command.errors import find_input_error
@@ -18,13 +16,11 @@ from mtnrec.command.job import (
     is_job_of_a_sweep,
     overrides_of_job,
 )
-from mtnrec.run.folder import claim, find_record, recording_failure
+from mtnrec.run.folder import claim, recording_failure
 from mtnrec.sweep.subprocess_job import run_in_subprocess
 from mtnrec.tracking.loggers import closing_wandb_run
-from mtnrec.training.fit import check_settings, fit
+from mtnrec.training.fit import find_or_fit
 from mtnrec.training.recorder import RunRecorder
-
-_logger = logging.getLogger(__name__)
 
 
 @entry_point("train")
@@ -41,14 +37,7 @@ def main(cfg: DictConfig) -> float | None:
     command = command_of_job(output_dir)
     with hold(output_dir, overrides_of_job(), command, find_input_error), closing_wandb_run():
         recorder = RunRecorder()
-        check_settings(cfg)
-        datamodule = instantiate(cfg.data, _convert_="all")
-        config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-        record = find_record(output_dir, config, datamodule.find_checksum()) if cfg.resume else None
-        if record is not None:
-            _logger.info("%s is finished; resume=false trains again", output_dir)
-        else:
-            record = fit(cfg, datamodule, recorder)
+        record = find_or_fit(cfg, instantiate(cfg.data, _convert_="all"), recorder)
     return record.metrics[cfg.monitor]
 
 

@@ -301,7 +301,7 @@ def test_an_earlier_log_of_other_settings_is_refused_and_stays(tmp_path):
 
     message = (
         f"{tmp_path / 'log'} holds a synthetic data set of other settings "
-        r"\(click_rate, rank\): choose another data\.dir, or run `python -m mtnrec\.prepare`"
+        r"\(click_rate, rank\)\. Choose another data\.dir, or prepare it again"
     )
     with pytest.raises(InputError, match=message):
         other.prepare_data()

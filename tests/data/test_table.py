@@ -24,31 +24,7 @@ from mtnrec.data.table import Table
 HILLSTROM = Path(__file__).parents[3] / "shared" / "data" / "hillstrom" / "hillstrom.csv"
 RECHUB = HILLSTROM.parents[1] / "aliccp_sample_rechub"
 ROWS = 300
-SETTINGS = {
-    "name": "table",
-    "batch_size": 32,
-    "validation_share": 0.2,
-    "validation_split": "random",
-    "split_seed": 0,
-    "seed": 0,
-    "verify": True,
-    "test": None,
-    "labels": ["click", "conversion"],
-    "funnel": True,
-    "categorical": None,
-    "numerical": None,
-    "exclude": [],
-    "group": None,
-    "time": None,
-    "split": "random",
-    "test_share": 0.2,
-    "test_seed": 0,
-    "fill": "mean",
-    "standardise": False,
-    "min_count": 1,
-    "conversion_without_click": "refuse",
-    "on_error": "refuse",
-}
+SETTINGS = {"labels": ["click", "conversion"], "funnel": True, "fill": "mean"}
 
 
 @pytest.fixture
@@ -552,7 +528,7 @@ def test_rows_of_parquet_are_named_by_file_and_row(directory, tmp_path, frame):
 WRONG = "city,price,click\na,1.5,1\nb,2.5,0\n"
 BAD_TABLES = {
     "twice": ("city,city,click\na,b,1\n", {}, "rows.csv names the column 'city' twice: rename one"),
-    "no name": (",city,click\n0,a,1\n", {}, "rows.csv: column 1 has no name in the header"),
+    "no name": (",city,click\n0,a,1\n", {}, "rows.csv: column 1 has no name. Name or remove it"),
     "empty": ("", {}, "rows.csv is empty: fetch or make it again"),
     "no rows": ("city,click\n", {}, "rows.csv has no rows"),
     "no label": (
@@ -725,7 +701,7 @@ def test_a_prepared_table_of_other_settings_or_files_is_refused(directory, tmp_p
     table(directory, path).prepare_data()
 
     message = (
-        rf"{directory} holds a table data set of other settings \(min_count\): choose another "
+        rf"{directory} holds a table data set of other settings \(min_count\)\. Choose another "
         r"data\.dir"
     )
     with pytest.raises(InputError, match=message):

@@ -294,10 +294,10 @@ def test_only_mmoe_has_shared_layers_side_by_side(funnel_schema):
     assert [len(depth) for depth in shared["mmoe"]] == [3, 3]
 
 
-def test_a_hook_at_the_shared_end_sees_the_outputs_of_the_experts(funnel_schema, make_batch):
+def test_a_hook_at_expert_outputs_sees_the_outputs_of_the_experts(funnel_schema, make_batch):
     network, batch = in_float64(BUILD["mmoe"](funnel_schema, **PLAIN), make_batch(funnel_schema))
     seen = []
-    network.shared_end.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    network.expert_outputs.register_forward_hook(lambda _, inputs, output: seen.append(output))
 
     network(batch)
 

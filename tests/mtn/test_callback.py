@@ -22,6 +22,7 @@ from mtnrec.model.loss import cross_entropies
 from mtnrec.model.mmoe import MMoE
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.mtn.callback import MTN, gradient_scale
+from mtnrec.mtn.penalty import Deviation, Penalty
 from mtnrec.mtn.trace_norm import effective_rank
 from mtnrec.optimizer.penalty import add_to_gradients
 from mtnrec.training.module import MultiTaskModule
@@ -594,6 +595,28 @@ def test_one_tower_is_refused():
 
     with pytest.raises(InputError, match="at least two towers side by side, layer 0 has one"):
         start(make_mtn(), network)
+
+
+def test_a_layer_whose_norm_was_far_off_is_warned_of_once(fit, funnel_schema, monkeypatch, caplog):
+    found = [Deviation(0.3, 20.0, 0.1), Deviation(0.05, 1.0, 0.0), Deviation(0.0, 0.0, 0.0)]
+    monkeypatch.setattr(Penalty, "pop_deviations", lambda _: found)
+
+    fit(make_network(funnel_schema), make_mtn(refresh_every=8), max_epochs=2)
+
+    (message,) = [m for m in caplog.messages if "between two updates" in m]
+    assert "layer 0 was up to 30 % off" in message
+    assert "set mtn.refresh_every lower than 8" in message
+
+
+def test_directions_are_kept_for_fewer_steps_where_the_penalty_is_stronger(funnel_schema):
+    kept = {}
+    for coupling, lam in product(("gradient", "decoupled"), (1e-6, 1e-5, 1e-4, 1e-3)):
+        mtn = make_mtn(lam=lam, coupling=coupling, refresh_every=128)
+        start(mtn, make_network(funnel_schema))
+        kept[coupling, lam] = mtn._penalty._policy.update_interval((2, 512, 2176), 10**6)
+
+    assert [kept["gradient", lam] for lam in (1e-6, 1e-5, 1e-4, 1e-3)] == [32, 32, 3, 1]
+    assert [kept["decoupled", lam] for lam in (1e-6, 1e-5, 1e-4, 1e-3)] == [32] * 4
 
 
 @pytest.mark.parametrize(

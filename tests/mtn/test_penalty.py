@@ -25,7 +25,7 @@ def make_penalty(refresh_every, shape=(2, 24, 40), multiplicities=(1, 1, 1), dty
         alpha="uniform",
         layer_weighting="mean",
     )
-    keys = {"frobenius": True, "refresh_every": refresh_every}
+    keys = {"frobenius": True, "policy": RefreshPolicy(longest=refresh_every)}
     return Penalty({0: layers}, weights, **keys), layers
 
 
@@ -197,7 +197,7 @@ def test_a_restored_slope_gives_the_same_bits():
     whole, layers = kept_penalty(1e-5)
     whole.measure(10_040)
     state = copy.deepcopy(whole.state_dict())
-    restored = Penalty({0: layers}, whole.weights, frobenius=True, refresh_every=128)
+    restored = Penalty({0: layers}, whole.weights, frobenius=True, policy=POLICY)
     restored.load_state_dict(state)
     restored.measure(10_040)
 

@@ -49,13 +49,13 @@ from mtnrec.data.raw.files import text_bytes
 from mtnrec.data.raw.progress import Meter
 from mtnrec.data.raw.triples import Selection, describe_error, parse_lines
 from mtnrec.data.table import Table
-from mtnrec.model.network import make_network
+from mtnrec.model.network import build_network
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.run.identity import CHECKPOINTS
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.serving.encoder import Encoder, read_vocabularies
 from mtnrec.tracking.loggers import make_logger
-from mtnrec.train import check_settings
+from mtnrec.training.fit import check_settings
 from mtnrec.training.module import MultiTaskModule
 from mtnrec.training.resume import ResumePoint
 from mtnrec.training.selection import make_callbacks
@@ -657,7 +657,7 @@ def _build(config: Any, schema: Schema) -> None:
     for part in ("data", "noise", "mtn"):
         instantiate(config[part], _convert_="all")
     model = instantiate(config.model, _partial_=True, _convert_="all")
-    network = make_network(partial(model, schema=schema))
+    network = build_network(partial(model, schema=schema))
     optimizer = instantiate(config.optimizer)
     MultiTaskModule(network, schema=schema, optimizer=optimizer).configure_optimizers()
     labels = np.array([[0, 0], [1, 0], [1, 1]], np.uint8)

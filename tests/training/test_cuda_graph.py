@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mtnrec.batch import Bags
-from mtnrec.training.cuda_graph import Replay, can_be_replayed
+from mtnrec.training.cuda_graph import CudaGraphLoss, can_be_captured
 
 
 @pytest.fixture
@@ -22,12 +22,12 @@ def calls(monkeypatch):
 
         return replay
 
-    monkeypatch.setattr(Replay, "_record", record)
+    monkeypatch.setattr(CudaGraphLoss, "_capture", record)
     return found
 
 
 def test_batches_of_a_size_that_came_twice_in_a_row_are_replayed(calls, funnel_schema, make_batch):
-    replay = Replay(nn.Identity(), lambda batch: calls.append((len(batch), "computed")))
+    replay = CudaGraphLoss(nn.Identity(), lambda batch: calls.append((len(batch), "computed")))
 
     for rows in (3, 8, 8, 3, 8, 3, 3):
         replay(make_batch(funnel_schema, rows))
@@ -37,7 +37,7 @@ def test_batches_of_a_size_that_came_twice_in_a_row_are_replayed(calls, funnel_s
 
 
 def test_bags_are_never_replayed(calls, funnel_schema, make_batch):
-    replay = Replay(nn.Identity(), lambda batch: calls.append((len(batch), "computed")))
+    replay = CudaGraphLoss(nn.Identity(), lambda batch: calls.append((len(batch), "computed")))
     bags = Bags(torch.zeros(0), torch.zeros(0), torch.zeros(9, dtype=torch.int32))
     batch = dataclasses.replace(make_batch(funnel_schema, 8), bags=(bags,))
 
@@ -47,8 +47,8 @@ def test_bags_are_never_replayed(calls, funnel_schema, make_batch):
     assert calls == [(8, "computed")] * 3
 
 
-def test_what_is_on_the_cpu_is_not_recorded():
+def test_what_is_on_the_cpu_is_not_captureed():
     network = nn.Linear(2, 2)
-    network.replayable = True
+    network.supports_cuda_graphs = True
 
-    assert not can_be_replayed(network)
+    assert not can_be_captured(network)

@@ -83,7 +83,7 @@ def test_the_mean_is_over_the_rows_of_all_batches(precision, run_test, funnel_sc
     found = np.array(run_test(network, funnel_schema, batches, precision))
 
     outputs = []
-    network.shared_end.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    network.expert_outputs.register_forward_hook(lambda _, inputs, output: outputs.append(output))
     with torch.no_grad():
         for batch in batches:
             network.double()(in_float64(batch))

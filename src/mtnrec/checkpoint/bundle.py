@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mtnrec.checkpoint.io import read_checkpoint
 from mtnrec.checks import InputError
 from mtnrec.data.prepared.manifest import Manifest
-from mtnrec.model.network import make_network
+from mtnrec.model.network import build_network
 from mtnrec.schema import Schema
 
 FORMAT_VERSION = 1
@@ -109,7 +109,7 @@ def network_of(content: Mapping[str, Any], schema: Schema, path: Path) -> nn.Mod
     if not issubclass(made_by, nn.Module):
         raise InputError(f"{path} names {target} as its model, which is no torch.nn.Module")
     try:
-        network = make_network(partial(made_by, schema=schema, **keys))
+        network = build_network(partial(made_by, schema=schema, **keys))
     except Exception as error:  # the class may raise any, of keys that are not its own
         raise InputError(f"{path}: {target} cannot be made as it says ({error})") from error
     weights = {

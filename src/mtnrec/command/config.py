@@ -98,6 +98,7 @@ class Train:
     task_loss: str = MISSING
     repeats: str = MISSING
     resume: bool = True
+    cuda_graphs: bool = False
     threads: int | None = None
     data_root: str = MISSING
     output_dir: str = MISSING

@@ -52,7 +52,8 @@ def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
     return decorate
 
 
-def _quiet() -> None:
+def silence_libraries() -> None:
+    """Silence warnings and messages of libraries that do not apply here; changes global filters."""
     # Lightning asks for worker processes; batches are gathered by one index, in this process.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # Lightning 2.6 on torch 2.13; https://github.com/Lightning-AI/pytorch-lightning/issues/21326
@@ -70,6 +71,10 @@ def _quiet() -> None:
         logging.getLogger(talkative).setLevel(logging.WARNING)
     # Warns of torchvision, which no model here needs.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+
+def _quiet() -> None:
+    silence_libraries()
     if not has_the_screen():
         get_console().quiet = True
         logging.captureWarnings(capture=True)

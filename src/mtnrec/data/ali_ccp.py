@@ -105,15 +105,16 @@ class AliCcp(DataModule):
         "sample_train.tar.gz and sample_test.tar.gz."
     )
 
-    raw_dir: str | Path | None
-    preset: str | None
-    fields: list[str] | None
-    values: list[str] | None
-    min_count: int | dict[str, int] | None
-    tokens: str | dict[str, str] | None
-    scaling: str | None
-    on_error: str
-    threads: int | None
+    name: str = "ali_ccp"
+    raw_dir: str | Path | None = None
+    preset: str | None = "aitm"
+    fields: list[str] | None = None
+    values: list[str] | None = None
+    min_count: int | dict[str, int] | None = None
+    tokens: str | dict[str, str] | None = None
+    scaling: str | None = None
+    on_error: str = "refuse"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,6 +148,10 @@ class AliCcp(DataModule):
         self._first = [name for name, choice in tokens.items() if choice == "first"]
 
     @property
+    def _folder_name(self) -> str:
+        return f"{self.name}-{self.preset}"
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """What determines the prepared data set, apart from the raw files."""
         return {
@@ -177,11 +182,11 @@ class AliCcp(DataModule):
             )
         parts = {split: _find(raw_dir, split) for split in _SPLITS}
         sources = [path for found in parts.values() for path in found]
-        state_disk_need(sources, Path(self.dir), self._bytes_per_text_byte)
+        state_disk_need(sources, self.folder, self._bytes_per_text_byte)
         threads = self.threads or available_cores()
         bad_rows = {split: BadRows(self.on_error) for split in _SPLITS}
         with (
-            write_prepared(Path(self.dir), _SPLITS) as writer,
+            write_prepared(self.folder, _SPLITS) as writer,
             Meter() as meter,
             ThreadPoolExecutor(threads) as pool,
         ):

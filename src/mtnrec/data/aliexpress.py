@@ -36,6 +36,7 @@ class AliExpress(DataModule):
     within a search that of the item file.
 
     Args:
+        name: Name of the data set; ``aliexpress_<country>`` if empty.
         country: ``nl``, ``es``, ``fr``, ``us`` or ``ru``: the names of the raw files begin with it.
         raw_dir: Folder with ``aliexpress_CC_datasets.zip``, or the four zips in it, or the four csv
             files in them, or MTReclib's ``train.csv`` and ``test.csv`` (or ``.csv.gz``); all give
@@ -50,12 +51,14 @@ class AliExpress(DataModule):
         "train.csv and test.csv that MTReclib shares are read as they are."
     )
 
+    name: str = ""
     country: str
-    raw_dir: str | Path | None
-    conversion_without_click: str
-    on_error: str
+    raw_dir: str | Path | None = None
+    conversion_without_click: str = "refuse"
+    on_error: str = "refuse"
 
     def __post_init__(self) -> None:
+        self.name = self.name or f"aliexpress_{self.country}".lower()
         super().__post_init__()
         check_choice(
             "data.conversion_without_click", self.conversion_without_click, ["refuse", "drop"]
@@ -77,8 +80,8 @@ class AliExpress(DataModule):
 
         raw_dir = require_raw_dir(self.raw_dir, self.origin)
         files = _find(raw_dir, self.country.lower())
-        state_disk_need(files.paths, Path(self.dir), _PREPARED_BYTES_PER_TEXT_BYTE)
-        with write_prepared(Path(self.dir), _SPLITS) as writer, Meter() as meter:
+        state_disk_need(files.paths, self.folder, _PREPARED_BYTES_PER_TEXT_BYTE)
+        with write_prepared(self.folder, _SPLITS) as writer, Meter() as meter:
             join = Join(
                 writer,
                 meter,

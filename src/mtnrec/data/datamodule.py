@@ -1,11 +1,12 @@
 """The LightningDataModule of every prepared data set: splits, batches, counts."""
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lightning as L
 import numpy as np
@@ -51,7 +52,8 @@ class DataModule(L.LightningDataModule, ABC):
 
     Args:
         name: Name of the data set, as in the config group ``data``.
-        dir: Folder of the prepared data set.
+        dir: Folder of the prepared data set. None stands for the folder that the YAML file names
+            (usually ``name``) in ``$MTNREC_DATA`` or, if that is not set, in ``data``.
         batch_size: Rows of a batch in each process.
         validation_share: Share of the training rows that validate, in (0, 1).
         validation_split: ``random``, ``grouped`` or ``last``.
@@ -64,13 +66,13 @@ class DataModule(L.LightningDataModule, ABC):
     origin: ClassVar[str] = ""
 
     name: str
-    dir: str | Path
-    batch_size: int
-    validation_share: float
-    validation_split: str
-    split_seed: int
-    seed: int
-    verify: bool
+    dir: str | Path | None = None
+    batch_size: int = 2048
+    validation_share: float = 0.2
+    validation_split: str = "random"
+    split_seed: int = 0
+    seed: int = 0
+    verify: bool = True
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -84,10 +86,31 @@ class DataModule(L.LightningDataModule, ABC):
         check_integer("data.split_seed", self.split_seed, minimum=0)
         check_integer("data.seed", self.seed, minimum=0)
         check_flag("data.verify", self.verify)
+        if self.dir is None:
+            self.dir = Path(os.environ.get("MTNREC_DATA", "data"), self._folder_name)
         self.dir = Path(self.dir)
         self.noise: Noise | None = None
         self._verified = False
         self._arrays: dict[str, Arrays] | None = None
+        self._original: DataModule | None = None
+
+    def copy_for_run(self, seed: int) -> "DataModule":
+        """Return one of the same folder, not set up, with another seed of the row order."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        copied.seed, copied.noise, copied._arrays = seed, None, None
+        copied._original = self  # whose folder may be deleted with it
+        return copied
+
+    @property
+    def _folder_name(self) -> str:
+        """Name of the default folder; mirrors ``dir`` of the YAML file."""
+        return self.name
+
+    @property
+    def folder(self) -> Path:
+        """``dir`` as a path."""
+        return Path(cast(Path, self.dir))
 
     @abstractmethod
     def prepare(self) -> Manifest:
@@ -100,29 +123,33 @@ class DataModule(L.LightningDataModule, ABC):
             InputError: If it is missing (the message says where it comes from and which command
                 prepares it) or damaged.
         """
-        try:
-            manifest, _ = open_prepared(Path(self.dir))
-        except NotPreparedError as error:
-            raise NotPreparedError(f"{error}\n{self.origin}{self._how_to_prepare()}") from error
+        manifest, _ = self._open_prepared()
         if self.verify and not self._verified:
-            verify_once(Path(self.dir), manifest)
+            verify_once(self.folder, manifest)
             self._verified = True
+
+    def _open_prepared(self) -> tuple[Manifest, dict[str, Arrays]]:
+        try:
+            return open_prepared(self.folder)
+        except NotPreparedError as error:
+            lines = [str(error), self.origin, self._how_to_prepare()]
+            raise NotPreparedError("\n".join(filter(None, lines))) from error
 
     def find_checksum(self) -> str | None:
         """Return the checksum of the prepared data set; None if there is none."""
         try:
-            return open_prepared(Path(self.dir))[0].checksum
+            return open_prepared(self.folder)[0].checksum
         except NotPreparedError:
             return None
 
     def _how_to_prepare(self) -> str:
-        return f"\nThen: python -m mtnrec.prepare data={self.name} data.raw_dir=DIR"
+        return f"Then: python -m mtnrec.prepare data={self.name} data.raw_dir=DIR"
 
     def setup(self, stage: str | None = None) -> None:
         """Map the arrays and draw the validation rows."""
         if self._arrays is not None:
             return
-        self.manifest, arrays = open_prepared(Path(self.dir))
+        self.manifest, arrays = self._open_prepared()
         rows = {split: self.manifest.rows.get(split, 0) for split in ("train", "test")}
         validates = self._validates(rows["train"], arrays["train"].get("group"))
         if not 0 < np.count_nonzero(validates) < rows["train"] or not rows["test"]:
@@ -223,7 +250,7 @@ class DataModule(L.LightningDataModule, ABC):
         readers = 1
         if split == "train" and self._exceeds_memory(arrays):
             # Maps of its own, since validation reads the same file in order.
-            arrays = open_prepared(Path(self.dir))[1]["train"]
+            arrays = open_prepared(self.folder)[1]["train"]
             expect_scattered_reads(arrays)
             readers = _READERS
         return loader(
@@ -271,13 +298,16 @@ class SelfPreparing(DataModule):
     def parameters(self) -> dict[str, Any]:
         """What determines the prepared bytes; the manifest keeps it."""
 
+    def _how_to_prepare(self) -> str:
+        return "Call prepare_data() first."
+
     def prepare_data(self) -> None:
         """Prepare the data set if its folder is absent or empty.
 
         Raises:
             InputError: If the folder holds a data set of other settings.
         """
-        directory = Path(self.dir)
+        directory = self.folder
         if not (directory / SCHEMA_FILE).is_file():
             self.prepare()
         super().prepare_data()
@@ -286,6 +316,6 @@ class SelfPreparing(DataModule):
             differing = sorted(name for name, value in wanted.items() if found.get(name) != value)
             raise InputError(
                 f"{directory} holds a {self.name} data set of other settings "
-                f"({', '.join(differing)}): choose another data.dir, or run "
-                "`python -m mtnrec.prepare` with these settings"
+                f"({', '.join(differing)}). Choose another data.dir, or prepare it again with "
+                "these settings (`python -m mtnrec.prepare`, or `prepare()` in Python)."
             )

@@ -12,7 +12,7 @@ multi-valued fields, numerical features.
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -85,11 +85,11 @@ class Noise:
         seed: Seed of the noise.
     """
 
-    proportion: float
-    feature_probability: float
-    sampling: str
-    splits: list[str]
-    seed: int
+    proportion: float = 0.0
+    feature_probability: float = 0.2
+    sampling: str = "uniform"
+    splits: list[str] = field(default_factory=lambda: ["train", "val"])
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_number("noise.proportion", self.proportion, minimum=0, maximum=1)

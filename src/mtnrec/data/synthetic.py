@@ -13,9 +13,8 @@ rates. Both probabilities are kept beside the labels, so that the AUC of the bes
 (the Bayes AUC) is known for each task.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ _SEARCHES_PER_CHUNK = 8192
 _CALIBRATION_CHUNK = 2**32 - 1  # a chunk that no log reaches
 _SPLITS = ("train", "test")
 _UNSCALED_SIZE = 100
+_VOCABULARY_SIZES = (1, 4, 7, 2, 21, 7, 50, 8, 7, 2, 2, 2, 2, 2, 2, 2)  # as in AliExpress
 _INTEGER_COLUMNS = 3  # as in AliExpress: three of the numerical features are counts
 
 _SMALLEST = {
@@ -75,23 +75,24 @@ class Synthetic(SelfPreparing):
         generator_seed: Seed of the log, apart from the seed of the training.
     """
 
-    rows: int
-    rows_per_search: int
-    test_share: float
-    vocabulary_sizes: list[int]
-    vocabulary_scale: float
-    user_fields: int
-    numerical_features: int
-    user_numerical_features: int
-    skew: float
-    rank: int
-    click_rate: float
-    conversion_rate: float
-    click_spread: float
-    conversion_spread: float
-    task_correlation: float
-    interaction: float
-    generator_seed: int
+    name: str = "synthetic"
+    rows: int = 200_000
+    rows_per_search: int = 10
+    test_share: float = 0.2
+    vocabulary_sizes: list[int] = field(default_factory=lambda: list(_VOCABULARY_SIZES))
+    vocabulary_scale: float = 1.0
+    user_fields: int = 9
+    numerical_features: int = 63
+    user_numerical_features: int = 23
+    skew: float = 1.0
+    rank: int = 4
+    click_rate: float = 0.05
+    conversion_rate: float = 0.1
+    click_spread: float = 1.2
+    conversion_spread: float = 1.5
+    task_correlation: float = 0.5
+    interaction: float = 0.2
+    generator_seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,9 +127,14 @@ class Synthetic(SelfPreparing):
         ]
 
     @property
+    def _folder_name(self) -> str:
+        return f"{self.name}-{self.rows}-{self.generator_seed}"
+
+    @property
     def parameters(self) -> dict[str, Any]:
         """What determines the log."""
-        return {name: getattr(self, name) for name in Synthetic.__annotations__}
+        keys = [key for key in Synthetic.__annotations__ if key != "name"]
+        return {key: getattr(self, key) for key in keys}
 
     def prepare(self) -> Manifest:
         """Generate the log and write it as a prepared data set."""
@@ -138,7 +144,7 @@ class Synthetic(SelfPreparing):
         searches = -(-self.rows // self.rows_per_search)
         test_from = self.rows_per_search * round(searches * (1 - self.test_share))
         counts = [ValueCounts() for _ in self.sizes]
-        with write_prepared(Path(self.dir), _SPLITS) as writer:
+        with write_prepared(self.folder, _SPLITS) as writer:
             for chunk, first in enumerate(range(0, searches, _SEARCHES_PER_CHUNK)):
                 last = min(first + _SEARCHES_PER_CHUNK, searches)
                 rows = min(last * self.rows_per_search, self.rows) - first * self.rows_per_search
@@ -185,13 +191,13 @@ class Synthetic(SelfPreparing):
         """Draw ``(rows, F)`` raw values, ``(rows, N)`` features and ``(rows,)`` search numbers."""
         group = np.repeat(np.arange(searches), self.rows_per_search)
         categorical = np.empty((len(group), len(self.sizes)), np.int64)
-        for field, size in enumerate(self.sizes):
+        for column, size in enumerate(self.sizes):
             weights = np.arange(1, size + 1) ** -float(self.skew)
             cumulative = np.cumsum(weights / weights.sum())
-            of_user = field < self.user_fields
+            of_user = column < self.user_fields
             draws = rng.random(searches if of_user else len(group))
             values = np.searchsorted(cumulative, draws).clip(max=size - 1)
-            categorical[:, field] = values[group] if of_user else values
+            categorical[:, column] = values[group] if of_user else values
         numerical = np.empty((len(group), self.numerical_features))
         users = self.user_numerical_features
         numerical[:, :users] = _draw_numerical(rng, searches, users)[group]
@@ -249,9 +255,9 @@ class _Funnel:
     def _sides(self, categorical: Integers, numerical: Floats) -> tuple[Floats, Floats]:
         user = numerical[:, : self._user_numerical] @ self._loadings[: self._user_numerical]
         item = numerical[:, self._user_numerical :] @ self._loadings[self._user_numerical :]
-        for field, table in enumerate(self._tables):
-            side = user if field < self._user_fields else item
-            side += table[categorical[:, field]]
+        for column, table in enumerate(self._tables):
+            side = user if column < self._user_fields else item
+            side += table[categorical[:, column]]
         return user, item
 
 

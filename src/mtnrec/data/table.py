@@ -5,8 +5,10 @@ vocabularies and means of the training rows; and to write. What grows with the d
 vocabularies, 9 bytes a row to draw a random split and 17 to sort by time.
 """
 
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,10 +38,20 @@ from mtnrec.data.raw.column import (
     times_of,
     transformed,
 )
-from mtnrec.data.raw.tabular import Booleans, Chunk, Source
+from mtnrec.data.raw.tabular import (
+    ArrowStream,
+    Booleans,
+    Chunk,
+    FrameSource,
+    Source,
+    check_table,
+    is_frame,
+    open_source,
+)
 from mtnrec.schema import CategoricalField, Schema
 
 _SPLITS = ("train", "test")
+_OTHER = ("origin", "name")  # do not determine the prepared bytes
 _LISTS = ("labels", "categorical", "numerical", "exclude")
 _TIMES = {"integer": "an integer", "number": "a number", "date": "a date"}
 _INFERRED = {
@@ -66,8 +78,13 @@ class Table(SelfPreparing):
     a missing one has index 0, as a rare or unseen one.
 
     Args:
-        train: ``.csv``, ``.csv.gz`` or ``.parquet`` file, or a folder of ``.parquet`` files. If
-            None, training takes what ``dir`` holds, whatever the other settings.
+        dir: Folder of the prepared data set. If None, that of a table in memory is a temporary
+            folder that is deleted with this object; other processes and copies of this object make
+            their own.
+        train: ``.csv``, ``.csv.gz`` or ``.parquet`` file, a folder of ``.parquet`` files, or a
+            table in memory: a frame of pandas (without its index), polars, pyarrow or any library
+            with the Arrow PyCapsule stream interface. If None, training takes what ``dir`` holds,
+            whatever the other settings.
         test: The test rows, likewise; if None, ``split`` takes them from ``train``.
         labels: Columns of 0 and 1 or true and false; none may be missing.
         funnel: Whether the second label needs the first (click, conversion).
@@ -92,25 +109,29 @@ class Table(SelfPreparing):
 
     origin: ClassVar[str] = "It is made from a table of yours."
 
-    train: str | Path | None
-    test: str | Path | None
-    labels: list[str] | None
-    funnel: bool
-    categorical: list[str] | None
-    numerical: list[str] | None
-    exclude: list[str]
-    group: str | None
-    time: str | None
-    split: str
-    test_share: float
-    test_seed: int
-    fill: float | str | None
-    standardise: bool
-    min_count: int
-    conversion_without_click: str
-    on_error: str
+    name: str = "table"
+    train: str | Path | ArrowStream | None = None
+    test: str | Path | ArrowStream | None = None
+    labels: list[str] | None = None
+    funnel: bool = False
+    categorical: list[str] | None = None
+    numerical: list[str] | None = None
+    exclude: list[str] = field(default_factory=list)
+    group: str | None = None
+    time: str | None = None
+    split: str = "random"
+    test_share: float = 0.2
+    test_seed: int = 0
+    fill: float | str | None = None
+    standardise: bool = False
+    min_count: int = 1
+    conversion_without_click: str = "refuse"
+    on_error: str = "refuse"
 
     def __post_init__(self) -> None:
+        self._identities: dict[str, Any] | None = None  # of tables in memory: see _open
+        self._check_tables()
+        self._choose_folder()
         super().__post_init__()
         for key in _LISTS:
             if getattr(self, key) is not None:
@@ -132,6 +153,29 @@ class Table(SelfPreparing):
         check_choice("data.conversion_without_click", self.conversion_without_click, drop)
         check_choice("data.on_error", self.on_error, BadRows.CHOICES)
         self._check_roles()
+
+    def _check_tables(self) -> None:
+        for key in _SPLITS:
+            if getattr(self, key) is not None:
+                check_table(f"data.{key}", getattr(self, key))
+
+    def _choose_folder(self) -> None:
+        """Make a temporary folder for a table in memory, unless ``dir`` is given."""
+        in_memory = is_frame(self.train) or is_frame(self.test)
+        self._is_temporary = in_memory and self.dir is None
+        if self._is_temporary:
+            temporary = tempfile.TemporaryDirectory(prefix="mtnrec-", ignore_cleanup_errors=True)
+            weakref.finalize(self, temporary.cleanup)
+            self.dir = Path(temporary.name, self.name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        return state | {"dir": None, "_verified": False} if self._is_temporary else state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.dir is None:
+            self._choose_folder()
 
     def _check_roles(self) -> None:
         roles: dict[str, str] = {}
@@ -159,22 +203,34 @@ class Table(SelfPreparing):
         return named
 
     def _how_to_prepare(self) -> str:
+        if self.train is not None:
+            return super()._how_to_prepare()
         return (
-            f"\nThen: python -m mtnrec.prepare data=table data.name={self.name} data.train=FILE "
+            f"Then: python -m mtnrec.prepare data=table data.name={self.name} data.train=FILE "
             "data.labels=[COLUMN,COLUMN]"
         )
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The settings, and name and bytes of each file."""
-        settings = {key: getattr(self, key) for key in Table.__annotations__ if key != "origin"}
-        return settings | {split: source.sizes for split, source in self._open().items()}
+        """The settings, and what identifies each table: files by names and bytes, frames by hash.
+
+        The hash is that of the last time that the frames were read, which is for ``prepare``.
+        """
+        settings = {key: getattr(self, key) for key in Table.__annotations__ if key not in _OTHER}
+        if self._identities is not None:
+            return settings | self._identities
+        return settings | {split: source.identity for split, source in self._open().items()}
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._is_temporary and self._arrays is None:
+            self.prepare_data()  # Lightning calls it on one process of a machine alone
+        super().setup(stage)
 
     def prepare_data(self) -> None:
         """Prepare ``train`` if the folder is absent or empty; without it, take what is there.
 
         Raises:
-            InputError: If the folder holds a data set of other settings or files.
+            InputError: If the folder holds a data set of other settings or tables.
         """
         if self.train is None:
             super(SelfPreparing, self).prepare_data()
@@ -190,7 +246,7 @@ class Table(SelfPreparing):
         sources = self._open()
         columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,} rows"))
         with (
-            write_prepared(Path(self.dir), _SPLITS) as writer,
+            write_prepared(self.folder, _SPLITS) as writer,
             Progress(*columns, TimeElapsedColumn()) as progress,
         ):
             return _Preparation(self, sources, writer, progress).run()
@@ -201,13 +257,16 @@ class Table(SelfPreparing):
                 "data.train and data.labels are needed: name the table and its columns of 0 and "
                 "1, `data.train=FILE data.labels=[COLUMN,COLUMN]`"
             )
-        sources = {"train": Source("data.train", self.train)}
+        sources = {"train": open_source("data.train", self.train)}
         if self.test is not None:
-            sources["test"] = Source("data.test", self.test)
+            sources["test"] = open_source("data.test", self.test)
         for source in sources.values():
             for key, names in self.named.items():
                 if key != "data.exclude" or source is sources["train"]:
-                    source.demand(key, names)
+                    source.require_columns(key, names)
+        if any(isinstance(source, FrameSource) for source in sources.values()):
+            # Kept, since to read a frame again takes its time, and a stream has no second reading.
+            self._identities = {split: source.identity for split, source in sources.items()}
         return sources
 
 
@@ -295,7 +354,7 @@ class _Preparation:
         self, what: str, split: str, columns: list[str], bad_rows: BadRows
     ) -> Iterator[Chunk]:
         source = self._sources[split]
-        bar = self._progress.add_task(f"{what} {source.path.name}:", total=None)
+        bar = self._progress.add_task(f"{what} {source.name}:", total=None)
         for chunk in source.chunks(columns, bad_rows):
             yield chunk
             self._progress.advance(bar, chunk.frame.height)
@@ -305,7 +364,7 @@ class _Preparation:
         table, path = self._table, self._sources["train"].path
         features = self._features()
         for source in self._sources.values():
-            source.demand("the features", features)
+            source.require_columns("the features", features)
         profiles = {name: Profile() for name in [*features, *self._keys()]}
         groups = TextCounts()
         rows = 0
@@ -550,7 +609,7 @@ def _side_by_side(columns: list[npt.NDArray[Any]], keep: Booleans) -> npt.NDArra
     return np.column_stack([empty, *(column[keep] for column in columns)])
 
 
-def _kind(path: Path, name: str, profile: Profile, table: Table) -> tuple[str, str]:
+def _kind(path: Path | str, name: str, profile: Profile, table: Table) -> tuple[str, str]:
     """Return what a feature is taken for, and why."""
     if profile.kind == "empty":
         raise InputError(

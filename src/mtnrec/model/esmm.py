@@ -34,18 +34,18 @@ class ESMM(nn.Module):
         InputError: If the labels are no funnel.
     """
 
-    replayable = True
+    supports_cuda_graphs = True
 
     def __init__(
         self,
         schema: Schema,
         *,
-        embedding_dim: int | Mapping[Any, int],
-        bag_mode: str,
+        embedding_dim: int | Mapping[Any, int] = 128,
         embedding_init: str = "joint",
-        tower_widths: Sequence[int],
-        dropout: float,
-        batch_norm: bool,
+        bag_mode: str = "mean",
+        tower_widths: Sequence[int] = (512, 256, 128, 64),
+        dropout: float = 0.0,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         if not schema.funnel:
@@ -67,8 +67,8 @@ class ESMM(nn.Module):
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of click and conversion, ``(B, 2)`` each."""
-        (hidden,) = self.input.feed(batch, self.towers.first_layers())
-        click, conversion = self.towers.rest(hidden)
+        (hidden,) = self.input.first_layers(batch, self.towers.first_layers())
+        click, conversion = self.towers.after_first_layer(hidden)
         return funnel_log_probabilities(click, conversion)
 
     def task_layers(self) -> list[list[nn.Linear]]:

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,54 @@ from mtnrec.checks import (
 from mtnrec.schema import Schema
 
 _WIDEST_RUN = 32  # columns; beyond, the zeros beside the diagonal cost more than a product
+
+
+class BlockPlan(NamedTuple):
+    """How the columns of a first layer meet the features.
+
+    Args:
+        small: Fields whose one-hot vector is at most as wide as their embedding.
+        large: The other fields.
+        joined: Runs of neighbouring small fields, whose blocks are one product.
+        blocks: Columns of the layer that meet each run, each large field, each bag and the
+            numerical features, in this order.
+        one_hot_starts: First column of each small field's one-hot vector.
+        one_hot_width: Of all of them side by side.
+    """
+
+    small: list[int]
+    large: list[int]
+    joined: list[list[int]]
+    blocks: list[slice]
+    one_hot_starts: list[int]
+    one_hot_width: int
+
+
+def plan_blocks(sizes: Sequence[int], widths: Sequence[int]) -> BlockPlan:
+    """Plan the products of a first layer.
+
+    Args:
+        sizes: Vocabulary size of each categorical field.
+        widths: Embedding width of each categorical field, then of each bag and of the numerical
+            features.
+
+    >>> plan = plan_blocks([3, 100, 4], [8, 8, 8, 8])
+    >>> plan.small, plan.large, plan.joined, plan.one_hot_starts, plan.one_hot_width
+    ([0, 2], [1], [[0], [2]], [0, 3], 7)
+    >>> [(block.start, block.stop) for block in plan.blocks]
+    [(0, 8), (16, 24), (8, 16), (24, 32)]
+    """
+    # The product with a one-hot vector at most as wide as the embedding is at most as expensive.
+    small = [field for field, size in enumerate(sizes) if size <= widths[field]]
+    large = [field for field, size in enumerate(sizes) if size > widths[field]]
+    ends = list(itertools.accumulate(widths, initial=0))
+    blocks = [slice(start, end) for start, end in itertools.pairwise(ends)]
+    joined = _join(small, sizes)
+    of_runs = [slice(blocks[run[0]].start, blocks[run[-1]].stop) for run in joined]
+    starts = list(itertools.accumulate((sizes[field] for field in small), initial=0))
+    width = starts.pop()
+    ordered = [*of_runs, *(blocks[field] for field in large), *blocks[len(sizes) :]]
+    return BlockPlan(small, large, joined, ordered, starts, width)
 
 
 class FeatureInput(nn.Module):
@@ -75,20 +123,11 @@ class FeatureInput(nn.Module):
         if self.numerical is not None:
             self._widths.append(default)
         self.out_features = sum(self._widths)
-        # A one-hot vector no wider than the embedding makes a product no dearer.
         sizes = [field.vocabulary_size for field in schema.categorical]
-        self._small = [i for i, size in enumerate(sizes) if size <= self._widths[i]]
-        self._large = [i for i, size in enumerate(sizes) if size > self._widths[i]]
-        # Where the columns of a layer meet the small fields, the large ones, bags and numericals.
-        ends = list(itertools.accumulate(self._widths, initial=0))
-        blocks = [slice(start, end) for start, end in itertools.pairwise(ends)]
-        self._joined = _join(self._small, sizes)
-        joined = [slice(blocks[run[0]].start, blocks[run[-1]].stop) for run in self._joined]
-        self._blocks = [*joined, *(blocks[i] for i in self._large), *blocks[len(sizes) :]]
-        starts = list(itertools.accumulate((sizes[field] for field in self._small), initial=0))
-        self._one_hot_width = starts.pop()
-        self.register_buffer("_one_hot_starts", torch.tensor(starts), persistent=False)
-        small = torch.tensor(self._small, dtype=torch.int64)
+        self._plan = plan_blocks(sizes, self._widths)
+        starts = torch.tensor(self._plan.one_hot_starts, dtype=torch.int64)
+        self.register_buffer("_one_hot_starts", starts, persistent=False)
+        small = torch.tensor(self._plan.small, dtype=torch.int64)
         self.register_buffer("_small_fields", small, persistent=False)
 
     def make_gradients(self, *, sparse: bool) -> None:
@@ -97,7 +136,7 @@ class FeatureInput(nn.Module):
         They are those with more rows than columns, and those of multi-valued fields. A sparse
         gradient holds the rows that the batch has; not every optimiser takes one.
         """
-        large = [_embeddings(self.tables)[field] for field in self._large]
+        large = [_embeddings(self.tables)[field] for field in self._plan.large]
         for table in [*large, *_embeddings(self.bag_tables)]:
             table.sparse = sparse
 
@@ -111,7 +150,7 @@ class FeatureInput(nn.Module):
             vectors.append(self.numerical(batch.numerical))
         return torch.cat(vectors, dim=1)
 
-    def feed(self, batch: Batch, *groups: Sequence[nn.Linear]) -> list[Tensor]:
+    def first_layers(self, batch: Batch, *groups: Sequence[nn.Linear]) -> list[Tensor]:
         """Return ``layer(self(batch))`` for each layer, without making the wide rows.
 
         With ``E_f`` the table of a field and ``W_f`` the columns of a layer that it meets, the
@@ -138,16 +177,16 @@ class FeatureInput(nn.Module):
             for layers in groups
         ]
 
-    def feed_one(self, batch: Batch, layer: nn.Linear) -> Tensor:
-        """Return ``layer(self(batch))``, ``(B, O)``, as :meth:`feed` does."""
+    def first_layer(self, batch: Batch, layer: nn.Linear) -> Tensor:
+        """Return ``layer(self(batch))``, ``(B, O)``, as :meth:`first_layers` does."""
         if torch.compiler.is_exporting():
             return layer(self(batch))
         return self._columns(batch) @ self._fold([layer])[0].T
 
     def _columns(self, batch: Batch) -> Tensor:
         """Return what the folded layers are applied to, ``(B, C)``; the last column is ones."""
-        columns = [self._one_hot(batch)] if self._small else []
-        columns += [self._table(field)(batch.categorical[:, field]) for field in self._large]
+        columns = [self._one_hot(batch)] if self._plan.small else []
+        columns += [self._table(field)(batch.categorical[:, field]) for field in self._plan.large]
         columns += self._bag_vectors(batch)
         if self.numerical is not None:
             columns.append(batch.numerical)
@@ -160,16 +199,16 @@ class FeatureInput(nn.Module):
         """Return the layers for :meth:`_columns`, ``(E, O, C)``."""
         maps: list[Tensor | None] = [
             torch.block_diag(*(self._table(field).weight.T for field in run))
-            for run in self._joined
+            for run in self._plan.joined
         ]
-        maps += [None] * (len(self._large) + len(self.bag_tables))
+        maps += [None] * (len(self._plan.large) + len(self.bag_tables))
         if self.numerical is not None:
             maps.append(torch.cat([self.numerical.weight, self.numerical.bias[:, None]], dim=1))
         weights = [layer.weight for layer in layers]
         if weights[0].device.type != "cpu":  # many small products would wait for their start
             weights = [torch.cat(weights)]
         folded: Tensor = BlockProducts.apply(  # type: ignore[no-untyped-call]
-            self._blocks, len(weights), *weights, *maps
+            self._plan.blocks, len(weights), *weights, *maps
         )
         folded = folded.view(len(layers), -1, folded.shape[2])
         bias = torch.stack([layer.bias for layer in layers]).unsqueeze(2)
@@ -186,7 +225,9 @@ class FeatureInput(nn.Module):
         small = batch.categorical.index_select(1, self.get_buffer("_small_fields"))
         positions = small + self.get_buffer("_one_hot_starts")
         dtype = _embeddings(self.tables)[0].weight.dtype
-        zeros = torch.zeros(len(batch), self._one_hot_width, dtype=dtype, device=positions.device)
+        zeros = torch.zeros(
+            len(batch), self._plan.one_hot_width, dtype=dtype, device=positions.device
+        )
         return zeros.scatter_(1, positions, 1)
 
     def _bag_vectors(self, batch: Batch) -> list[Tensor]:

@@ -48,7 +48,7 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
         self.out_features = 1 if head else sizes[-1]
 
-    def rest(self, hidden: Tensor) -> Tensor:
+    def after_first_layer(self, hidden: Tensor) -> Tensor:
         """Apply all that follows the first linear layer to its output."""
         for layer in itertools.islice(self, 1, None):
             hidden = layer(hidden)
@@ -97,7 +97,7 @@ class ParallelMLPs(nn.ModuleList):
         """Apply each MLP to an input of its own, ``(E, B, I)``; returns ``(E, B, O)``."""
         return self._apply_from(0, inputs)
 
-    def rest(self, hidden: Tensor) -> Tensor:
+    def after_first_layer(self, hidden: Tensor) -> Tensor:
         """Apply what follows the first linear layers to their outputs, ``(E, B, O)``."""
         return self._apply_from(1, hidden)
 

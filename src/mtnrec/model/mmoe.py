@@ -35,20 +35,20 @@ class MMoE(nn.Module):
         batch_norm: The paper uses none.
     """
 
-    replayable = True
+    supports_cuda_graphs = True
 
     def __init__(
         self,
         schema: Schema,
         *,
-        embedding_dim: int | Mapping[Any, int],
-        bag_mode: str,
+        embedding_dim: int | Mapping[Any, int] = 128,
         embedding_init: str = "joint",
-        experts: int,
-        expert_widths: Sequence[int],
-        tower_widths: Sequence[int],
-        dropout: float,
-        batch_norm: bool,
+        bag_mode: str = "mean",
+        experts: int = 8,
+        expert_widths: Sequence[int] = (512, 256),
+        tower_widths: Sequence[int] = (128, 64),
+        dropout: float = 0.0,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         check_integer("model.experts", experts, minimum=1, maximum=_MOST_EXPERTS)
@@ -63,7 +63,7 @@ class MMoE(nn.Module):
         self.experts = ParallelMLPs(
             experts, width, expert_widths, dropout=dropout, batch_norm=batch_norm
         )
-        self.shared_end = nn.Identity()  # for a forward hook to see their outputs
+        self.expert_outputs = nn.Identity()  # for a forward hook to see their outputs
         self.gates = nn.ModuleList(nn.Linear(width, experts) for _ in schema.labels)
         self.towers = ParallelMLPs(
             len(schema.labels),
@@ -77,10 +77,12 @@ class MMoE(nn.Module):
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
         gates = [gate for gate in self.gates if isinstance(gate, nn.Linear)]
-        hidden, logits = self.input.feed(batch, self.experts.first_layers(), gates)
-        experts = self.shared_end(self.experts.rest(hidden).transpose(0, 1))  # (B, E, O)
+        # (E, B, O) of the experts' first layers, (T, B, E) of the gates
+        hidden, logits = self.input.first_layers(batch, self.experts.first_layers(), gates)
+        experts = self.experts.after_first_layer(hidden)  # (E, B, O)
+        experts = self.expert_outputs(experts.transpose(0, 1))  # (B, E, O)
         shares = logits.transpose(0, 1).softmax(dim=2)  # (B, T, E)
-        mixtures = torch.bmm(shares, experts)
+        mixtures = torch.bmm(shares, experts)  # (B, T, O)
         return label_log_probabilities(self.towers(mixtures.transpose(0, 1)))
 
     def task_layers(self) -> list[list[nn.Linear]]:

@@ -1,17 +1,60 @@
-"""Making a network, if the memory holds it."""
+"""The network: what every model offers, and building one that fits in memory."""
 
 from collections.abc import Callable
 from itertools import chain
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError
 from mtnrec.resources import memory_bytes
 
 
-def make_network(make: Callable[[], nn.Module]) -> nn.Module:
-    """Call ``make``, at first without memory; a training takes three to four times the weights.
+@runtime_checkable
+class Network(Protocol):
+    """What training, MTN and export rely on; a model is an ``nn.Module`` with these methods.
+
+    It is built from the schema and the keys of its YAML file. Two more attributes are optional:
+    ``supports_cuda_graphs`` (see :mod:`mtnrec.training.cuda_graph`) and ``expert_outputs``, an
+    ``nn.Identity`` that the outputs ``(B, E, O)`` of its experts pass through (see
+    :mod:`mtnrec.training.expert_distances`).
+    """
+
+    def __call__(self, batch: Batch) -> LogProbabilities:
+        """Return the log-probabilities of the labels, ``(B, T)`` each."""
+        ...
+
+    def task_layers(self) -> list[list[nn.Linear]]:
+        """Return, for each depth of the towers, the ``T`` linear layers."""
+        ...
+
+    def shared_layers(self) -> list[list[nn.Linear]]:
+        """Return, for each depth, the layers side by side below the towers; empty without any."""
+        ...
+
+
+def require_network(module: object) -> None:
+    """Refuse what is not a network.
+
+    Raises:
+        InputError: If a method is missing.
+    """
+    if not isinstance(module, Network):
+        methods = ("task_layers", "shared_layers")
+        missing = [f"{name}()" for name in methods if not hasattr(module, name)]
+        raise InputError(
+            f"a model must have task_layers() and shared_layers(), and {type(module).__name__} "
+            f"lacks {' and '.join(missing)}. Add them: lists of its linear layers by depth, or []"
+        )
+
+
+def build_network(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a network, first without memory; training takes three to four times its weights.
+
+    Args:
+        build: Calls the constructor.
 
     Raises:
         InputError: If the weights alone exceed the memory, or the keywords are not the network's.
@@ -19,7 +62,7 @@ def make_network(make: Callable[[], nn.Module]) -> nn.Module:
     remedy = "choose smaller widths, or data with smaller vocabularies"
     try:
         with torch.device("meta"):
-            sketch = make()
+            sketch = build()
     except (RuntimeError, TypeError) as error:
         if "overflow" in str(error).lower():
             raise InputError(f"the weights are more than any memory holds: {remedy}") from error
@@ -32,4 +75,4 @@ def make_network(make: Callable[[], nn.Module]) -> nn.Module:
         raise InputError(
             f"the weights take {needed:,} bytes and the memory is {memory:,} bytes: {remedy}"
         )
-    return make()
+    return build()

@@ -30,19 +30,19 @@ class SharedBottom(nn.Module):
         batch_norm: The paper uses none.
     """
 
-    replayable = True
+    supports_cuda_graphs = True
 
     def __init__(
         self,
         schema: Schema,
         *,
-        embedding_dim: int | Mapping[Any, int],
-        bag_mode: str,
+        embedding_dim: int | Mapping[Any, int] = 128,
         embedding_init: str = "joint",
-        bottom_widths: Sequence[int],
-        tower_widths: Sequence[int],
-        dropout: float,
-        batch_norm: bool,
+        bag_mode: str = "mean",
+        bottom_widths: Sequence[int] = (512, 256),
+        tower_widths: Sequence[int] = (128, 64),
+        dropout: float = 0.0,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(
@@ -66,7 +66,8 @@ class SharedBottom(nn.Module):
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
-        hidden = self.bottom.rest(self.input.feed_one(batch, self.bottom.linear_layers()[0]))
+        hidden = self.input.first_layer(batch, self.bottom.linear_layers()[0])
+        hidden = self.bottom.after_first_layer(hidden)
         return label_log_probabilities(self.towers(hidden.expand(len(self.towers), -1, -1)))
 
     def task_layers(self) -> list[list[nn.Linear]]:

@@ -17,10 +17,12 @@ from mtnrec.checks import InputError, check_choice, check_flag, check_integer, c
 from mtnrec.metric.catalogue import layer_key
 from mtnrec.mtn.mixing import LAYER_WEIGHTINGS, MixingWeights
 from mtnrec.mtn.penalty import Penalty, mean_distance
+from mtnrec.mtn.schedule import RefreshPolicy
 from mtnrec.mtn.trace_norm import effective_rank
 from mtnrec.optimizer.penalty import add_to_gradients, move_parameters
 
 COLLAPSED_ALPHA = 0.99
+_LARGEST_GAP = 0.1  # of a norm between two updates, before it is worth a warning
 _STEPS_A_SHARE = 16  # to count zeros is a pass over the gradients
 # How many of eq. 2's subsets of the modes have the norm of each unfolding, and of the full set.
 _MULTIPLICITIES = {"distinct": (1, 1, 1), "all": (2, 2, 2, 1)}
@@ -115,6 +117,7 @@ class MTN(L.Callback):
         self._restored: dict[str, Any] = {}
         self._zero_gradient_shares: list[Tensor] = []
         self._collapsed: set[int] = set()
+        self._deviated: set[int] = set()
         self._measured_at = 0
         self._owed_steps = 0
 
@@ -135,8 +138,13 @@ class MTN(L.Callback):
             depths,
             weights,
             frobenius=self.frobenius,
-            refresh_every=self.refresh_every,
+            policy=self._policy(),
         )
+
+    def _policy(self) -> RefreshPolicy:
+        if self.coupling == "decoupled":  # there no optimiser magnifies the penalty
+            return RefreshPolicy(longest=self.refresh_every)
+        return RefreshPolicy.for_lambda(self.lam, self.refresh_every)
 
     def _find_depths(self, network: Any) -> list[list[nn.Linear]]:
         method = "task_layers" if self.target == "towers" else "shared_layers"
@@ -284,6 +292,7 @@ class MTN(L.Callback):
                 "distance": mean_distance(self._penalty.stack(depth)),
             }
             if deviations is not None:
+                self._warn_of_deviation(depth, deviations[row].gap)
                 found = deviations[row]._asdict()
                 of_layer |= {name: torch.tensor(value) for name, value in found.items()}
             for column, name in enumerate(names):
@@ -307,6 +316,19 @@ class MTN(L.Callback):
 
     def _unfolding_names(self) -> tuple[str, ...]:
         return UNFOLDINGS if self.target == "towers" else ("expert", *UNFOLDINGS[1:])
+
+    def _warn_of_deviation(self, depth: int, gap: float) -> None:
+        if gap <= _LARGEST_GAP or depth in self._deviated:
+            return
+        self._deviated.add(depth)
+        _logger.warning(
+            "mtn: between two updates the norm of layer %d was up to %.0f %% off, so its logged "
+            "figures differ from those of the exact method; set mtn.refresh_every lower than %d; "
+            "1 is the exact method",
+            depth,
+            100 * gap,
+            self.refresh_every,
+        )
 
     def _warn_of_collapse(self, depth: int, alpha: Tensor) -> None:
         largest = alpha.max().item()

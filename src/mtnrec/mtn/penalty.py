@@ -97,7 +97,7 @@ class Penalty:
         depths: By depth, the layers that are stacked: equal in shape, at least two.
         weights: Alpha and layer weights.
         frobenius: Whether ``R_i`` has its Frobenius term.
-        refresh_every: Most steps that a direction is kept; 1 is the exact method.
+        policy: When directions are recomputed; ``longest=1`` is the exact method.
     """
 
     def __init__(
@@ -106,12 +106,12 @@ class Penalty:
         weights: MixingWeights,
         *,
         frobenius: bool,
-        refresh_every: int,
+        policy: RefreshPolicy,
     ) -> None:
         self.depths = depths
         self.weights = weights
         self._frobenius = frobenius
-        self._policy = RefreshPolicy(longest=refresh_every)
+        self._policy = policy
         self._stacks = {depth: _Stack() for depth in depths}
         self._layer_weights: list[float] = []
         self._largest: dict[int, Deviation] = {}

@@ -6,6 +6,8 @@ from functools import cache
 
 from mtnrec.mtn.unfolding import short_sides
 
+_LAM = 1e-5  # the paper's, for which the intervals were chosen
+
 
 @dataclass(frozen=True)
 class RefreshPolicy:
@@ -34,6 +36,22 @@ class RefreshPolicy:
     longest_update: int = 32
     update_growth: int = 8
     updates: int = 4
+
+    @classmethod
+    def for_lambda(cls, lam: float, longest: int) -> "RefreshPolicy":
+        """Return the policy for a penalty that is added to the gradient of the loss.
+
+        The larger ``lam``, the more weights are moved by the penalty rather than by the data, and
+        the shorter a direction holds. Of ESMM's first layer, three epochs at full size, nuclear
+        norms were off by 1 % at ``lam=1e-5`` with 32 steps; at ``lam=1e-3`` by 265 % with 32 steps,
+        44 % with 4 and 7 % with 1.
+
+        >>> [RefreshPolicy.for_lambda(lam, 128).longest_update for lam in (0, 1e-5, 1e-4, 1e-3)]
+        [32, 32, 3, 1]
+        """
+        most = cls.longest_update
+        by_strength = most if lam <= _LAM else max(1, round(most * _LAM / lam))
+        return cls(longest=longest, longest_update=by_strength)
 
     def update_interval(self, shape: tuple[int, ...], step: int) -> int:
         """Return the steps between two recomputations of a direction.

@@ -38,9 +38,9 @@ class LazyAdam(Adam):
         self,
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         *,
-        lr: float,
-        betas: Sequence[float],
-        eps: float,
+        lr: float = 1e-3,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
     ) -> None:
         check_number("lr", lr, minimum=0)
         if not isinstance(betas, Sequence) or len(betas) != 2:

@@ -15,7 +15,7 @@ from typing import Any
 TREATMENTS = ("mtn",)  # groups of the config that a baseline does without
 # Keys of the config that say where a run reads and writes, or how it is shown and computed, not
 # what comes out; of the data the checksum says it.
-_NOT_OF_THE_CELL = ("logger", "output_dir", "data_root", "resume", "threads")
+_NOT_OF_THE_CELL = ("logger", "output_dir", "data_root", "resume", "cuda_graphs", "threads")
 _NOT_OF_THE_DATA = ("dir", "raw_dir", "train", "test", "verify", "threads")
 _NOT_OF_THE_TRAINER = (
     "enable_progress_bar",

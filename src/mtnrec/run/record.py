@@ -63,7 +63,7 @@ class RunRecord:
     versions: Mapping[str, str] = field(default_factory=dict)
     mtn: Mapping[str, Any] = field(default_factory=dict)
     threads: int | None = None
-    keys_of_seed: Sequence[str] = ("seed", "data.seed")
+    keys_of_seed: Sequence[str] = field(default_factory=lambda: ["seed", "data.seed"])
     status: str = "finished"
     format_version: int = FORMAT_VERSION
 

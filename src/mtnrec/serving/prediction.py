@@ -16,7 +16,7 @@ from mtnrec.checks import InputError, check_choice, name_some
 from mtnrec.data.batches import RowGatherer
 from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.raw.bad_rows import BadRows
-from mtnrec.data.raw.tabular import Source
+from mtnrec.data.raw.tabular import FileSource
 from mtnrec.files import in_place_of
 from mtnrec.serving.scorer import Scorer, shifted
 
@@ -84,9 +84,9 @@ class TableRows:
 
     def __init__(self, scorer: Scorer, path: Path, keep: list[str], batch_size: int) -> None:
         self.total: int | None = None
-        self._source = Source("table", path)
-        self._source.demand("the model", scorer.encoder.columns)
-        self._source.demand("keep", keep)
+        self._source = FileSource("table", path)
+        self._source.require_columns("the model", scorer.encoder.columns)
+        self._source.require_columns("keep", keep)
         if taken := [name for name in keep if name in scorer.tasks]:
             raise InputError(f"keep names {name_some(taken)}, which the scores are called")
         self._keep, self._scorer, self._batch_size = keep, scorer, batch_size

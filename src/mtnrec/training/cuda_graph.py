@@ -1,4 +1,4 @@
-"""Passes of the training that a GPU records once and replays."""
+"""CUDA graphs: the forward and backward pass of a batch, captured once and replayed."""
 
 from collections.abc import Callable
 
@@ -9,35 +9,35 @@ from torch import Tensor, nn
 from mtnrec.batch import Batch
 
 
-def can_be_replayed(network: nn.Module) -> bool:
-    """Say whether a GPU may record the passes of a network.
+def can_be_captured(network: nn.Module) -> bool:
+    """Return whether the passes of a network can be captured as CUDA graphs.
 
-    It must be on a GPU and say that it is ``replayable``: that on each batch of as many rows it
-    launches the same kernels, whatever is in the batch and however often it was called. A sparse
-    gradient has as many rows as the batch has tokens, and several processes average gradients while
-    they are computed: neither is recorded.
+    It must be on a GPU and have ``supports_cuda_graphs = True``: for every batch of the same size
+    it launches the same kernels, whatever is in the batch and however often it was called. Sparse
+    gradients have as many rows as the batch has tokens, and several processes average gradients
+    while they are computed: neither is captured.
     """
     sparse = any(isinstance(part, nn.Embedding) and part.sparse for part in network.modules())
     on_gpu = all(parameter.is_cuda for parameter in network.parameters())
-    replayable = getattr(network, "replayable", False)
-    return replayable and on_gpu and not sparse and not dist.is_initialized()
+    supported = getattr(network, "supports_cuda_graphs", False)
+    return supported and on_gpu and not sparse and not dist.is_initialized()
 
 
-class Replay:
-    """The loss of a batch; its passes, forward and backward, are replays of CUDA graphs.
+class CudaGraphLoss:
+    """The loss of a batch, forward and backward passes replayed from CUDA graphs.
 
-    A step of these networks is some hundreds of kernels that take a few microseconds each, less
-    than it takes to start one: a GPU that is given them one by one computes for a tenth of the
-    time. A graph is started at once. It is recorded as soon as two batches in a row have as many
-    rows; a batch of another size, and one with bags, whose tokens are as many as they are, are
-    computed as they are.
+    A step of these networks is some hundreds of kernels of a few microseconds each, less than the
+    overhead of a launch: launched one by one they keep a GPU busy for a tenth of the time. A graph
+    is launched at once. It is captured as soon as two batches in a row have the same number of
+    rows; a batch of another size, and one with bags, whose tokens vary in number, is computed
+    eagerly.
 
     The gradients of a replay lie in the graph's own memory, which the next replay overwrites: they
     cannot be accumulated over batches.
 
     Args:
-        network: For which :func:`can_be_replayed`. Where it is and where its parameters lie must
-            not change.
+        network: For which :func:`can_be_captured`. Its device and the storage of its parameters
+            must not change.
         loss: Computes the loss of a batch by it.
     """
 
@@ -45,41 +45,41 @@ class Replay:
         self._network = network
         self._loss = loss
         self._rows = 0  # of the batch before
-        self._recorded_rows = 0
-        self._recorded: Callable[..., Tensor] | None = None
+        self._captured_rows = 0
+        self._captured: Callable[..., Tensor] | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Return the loss, a scalar from which the backward pass goes as ever."""
+        """Return the loss, a scalar."""
         rows, before = len(batch), self._rows
         self._rows = rows
         if batch.bags or batch.labels is None:
             return self._loss(batch)
-        if self._recorded is None and rows == before:
-            self._recorded, self._recorded_rows = self._record(batch), rows
-        if self._recorded is None or rows != self._recorded_rows:
+        if self._captured is None and rows == before:
+            self._captured, self._captured_rows = self._capture(batch), rows
+        if self._captured is None or rows != self._captured_rows:
             return self._loss(batch)
         # A copy, since the next replay writes the next loss there.
-        return self._recorded(batch.categorical, batch.numerical, batch.labels).clone()
+        return self._captured(batch.categorical, batch.numerical, batch.labels).clone()
 
-    def _record(self, batch: Batch) -> Callable[..., Tensor]:
-        """Record the passes; what the passes before that change and draw is put back."""
+    def _capture(self, batch: Batch) -> Callable[..., Tensor]:
+        """Capture the passes; restore the buffers and the random state that the warm-up changes."""
         assert batch.labels is not None
         # The graph reads its batch from these.
         own = tuple(part.clone() for part in (batch.categorical, batch.numerical, batch.labels))
         random_state = torch.cuda.get_rng_state(own[0].device)
         buffers = [buffer.clone() for buffer in self._network.buffers()]
-        recorded = _LossOfTensors(self._network, self._loss)
-        torch.cuda.make_graphed_callables(recorded, own, allow_unused_input=True)  # in place
+        captured = _LossOfTensors(self._network, self._loss)
+        torch.cuda.make_graphed_callables(captured, own, allow_unused_input=True)  # in place
         torch.cuda.set_rng_state(random_state, own[0].device)
         with torch.no_grad():
             for buffer, before in zip(self._network.buffers(), buffers, strict=True):
                 buffer.copy_(before)
         _expect_another_stream()
-        return recorded
+        return captured
 
 
 class _LossOfTensors(nn.Module):
-    """The loss as a module of tensors, as torch records it."""
+    """The loss as a module of tensors, as torch captures it."""
 
     def __init__(self, network: nn.Module, loss: Callable[[Batch], Tensor]) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class _LossOfTensors(nn.Module):
 
 
 def _expect_another_stream() -> None:
-    """Spare the user torch's warning that gradients come from the stream that was recorded."""
+    """Silence torch's warning that gradients come from the stream of the capture."""
     graph = torch.autograd.graph
     if hasattr(graph, "set_warn_on_accumulate_grad_stream_mismatch"):  # where it warns of it
         graph.set_warn_on_accumulate_grad_stream_mismatch(enabled=False)

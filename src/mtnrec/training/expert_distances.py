@@ -1,4 +1,4 @@
-"""How far the experts of a network are apart in what they say (paper, figure 3)."""
+"""Distances between the outputs of a network's experts (paper, figure 3)."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ class ExpertDistances(L.Callback):
 
     It watches the network's own forward pass, so that no expert is computed twice. After the test
     ``distances`` is an ``E x E`` matrix, the same on all ranks; None for a network without
-    ``shared_end``, the module that the outputs ``(B, E, O)`` of its experts pass.
+    ``expert_outputs``, the module that the outputs ``(B, E, O)`` of its experts pass through.
     """
 
     def __init__(self) -> None:
@@ -49,10 +49,10 @@ class ExpertDistances(L.Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         network: Any = pl_module.network
         self.distances = None
-        if hasattr(network, "shared_end"):
+        if hasattr(network, "expert_outputs"):
             experts = len(network.shared_layers()[0])
             self._sums, self._rows = torch.zeros(experts, experts, dtype=torch.float64), 0
-            self._watch = network.shared_end.register_forward_hook(self._add)
+            self._watch = network.expert_outputs.register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, inputs: tuple[Tensor], outputs: Tensor) -> None:
         # Summed on the CPU: not every accelerator has float64.

@@ -1,5 +1,6 @@
 """Fit a model by the protocol, test its best epoch once, and return the record of the run."""
 
+import logging
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,9 @@ from mtnrec.data.datamodule import DataModule
 from mtnrec.inspection.leaks import LeakCheck, check_leaks
 from mtnrec.metric.task_metrics import bayes_aucs
 from mtnrec.model.loss import TASK_LOSSES
-from mtnrec.model.network import make_network
+from mtnrec.model.network import build_network
 from mtnrec.performance import compute_fast
+from mtnrec.run.folder import find_record
 from mtnrec.run.identity import CHECKPOINTS, RunIdentity
 from mtnrec.run.record import RECORD_FILE, RunRecord
 from mtnrec.tracking.loggers import describe_run, make_logger, report_run
@@ -37,6 +39,24 @@ from mtnrec.training.summary import closing_table
 _LARGEST_SEED = 2**32 - 1  # of numpy's global stream
 _MOST_THREADS = 1024  # torch ends the process where there are too many
 _REFRESHES_PER_SECOND = 10  # of the bar; Lightning's 100 would take time of a step
+
+_logger = logging.getLogger(__name__)
+
+
+def find_or_fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRecord:
+    """Return the record of a finished run in its folder, or fit; arguments as for :func:`fit`.
+
+    Raises:
+        InputError: If a setting is out of its range.
+    """
+    check_settings(cfg)
+    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    output_dir = Path(cfg.output_dir)
+    record = find_record(output_dir, config, datamodule.find_checksum()) if cfg.resume else None
+    if record is None:
+        return fit(cfg, datamodule, recorder)
+    _logger.info("%s is finished; resume=false trains again", output_dir)
+    return record
 
 
 def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRecord:
@@ -127,11 +147,17 @@ def _make_module(cfg: DictConfig, datamodule: DataModule) -> MultiTaskModule:
     schema = datamodule.schema
     # In two steps, since Hydra would take the schema, a dataclass, for a part of the config.
     model = instantiate(cfg.model, _partial_=True, _convert_="all")
-    network = make_network(partial(model, schema=schema))
+    network = build_network(partial(model, schema=schema))
     optimizer = instantiate(cfg.optimizer)
-    module = MultiTaskModule(network, schema=schema, optimizer=optimizer, task_loss=cfg.task_loss)
+    module = MultiTaskModule(
+        network,
+        schema=schema,
+        optimizer=optimizer,
+        task_loss=cfg.task_loss,
+        cuda_graphs=cfg.cuda_graphs,
+    )
     settings = cast(dict[str, Any], OmegaConf.to_container(cfg.model, resolve=True))
-    module.card = make_card(settings, datamodule.manifest, Path(datamodule.dir))
+    module.card = make_card(settings, datamodule.manifest, datamodule.folder)
     return module
 
 

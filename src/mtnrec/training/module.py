@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -12,15 +13,17 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from mtnrec.batch import Batch, LogProbabilities
-from mtnrec.checks import InputError, check_choice
+from mtnrec.checks import InputError, check_choice, check_flag
 from mtnrec.metric.task_metrics import TaskMetrics
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.loss import TASK_LOSSES, cross_entropies
+from mtnrec.model.network import require_network
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import Schema
-from mtnrec.training.cuda_graph import Replay, can_be_replayed
+from mtnrec.training.cuda_graph import CudaGraphLoss, can_be_captured
 
-_STEPS_A_SUM = 16  # to read a value is to wait for the accelerator
+_ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
+_SUM_EVERY_N_STEPS = 16  # to read a value is to wait for the accelerator
 
 
 class MultiTaskModule(L.LightningModule):
@@ -34,14 +37,13 @@ class MultiTaskModule(L.LightningModule):
     No checkpoint is written from weights that are not finite.
 
     Args:
-        network: Called with a :class:`Batch`, returns :class:`LogProbabilities`. It offers
-            ``task_layers()`` (for each depth, the ``T`` linear layers of the towers) and
-            ``shared_layers()`` (for each depth, the layers that stand side by side below them).
-            Where it is ``replayable``, a GPU may record its passes.
+        network: A :class:`~mtnrec.model.network.Network`.
         schema: Fields and labels of the data.
         optimizer: Makes the optimiser from the parameters.
-        task_loss: ``sum``, as in eq. 5, or ``mean``, as in MTReclib: beside it the same ``lambda``
-            weighs as much as ``lambda * T`` beside the sum.
+        task_loss: ``sum``, as in eq. 5, or ``mean``, as in MTReclib, with which the same ``lambda``
+            weighs as much as ``lambda * T`` with the sum.
+        cuda_graphs: Whether a GPU captures the passes of the network and replays them, where it
+            ``supports_cuda_graphs``; a CPU computes as without.
 
     Raises:
         InputError: If ``task_loss`` is neither.
@@ -52,11 +54,14 @@ class MultiTaskModule(L.LightningModule):
         network: nn.Module,
         *,
         schema: Schema,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = _ADAM,
         task_loss: str = "sum",
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
+        require_network(network)
         check_choice("task_loss", task_loss, TASK_LOSSES)
+        check_flag("cuda_graphs", cuda_graphs)
         self.network = network
         self._task_loss = task_loss
         self._optimizer = optimizer
@@ -67,16 +72,17 @@ class MultiTaskModule(L.LightningModule):
         self.results: dict[str, dict[str, float]] = {}
         self.calibration_curves: dict[str, dict[str, list[float]]] = {}
         self.card: dict[str, Any] = {}
-        self._replay: Replay | None = None
+        self._cuda_graphs = cuda_graphs
+        self._graph: CudaGraphLoss | None = None
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
         return self.network(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._loss(batch) if self._replay is None else self._replay(batch)
+        loss = self._loss(batch) if self._graph is None else self._graph(batch)
         self._losses.append((len(batch), loss.detach()))
-        if len(self._losses) == _STEPS_A_SUM:
+        if len(self._losses) == _SUM_EVERY_N_STEPS:
             self._sum_losses()
         if self.trainer.is_last_batch or self.trainer.global_step + 1 == self.trainer.max_steps:
             self._log_losses()
@@ -87,11 +93,12 @@ class MultiTaskModule(L.LightningModule):
         return losses.sum() if self._task_loss == "sum" else losses.mean()
 
     def on_train_start(self) -> None:
-        replays = self.trainer.accumulate_grad_batches == 1 and can_be_replayed(self.network)
-        self._replay = Replay(self.network, self._loss) if replays else None
+        steps_alone = self.trainer.accumulate_grad_batches == 1
+        captures = self._cuda_graphs and steps_alone and can_be_captured(self.network)
+        self._graph = CudaGraphLoss(self.network, self._loss) if captures else None
 
     def on_train_end(self) -> None:
-        self._replay = None  # the parameters leave the GPU
+        self._graph = None  # the parameters leave the GPU
 
     def _sum_losses(self) -> None:
         if not self._losses:

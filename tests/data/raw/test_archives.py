@@ -227,7 +227,7 @@ from mtnrec.data.raw.archives import open_plain, read_tar
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import read_blocks
 from mtnrec.data.raw.progress import Meter
-from mtnrec.data.raw.tabular import Source
+from mtnrec.data.raw.tabular import FileSource
 
 resource.setrlimit(resource.RLIMIT_DATA, (1 << 31, 1 << 31))
 path = Path(sys.argv[1])
@@ -237,7 +237,7 @@ try:
             for _ in read_blocks(stream, name):
                 pass
     elif sys.argv[2] == "table":
-        for _ in Source("data.train", path).chunks(["click"], BadRows("skip")):
+        for _ in FileSource("data.train", path).chunks(["click"], BadRows("skip")):
             pass
     else:
         with open_plain(path, Meter()) as stream:

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from mtnrec.checks import InputError
 from mtnrec.data.raw import blocks, tabular
 from mtnrec.data.raw.bad_rows import BadRows
-from mtnrec.data.raw.tabular import Source
+from mtnrec.data.raw.tabular import FileSource
 
 
 def read(path, *, on_error="refuse"):
-    table = Source("data.train", path)
+    table = FileSource("data.train", path)
     chunks = list(table.chunks(table.columns, BadRows(on_error)))
     return pl.concat([chunk.frame for chunk in chunks]).rows()
 
@@ -79,7 +79,7 @@ def test_quoted_rows_are_read_in_parts_of_bounded_size(csv, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 100)
     path = csv(b'shop,click\n"a",1\n' + b"b" * 60 + b",1\n" + b"," * 90 + b"\n" + b"b,1\n" * 90)
 
-    table = Source("data.train", path)
+    table = FileSource("data.train", path)
     frames = [chunk.frame for chunk in table.chunks(["click"], BadRows("skip"))]
 
     assert sum(frame.height for frame in frames) == 92

@@ -1,16 +1,21 @@
-"""Reading tables of any columns: csv, csv.gz, Parquet, and folders of Parquet parts.
+"""Read tables of any columns: csv, csv.gz, Parquet, folders of Parquet parts, and frames in memory.
 
 A csv file has a header, commas, and quotes where a cell holds a comma, a quote or a line break. All
 its cells are text. An empty cell is missing, and so is an empty text or NaN in Parquet.
 """
 
 import csv
+import hashlib
+import io
+import os
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -38,40 +43,91 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a file.
+    """Some rows of a source.
 
     Args:
         frame: Their cells; a missing one is null.
-        path: The file.
-        unit: ``line`` in a csv file, ``row`` in a Parquet file; both count from 1.
+        path: The file, or a description of the frame.
+        unit: ``line`` in a csv file, otherwise ``row``; both count from 1.
         numbers: The line or row of each, ``(rows,)``.
         first: How many rows of the source come before these.
     """
 
     frame: pl.DataFrame
-    path: Path
+    path: Path | str
     unit: str
     numbers: Integers
     first: int
 
     def place(self, row: int) -> str:
-        """Say where a row stands."""
+        """Return the position of a row, for messages."""
         return f"{self.path}, {self.unit} {self.numbers[row]}"
 
 
-class Source:
-    """A table on disk; its headers are read at once, its rows chunk by chunk.
+class ArrowStream(Protocol):
+    """A frame: any object with the Arrow PyCapsule stream interface."""
+
+    def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
+        """Export the rows as a stream of Arrow record batches."""
+
+
+class Source(ABC):
+    """A table whose rows are read chunk by chunk.
+
+    Attributes:
+        path: The file or folder, or a description of the frame, for messages.
+        name: Short form of ``path``.
+        columns: Names of the columns.
+    """
+
+    path: Path | str
+    name: str
+    columns: list[str]
+
+    @property
+    @abstractmethod
+    def identity(self) -> list[list[str | int]]:
+        """What identifies the content, as JSON; the manifest keeps it."""
+
+    @abstractmethod
+    def chunks(
+        self, columns: list[str], bad_rows: BadRows, *, lists: Sequence[str] = ()
+    ) -> Iterator[Chunk]:
+        """Read some columns of all rows, in order and in bounded memory.
+
+        Rows of a csv file with too few or too many cells go to ``bad_rows``. Columns of Parquet
+        files and frames may hold lists where ``lists`` names them.
+
+        Raises:
+            InputError: If a file is damaged or truncated, a column is of a type that cannot be
+                read, or there are no rows.
+        """
+
+    def require_columns(self, key: str, names: list[str]) -> None:
+        """Refuse names that are not columns; ``key`` is the setting that has them."""
+        if missing := [name for name in names if name not in self.columns]:
+            raise InputError(
+                f"{self.path} lacks the column {name_some(missing)} of {key}; it has "
+                f"{name_some(self.columns)}"
+            )
+
+
+class FileSource(Source):
+    """A table on disk; the constructor reads the headers.
 
     Args:
-        key: The setting that names it, ``data.train`` say.
+        key: The setting that names it, for example ``data.train``.
         path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, or a folder of ``.parquet`` files.
 
     Raises:
         InputError: If it cannot be read, or a column is named twice or not at all.
     """
 
+    path: Path
+
     def __init__(self, key: str, path: str | Path) -> None:
         self.path = Path(path)
+        self.name = self.path.name
         self._files = _files(key, self.path)
         self.columns = _header(self._files[0])
         for file in self._files[1:]:
@@ -83,29 +139,13 @@ class Source:
                 )
 
     @property
-    def sizes(self) -> list[list[str | int]]:
+    def identity(self) -> list[list[str | int]]:
         """Name and bytes of each file."""
         return [[file.name, file.stat().st_size] for file in self._files]
-
-    def demand(self, key: str, names: list[str]) -> None:
-        """Refuse names that are no columns; ``key`` is the setting that has them."""
-        if missing := [name for name in names if name not in self.columns]:
-            raise InputError(
-                f"{self.path} lacks the column {name_some(missing)} of {key}; it has "
-                f"{name_some(self.columns)}"
-            )
 
     def chunks(
         self, columns: list[str], bad_rows: BadRows, *, lists: Sequence[str] = ()
     ) -> Iterator[Chunk]:
-        """Read some columns of all rows, in order and in bounded memory.
-
-        Rows of a csv file with too few or too many cells go to ``bad_rows``. Columns of Parquet
-        files may hold lists where ``lists`` names them.
-
-        Raises:
-            InputError: If a file is damaged or cut short, or there are no rows.
-        """
         first = 0
         for path in self._files:
             if path.suffix == ".parquet":
@@ -117,6 +157,93 @@ class Source:
                 first += frame.height
         if not first:
             raise InputError(f"{self.path} has no rows")
+
+
+class FrameSource(Source):
+    """A table in memory, read as a Parquet file with the same columns is.
+
+    The constructor takes the rows over as Arrow arrays, which copies them only where the frame
+    holds them in another form (texts of pandas, for example), and hashes them.
+
+    Args:
+        key: The setting that holds it, for example ``data.train``.
+        frame: The frame; an index of pandas is left out.
+
+    Raises:
+        InputError: If it has no rows, a column is named twice or not at all, or Arrow or polars
+            lack the type of a column.
+    """
+
+    path: str
+
+    def __init__(self, key: str, frame: ArrowStream) -> None:
+        self.path = self.name = f"the frame of {key}"
+        with _representable(self.path):
+            self._frame = cast(pl.DataFrame, pl.from_arrow(self._to_arrow(frame), rechunk=False))
+            self._sha256 = _hash_content(self._frame)
+        if not self._frame.height:
+            raise InputError(f"{self.path} has no rows")
+        self.columns = self._frame.columns
+
+    @property
+    def identity(self) -> list[list[str | int]]:
+        """SHA-256 of names, types and values, however the rows lie in memory."""
+        return [["sha256", self._sha256]]
+
+    def _to_arrow(self, frame: ArrowStream) -> pa.Table:
+        pandas = sys.modules.get("pandas")  # no frame of pandas exists before its import
+        if pandas is not None and isinstance(frame, pandas.DataFrame):
+            names = ["" if pandas.isna(label) is True else str(label) for label in frame.columns]
+            _check_names(self.path, names)
+            return pa.Table.from_pandas(frame, preserve_index=False)
+        reader = pa.RecordBatchReader.from_stream(frame)
+        _check_names(self.path, reader.schema.names)
+        return reader.read_all()
+
+    def chunks(
+        self, columns: list[str], bad_rows: BadRows, *, lists: Sequence[str] = ()
+    ) -> Iterator[Chunk]:
+        frame = self._frame.select(columns)
+        _check_types(self.path, frame.schema, lists)
+        for first in range(0, frame.height, _ROWS_PER_CHUNK):
+            part = frame.slice(first, _ROWS_PER_CHUNK)
+            numbers = np.arange(first + 1, first + 1 + part.height)
+            yield Chunk(_missing_to_null(part), self.path, "row", numbers, first)
+
+
+def open_source(key: str, table: str | Path | ArrowStream) -> Source:
+    """Open a table that the setting ``key`` names or holds.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    return FrameSource(key, table) if is_frame(table) else FileSource(key, cast(str, table))
+
+
+def is_frame(table: object) -> TypeGuard[ArrowStream]:
+    """Tell a frame from a path.
+
+    >>> is_frame(pl.DataFrame({"click": [0, 1]})), is_frame("clicks.csv")
+    (True, False)
+    """
+    return hasattr(table, "__arrow_c_stream__")
+
+
+def check_table(key: str, table: object) -> None:
+    """Refuse anything but a path or a frame; nothing is read.
+
+    >>> check_table("data.train", {"click": [0, 1]})
+    Traceback (most recent call last):
+    mtnrec.checks.InputError: data.train must be a path (a .csv, .csv.gz or .parquet file, or a \
+folder of .parquet files) or a frame (of pandas, polars, pyarrow or any library with \
+`__arrow_c_stream__`), got an object of type dict
+    """
+    if not isinstance(table, str | os.PathLike) and not is_frame(table):
+        raise InputError(
+            f"{key} must be a path (a .csv, .csv.gz or .parquet file, or a folder of .parquet "
+            "files) or a frame (of pandas, polars, pyarrow or any library with "
+            f"`__arrow_c_stream__`), got an object of type {type(table).__name__}"
+        )
 
 
 _Rows = tuple[str, Integers, pl.DataFrame]
@@ -160,22 +287,76 @@ def readable(path: object) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _representable(path: str) -> Iterator[None]:
+    """Turn errors of a frame that Arrow or polars cannot represent into one that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        *(PolarsError, PanicException, pa.ArrowException),
+        *(OSError, TypeError, ValueError),
+    ) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{path} cannot be read as Arrow data ({reason}). Turn its columns into numbers, "
+            "texts, booleans or dates, or drop them."
+        ) from error
+
+
+class _HashStream(io.RawIOBase):
+    """Hashes what is written to it."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return len(data)
+
+
+def _hash_content(frame: pl.DataFrame) -> str:
+    """Return the SHA-256 of the columns, each as an Arrow IPC stream of one batch.
+
+    Categories are hashed as the texts that they stand for. ``take`` makes new arrays, in which the
+    bytes of missing cells and those before and after a slice are zero.
+    """
+    stream = _HashStream()
+    rows = pa.array(np.arange(frame.height))
+    for column in frame:
+        if column.dtype in (pl.Categorical, pl.Enum):
+            column = column.cast(pl.String)
+        array = column.rechunk().to_arrow(compat_level=pl.CompatLevel.oldest()).take(rows)
+        table = pa.table({column.name: array})
+        with pa.ipc.new_stream(stream, table.schema) as writer:
+            writer.write_table(table)
+    return stream.sha256.hexdigest()
+
+
 def _header(path: Path) -> list[str]:
     with readable(path):
         if path.suffix == ".parquet":
             names = pl.scan_parquet(path, glob=False).collect_schema().names()
         else:
             names = _csv_header(path)
+    _check_names(path, names)
+    return names
+
+
+def _check_names(path: Path | str, names: list[str]) -> None:
     if len(names) > MOST_COLUMNS:
         raise _too_wide(path)
     if "" in names:
         raise InputError(
-            f"{path}: column {names.index('') + 1} has no name in the header: name or remove it "
-            "(pandas writes none with index=False)"
+            f"{path}: column {names.index('') + 1} has no name. Name or remove it (pandas writes "
+            "its index as such a column to csv; index=False leaves it out)."
         )
     if twice := find_repeated(names):
         raise InputError(f"{path} names the column {name_some(twice)} twice: rename one")
-    return names
 
 
 def _csv_header(path: Path) -> list[str]:
@@ -187,7 +368,7 @@ def _csv_header(path: Path) -> list[str]:
     return next(csv.reader([first.removeprefix("\ufeff")], strict=True))
 
 
-def _too_wide(path: Path) -> InputError:
+def _too_wide(path: Path | str) -> InputError:
     return InputError(f"{path} has more than {MOST_COLUMNS:,} columns: leave some out")
 
 
@@ -211,16 +392,20 @@ def _read_parquet(path: Path, columns: list[str], lists: Sequence[str]) -> Itera
     with readable(path):
         check_row_groups(path, path)
         scan = pl.scan_parquet(path, glob=False, hive_partitioning=False).select(columns)
-        for name, dtype in scan.collect_schema().items():
-            nested = dtype.is_nested() and not (name in lists and isinstance(dtype, pl.List))
-            if nested or dtype in _UNREADABLE:
-                raise InputError(
-                    f"{path}: the column {name!r} is of type {dtype}: leave it out with "
-                    "data.exclude, or turn it into numbers or texts"
-                )
+        _check_types(path, scan.collect_schema(), lists)
         for frame in scan.collect_batches(chunk_size=_ROWS_PER_CHUNK, maintain_order=True):
             yield "row", np.arange(row, row + frame.height), frame
             row += frame.height
+
+
+def _check_types(path: Path | str, schema: pl.Schema, lists: Sequence[str]) -> None:
+    for name, dtype in schema.items():
+        nested = dtype.is_nested() and not (name in lists and isinstance(dtype, pl.List))
+        if nested or dtype in _UNREADABLE:
+            raise InputError(
+                f"{path}: the column {name!r} is of type {dtype}: leave it out with "
+                "data.exclude, or turn it into numbers or texts"
+            )
 
 
 def check_row_groups(name: object, file: Any) -> None:

@@ -1,0 +1,143 @@
+"""Compose the config of a run from Python: choices, keys or objects for each group."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from mtnrec.checks import InputError, check_choice
+from mtnrec.command.config import CONF_DIR, Train
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+def compose_run(groups: Mapping[str, Any], keys: Mapping[str, Any]) -> DictConfig:
+    """Compose the config of ``conf/train.yaml`` as the command line does.
+
+    Args:
+        groups: For each group of the config what :func:`group_config` takes; a group that is left
+            out has its default choice.
+        keys: Values of keys that are in no group.
+    """
+    root = cast(DictConfig, OmegaConf.load(CONF_DIR / "train.yaml"))
+    found = {}
+    for entry in root.pop("defaults"):
+        if isinstance(entry, str):
+            continue
+        ((group, choice),) = entry.items()
+        if group in Train.__annotations__:
+            found[str(group)] = group_config(str(group), groups.get(str(group), choice), choice)
+    del root["hydra"]
+    return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Train), root, found, dict(keys)))
+
+
+def group_config(group: str, value: Any, default: str) -> DictConfig:
+    """Return the config of a group.
+
+    Args:
+        group: For example ``model``.
+        value: The name of a choice (``"mmoe"``), keys that differ from the default choice
+            (``{"lr": 0.01}``; with ``_target_`` all keys), or an object or a partial call as
+            :func:`describe_call` takes it.
+        default: The default choice.
+
+    Raises:
+        InputError: If there is no such choice or key.
+    """
+    if isinstance(value, str):
+        choices = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+        check_choice(group, value, choices)
+        return _load(group, value)
+    if not isinstance(value, Mapping):
+        return OmegaConf.create(describe_call(group, value))
+    if "_target_" in value:
+        return OmegaConf.create(dict(value))
+    base = _load(group, default)
+    if unknown := sorted(set(value) - set(base)):
+        raise InputError(
+            f"{group} must have keys of its choice {default}, got {', '.join(unknown)}. Choose of "
+            f"{', '.join(str(key) for key in base if not str(key).startswith('_'))}"
+        )
+    return cast(DictConfig, OmegaConf.merge(base, dict(value)))
+
+
+def describe_call(name: str, value: Any) -> dict[str, Any]:
+    """Return the config that builds an object again: ``_target_`` and the arguments.
+
+    Args:
+        name: Of the argument, for messages.
+        value: A class, a ``functools.partial`` of one with keywords alone, or an object that keeps
+            each argument of its constructor under the argument's name.
+
+    Raises:
+        InputError: If the arguments cannot be found, or one of them cannot be written to a config.
+
+    >>> describe_call("optimizer", partial(int, base=2))
+    {'_target_': 'builtins.int', '_partial_': True, 'base': 2}
+    """
+    if isinstance(value, partial):
+        if value.args:
+            raise InputError(f"{name} must be a partial call with keywords alone, got {value}")
+        return describe_config(name, value.func, {"_partial_": True, **value.keywords})
+    if inspect.isclass(value):
+        return describe_config(name, value, {"_partial_": True})
+    return describe_config(name, type(value), _arguments(name, value))
+
+
+def describe_config(
+    name: str, target: Callable[..., Any], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the config of a call: ``_target_`` and the arguments, in plain values.
+
+    Raises:
+        InputError: If an argument cannot be written to a config.
+    """
+    plain = {key: _plain(f"{name}.{key}", value) for key, value in arguments.items()}
+    return {"_target_": _public_path(target), **plain}
+
+
+def _arguments(name: str, value: Any) -> dict[str, Any]:
+    parameters = inspect.signature(type(value)).parameters
+    if lacking := [key for key in parameters if not hasattr(value, key)]:
+        raise InputError(
+            f"{name} must be an object that keeps the arguments of its constructor, and a "
+            f"{type(value).__name__} lacks {', '.join(lacking)}. Pass the class, or "
+            "functools.partial of it with keywords"
+        )
+    return {key: getattr(value, key) for key in parameters}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(f"{name}.{key}", item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, item) for item in value]
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, partial):
+        return describe_call(name, value)
+    if hasattr(value, "__fspath__"):
+        return str(value)
+    raise InputError(f"{name} must be a number, a text, a list or a partial call, got {value!r}")
+
+
+def _public_path(target: Callable[..., Any]) -> str:
+    """Return the shortest path under which other packages export a class."""
+    module, name = target.__module__, target.__qualname__
+    parts = module.split(".")
+    if parts[0] == _PACKAGE:
+        return f"{module}.{name}"
+    for end in range(1, len(parts)):
+        shorter = ".".join(parts[:end])
+        if getattr(import_module(shorter), name, None) is target:
+            return f"{shorter}.{name}"
+    return f"{module}.{name}"
+
+
+def _load(group: str, choice: str) -> DictConfig:
+    config = cast(DictConfig, OmegaConf.load(CONF_DIR / group / f"{choice}.yaml"))
+    bases = [base for base in config.pop("defaults", []) if base != "_self_"]
+    return cast(DictConfig, OmegaConf.merge(*(_load(group, base) for base in bases), config))

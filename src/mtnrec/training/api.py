@@ -1,0 +1,183 @@
+"""Training from Python by the protocol of ``python -m mtnrec.train``."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig
+from torch import nn
+
+from mtnrec.checks import InputError
+from mtnrec.command.compose import compose_run, describe_config
+from mtnrec.command.config import resolve_settings
+from mtnrec.command.entry_point import silence_libraries
+from mtnrec.command.errors import find_input_error
+from mtnrec.data.datamodule import DataModule
+from mtnrec.data.noise import Noise
+from mtnrec.mtn.callback import MTN
+from mtnrec.run.folder import claim
+from mtnrec.run.identity import folder_name
+from mtnrec.run.record import RunRecord
+from mtnrec.serving.scorer import Scorer, load_checkpoint
+from mtnrec.tracking.loggers import closing_wandb_run
+from mtnrec.training.fit import find_or_fit
+from mtnrec.training.recorder import RunRecorder
+
+
+class FinishedRun:
+    """A run that is trained and tested.
+
+    Args:
+        folder: Of the run.
+        record: Its record, ``result.json``.
+    """
+
+    def __init__(self, folder: Path, record: RunRecord) -> None:
+        self.folder = folder
+        self.record = record
+
+    def __repr__(self) -> str:
+        return f"<finished run in {self.folder}>"
+
+    @property
+    def metrics(self) -> Mapping[str, float | None]:
+        """Metrics by key, for example ``test/ctcvr_auc``."""
+        return self.record.metrics
+
+    @cached_property
+    def history(self) -> pd.DataFrame:
+        """One row per epoch: ``epoch``, ``step`` and what was logged, by key."""
+        return pd.DataFrame(list(self.record.history))
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The model of the best epoch."""
+        return load_checkpoint(self.folder / "checkpoints" / "best.ckpt")
+
+    def score(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Return the probability of each task for rows of raw values; see :meth:`Scorer.score`."""
+        return self.scorer.score(frame)
+
+
+def fit(
+    data: DataModule,
+    model: str | Mapping[str, Any] | Callable[..., nn.Module] = "esmm",
+    *,
+    mtn: MTN | Mapping[str, Any] | None = None,
+    noise: Noise | Mapping[str, Any] | None = None,
+    optimizer: str | Mapping[str, Any] | Callable[..., Any] = "adam",
+    trainer: str | Mapping[str, Any] = "default",
+    logger: str | Mapping[str, Any] = "csv",
+    seed: int = 0,
+    monitor: str = "val/cvr_auc",
+    stop: str = "decreased",
+    patience: int = 3,
+    task_loss: str = "sum",
+    resume: bool = True,
+    cuda_graphs: bool = False,
+    threads: int | None = None,
+    output_dir: str | Path | None = None,
+) -> FinishedRun:
+    """Train, test the best epoch once, and record the run, as ``python -m mtnrec.train`` does.
+
+    The same settings give the same bits and the same record as there. A run whose record is in its
+    folder already is read, not trained again. Like the command it sets torch's thread count,
+    deterministic algorithms and the global seed of this process.
+
+    Args:
+        data: A data set; it is copied, so that one object serves several runs.
+        model: A choice of ``conf/model``, keys of the default choice, a class, or a
+            ``functools.partial`` of one: ``partial(mtnrec.MMoE, experts=4)``. Not a network that is
+            already built: its weights would not follow from ``seed``.
+        mtn: The callback, or keys of ``conf/mtn``; None trains without MTN.
+        noise: Feature noise, or keys of ``conf/noise``; None is no noise.
+        optimizer: A choice of ``conf/optimizer``, keys of the default choice, or a class or partial
+            call that takes the parameters.
+        trainer: A choice of ``conf/trainer``, or keys of the default choice: ``{"max_epochs": 5}``.
+        logger: A choice of ``conf/logger``, or its keys with their ``_target_``.
+        seed: Of the initial weights and of the order of the rows.
+        monitor: Validation metric that chooses the epoch and stops the training.
+        stop: ``decreased`` or ``patience``, as in ``conf/train.yaml``.
+        patience: Epochs of that rule.
+        task_loss: ``sum`` or ``mean`` of the labels' cross entropies.
+        resume: Whether to keep a finished run in the folder, and to continue an interrupted one.
+        cuda_graphs: Whether a GPU replays a captured step.
+        threads: Of torch in this process; None leaves them as they are.
+        output_dir: Folder of the run; by default one in ``runs`` that is named after the settings.
+
+    Raises:
+        InputError: If a value is out of its range, or another process holds the folder.
+    """
+    if isinstance(model, nn.Module):
+        raise InputError(
+            f"model must be a name, keys, a class or a partial call, got a built "
+            f"{type(model).__name__}, whose weights do not follow from seed={seed}. Pass the class "
+            "or functools.partial of it with keywords"
+        )
+    data.prepare_data()
+    data = data.copy_for_run(seed)
+    groups = {
+        "data": _describe_data(data),
+        "model": _describe_model(model) if callable(model) else model,
+        "mtn": {} if mtn is None else _enabled(mtn),
+        "noise": {} if noise is None else noise,
+        "optimizer": optimizer,
+        "trainer": trainer,
+        "logger": logger,
+    }
+    keys = {
+        "seed": seed,
+        "monitor": monitor,
+        "stop": stop,
+        "patience": patience,
+        "task_loss": task_loss,
+        "resume": resume,
+        "cuda_graphs": cuda_graphs,
+        "threads": threads,
+        "output_dir": "",
+    }
+    cfg = compose_run(groups, keys)
+    folder = Path("runs", folder_name(resolve_settings(cfg))) if output_dir is None else output_dir
+    cfg.output_dir = str(folder)
+    return FinishedRun(Path(folder), _fit_in_folder(cfg, data, Path(folder)))
+
+
+def _fit_in_folder(cfg: DictConfig, data: DataModule, folder: Path) -> RunRecord:
+    command = ["mtnrec.fit"]
+    with (
+        warnings.catch_warnings(),
+        claim(folder, [], command, find_input_error),
+        closing_wandb_run(),
+    ):
+        silence_libraries()
+        return find_or_fit(cfg, data, RunRecorder())
+
+
+def _describe_data(data: DataModule) -> dict[str, Any]:
+    """Return the config of a data set; a table in memory is told by the checksum alone."""
+    settings = {field.name: getattr(data, field.name) for field in fields(data) if field.init}
+    plain = {
+        key: f"<{type(value).__name__}>" if hasattr(value, "__arrow_c_stream__") else value
+        for key, value in settings.items()
+    }
+    # As in conf: the order of the rows follows from the seed of the run.
+    return describe_config("data", type(data), plain | {"seed": "${seed}"})
+
+
+def _describe_model(model: Callable[..., nn.Module]) -> dict[str, Any]:
+    """Return the config of a model, defaults of its constructor included, as in ``conf``."""
+    constructor, given = (model.func, model.keywords) if isinstance(model, partial) else (model, {})
+    if isinstance(model, partial) and model.args:
+        raise InputError(f"model must be a partial call with keywords alone, got {model}")
+    parameters = inspect.signature(constructor).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return describe_config("model", constructor, defaults | given)
+
+
+def _enabled(mtn: MTN | Mapping[str, Any]) -> MTN | dict[str, Any]:
+    return {"enabled": True, **mtn} if isinstance(mtn, Mapping) else mtn

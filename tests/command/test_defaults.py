@@ -1,0 +1,75 @@
+"""Defaults stand in the constructors and in YAML, where users read them: they are equal.
+
+Those of the data sets and of noise: ``tests/data/test_defaults.py``.
+"""
+
+import inspect
+
+import pytest
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from mtnrec.command.compose import group_config
+from mtnrec.command.config import CONF_DIR
+from mtnrec.training.api import fit
+from mtnrec.training.module import MultiTaskModule
+
+# In `conf` MTN is off, so that a run has it if asked; a callback that one adds is on.
+DIFFERENT = {"mtn.enabled"}
+CHOICES = [
+    (path.parent.name, path.stem)
+    for group in ("model", "mtn", "optimizer")
+    for path in sorted((CONF_DIR / group).glob("*.yaml"))
+    if "_target_: mtnrec." in path.read_text(encoding="utf-8")
+]
+
+
+def constants(config):
+    """The keys whose value is no interpolation and not to be given."""
+    for key in config:
+        if not OmegaConf.is_interpolation(config, key) and not OmegaConf.is_missing(config, key):
+            value = config[key]
+            yield key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def as_plain(value):
+    if callable(value):
+        return {"_partial_": True, **value.keywords}
+    if isinstance(value, dict):
+        return dict(value)
+    return list(value) if isinstance(value, tuple | list) else value
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_the_signature_has_the_defaults_of_the_file(group, choice):
+    config = group_config(group, choice, choice)
+    parameters = inspect.signature(get_object(config["_target_"])).parameters
+
+    for key, value in constants(config):
+        if key in ("_target_", "_partial_") or f"{group}.{key}" in DIFFERENT:
+            continue
+        default = as_plain(parameters[key].default)
+        if isinstance(value, dict):
+            value.pop("_target_", None)
+        assert default == value, key
+
+
+def test_the_module_has_the_defaults_of_train(compose_config):
+    config, parameters = compose_config(), inspect.signature(MultiTaskModule).parameters
+
+    for key in ("task_loss", "cuda_graphs"):
+        assert parameters[key].default == config[key]
+    assert parameters["optimizer"].default.keywords == {
+        key: value for key, value in config.optimizer.items() if not key.startswith("_")
+    }
+
+
+def test_fit_has_the_defaults_of_train(compose_config):
+    config, parameters = compose_config(), inspect.signature(fit).parameters
+
+    shared = set(parameters) & set(config) - {"data", "model", "mtn", "noise", "output_dir"}
+    groups = {"optimizer": "adam", "trainer": "default", "logger": "csv"}
+    assert {key: parameters[key].default for key in shared} == {
+        key: groups.get(key, config[key]) for key in shared
+    }
+    assert len(shared) == 11
