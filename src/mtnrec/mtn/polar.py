@@ -131,8 +131,8 @@ def polar_factors(stack: Tensor) -> list[PolarFactor]:
         stack: ``(T, O, I)``, or a tensor of any order.
 
     Returns:
-        One entry for each of :func:`unfoldings`, in its order; the vectors are those of
-        :func:`short_sides`, and unfoldings with the same side share one decomposition.
+        One entry for each of ``unfoldings``, in its order; the vectors are those of
+        ``short_sides``, and unfoldings with the same side share one decomposition.
     """
     sides = short_sides(tuple(stack.shape))
     factors = {}

@@ -44,7 +44,7 @@ class Scorer:
     def score(self, frame: pd.DataFrame, batch_size: int = 8192) -> pd.DataFrame:
         """Return the probability of each task for rows of raw values.
 
-        Values that the training rows did not have count as missing; :attr:`Encoder.unseen` of
+        Values that the training rows did not have count as missing; ``unseen`` of
         ``encoder`` says how many there were, field by field.
 
         Args:
@@ -71,7 +71,7 @@ class Scorer:
         """Return the probabilities of the tasks, ``(rows, tasks)``.
 
         Args:
-            frame: As :meth:`Encoder.encode` takes it.
+            frame: As :meth:`~mtnrec.serving.encoder.Encoder.encode` takes it.
             place: Says where a row of it stands, for messages.
             batch_size: Rows computed at a time.
         """

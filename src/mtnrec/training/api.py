@@ -60,7 +60,7 @@ class FinishedRun:
         return load_checkpoint(self.folder / "checkpoints" / "best.ckpt")
 
     def score(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Return the probability of each task for rows of raw values; see :meth:`Scorer.score`."""
+        """Return the probability of each task for rows of raw values; see ``Scorer.score``."""
         return self.scorer.score(frame)
 
 
