@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train quickstart test test-all test-versions benchmark check format clean
+.PHONY: help setup train quickstart test test-all test-versions docs benchmark check format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ test-all: $(STAMP)  ## Run the test suite and the slow tests
 test-versions: $(STAMP)  ## Run it with the oldest, the exact and the newest versions: 20 GB in .versions
 	$(BIN)/python tests/stress/versions.py
 
+docs: $(STAMP)  ## Build the documentation, warnings as errors: docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
 benchmark: $(STAMP)  ## Measure what is claimed of speed and memory: benchmarks/results.md
 	$(BIN)/python benchmarks/measure_all.py
 
@@ -49,4 +52,4 @@ format: $(STAMP)  ## Sort imports and format
 	$(BIN)/ruff format .
 
 clean:  ## Remove the environment and the caches
-	rm -rf $(VENV) .versions dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .versions dist docs/_build docs/_generated docs/notebooks .mypy_cache .pytest_cache .ruff_cache

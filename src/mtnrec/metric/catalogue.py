@@ -1,6 +1,6 @@
 """The metrics that exist, and the keys under which values are logged and recorded.
 
-A metric is a row of :data:`METRICS` and a method of that name of
+A metric is a row of ``METRICS`` and a method of that name of
 :class:`~mtnrec.metric.task_metrics.TaskRows`; training, the record, the tables, the figures and W&B
 follow from the row. This module imports nothing, so that reading runs takes no torch.
 

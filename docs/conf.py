@@ -1,0 +1,69 @@
+"""Settings of the documentation: ``make docs`` builds it into ``docs/_build/html``."""
+
+import sys
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+DOCS = Path(__file__).parent
+sys.path[:0] = [str(DOCS), str(DOCS / "_ext"), str(DOCS / "figures")]
+
+project = "mtnrec"
+author = "The mtnrec developers"
+copyright = "The mtnrec developers, Apache-2.0"
+version = release = version_of("mtnrec")
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "myst_nb",
+    "generated",  # docs/_ext: pages and figures that are made before Sphinx reads the others
+    "mathml",
+]
+exclude_patterns = ["_build", "_generated", "figures", "images", "**/.ipynb_checkpoints"]
+
+myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are kept without outputs; the tests run them
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_class_signature = "mixed"
+autodoc_inherit_docstrings = False  # Lightning's hooks are described by Lightning
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+autosummary_generate = False
+python_maximum_signature_line_length = 80
+add_module_names = False
+
+# Without a network there are no inventories of other projects, so their names in signatures have no
+# link. Everything of mtnrec that a text refers to must be on a page.
+_FOREIGN = "abc collections lightning numpy npt omegaconf pandas pathlib polars torch torchmetrics"
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", rf"{name}(\..*)?") for name in _FOREIGN.split()]
+
+html_theme = "furo"
+html_title = "mtnrec"
+html_static_path = ["_static"]
+html_css_files = ["mtnrec.css"]
+html_copy_source = False
+html_show_sourcelink = False
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
+html_math_renderer = "mathml"
+
+
+def keep_first_line(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Keep napoleon from reading the docstring of a property as ``type: text``."""
+    if what == "property":
+        lines[:0] = ["..", ""]
+
+
+def setup(app: Sphinx) -> None:
+    """Change docstrings before napoleon does."""
+    app.connect("autodoc-process-docstring", keep_first_line, priority=400)

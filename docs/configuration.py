@@ -1,0 +1,187 @@
+"""The page of every config key with its default and its comment, read from ``conf``."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+import mtnrec
+
+# Files that describe a command, and the folders of conf in the order of the page.
+COMMANDS = ("train", "prepare", "describe", "predict", "export", "status", "report", "dashboard")
+GROUPS = {
+    "data": "Data",
+    "model": "Models",
+    "mtn": "MTN",
+    "noise": "Noise",
+    "optimizer": "Optimisers",
+    "trainer": "Trainers",
+    "logger": "Loggers",
+    "hydra/launcher": "Launchers",
+    "hydra/sweeper": "Sweepers",
+}
+_MARKUP = re.compile(r"[\\|*_<>\[\]{}$]")
+_OF_HYDRA = ("defaults", "hydra")  # not keys of a user
+
+
+@dataclass
+class Key:
+    """A key of a file.
+
+    Args:
+        name: Dotted, from the top of the file.
+        default: As written; empty for a mapping, whose keys follow.
+        comment: On its line, or on the lines above it.
+    """
+
+    name: str
+    default: str
+    comment: str
+
+
+def configuration_page(conf: Path) -> str:
+    """Return the page as Markdown."""
+    parts = ["## Commands"]
+    for name in COMMANDS:
+        parts += [_section(conf / f"{name}.yaml", f"`python -m mtnrec.{name}`", "", intro="")]
+    for folder, title in GROUPS.items():
+        parts += [f"## {title}"]
+        for path in _ordered(conf / folder):
+            choice = f"`{folder}={path.stem}`"
+            parts += [_section(path, choice, f"{folder.replace('/', '.')}.", intro=_intro(path))]
+    parts += ["## Experiments", "`experiment=NAME` is one of these files; each sets what it names."]
+    for path in sorted((conf / "experiment").glob("*.yaml")):
+        text = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n")
+        parts += [f"### `experiment={path.stem}`", f"```yaml\n{text}```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _ordered(folder: Path) -> list[Path]:
+    """Return the files of a group; what is a part of others comes first."""
+    parts = {name for path in folder.glob("*.yaml") for name in _parts_of(path)}
+    return sorted(folder.glob("*.yaml"), key=lambda path: (path.stem not in parts, path.stem))
+
+
+def _section(path: Path, title: str, prefix: str, intro: str) -> str:
+    lines = [f"### {title}", intro]
+    text = path.read_text(encoding="utf-8")
+    keys = [*_groups_of(text), *(key for key in read_keys(text) if key.name != "_target_")]
+    for name in _parts_of(path):
+        owner = "" if (path.parent / f"{name}.yaml").is_file() else "Hydra's "
+        lines += [f"Has the keys of {owner}`{name}`, and:"]
+    if keys:
+        rows = [f"| `{prefix}{key.name}` | {_code(key.default)} | {_cell(key)} |" for key in keys]
+        table = ["| key | default | |", "|---|---|---|", *rows]
+        lines += ["\n".join(table)]
+    return "\n\n".join(line for line in lines if line)
+
+
+def _intro(path: Path) -> str:
+    """Return the comment at the top of a file, and what it makes."""
+    text = path.read_text(encoding="utf-8")
+    head = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            head.append(line.removeprefix("#").strip())
+    target = yaml.safe_load(text).get("_target_")
+    public = _public_names().get(target)
+    name = f"{{py:class}}`{public}`" if public else f"`{target}`"
+    made = f"Makes {name}." if target else ""
+    return f"{_escape(' '.join(head))} {made}".strip()
+
+
+@cache
+def _public_names() -> dict[str, str]:
+    """Return the names of the API by the full names that ``_target_`` has."""
+    found = {name: getattr(mtnrec, name) for name in mtnrec.__all__}
+    return {f"{made.__module__}.{name}": f"mtnrec.{name}" for name, made in found.items()}
+
+
+def _groups_of(text: str) -> list[Key]:
+    """Return the groups of the config that a command has, with the choice that is the default."""
+    defaults = yaml.safe_load(text).get("defaults", [])
+    groups = [
+        (group, choice)
+        for entry in defaults
+        if isinstance(entry, dict)
+        for group, choice in entry.items()
+    ]
+    return [
+        Key(group, "???" if choice == "???" else choice or "null", "a choice of the group, below")
+        for group, choice in groups
+        if not group.startswith(("override", "hydra"))
+    ]
+
+
+def _parts_of(path: Path) -> list[str]:
+    """Return the files that a file builds on, of its own group."""
+    defaults = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [])
+    names = [entry for entry in defaults if isinstance(entry, str)]
+    return [name for name in names if name != "_self_" and not name.endswith("_schema")]
+
+
+def read_keys(text: str) -> list[Key]:
+    r"""Return the keys of a YAML file, Hydra's own left out.
+
+    >>> text = "a: 1  # one\n# Of all.\nb:  # two\n  c: [1, 2]\n"
+    >>> [(key.name, key.default, key.comment) for key in read_keys(text)]
+    [('a', '1', 'one'), ('b', '', 'Of all. two'), ('b.c', '[1, 2]', '')]
+    """
+    return list(_walk(yaml.compose(text), "", text.splitlines()))
+
+
+def _walk(node: yaml.Node, prefix: str, lines: list[str]) -> Iterator[Key]:
+    for name, start, value in _children(node, prefix):
+        is_block = isinstance(value, yaml.CollectionNode) and not value.flow_style
+        line, column = (start if is_block else value.end_mark.line, value.end_mark.column)
+        beside = (
+            lines[line].partition(" #")[2] if is_block else lines[line][column:].partition("#")[2]
+        )
+        default = "" if is_block else lines[line][value.start_mark.column : column]
+        comments = [_comment_above(start, lines), beside.strip()]
+        if not is_block or any(comments):
+            yield Key(name, default.strip(), " ".join(filter(None, comments)))
+        if is_block:
+            yield from _walk(value, name, lines)
+
+
+def _children(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int, yaml.Node]]:
+    """Yield the name, the line and the value of each key of a mapping or item of a list."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if prefix or key.value not in _OF_HYDRA:
+                name = f"{prefix}.{key.value}" if prefix else key.value
+                yield name, key.start_mark.line, value
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield f"{prefix}[{index}]", value.start_mark.line, value
+
+
+def _comment_above(line: int, lines: list[str]) -> str:
+    """Return the comment on the lines right above a key; the head of the file is none of a key."""
+    found: list[str] = []
+    indent = len(lines[line]) - len(lines[line].lstrip())
+    while line > 0 and lines[line - 1].startswith(" " * indent + "#"):
+        line -= 1
+        found.insert(0, lines[line].strip().removeprefix("#").strip())
+    return "" if line == 0 else " ".join(found)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def _cell(key: Key) -> str:
+    return _escape(key.comment)
+
+
+def _escape(text: str) -> str:
+    """Escape what Markdown would read as markup, outside of code."""
+    parts = text.split("`")
+    parts[::2] = [_MARKUP.sub(r"\\\g<0>", part) for part in parts[::2]]
+    return "`".join(parts)
