@@ -37,6 +37,7 @@ test-versions: $(STAMP)  ## Run it with the oldest, the exact and the newest ver
 	$(BIN)/python tests/stress/versions.py
 
 docs: $(STAMP)  ## Build the documentation, warnings as errors: docs/_build/html
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 benchmark: $(STAMP)  ## Measure what is claimed of speed and memory: benchmarks/results.md
