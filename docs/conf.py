@@ -5,6 +5,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.ext import autosummary
 
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS / "_ext"), str(DOCS / "figures")]
@@ -29,6 +30,7 @@ myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are kept without outputs; the tests run them
 
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
@@ -36,6 +38,7 @@ autodoc_inherit_docstrings = False  # Lightning's hooks are described by Lightni
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 autosummary_generate = False
+autosummary.WELL_KNOWN_ABBREVIATIONS += ("eq.",)  # which do not end a sentence
 python_maximum_signature_line_length = 80
 add_module_names = False
 

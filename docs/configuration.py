@@ -75,7 +75,7 @@ def _section(path: Path, title: str, prefix: str, intro: str) -> str:
     if keys:
         rows = [f"| `{prefix}{key.name}` | {_code(key.default)} | {_cell(key)} |" for key in keys]
         table = ["| key | default | |", "|---|---|---|", *rows]
-        lines += ["\n".join(table)]
+        lines += ["\n".join(["{.keys}", *table])]
     return "\n\n".join(line for line in lines if line)
 
 

@@ -39,7 +39,8 @@ def generate(app: Sphinx) -> None:
         if old.name not in notebooks:
             old.unlink()
     write(GENERATED / "configuration.md", configuration_page(ROOT / "conf"))
-    write(GENERATED / "measurements.md", without_links(ROOT / "benchmarks" / "results.md"))
+    results = without_links(ROOT / "benchmarks" / "results.md")
+    write(GENERATED / "measurements.md", results.removeprefix("# Results\n"))
     for theme in mtn.THEMES:
         write(GENERATED / f"mtn-{theme}.svg", mtn.draw_svg(theme))
 

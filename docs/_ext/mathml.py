@@ -8,15 +8,20 @@ from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
 
+def _mathml(formula: str, *, as_block: bool) -> str:
+    """Return a formula whose bars keep the height of its letters."""
+    return tex2mathml(formula, as_block=as_block).replace("<mo>‖", '<mo stretchy="false">‖')
+
+
 def visit_inline(translator: HTML5Translator, node: nodes.math) -> None:
     """Write a formula within a line."""
-    translator.body.append(tex2mathml(node.astext()))
+    translator.body.append(_mathml(node.astext(), as_block=False))
     raise nodes.SkipNode
 
 
 def visit_block(translator: HTML5Translator, node: nodes.math_block) -> None:
     """Write a formula on a line of its own; a wide one scrolls."""
-    formula = tex2mathml(node.astext(), as_block=True)
+    formula = _mathml(node.astext(), as_block=True)
     translator.body.append(f'<div class="math-block">{formula}</div>\n')
     raise nodes.SkipNode
 

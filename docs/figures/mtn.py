@@ -36,7 +36,6 @@ TOWERS = ("#2a78c2", "#e0782f", "#3a9d5d")
 NAMES = ("task", "output", "input")
 LABELS = ("$T \\times OI$", "$O \\times TI$", "$I \\times TO$")
 SHAPE = (3, 4, 6)  # T, O, I
-ALPHA = 1 / 3
 _CELL = 0.115  # inches
 
 
@@ -75,13 +74,13 @@ def draw(theme: Theme) -> Figure:
             _draw_gradient(figure, factors[row], bottom, row, theme)
         norms = [factor.singular_values.sum().item() for factor in factors]
         frobenius = stack.norm().item()
-        total = ALPHA * sum(norms) + frobenius
-        terms = " + ".join(f"{ALPHA:.2f}·{norm:.1f}" for norm in norms)
+        total = sum(norms) / 3 + frobenius
+        terms = " + ".join(f"{norm:.1f}" for norm in norms)
         figure.text(
             0.985,
             0.045,
             f"$R = \\sum_s\\alpha_s\\Vert W_{{(s)}}\\Vert_* + \\Vert W\\Vert_F$ = "
-            f"{terms} + {frobenius:.1f} = {total:.1f}",
+            f"({terms}) / 3 + {frobenius:.1f} = {total:.1f}",
             ha="right",
             fontsize=9.5,
         )
