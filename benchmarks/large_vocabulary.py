@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 
 from mtnrec.batch import Batch
 from mtnrec.command.config import CONF_DIR, lightning_keys
-from mtnrec.performance import compute_fast
+from mtnrec.performance import tune_process
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.training.module import MultiTaskModule
 from mtnrec.training.recorder import peak_memory_bytes
@@ -112,7 +112,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     keys = lightning_keys(cfg.trainer)
     trainer = instantiate(keys, max_epochs=1, limit_val_batches=0, callbacks=[timer], **quiet)
     if arguments.measure != PLAIN:
-        compute_fast(trainer.strategy.root_device)
+        tune_process(trainer.strategy.root_device)
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     present = [len(set(column.tolist())) for column in batches[-1].categorical.T]
     return {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from mtnrec.files import write_whole
+from mtnrec.files import write_atomic
 from mtnrec.resources import memory_bytes
 from mtnrec.training.recorder import versions
 
@@ -95,7 +95,7 @@ def main() -> None:
         title, command = SECTIONS[name]
         print(title, flush=True)
         text += f"\n## {title}\n\n{run(command)}"
-        write_whole(arguments.out, text)
+        write_atomic(arguments.out, text)
     print(f"The results are in {arguments.out}")
 
 

@@ -30,7 +30,7 @@ from mtn_accuracy import FIGURES, compose_training, load, train, worst
 from mtnrec.batch import Batch
 from mtnrec.command.config import CONF_DIR
 from mtnrec.model.loss import cross_entropies
-from mtnrec.performance import compute_fast
+from mtnrec.performance import tune_process
 
 ROWS = 2_000_000
 START, BLOCK, BLOCKS = 512, 256, 4
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--epochs", type=int, default=2)
     arguments = parser.parse_args()
-    compute_fast(torch.device("cpu"))
+    tune_process(torch.device("cpu"))
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     columns = ["model", "step", "share", "start", "epoch", "exact", "in float64", *FIGURES]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")

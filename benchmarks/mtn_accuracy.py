@@ -30,7 +30,7 @@ from mtnrec.batch import Batch
 from mtnrec.command.config import CONF_DIR
 from mtnrec.model.loss import cross_entropies
 from mtnrec.mtn.trace_norm import effective_rank, frobenius_norm
-from mtnrec.performance import compute_fast
+from mtnrec.performance import tune_process
 
 SMALL = {
     "shared_bottom": ["model.bottom_widths=[64,32]", "model.tower_widths=[32,16]"],
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--refresh-every", default="128")
     arguments = parser.parse_args()
-    compute_fast(torch.device("cpu"))
+    tune_process(torch.device("cpu"))
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     columns = ["model", "size", "coupling", "lambda", "seed", "method", *FIGURES, "norm without"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mtnrec.command.config import CONF_DIR, lightning_keys
 from mtnrec.data.datamodule import DataModule
-from mtnrec.performance import compute_fast
+from mtnrec.performance import tune_process
 from mtnrec.training.module import MultiTaskModule
 
 _EPOCHS = 4
@@ -65,7 +65,7 @@ def _train(cfg: DictConfig) -> float:
     trainer = instantiate(
         lightning_keys(cfg.trainer), callbacks=[timer], limit_val_batches=0, **quiet_trainer
     )
-    compute_fast(trainer.strategy.root_device)
+    tune_process(trainer.strategy.root_device)
     trainer.fit(module, datamodule=datamodule)
     return min(timer.seconds)
 

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtnrec.batch import Batch
 from mtnrec.command.config import CONF_DIR, lightning_keys
 from mtnrec.model.loss import cross_entropies
-from mtnrec.performance import compute_fast
+from mtnrec.performance import tune_process
 from mtnrec.training.module import MultiTaskModule
 from mtnrec.training.recorder import RunRecorder
 
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS)
     arguments = parser.parse_args()
-    compute_fast(torch.device("cpu"))
+    tune_process(torch.device("cpu"))
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     best = peak()
     print(f"Peak: {best / 1e9:.0f} GFLOP/s in float32, {torch.get_num_threads()} threads.\n")

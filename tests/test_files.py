@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mtnrec.checks import InputError
-from mtnrec.files import read_json, write_json, write_whole
+from mtnrec.files import read_json, write_atomic, write_json
 
 
 def test_nothing_but_the_file_is_left_in_the_folder(tmp_path):
@@ -70,7 +70,7 @@ def test_an_absent_file_has_no_content(tmp_path):
 
 def test_what_is_written_is_read(tmp_path):
     write_json(tmp_path / "a.json", {"b": [1, 0.1], "c": None})
-    write_whole(tmp_path / "a.bin", b"\x00\xff")
+    write_atomic(tmp_path / "a.bin", b"\x00\xff")
 
     assert read_json(tmp_path / "a.json") == {"b": [1, 0.1], "c": None}
     assert (tmp_path / "a.bin").read_bytes() == b"\x00\xff"

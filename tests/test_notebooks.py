@@ -147,6 +147,7 @@ def test_the_noise_notebook_takes_changes_seed_by_seed_and_corrects_for_all_test
     assert kinds(notebook)["text/html"] == 5
 
 
+@pytest.mark.slow
 def test_the_mechanism_notebook_counts_collapses_and_pairs_with_lambda_0(execute, records):
     notebook = execute("mechanism")
 

@@ -5,6 +5,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -20,6 +22,7 @@ def run(*command, cwd, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_wheel_made_from_the_sdist_trains_without_the_checkout(tmp_path):
     dist, site, elsewhere = (tmp_path / name for name in ("dist", "site", "elsewhere"))
     elsewhere.mkdir()

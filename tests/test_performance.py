@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mtnrec import performance as machine
-from mtnrec.performance import choose_products, keep_freed_memory
+from mtnrec.performance import keep_freed_memory, prefer_onednn_matmul
 
 CPU = torch.device("cpu")
 
@@ -24,6 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
 def test_memory_that_is_freed_is_not_faulted_in_again():
     pages = {}
@@ -49,7 +50,7 @@ def amd(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(1, 5, 3), (2048, 201, 512), (256, 2048, 512), (2176, 512, 64)])
 def test_products_are_those_of_float32_on_any_processor(amd, product_setting, shape):
-    choose_products(CPU)  # on a processor that rounds it changes nothing
+    prefer_onednn_matmul(CPU)  # on a processor that rounds it changes nothing
     rows, inner, columns = shape
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
     exact = a.double() @ b.double()
@@ -66,7 +67,7 @@ def test_a_processor_that_would_round_to_bfloat16_is_left_as_it_is(
         machine, "_multiply", lambda a, b: (a.bfloat16() @ b.bfloat16()).to(torch.float32)
     )
 
-    assert not choose_products(CPU)
+    assert not prefer_onednn_matmul(CPU)
     assert product_setting.fp32_precision == "ieee"
 
 
@@ -76,13 +77,13 @@ def test_other_processors_and_devices_are_left_as_they_are(
 ):
     monkeypatch.setattr(machine, "_is_amd", lambda: vendor == "AMD")
 
-    assert not choose_products(torch.device(device))
+    assert not prefer_onednn_matmul(torch.device(device))
     assert product_setting.fp32_precision == "ieee"
 
 
 def test_the_choice_leaves_random_numbers_alone(amd, product_setting):
     before = torch.get_rng_state()
-    choose_products(CPU)
+    prefer_onednn_matmul(CPU)
 
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -123,7 +123,7 @@ def mean_auc_of_groups(labels, scores, groups):
     return np.average(aucs, weights=[rows.sum() for rows in mixed])
 
 
-@pytest.mark.parametrize("mtn", ["true", "false"])
+@pytest.mark.parametrize("mtn", ["true", pytest.param("false", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_auc_is_that_of_the_kept_checkpoint(model, mtn, train):
     folder = train(*LOG, f"mtn.enabled={mtn}", model=model)
@@ -195,7 +195,9 @@ def test_a_validation_every_other_epoch_is_recorded_under_its_epoch(train):
     assert record["metrics"]["val/cvr_auc"] == pytest.approx(max(aucs.values()), rel=1e-6)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", ["mmoe", *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS if m != "mmoe")]
+)
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(model, train):
     random = ["mtn.enabled=true", "model.dropout=0.2", "noise.proportion=0.15"]
     first, second, other = (train(*LOG, *random, f"seed={seed}", model=model) for seed in (5, 5, 6))

@@ -67,21 +67,21 @@ def check_flag(name: str, value: Any) -> None:
         raise InputError(f"{name} must be true or false, got {value!r}")
 
 
-def find_repeated(names: Iterable[str]) -> list[str]:
+def find_duplicates(names: Iterable[str]) -> list[str]:
     """Return the names that occur more than once, sorted.
 
-    >>> find_repeated(["price", "age", "price"])
+    >>> find_duplicates(["price", "age", "price"])
     ['price']
     """
     return sorted(name for name, times in Counter(names).items() if times > 1)
 
 
-def name_some(names: Sequence[str]) -> str:
+def format_names(names: Sequence[str]) -> str:
     """Quote names for a message, five of them at most.
 
-    >>> name_some(["price", "age"])
+    >>> format_names(["price", "age"])
     "'price', 'age'"
-    >>> name_some("abcdefg")
+    >>> format_names("abcdefg")
     "'a', 'b', 'c', 'd', 'e', … (7 in all)"
     """
     shown = ", ".join(repr(name) for name in names[:5])

@@ -14,8 +14,8 @@ from rich import get_console
 
 from mtnrec.command.entry_point import entry_point
 from mtnrec.data.prepared.store import open_prepared
-from mtnrec.files import write_whole
-from mtnrec.inspection.layout import check_destination, lay_out
+from mtnrec.files import write_atomic
+from mtnrec.inspection.layout import check_destination, render_summary
 from mtnrec.inspection.leaks import check_leaks
 from mtnrec.inspection.statistics import count_changes, count_split
 
@@ -41,9 +41,9 @@ def main(cfg: DictConfig) -> None:
             arrays_of, rows = datamodule.stored(split)
             changes[split] = count_changes(arrays_of, rows, schema, partial(noise.apply, split))
 
-    report = lay_out(datamodule.dir, manifest, statistics, leaks, changes)
+    report = render_summary(datamodule.dir, manifest, statistics, leaks, changes)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, report)
+    write_atomic(out, report)
     console = get_console()
     console.print(report, markup=False, highlight=False, soft_wrap=True)
     console.print(f"The report is {out}", markup=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from mtnrec.checks import InputError
 
 
 @contextmanager
-def in_place_of(path: Path) -> Iterator[Path]:
+def atomic_replace(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write; it takes the place of ``path`` if the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -23,9 +23,9 @@ def in_place_of(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: str | bytes | memoryview) -> None:
+def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
     """Write a file, whole or not at all; text is UTF-8."""
-    with in_place_of(path) as temporary, temporary.open("wb") as file:
+    with atomic_replace(path) as temporary, temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
@@ -40,7 +40,7 @@ def remove_leftovers(path: Path) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all; NaN becomes null, keys become text."""
     text = json.dumps(_for_json(content), indent=2, sort_keys=True, allow_nan=False)
-    write_whole(path, text + "\n")
+    write_atomic(path, text + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

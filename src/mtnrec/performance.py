@@ -14,7 +14,7 @@ _SHAPES = ((64, 64, 1), (96, 2048, 64), (512, 224, 300))  # rows, inner, columns
 _ROUNDING = 1e-6  # of the sum of magnitudes: float32 rounds 1e-7 of it, bfloat16 4e-3
 
 
-def compute_fast(device: torch.device) -> None:
+def tune_process(device: torch.device) -> None:
     """Keep memory and choose what multiplies, in the whole process; nothing changes but rounding.
 
     Args:
@@ -22,7 +22,7 @@ def compute_fast(device: torch.device) -> None:
     """
     keep_freed_memory()
     leave_memory_unfilled()
-    choose_products(device)
+    prefer_onednn_matmul(device)
 
 
 def keep_freed_memory() -> bool:
@@ -52,7 +52,7 @@ def leave_memory_unfilled() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def choose_products(device: torch.device) -> bool:
+def prefer_onednn_matmul(device: torch.device) -> bool:
     """Let oneDNN multiply in float32 on a processor of AMD, if it does so in float32.
 
     torch asks MKL, which uses half the width of these processors' AVX-512: two cores of a Zen 5

@@ -12,8 +12,8 @@ from rich import get_console
 
 from mtnrec.checks import InputError, check_integer
 from mtnrec.command.entry_point import entry_point
-from mtnrec.performance import choose_products
-from mtnrec.serving.prediction import PreparedRows, TableRows, closing_table, write_scores
+from mtnrec.performance import prefer_onednn_matmul
+from mtnrec.serving.prediction import PreparedRows, TableRows, means_table, write_scores
 from mtnrec.serving.scorer import load_checkpoint
 
 
@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     if out.suffix != ".parquet":
         raise InputError(f"out must be a .parquet file, got {out}")
     scorer = load_checkpoint(cfg.checkpoint, cfg.device)
-    choose_products(scorer.device)
+    prefer_onednn_matmul(scorer.device)
     rows: TableRows | PreparedRows
     if cfg.table is not None:
         rows = TableRows(scorer, Path(cfg.table), list(cfg.keep), cfg.batch_size)
@@ -39,7 +39,7 @@ def main(cfg: DictConfig) -> None:
         rows = PreparedRows(scorer, Path(datamodule.dir), cfg.split, cfg.batch_size)
     means = write_scores(scorer, rows, out)
     console = get_console()
-    console.print(closing_table(scorer, means))
+    console.print(means_table(scorer, means))
     console.print(f"The scores are in {out}", markup=False, soft_wrap=True)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mtnrec.checks import InputError, check_flag, check_integer, name_some
+from mtnrec.checks import InputError, check_flag, check_integer, format_names
 
 MOST_COLUMNS = 10_000
 _MOST_INDICES = 1 << 31
@@ -94,7 +94,7 @@ class Schema:
         for names in ([*fields, *self.numerical], self.labels):
             if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
                 raise InputError(
-                    f"features and labels must have names of their own, got {name_some(names)}"
+                    f"features and labels must have names of their own, got {format_names(names)}"
                 )
             if len(names) > MOST_COLUMNS:
                 raise InputError(

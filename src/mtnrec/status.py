@@ -13,23 +13,23 @@ from rich.live import Live
 from mtnrec.checks import check_number
 from mtnrec.command.entry_point import entry_point
 from mtnrec.run.folder import State
-from mtnrec.sweep.progress import lay_out, read_cells
+from mtnrec.sweep.progress import read_progress, render_progress
 
 
 @entry_point("status")
 def main(cfg: DictConfig) -> None:
     """Show how a sweep stands; on a terminal, until nothing of it runs or waits."""
     check_number("refresh", cfg.refresh, minimum=0.1)
-    runs, console = Path(cfg.runs), get_console()
-    cells = read_cells(runs)
+    root, console = Path(cfg.runs), get_console()
+    runs = read_progress(root)
     if not console.is_terminal:
-        console.print(lay_out(cells))
+        console.print(render_progress(runs))
         return
-    with Live(lay_out(cells), console=console, auto_refresh=False) as live:
-        while any(cell.state not in (State.FINISHED, State.FAILED) for cell in cells):
+    with Live(render_progress(runs), console=console, auto_refresh=False) as live:
+        while any(run.state not in (State.FINISHED, State.FAILED) for run in runs):
             time.sleep(cfg.refresh)
-            cells = read_cells(runs)
-            live.update(lay_out(cells), refresh=True)
+            runs = read_progress(root)
+            live.update(render_progress(runs), refresh=True)
 
 
 if __name__ == "__main__":

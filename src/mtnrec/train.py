@@ -11,12 +11,12 @@ from omegaconf import DictConfig
 from mtnrec.command.entry_point import entry_point
 from mtnrec.command.errors import find_input_error
 from mtnrec.command.job import (
-    command_of_job,
-    is_first_process,
-    is_job_of_a_sweep,
-    overrides_of_job,
+    is_rank_zero,
+    is_sweep_job,
+    job_command,
+    job_overrides,
 )
-from mtnrec.run.folder import claim, recording_failure
+from mtnrec.run.folder import lock_run_folder, recording_failure
 from mtnrec.sweep.subprocess_job import run_in_subprocess
 from mtnrec.tracking.loggers import closing_wandb_run
 from mtnrec.training.fit import find_or_fit
@@ -31,11 +31,11 @@ def main(cfg: DictConfig) -> float | None:
         The monitor's value at the best epoch, for searches; None where it is undefined.
     """
     output_dir = Path(cfg.output_dir)
-    if is_job_of_a_sweep() and cfg.trainer.devices != 1:
+    if is_sweep_job() and cfg.trainer.devices != 1:
         return run_in_subprocess(output_dir).metrics[cfg.monitor]
-    hold = claim if is_first_process() else recording_failure
-    command = command_of_job(output_dir)
-    with hold(output_dir, overrides_of_job(), command, find_input_error), closing_wandb_run():
+    hold = lock_run_folder if is_rank_zero() else recording_failure
+    command = job_command(output_dir)
+    with hold(output_dir, job_overrides(), command, find_input_error), closing_wandb_run():
         recorder = RunRecorder()
         record = find_or_fit(cfg, instantiate(cfg.data, _convert_="all"), recorder)
     return record.metrics[cfg.monitor]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtnrec.checkpoint.io import WholeCheckpointIO, check_weights, read_checkpoint
+from mtnrec.checkpoint.io import AtomicCheckpointIO, check_weights, read_checkpoint
 from mtnrec.checks import InputError
 from mtnrec.files import remove_leftovers
 
@@ -21,7 +21,7 @@ CONTENT = {"state_dict": {"a": torch.arange(5000.0)}, "callbacks": {}}
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "checkpoints" / "last.ckpt"
-    WholeCheckpointIO().save_checkpoint(CONTENT, path)
+    AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     return path
 
 
@@ -38,7 +38,7 @@ def test_a_checkpoint_is_under_its_name_only_when_it_is_on_the_disk(path, monkey
         seen.append((path.read_bytes() == before, temporary.stat().st_size > 0))
 
     monkeypatch.setattr(os, "fsync", look)
-    WholeCheckpointIO().save_checkpoint(CONTENT | {"more": 1}, path)
+    AtomicCheckpointIO().save_checkpoint(CONTENT | {"more": 1}, path)
 
     assert seen == [(True, True)]
     assert read_checkpoint(path, "")["more"] == 1
@@ -50,7 +50,7 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # the system refuses to write more
     try:
         with pytest.raises(InputError, match=r"last.ckpt could not be written \(File too large; "):
-            WholeCheckpointIO().save_checkpoint(CONTENT, path)
+            AtomicCheckpointIO().save_checkpoint(CONTENT, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -65,7 +65,7 @@ def test_a_full_disk_is_told_with_what_to_do(path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
 
     with pytest.raises(InputError, match=r"No space left on device; .*make room, or choose"):
-        WholeCheckpointIO().save_checkpoint(CONTENT, path)
+        AtomicCheckpointIO().save_checkpoint(CONTENT, path)
 
 
 def test_leftovers_are_those_of_the_file_alone(path):

@@ -7,7 +7,7 @@ import pytest
 
 from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.prepared.writer import write_prepared
-from mtnrec.inspection.layout import lay_out
+from mtnrec.inspection.layout import render_summary
 from mtnrec.inspection.leaks import check_leaks
 from mtnrec.inspection.statistics import count_split
 from mtnrec.schema import CategoricalField, Schema
@@ -24,7 +24,7 @@ def describe_tiny(directory):
     rows = np.arange(manifest.rows["train"])
     leaks = check_leaks(arrays["train"], rows, manifest.schema)
     statistics = {split: count_split(arrays[split], manifest.schema) for split in arrays}
-    return lambda **changes: lay_out(
+    return lambda **changes: render_summary(
         directory, dataclasses.replace(manifest, **changes), statistics, leaks, {}
     )
 

@@ -7,7 +7,7 @@ from reference import literal
 
 from mtnrec.batch import Batch
 from mtnrec.model.loss import cross_entropies
-from mtnrec.performance import choose_products
+from mtnrec.performance import prefer_onednn_matmul
 from mtnrec.schema import CategoricalField, Schema
 
 SIZES = [2, 5, 8, 3, 22, 8, 51, 9, 8, 3, 3, 300]  # AliExpress's, and one that is looked up
@@ -43,7 +43,7 @@ def test_outputs_and_gradients_equal_the_literal_layout(
 ):
     if chosen:  # what multiplies on a processor of AMD
         request.getfixturevalue("product_setting")
-        choose_products(torch.device("cpu"))
+        prefer_onednn_matmul(torch.device("cpu"))
     torch.manual_seed(0)
     config = compose_config(f"model={model}").model
     network = instantiate(config, _partial_=True, _convert_="all")(schema=SCHEMA).to(dtype)

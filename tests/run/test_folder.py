@@ -8,48 +8,48 @@ import threading
 import pytest
 
 from mtnrec.checks import InputError
-from mtnrec.run.folder import CellBusyError, State, claim, report_progress, state_of
+from mtnrec.run.folder import RunFolderBusyError, State, lock_run_folder, report_progress, run_state
 
 
 def test_a_cell_goes_from_waiting_over_running_to_finished(tmp_path):
     folder = tmp_path / "cell"
 
-    assert state_of(folder) is State.WAITING
-    with claim(folder, ["seed=0"], ["command"]):
-        assert state_of(folder) is State.RUNNING
+    assert run_state(folder) is State.WAITING
+    with lock_run_folder(folder, ["seed=0"], ["command"]):
+        assert run_state(folder) is State.RUNNING
         report_progress(folder, {"epochs": 3})
         running = json.loads((folder / "running.json").read_text())
         assert (running["pid"], running["epochs"]) == (os.getpid(), 3)
         (folder / "result.json").write_text("{}")
-    assert state_of(folder) is State.FINISHED
+    assert run_state(folder) is State.FINISHED
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "result.json"]
 
 
 def test_what_goes_wrong_is_written_down_with_the_command_to_run_again(tmp_path):
-    with pytest.raises(InputError), claim(tmp_path, ["seed=0"], ["run", "me"]):
+    with pytest.raises(InputError), lock_run_folder(tmp_path, ["seed=0"], ["run", "me"]):
         raise InputError("seed must be 1")
 
     failure = json.loads((tmp_path / "failure.json").read_text())
-    assert state_of(tmp_path) is State.FAILED
+    assert run_state(tmp_path) is State.FAILED
     assert (failure["error"], failure["message"]) == ("InputError", "seed must be 1")
     assert (failure["overrides"], failure["command"]) == (["seed=0"], "run me")
     assert "test_folder.py" in failure["traceback"]
 
 
 def test_a_new_try_forgets_the_failure(tmp_path):
-    with pytest.raises(ValueError, match="bad"), claim(tmp_path, [], []):
+    with pytest.raises(ValueError, match="bad"), lock_run_folder(tmp_path, [], []):
         raise ValueError("bad")
 
-    with claim(tmp_path, [], []):
+    with lock_run_folder(tmp_path, [], []):
         assert not (tmp_path / "failure.json").exists()
-    assert state_of(tmp_path) is State.WAITING
+    assert run_state(tmp_path) is State.WAITING
 
 
 def test_two_processes_cannot_make_the_same_cell(tmp_path):
     with (
-        claim(tmp_path, [], []),
-        pytest.raises(CellBusyError, match=rf"\({os.getpid()} on ") as info,
-        claim(tmp_path, [], []),
+        lock_run_folder(tmp_path, [], []),
+        pytest.raises(RunFolderBusyError, match=rf"\({os.getpid()} on ") as info,
+        lock_run_folder(tmp_path, [], []),
     ):
         pass
 
@@ -58,18 +58,18 @@ def test_two_processes_cannot_make_the_same_cell(tmp_path):
 
 
 def test_a_look_at_the_state_keeps_nobody_from_a_cell(tmp_path):
-    with claim(tmp_path, [], []):
+    with lock_run_folder(tmp_path, [], []):
         pass
 
     with (tmp_path / ".lock").open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         threading.Timer(0.05, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
-        with claim(tmp_path, [], []):
-            assert state_of(tmp_path) is State.RUNNING
+        with lock_run_folder(tmp_path, [], []):
+            assert run_state(tmp_path) is State.RUNNING
 
 
 def _hold(folder, ready):
-    with claim(folder, [], []):
+    with lock_run_folder(folder, [], []):
         ready.set()
         signal.pause()
 
@@ -80,11 +80,11 @@ def test_a_process_that_is_killed_leaves_an_interrupted_cell(tmp_path):
     process = context.Process(target=_hold, args=(tmp_path, ready))
     process.start()
     assert ready.wait(60)
-    assert state_of(tmp_path) is State.RUNNING
+    assert run_state(tmp_path) is State.RUNNING
 
     process.kill()
     process.join()
 
-    assert state_of(tmp_path) is State.INTERRUPTED
-    with claim(tmp_path, [], []):
-        assert state_of(tmp_path) is State.RUNNING
+    assert run_state(tmp_path) is State.INTERRUPTED
+    with lock_run_folder(tmp_path, [], []):
+        assert run_state(tmp_path) is State.RUNNING

@@ -60,7 +60,7 @@ FORMS = [("onnx", ".onnx", run_onnx), ("torch_export", ".pt2", run_program)]
         pytest.param(
             model,
             *form,
-            marks=[pytest.mark.slow] if form[0] == "torch_export" and model != "esmm" else [],
+            marks=[] if model == "esmm" else [pytest.mark.slow],
         )
         for model, form in product(MODELS, FORMS)
     ],
@@ -89,6 +89,7 @@ def graph_of(path):
     return nodes, weights, [str(part) for part in (*graph.input, *graph.output)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["esmm", *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS if m != "esmm")]
 )

@@ -26,7 +26,7 @@ from reference import ali_ccp_log
 from rich import get_console
 
 from mtnrec import load_checkpoint
-from mtnrec.checkpoint.bundle import make_card
+from mtnrec.checkpoint.bundle import model_metadata
 from mtnrec.checks import InputError
 from mtnrec.command.config import CONF_DIR, lightning_keys
 from mtnrec.command.errors import find_input_error
@@ -46,7 +46,7 @@ from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import read_blocks
 from mtnrec.data.raw.delimited import read_delimited
 from mtnrec.data.raw.files import text_bytes
-from mtnrec.data.raw.progress import Meter
+from mtnrec.data.raw.progress import ReadProgress
 from mtnrec.data.raw.triples import Selection, describe_error, parse_lines
 from mtnrec.data.table import Table
 from mtnrec.model.network import build_network
@@ -58,7 +58,7 @@ from mtnrec.tracking.loggers import make_logger
 from mtnrec.training.fit import check_settings
 from mtnrec.training.module import MultiTaskModule
 from mtnrec.training.resume import ResumePoint
-from mtnrec.training.selection import make_callbacks
+from mtnrec.training.selection import selection_callbacks
 
 Case = Any  # bytes; overrides; or files by name, where a text is a kind of no plain file
 
@@ -219,7 +219,7 @@ def _archive(folder: Path) -> Target:
         info.size = len(csv)
         info.pax_headers = {"comment": "x" * 200}
         tar.addfile(info, io.BytesIO(csv))
-    meter = Meter()
+    meter = ReadProgress()
     path = folder / "a.tar.gz"
 
     def run(data: bytes) -> None:
@@ -550,7 +550,7 @@ def _checkpoint(folder: Path) -> Target:
     content = {
         "epoch": 1,
         "state_dict": {f"network.{name}": w for name, w in network.state_dict().items()},
-        "mtnrec": make_card(_MODEL, manifest, directory),
+        "mtnrec": model_metadata(_MODEL, manifest, directory),
     }
     path = folder / "best.ckpt"
 
@@ -662,7 +662,7 @@ def _build(config: Any, schema: Schema) -> None:
     MultiTaskModule(network, schema=schema, optimizer=optimizer).configure_optimizers()
     labels = np.array([[0, 0], [1, 0], [1, 1]], np.uint8)
     folder = Path(config.output_dir)
-    make_callbacks(
+    selection_callbacks(
         config.monitor,
         config.patience,
         folder,

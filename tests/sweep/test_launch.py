@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
 from mtnrec.command.config import CONF_DIR
-from mtnrec.run.folder import State, claim, state_of
+from mtnrec.run.folder import State, lock_run_folder, run_state
 from mtnrec.sweep import launch as sweep
 from mtnrec.train import main as train_main
 
@@ -32,7 +32,7 @@ def read_json(path):
 
 
 def states(root):
-    return {path.name: state_of(path) for path in root.iterdir() if path.is_dir()}
+    return {path.name: run_state(path) for path in root.iterdir() if path.is_dir()}
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_a_cell_that_kills_its_worker_is_tried_three_times_and_the_others_go_on(
     assert read_json(folders["b"] / "failure.json")["message"] == (
         "its process died 3 times: a worker was killed"
     )
-    assert state_of(folders["c"]) is State.FINISHED
+    assert run_state(folders["c"]) is State.FINISHED
 
 
 class Sharing(Launcher):
@@ -209,7 +209,7 @@ class Sharing(Launcher):
         super().launch(job_overrides, initial_job_idx)
         if len(self.launches) == 1:
             (self.folders["b"] / "result.json").unlink()
-            other = claim(self.folders["b"], [], "")
+            other = lock_run_folder(self.folders["b"], [], "")
             other.__enter__()
             threading.Timer(0.1, other.__exit__, (None, None, None)).start()
 
@@ -222,7 +222,7 @@ def test_a_cell_that_another_process_makes_is_waited_for(tmp_path, monkeypatch):
     sweep._launch([sweep.Job((name,), folder, {}) for name, folder in folders.items()], launcher)
 
     assert launcher.launches == [["a", "b"], ["b"]]
-    assert state_of(folders["b"]) is State.FINISHED
+    assert run_state(folders["b"]) is State.FINISHED
 
 
 def test_a_launcher_that_fails_of_itself_ends_the_sweep(tmp_path):
@@ -287,7 +287,7 @@ def wait_for_epochs(root, epochs, process):
     """Wait until a run of a live sweep has finished some epochs."""
     while process.poll() is None:
         for path in root.rglob("running.json"):
-            if read_json(path).get("epochs", 0) >= epochs and state_of(path.parent) == "running":
+            if read_json(path).get("epochs", 0) >= epochs and run_state(path.parent) == "running":
                 return
         time.sleep(0.02)
     raise AssertionError("the sweep was done before it could be killed")

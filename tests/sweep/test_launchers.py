@@ -15,7 +15,7 @@ from submitit.core.utils import FailedJobError
 
 import mtnrec.train
 from mtnrec.command.config import CONF_DIR
-from mtnrec.run.folder import State, claim, state_of
+from mtnrec.run.folder import State, lock_run_folder, run_state
 from mtnrec.sweep.subprocess_job import run_in_subprocess
 
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
@@ -124,6 +124,7 @@ def test_a_search_maximises_the_monitor_and_again_takes_what_is_finished(train, 
     assert {path: path.stat().st_mtime_ns for path in records(tmp_path)} == written
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Optuna 2, when it is imported
 def test_a_trial_that_fails_does_not_end_a_search_and_the_command_line_narrows_it(train, tmp_path):
     narrow = ["mtn.coupling=gradient", "mtn.lam=choice(-1,1e-3)", "hydra.sweeper.sampler.seed=0"]
@@ -133,13 +134,13 @@ def test_a_trial_that_fails_does_not_end_a_search_and_the_command_line_narrows_i
     (record,) = records(tmp_path).values()
     assert record["mtn"]["lam"] == 1e-3
     assert record["mtn"]["coupling"] == "gradient"
-    states = [state_of(path.parent) for path in tmp_path.rglob(".lock")]
+    states = [run_state(path.parent) for path in tmp_path.rglob(".lock")]
     assert sorted(states) == [State.FAILED, State.FINISHED]
 
 
 def test_another_process_of_a_run_leaves_its_folder_to_the_first(train, tmp_path, monkeypatch):
     train(*QUICK, folder=tmp_path)
-    with claim(tmp_path, [], []):
+    with lock_run_folder(tmp_path, [], []):
         with pytest.raises(SystemExit, match="is being made by another process"):
             train(*QUICK, folder=tmp_path)
         monkeypatch.setattr(rank_zero_only, "rank", 1)
@@ -148,14 +149,14 @@ def test_another_process_of_a_run_leaves_its_folder_to_the_first(train, tmp_path
 
 def test_a_run_in_a_subprocess_that_dies_counts_as_failed(tmp_path, monkeypatch):
     command = ["python", "-c", "import os; print('so it goes'); os.kill(os.getpid(), 9)"]
-    monkeypatch.setattr("mtnrec.sweep.subprocess_job.command_of_job", lambda folder: command)
-    monkeypatch.setattr("mtnrec.sweep.subprocess_job.overrides_of_job", lambda: ["seed=0"])
-    monkeypatch.setattr("mtnrec.sweep.subprocess_job.has_the_screen", lambda: False)
+    monkeypatch.setattr("mtnrec.sweep.subprocess_job.job_command", lambda folder: command)
+    monkeypatch.setattr("mtnrec.sweep.subprocess_job.job_overrides", lambda: ["seed=0"])
+    monkeypatch.setattr("mtnrec.sweep.subprocess_job.owns_screen", lambda: False)
 
     with pytest.raises(RuntimeError, match="one of its processes ended with exit status -9"):
         run_in_subprocess(tmp_path)
 
-    assert state_of(tmp_path) is State.FAILED
+    assert run_state(tmp_path) is State.FAILED
 
 
 @pytest.mark.slow

@@ -5,13 +5,13 @@ import pytest
 from rich.console import Console
 
 from mtnrec.checks import InputError
-from mtnrec.run.folder import State, claim
-from mtnrec.sweep.progress import Cell, lay_out, read_cells, seconds_left
+from mtnrec.run.folder import State, lock_run_folder
+from mtnrec.sweep.progress import RunProgress, read_progress, render_progress, seconds_left
 
 
-def render(cells):
+def render(runs):
     console = Console(width=100, file=io.StringIO())
-    console.print(lay_out(cells))
+    console.print(render_progress(runs))
     return " ".join(console.file.getvalue().split())
 
 
@@ -22,28 +22,31 @@ def finish(folder, seconds):
 
 @pytest.fixture
 def sweep(tmp_path):
-    """One cell done, one failed, two planned."""
+    """One run done, one failed, two planned."""
     names = [f"log-esmm-seed{seed}-abc" for seed in range(4)]
     (tmp_path / "sweep.json").write_text(json.dumps({"cells": {name: [] for name in names}}))
     finish(tmp_path / names[0], {"setup": 1.0, "fit": 8.0, "test": 1.0})
-    with pytest.raises(ValueError, match="no"), claim(tmp_path / names[1], [], ["python", "again"]):
+    with (
+        pytest.raises(ValueError, match="no"),
+        lock_run_folder(tmp_path / names[1], [], ["python", "again"]),
+    ):
         raise ValueError("no luck")
     return tmp_path
 
 
 def test_every_planned_cell_is_there_as_it_stands(sweep):
-    cells = read_cells(sweep)
+    runs = read_progress(sweep)
 
-    found = [cell.state for cell in cells]
+    found = [run.state for run in runs]
     assert found == [State.FINISHED, State.FAILED, State.WAITING, State.WAITING]
-    assert cells[0].seconds == 10
-    assert cells[1].failure["message"] == "no luck"
+    assert runs[0].seconds == 10
+    assert runs[1].failure["message"] == "no luck"
 
 
 def test_a_folder_of_several_sweeps_holds_the_cells_of_all(sweep):
     finish(sweep / "more" / "log-mmoe-seed0-def", {"fit": 1.0})
 
-    names = [cell.name for cell in read_cells(sweep)]
+    names = [run.name for run in read_progress(sweep)]
 
     assert len(names) == 5
     assert "more/log-mmoe-seed0-def" in names
@@ -51,29 +54,29 @@ def test_a_folder_of_several_sweeps_holds_the_cells_of_all(sweep):
 
 def test_a_running_cell_says_how_far_it_is(sweep):
     folder = sweep / "log-esmm-seed2-abc"
-    with claim(folder, [], []):
-        text = render(read_cells(sweep))
+    with lock_run_folder(folder, [], []):
+        text = render(read_progress(sweep))
 
-    assert "4 cells: 1 finished, 1 running, 1 failed, 1 waiting" in text
+    assert "4 runs: 1 finished, 1 running, 1 failed, 1 waiting" in text
     assert "log-esmm-seed2-abc 0 0 s" in text
     assert "failed: log-esmm-seed1-abc: no luck python again" in text
 
 
 def test_the_time_left_is_that_of_cells_of_the_same_kind():
     done = [
-        Cell("log-esmm-seed0-a", State.FINISHED, seconds=100),
-        Cell("log-esmm-seed1-a", State.FINISHED, seconds=140),
-        Cell("log-mmoe-seed0-a", State.FINISHED, seconds=600),
+        RunProgress("log-esmm-seed0-a", State.FINISHED, seconds=100),
+        RunProgress("log-esmm-seed1-a", State.FINISHED, seconds=140),
+        RunProgress("log-mmoe-seed0-a", State.FINISHED, seconds=600),
     ]
     running = [
-        Cell("log-esmm-seed2-a", State.RUNNING, seconds=20),
-        Cell("log-mmoe-seed1-a", State.RUNNING, seconds=900),  # longer than it should take
+        RunProgress("log-esmm-seed2-a", State.RUNNING, seconds=20),
+        RunProgress("log-mmoe-seed1-a", State.RUNNING, seconds=900),  # longer than it should take
     ]
     waiting = [
-        Cell("log-mmoe-seed2-a", State.WAITING),
-        Cell("log-esmm-mtn-seed0-a", State.INTERRUPTED),  # of a kind that none has finished
+        RunProgress("log-mmoe-seed2-a", State.WAITING),
+        RunProgress("log-esmm-mtn-seed0-a", State.INTERRUPTED),  # of a kind that none has finished
     ]
-    failed = [Cell("log-esmm-seed3-a", State.FAILED)]
+    failed = [RunProgress("log-esmm-seed3-a", State.FAILED)]
 
     of_all = (100 + 140 + 600) / 3
     assert seconds_left(done + waiting) == 600 + of_all
@@ -83,8 +86,8 @@ def test_the_time_left_is_that_of_cells_of_the_same_kind():
 
 
 def test_the_end_is_estimated_while_something_is_left():
-    done = Cell("log-esmm-seed0-a", State.FINISHED, seconds=7200)
-    waiting = Cell("log-esmm-seed1-a", State.WAITING)
+    done = RunProgress("log-esmm-seed0-a", State.FINISHED, seconds=7200)
+    waiting = RunProgress("log-esmm-seed1-a", State.WAITING)
 
     assert "1 finished, 1 waiting; about 2 h 0 min left" in render([done, waiting])
     assert "left" not in render([done])
@@ -92,13 +95,13 @@ def test_the_end_is_estimated_while_something_is_left():
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no sweep has begun in .* `python -m mtnrec.train -m"):
-        read_cells(tmp_path)
+        read_progress(tmp_path)
 
 
 def test_the_command_prints_the_state_once_where_nobody_looks(sweep, status, capsys):
     status(f"runs={sweep}")
 
-    assert "4 cells: 1 finished, 1 failed, 2 waiting" in capsys.readouterr().out
+    assert "4 runs: 1 finished, 1 failed, 2 waiting" in capsys.readouterr().out
 
 
 def test_the_command_refuses_a_refresh_that_never_rests(sweep, status):

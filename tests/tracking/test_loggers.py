@@ -15,7 +15,7 @@ from mtnrec.command.config import seed_keys
 from mtnrec.reporting.runs import read_runs
 from mtnrec.run.identity import RunIdentity
 from mtnrec.tracking.loggers import make_logger
-from mtnrec.tracking.tables import tables_of
+from mtnrec.tracking.tables import record_tables
 from mtnrec.training.recorder import RunRecorder
 
 # Rates at which every split has both classes of every task.
@@ -102,7 +102,7 @@ def test_tables_lay_the_record_out(tmp_path):
         "expert_distances": [[0.0, 2.0], [2.0, 0.0]],
     }
 
-    rows = {name: rows for name, (_, rows) in tables_of(SimpleNamespace(**record)).items()}
+    rows = {name: rows for name, (_, rows) in record_tables(SimpleNamespace(**record)).items()}
 
     nothing = [None] * 5
     assert rows["metrics"] == [
@@ -126,7 +126,7 @@ def test_a_record_without_history_and_curves_has_its_metrics_only(tmp_path):
         "expert_distances": None,
     }
 
-    assert list(tables_of(SimpleNamespace(**record))) == ["metrics"]
+    assert list(record_tables(SimpleNamespace(**record))) == ["metrics"]
 
 
 def read_wandb(path):
@@ -200,6 +200,7 @@ def test_each_job_of_a_sweep_is_an_offline_run_of_wandb_of_its_own(train):
     assert group.endswith(f" {arm[:8]}")  # the report's arm
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_the_same_run_of_wandb(train, tmp_path, monkeypatch):
     run = [*LOG, "logger=wandb", "logger.offline=true"]
     with monkeypatch.context() as patch:

@@ -12,10 +12,10 @@ from stress.ddp import MODELS, OPTIONS, compare, settings
 from stress.ddp import train as train_apart
 
 from mtnrec.files import read_json
-from mtnrec.run.folder import State, state_of
+from mtnrec.run.folder import State, run_state
 
 FAILING_RANK = Path(__file__).with_name("failing_rank.py")
-IN_THE_DEFAULT_SUITE = [("esmm", True, "all"), ("mmoe", False, "none")]
+IN_THE_DEFAULT_SUITE = [("esmm", True, "all")]
 
 
 PRODUCT = [
@@ -81,7 +81,7 @@ def test_a_rank_that_ends_early_ends_the_run_with_an_error(rank, failure, tmp_pa
     elif failed is not None:
         assert "onnection" in failed["message"]
     else:  # the launcher was faster than the other rank
-        assert state_of(tmp_path / "run") is State.INTERRUPTED
+        assert run_state(tmp_path / "run") is State.INTERRUPTED
 
 
 # With three processes the sum of their gradients depends on its order.

@@ -62,7 +62,7 @@ def test_the_rows_of_a_batch_can_be_asked_for_again():
     sampler.set_epoch(5)
 
     for number, rows in enumerate(sampler):
-        assert np.array_equal(sampler.rows_of(5, number, rank=1), rows)
+        assert np.array_equal(sampler.batch_rows(5, number, rank=1), rows)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(train, spoil, tmp_path):

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from mtnrec.schema import Schema
 from mtnrec.training.recorder import peak_memory_bytes, split_counts, versions
-from mtnrec.training.summary import closing_table
+from mtnrec.training.summary import summary_table
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_versions_and_memory_are_known():
 
 
 def test_the_table_says_what_was_measured_on_which_rows(funnel_schema, make_record):
-    table = closing_table(funnel_schema, make_record())
+    table = summary_table(funnel_schema, make_record())
 
     headers = [words(column.header) for column in table.columns]
     task, definition, rows, positives, *results = (list(c.cells) for c in table.columns)
@@ -92,7 +92,7 @@ def test_the_table_says_what_was_measured_on_which_rows(funnel_schema, make_reco
 
 @pytest.mark.parametrize("bayes", [True, False])
 def test_the_table_of_a_funnel_fits_80_columns_uncut(bayes, funnel_schema, make_record):
-    table = closing_table(funnel_schema, make_record(bayes=bayes))
+    table = summary_table(funnel_schema, make_record(bayes=bayes))
 
     text = render(table)
 
@@ -106,7 +106,7 @@ def test_the_table_of_a_funnel_fits_80_columns_uncut(bayes, funnel_schema, make_
 def test_independent_labels_go_by_their_own_names(make_record):
     schema = Schema((), ("price",), ("is_liked", "is_shared"), funnel=False)
 
-    text = render(closing_table(schema, make_record(schema)))
+    text = render(summary_table(schema, make_record(schema)))
 
     assert "…" not in text
     assert "is_liked" in text
@@ -117,7 +117,7 @@ def test_an_undefined_monitor_is_said_to_have_chosen_nothing(funnel_schema, make
     record = make_record()
     record.metrics["val/cvr_auc"] = math.nan
 
-    table = closing_table(funnel_schema, record)
+    table = summary_table(funnel_schema, record)
 
     assert table.title == "Last epoch 4: val/cvr_auc is undefined"
 
@@ -126,6 +126,6 @@ def test_an_undefined_value_is_shown_as_such(funnel_schema, make_record):
     record = make_record()
     record.metrics["test/cvr_auc"] = math.nan
 
-    text = render(closing_table(funnel_schema, record))
+    text = render(summary_table(funnel_schema, record))
 
     assert "nan" in text

@@ -61,8 +61,8 @@ def whole(train):
 @pytest.mark.parametrize(
     ("hook", "number"),
     [
-        ("on_train_epoch_start", 2),
-        ("on_validation_end", 3),
+        pytest.param("on_train_epoch_start", 2, marks=pytest.mark.slow),
+        pytest.param("on_validation_end", 3, marks=pytest.mark.slow),
         ("on_train_epoch_end", 2),  # best.ckpt is newer than last.ckpt
         ("on_test_start", 1),  # what ended the training is not forgotten
     ],
@@ -91,10 +91,15 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
     ("number", "step", "overrides"),
     [
         (24, 22, []),  # in the second epoch of 15 steps
-        (12, 11, ["mtn.enabled=false"]),
-        (28, 22, ["mtn.refresh_every=16", "trainer.precision=bf16-mixed"]),
+        pytest.param(12, 11, ["mtn.enabled=false"], marks=pytest.mark.slow),
+        pytest.param(
+            28,
+            22,
+            ["mtn.refresh_every=16", "trainer.precision=bf16-mixed"],
+            marks=pytest.mark.slow,
+        ),
         # In the second epoch too: 8 steps an epoch, of two batches each and the last of one.
-        (24, 11, ["trainer.accumulate_grad_batches=2"]),
+        pytest.param(24, 11, ["trainer.accumulate_grad_batches=2"], marks=pytest.mark.slow),
         (24, 22, ["data=synthetic_ali_ccp", "optimizer=lazy_adam", "noise.proportion=0.1"]),
     ],
 )
@@ -143,6 +148,7 @@ def test_a_run_whose_disk_was_full_ends_with_the_bits_of_one_whose_was_not(
     assert_same_weights(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_checkpoints_within_an_epoch_change_nothing_without_mtn(train):
     run = [*RUN, "mtn.enabled=false", "trainer.max_epochs=2"]
 
@@ -152,6 +158,7 @@ def test_checkpoints_within_an_epoch_change_nothing_without_mtn(train):
     assert_same_weights(*folders)
 
 
+@pytest.mark.slow
 def test_the_moments_of_rows_go_on_where_they_were(train, kill, tmp_path):
     lazy = [*LOG, "data=synthetic_ali_ccp", "optimizer=lazy_adam", "trainer.gradient_clip_val=0.1"]
     expected = train(*lazy, "trainer.max_epochs=3")
@@ -232,6 +239,7 @@ def test_a_checkpoint_of_another_version_is_refused(train, interrupted):
     assert message in refusal(train, interrupted)
 
 
+@pytest.mark.slow
 def test_a_run_of_more_processes_does_not_go_on_from_the_checkpoint_of_one(train, interrupted):
     last = interrupted / "checkpoints" / "last.ckpt"
     content = torch.load(last, weights_only=True)
@@ -251,6 +259,7 @@ def test_a_checkpoint_of_another_model_or_schema_is_refused(train, interrupted):
     assert "of another model or schema: network." in schema
 
 
+@pytest.mark.slow
 def test_a_best_epoch_that_is_gone_or_damaged_is_told(train, interrupted):
     best = interrupted / "checkpoints" / "best.ckpt"
     content = best.read_bytes()

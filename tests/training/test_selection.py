@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from mtnrec.checks import InputError
 from mtnrec.schema import Schema
-from mtnrec.training.selection import StopAfterDecreases, make_callbacks, monitor_mode
+from mtnrec.training.selection import StopAfterDecreases, monitor_mode, selection_callbacks
 
 INDEPENDENT = Schema((), ("price",), ("like", "share"), funnel=False)
 BOTH_CLASSES = [[0, 0], [1, 0], [1, 1]]
@@ -15,7 +15,7 @@ BOTH_CLASSES = [[0, 0], [1, 0], [1, 1]]
 
 def callbacks(schema, labels, directory, monitor="val/cvr_auc", patience=3, stop="patience"):
     labels = np.array(labels, np.uint8).reshape(-1, 2)
-    return make_callbacks(
+    return selection_callbacks(
         monitor, patience, directory, stop=stop, schema=schema, validation_labels=labels
     )
 

@@ -17,11 +17,13 @@ from mtnrec.model.network import build_network
 from mtnrec.schema import Schema
 
 FORMAT_VERSION = 1
-CARD = "mtnrec"  # the checkpoint's key
+METADATA_KEY = "mtnrec"  # the checkpoint's key
 _PREFIX = "network."  # of the network's weights in those of the module
 
 
-def make_card(network: Mapping[str, Any], manifest: Manifest, directory: Path) -> dict[str, Any]:
+def model_metadata(
+    network: Mapping[str, Any], manifest: Manifest, directory: Path
+) -> dict[str, Any]:
     """Return what a checkpoint carries beside the weights, so that it can score raw values.
 
     Args:
@@ -44,7 +46,7 @@ def make_card(network: Mapping[str, Any], manifest: Manifest, directory: Path) -
 
 
 def read_model(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint with a card; no code in it is run.
+    """Return the content of a checkpoint with a metadata; no code in it is run.
 
     Raises:
         InputError: If it is missing, damaged, or none of a training by mtnrec.
@@ -52,22 +54,22 @@ def read_model(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"checkpoint: {path} is missing")
     content = read_checkpoint(path, "name another file, or train again", keys=("state_dict",))
-    card = content.get(CARD)
-    if not isinstance(card, dict) or not card:
+    metadata = content.get(METADATA_KEY)
+    if not isinstance(metadata, dict) or not metadata:
         raise InputError(
             f"{path} is no checkpoint of mtnrec, or of a version that did not yet keep the data's "
             "schema in it: train again"
         )
-    version = card.get("format_version")
+    version = metadata.get("format_version")
     if not isinstance(version, int) or version != FORMAT_VERSION:
         raise InputError(
             f"{path} has format version {str(version)[:20]}, this version of mtnrec reads "
             f"{FORMAT_VERSION}: train again"
         )
-    files: Any = card.get("vocabularies")
+    files: Any = metadata.get("vocabularies")
     if not (
-        isinstance(card.get("manifest"), str)
-        and _has_texts_as_keys(card.get("network"))
+        isinstance(metadata.get("manifest"), str)
+        and _has_texts_as_keys(metadata.get("network"))
         and _has_texts_as_keys(files)
         and all(isinstance(f, Tensor) and f.dtype == torch.uint8 for f in files.values())
     ):
@@ -79,25 +81,25 @@ def _has_texts_as_keys(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
-def manifest_of(content: Mapping[str, Any], path: Path) -> Manifest:
+def read_manifest(content: Mapping[str, Any], path: Path) -> Manifest:
     """Return the manifest of the data set that a checkpoint's model was trained on."""
-    return Manifest.from_json(content[CARD]["manifest"].encode(errors="replace"), path)
+    return Manifest.from_json(content[METADATA_KEY]["manifest"].encode(errors="replace"), path)
 
 
 def vocabulary_files(content: Mapping[str, Any]) -> dict[str, io.BytesIO]:
     """Return the files of the vocabularies, by field."""
-    files = content[CARD]["vocabularies"]
+    files = content[METADATA_KEY]["vocabularies"]
     return {name: io.BytesIO(file.numpy().tobytes()) for name, file in files.items()}
 
 
-def network_of(content: Mapping[str, Any], schema: Schema, path: Path) -> nn.Module:
+def rebuild_network(content: Mapping[str, Any], schema: Schema, path: Path) -> nn.Module:
     """Make the network of a checkpoint, on the CPU, in float32 and evaluation mode.
 
     Raises:
         InputError: If its class is unknown here or no network, or its weights do not fit, it or the
             memory.
     """
-    keys = dict(content[CARD]["network"])
+    keys = dict(content[METADATA_KEY]["network"])
     target = keys.pop("_target_", None)
     try:
         made_by = get_class(str(target))

@@ -11,10 +11,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from mtnrec.checks import InputError
-from mtnrec.files import write_whole
+from mtnrec.files import write_atomic
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes each checkpoint beside the one that it replaces, and puts it in place at the end.
 
     Raises:
@@ -29,7 +29,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, content)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, content.getbuffer())
+            write_atomic(path, content.getbuffer())
         except OSError as error:
             raise InputError(
                 f"{path} could not be written ({error.strerror}; {len(content.getbuffer()):,} "

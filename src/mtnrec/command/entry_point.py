@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 
 from mtnrec.command.config import CONF_DIR
 from mtnrec.command.errors import find_input_error
-from mtnrec.command.job import has_the_screen, is_first_process, is_job_of_a_sweep
+from mtnrec.command.job import is_rank_zero, is_sweep_job, owns_screen
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                 sys.exit(_INTERRUPTED)
             except Exception as error:
                 known = find_input_error(error)
-                if is_job_of_a_sweep():
+                if is_sweep_job():
                     _logger.error("%s", error if known is None else known, exc_info=known is None)
                     raise
                 if known is None:
@@ -75,10 +75,10 @@ def silence_libraries() -> None:
 
 def _quiet() -> None:
     silence_libraries()
-    if not has_the_screen():
+    if not owns_screen():
         get_console().quiet = True
         logging.captureWarnings(capture=True)
         root = logging.getLogger()
         root.handlers = [one for one in root.handlers if not isinstance(one, RichHandler)]
-    if not is_first_process():  # the first says the same; an error is raised all the same
+    if not is_rank_zero():  # the first says the same; an error is raised all the same
         logging.getLogger().handlers = [logging.NullHandler()]

@@ -23,8 +23,8 @@ from mtnrec.data.prepared.writer import Writer, write_prepared
 from mtnrec.data.raw.archives import read_tar
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block, map_in_order, read_blocks
-from mtnrec.data.raw.files import find_one, list_files, require_raw_dir, state_disk_need
-from mtnrec.data.raw.progress import Meter
+from mtnrec.data.raw.files import check_disk_space, find_one, list_files, require_raw_dir
+from mtnrec.data.raw.progress import ReadProgress
 from mtnrec.data.raw.triples import MISSING
 from mtnrec.resources import available_cores
 from mtnrec.schema import CategoricalField, Schema
@@ -182,12 +182,12 @@ class AliCcp(DataModule):
             )
         parts = {split: _find(raw_dir, split) for split in _SPLITS}
         sources = [path for found in parts.values() for path in found]
-        state_disk_need(sources, self.folder, self._bytes_per_text_byte)
+        check_disk_space(sources, self.folder, self._bytes_per_text_byte)
         threads = self.threads or available_cores()
         bad_rows = {split: BadRows(self.on_error) for split in _SPLITS}
         with (
             write_prepared(self.folder, _SPLITS) as writer,
-            Meter() as meter,
+            ReadProgress() as meter,
             ThreadPoolExecutor(threads) as pool,
         ):
             logs = {}
@@ -202,9 +202,9 @@ class AliCcp(DataModule):
             for bad in bad_rows.values():
                 bad.warn()
             report = {name: n for log in logs.values() for name, n in log.finish().items()}
-            meter.say("Replacing ids by indices, and summing the files up")
+            meter.log("Replacing ids by indices, and summing the files up")
             if self._scaled:
-                meter.say(
+                meter.log(
                     "Values are scaled by the range of the training rows alone; test values may "
                     "lie outside [0, 1]"
                 )
@@ -315,7 +315,9 @@ def _members(split: str) -> tuple[str, str]:
     return f"common_features_{split}.csv", f"sample_skeleton_{split}.csv"
 
 
-def _read(paths: list[Path], split: str, meter: Meter) -> Iterator[tuple[str, Iterator[Block]]]:
+def _read(
+    paths: list[Path], split: str, meter: ReadProgress
+) -> Iterator[tuple[str, Iterator[Block]]]:
     """Yield the name and the blocks of the common features, then of the skeleton."""
     if len(paths) == 1:
         for name, stream in read_tar(paths[0], _members(split), meter):

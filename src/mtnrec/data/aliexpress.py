@@ -20,8 +20,8 @@ from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.data.raw.archives import open_plain, open_zip
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block, read_blocks
-from mtnrec.data.raw.files import find_one, list_files, require_raw_dir, state_disk_need
-from mtnrec.data.raw.progress import Meter
+from mtnrec.data.raw.files import check_disk_space, find_one, list_files, require_raw_dir
+from mtnrec.data.raw.progress import ReadProgress
 from mtnrec.schema import Schema
 
 _SPLITS = ("train", "test")
@@ -80,8 +80,8 @@ class AliExpress(DataModule):
 
         raw_dir = require_raw_dir(self.raw_dir, self.origin)
         files = _find(raw_dir, self.country.lower())
-        state_disk_need(files.paths, self.folder, _PREPARED_BYTES_PER_TEXT_BYTE)
-        with write_prepared(self.folder, _SPLITS) as writer, Meter() as meter:
+        check_disk_space(files.paths, self.folder, _PREPARED_BYTES_PER_TEXT_BYTE)
+        with write_prepared(self.folder, _SPLITS) as writer, ReadProgress() as meter:
             join = Join(
                 writer,
                 meter,
@@ -98,7 +98,7 @@ class AliExpress(DataModule):
                         searches = join.read_searches(split, blocks, features)
                     with files.blocks(f"item_{split}", meter) as blocks:
                         join.join(split, searches, blocks)
-            meter.say("Replacing ids by indices, and summing the files up")
+            meter.log("Replacing ids by indices, and summing the files up")
             vocabularies = [values.vocabulary() for values in join.counts]
             fields = encode_in_place(writer, _SPLITS, CATEGORICAL, vocabularies)
             return writer.finish(
@@ -127,7 +127,7 @@ class _Files:
     is_joined: bool
 
     @contextmanager
-    def blocks(self, part: str, meter: Meter) -> Iterator[Iterator[Block]]:
+    def blocks(self, part: str, meter: ReadProgress) -> Iterator[Iterator[Block]]:
         """Open ``train`` or ``test``, or ``user_train`` and the like."""
         with ExitStack() as stack:
             if self.is_joined:

@@ -209,7 +209,7 @@ class DataModule(L.LightningDataModule, ABC):
         array = arrays.get(stem)
         return None if array is None else np.asarray(array).take(rows, axis=0)
 
-    def labels_of(self, split: str) -> npt.NDArray[np.uint8]:
+    def split_labels(self, split: str) -> npt.NDArray[np.uint8]:
         """The labels of a split, ``(rows, T)``, in the order of evaluation."""
         arrays, rows = self.stored(split)
         return np.asarray(arrays["labels"]).take(rows, axis=0)

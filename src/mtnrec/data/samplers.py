@@ -60,7 +60,7 @@ class TrainSampler(Sampler[Rows]):
         start = batch * self._global_batch
         return order[start : min(start + self._global_batch, self._rows)]
 
-    def rows_of(self, epoch: int, batch: int, rank: int | None = None) -> Rows:
+    def batch_rows(self, epoch: int, batch: int, rank: int | None = None) -> Rows:
         """Return a batch of an epoch once more: a rank's, or those of all ranks together."""
         rows = self._deal(self._order(epoch), batch)
         return rows if rank is None else rows[rank :: self._world_size]

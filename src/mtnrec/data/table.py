@@ -32,10 +32,10 @@ from mtnrec.data.raw.column import (
     Floats,
     Moments,
     Profile,
-    labels_of,
-    numbers_of,
-    text_of,
-    times_of,
+    to_labels,
+    to_numbers,
+    to_text,
+    to_times,
     transformed,
 )
 from mtnrec.data.raw.tabular import (
@@ -374,7 +374,7 @@ class _Preparation:
                 for name in names:
                     profiles[name].update(chunk.frame[name])
                 for name in self._groups():
-                    groups.update(text_of(chunk.frame[name]))
+                    groups.update(to_text(chunk.frame[name]))
                 rows += chunk.frame.height if split == "train" else 0
         if table.time is not None and profiles[table.time].kind not in _TIMES:
             raise InputError(
@@ -440,7 +440,7 @@ class _Preparation:
             drawn = rng.permutation(count) < round(table.test_share * count)
             tests = np.concatenate([[False], drawn])  # index 0: without a group, refused later
             group = str(table.group)
-            return lambda chunk: tests[groups.encode(text_of(chunk.frame[group]))]
+            return lambda chunk: tests[groups.encode(to_text(chunk.frame[group]))]
         order = rng.permutation(rows) if table.split == "random" else self._latest_first(kinds)
         tests = np.zeros(rows, np.bool_)
         tests[order[: round(table.test_share * rows)]] = True
@@ -449,7 +449,7 @@ class _Preparation:
     def _latest_first(self, kinds: dict[str, str]) -> npt.NDArray[np.int64]:
         time, bad_rows = str(self._table.time), BadRows(self._table.on_error)
         times = [
-            times_of(chunk.frame[time], kinds[time]).fill_null(0).to_numpy()
+            to_times(chunk.frame[time], kinds[time]).fill_null(0).to_numpy()
             for chunk in self._chunks("ordering", "train", [time], bad_rows)
         ]
         return np.concatenate(times).argsort(kind="stable")[::-1]
@@ -532,11 +532,11 @@ class _Preparation:
             if self._table.funnel:
                 orphan = labels[1] > labels[0]
                 if self._table.conversion_without_click == "refuse":
-                    rules.demand(self._labels[1], ~orphan, _NEEDS_CLICK)
+                    rules.require(self._labels[1], ~orphan, _NEEDS_CLICK)
             keep = ~(rules.broken | orphan)
             tests = plan.tests(chunk) if source == "train" else np.ones_like(keep)
             yield _Rows(
-                [text_of(chunk.frame[name]).filter(keep) for name in plan.categorical],
+                [to_text(chunk.frame[name]).filter(keep) for name in plan.categorical],
                 _side_by_side(numerical, keep),
                 {stem: array[keep] for stem, array in group.items()}
                 | {"labels": np.stack(labels, axis=1)[keep]},
@@ -554,14 +554,14 @@ class _Preparation:
             if plan.kinds[name] == "integer":
                 read = column.cast(pl.Int64, strict=False)
             else:
-                read = pl.Series(plan.groups.encode(text_of(column)), dtype=pl.Int64)
+                read = pl.Series(plan.groups.encode(to_text(column)), dtype=pl.Int64)
                 read = read.set(column.is_null(), None)
             rule = "a group must be given, an integer of at most 64 bits or anything else"
             arrays["group"] = rules.read(name, read, rule)
         if self._table.time is None:
             return arrays, np.zeros(chunk.frame.height)
         name, kind = self._table.time, plan.kinds[self._table.time]
-        read = times_of(chunk.frame[name], kind)
+        read = to_times(chunk.frame[name], kind)
         return arrays, rules.read(name, read, f"expected {_TIMES[kind]}")
 
 
@@ -573,7 +573,7 @@ class _Rules:
         self._bad_rows = bad_rows
         self.broken = np.zeros(chunk.frame.height, np.bool_)
 
-    def demand(self, name: str, holds: Booleans, rule: str) -> None:
+    def require(self, name: str, holds: Booleans, rule: str) -> None:
         broken = ~(holds | self.broken)
         for row in np.flatnonzero(broken):
             value = self._chunk.frame[name][int(row)]
@@ -583,23 +583,23 @@ class _Rules:
 
     def read(self, name: str, read: pl.Series, rule: str) -> npt.NDArray[Any]:
         """Demand that no cell is null."""
-        self.demand(name, read.is_not_null().to_numpy(), rule)
+        self.require(name, read.is_not_null().to_numpy(), rule)
         return read.fill_null(0).to_numpy()
 
     def read_label(self, name: str) -> npt.NDArray[Any]:
-        read = labels_of(self._chunk.frame[name])
+        read = to_labels(self._chunk.frame[name])
         return self.read(name, read, "a label must be 0 or 1 (or false, true)")
 
     def read_number(self, name: str, *, required: bool) -> Floats:
         """Read a feature; NaN where it is missing."""
         raw = self._chunk.frame[name]
-        read = numbers_of(raw)
-        self.demand(name, (read.is_not_null() | raw.is_null()).to_numpy(), "expected a number")
+        read = to_numbers(raw)
+        self.require(name, (read.is_not_null() | raw.is_null()).to_numpy(), "expected a number")
         values = read.fill_null(np.nan).to_numpy()
-        self.demand(name, ~(np.abs(values) > LARGEST_NUMBER), "a number must be finite in 32 bits")
+        self.require(name, ~(np.abs(values) > LARGEST_NUMBER), "a number must be finite in 32 bits")
         if required:
             rule = "a number is missing (data.fill=NUMBER or data.fill=mean fills such cells)"
-            self.demand(name, ~np.isnan(values), rule)
+            self.require(name, ~np.isnan(values), rule)
         return values
 
 

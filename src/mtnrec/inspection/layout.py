@@ -49,7 +49,7 @@ def check_destination(out: Path, directory: Path) -> None:
         )
 
 
-def lay_out(
+def render_summary(
     directory: Path,
     manifest: Manifest,
     statistics: Statistics,

@@ -26,7 +26,7 @@ import torch
 
 from mtnrec.data.batches import Rows, gather_bags
 from mtnrec.data.prepared.store import Arrays
-from mtnrec.inspection.statistics import rows_of
+from mtnrec.inspection.statistics import task_rows
 from mtnrec.metric.ranking import weighted_auc
 from mtnrec.schema import CategoricalField, Schema, Task
 
@@ -100,7 +100,7 @@ class _Outcome(NamedTuple):
 
     @classmethod
     def of(cls, task: Task, labels: npt.NDArray[np.uint8]) -> "_Outcome":
-        measured = rows_of(task, labels)
+        measured = task_rows(task, labels)
         return cls(measured, measured & (labels[:, task.label] == 1))
 
     def in_order(self, order: Integers) -> "_Outcome":

@@ -111,7 +111,7 @@ def _compare(clean: Batch, noisy: Batch) -> npt.NDArray[np.bool_]:
     )
 
 
-def rows_of(task: Task, labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+def task_rows(task: Task, labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     """Say which of the rows of ``labels``, ``(n, T)``, a task is measured on."""
     return np.ones(len(labels), np.bool_) if task.given is None else labels[:, task.given] == 1
 
@@ -160,7 +160,7 @@ def _count_labels(labels: npt.NDArray[np.uint8], schema: Schema) -> tuple[Counts
     for number in range(SLICES):
         for _, piece in _pieces(labels, edges[number], edges[number + 1]):
             for column, task in enumerate(schema.tasks):
-                measured = piece[rows_of(task, piece), task.label]
+                measured = piece[task_rows(task, piece), task.label]
                 rows[number, column] += len(measured)
                 positives[number, column] += np.count_nonzero(measured)
     return rows, positives

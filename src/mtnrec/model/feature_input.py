@@ -14,7 +14,7 @@ from mtnrec.checks import (
     InputError,
     check_choice,
     check_integer,
-    name_some,
+    format_names,
 )
 from mtnrec.schema import Schema
 
@@ -352,7 +352,7 @@ def _widths(schema: Schema, embedding_dim: int | Mapping[Any, int]) -> tuple[dic
     default = widths.pop("default")
     if unknown := [name for name in widths if name not in names]:
         raise InputError(
-            f"model.embedding_dim names {name_some(unknown)}; the fields of the data are "
+            f"model.embedding_dim names {format_names(unknown)}; the fields of the data are "
             f"{', '.join(names) or 'none'}"
         )
     return dict.fromkeys(names, default) | widths, default

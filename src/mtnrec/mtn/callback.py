@@ -119,12 +119,12 @@ class MTN(L.Callback):
         self._collapsed: set[int] = set()
         self._deviated: set[int] = set()
         self._measured_at = 0
-        self._owed_steps = 0
+        self._deferred_steps = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not self.enabled or stage != "fit":
             return
-        self._owed_steps = 0
+        self._deferred_steps = 0
         depths = self._choose(self._find_depths(pl_module.network))
         for depth, layers in depths.items():
             self._check_depth(depth, layers)
@@ -206,7 +206,7 @@ class MTN(L.Callback):
         self._measure(self._penalty, trainer.global_step)
 
     def _measure(self, penalty: Penalty, step: int) -> list[list[Tensor]]:
-        self._settle(penalty)
+        self._apply_deferred_steps(penalty)
         self._measured_at = step
         return penalty.measure(step)
 
@@ -221,7 +221,7 @@ class MTN(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._penalty is None:
             return {}
-        self._settle(self._penalty)
+        self._apply_deferred_steps(self._penalty)
         return {
             "weights": self._penalty.weights.state_dict(),
             "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
@@ -238,7 +238,7 @@ class MTN(L.Callback):
         if self._penalty is None:
             return
         if self._penalty.is_due(trainer.global_step):
-            self._settle(self._penalty)
+            self._apply_deferred_steps(self._penalty)
         scale = self.lam * gradient_scale(trainer, optimizer)
         strength = scale if self.coupling == "gradient" else None
         self._penalty.update(trainer.global_step, strength)
@@ -251,9 +251,9 @@ class MTN(L.Callback):
             add_to_gradients(self._penalty.gradients(), scale=scale)
         else:
             move_parameters(self._penalty.gradients(), optimizer, strength=self.lam)
-        self._owed_steps += 1
+        self._deferred_steps += 1
 
-    def _settle(self, penalty: Penalty) -> None:
+    def _apply_deferred_steps(self, penalty: Penalty) -> None:
         """Make the steps of what is learned, alpha and the layers' weights, that are owed.
 
         Nothing looks at the weights before there are new factors, and between two of them the norms
@@ -261,10 +261,10 @@ class MTN(L.Callback):
         time that they would take scattered over a training, each with all caches cold.
         """
         if self._optimizer is not None:
-            for _ in range(self._owed_steps):
+            for _ in range(self._deferred_steps):
                 penalty.set_gradients_of_weights(scale=self.lam)
                 self._optimizer.step()
-        self._owed_steps = 0
+        self._deferred_steps = 0
 
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

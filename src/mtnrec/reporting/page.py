@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mtnrec.files import write_whole
+from mtnrec.files import write_atomic
 from mtnrec.reporting.figure.catalogue import KINDS, WrittenFigure
 from mtnrec.reporting.runs import Runs, UnfinishedRun
 from mtnrec.reporting.table.appendix import (
@@ -95,7 +95,7 @@ def write_page(
         sections=list(_sections(runs, cells, tables, figures)),
         version=metadata.version("mtnrec"),
     )
-    write_whole(path, page)
+    write_atomic(path, page)
 
 
 def summarise(cells: Sequence[pd.DataFrame]) -> Iterator[str]:

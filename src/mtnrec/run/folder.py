@@ -20,7 +20,7 @@ from mtnrec.run.record import RECORD_FILE, RunRecord
 FAILURE_FILE = "failure.json"
 RUNNING_FILE = "running.json"
 _LOCK_FILE = ".lock"
-_LOOKS, _PAUSE = 10, 0.02  # seconds
+_LOCK_ATTEMPTS, _PAUSE = 10, 0.02  # seconds
 
 Explain = Callable[[Exception], Exception | None]
 """Returns the cause of an error that the user can put right, if there is one."""
@@ -30,7 +30,7 @@ def _as_raised(error: Exception) -> None:
     """Explain no error."""
 
 
-class CellBusyError(InputError):
+class RunFolderBusyError(InputError):
     """Another process is making the cell."""
 
 
@@ -54,7 +54,7 @@ def find_record(folder: Path, config: Mapping[str, Any], checksum: str | None) -
     return RunRecord.from_content(content, path) if content.get("cell") == run.id else None
 
 
-def state_of(folder: Path) -> State:
+def run_state(folder: Path) -> State:
     """Say what has become of the cell in a folder."""
     if (folder / RECORD_FILE).is_file():
         return State.FINISHED
@@ -77,7 +77,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 @contextmanager
-def claim(
+def lock_run_folder(
     folder: Path, overrides: Sequence[str], command: Sequence[str], explain: Explain = _as_raised
 ) -> Iterator[None]:
     """Hold a cell's folder while its run is made; what goes wrong is written to ``failure.json``.
@@ -91,19 +91,19 @@ def claim(
         explain: Which error ``failure.json`` names; the one raised, where it returns None.
 
     Raises:
-        CellBusyError: If another process holds it.
+        RunFolderBusyError: If another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_FILE).open("wb") as lock:
         if not _lock(lock):
-            raise CellBusyError(
-                f"{folder} is being made by another process{_owner(folder)}: wait for it, or "
+            raise RunFolderBusyError(
+                f"{folder} is being made by another process{_lock_holder(folder)}: wait for it, or "
                 "choose another hydra.run.dir"
             )
         for name in (RECORD_FILE, FAILURE_FILE, RUNNING_FILE):
             remove_leftovers(folder / name)
         (folder / FAILURE_FILE).unlink(missing_ok=True)
-        write_json(folder / RUNNING_FILE, _who(overrides))
+        write_json(folder / RUNNING_FILE, _process_info(overrides))
         with recording_failure(folder, overrides, command, explain):
             yield
         (folder / RUNNING_FILE).unlink()  # it stays where the process was stopped
@@ -113,11 +113,11 @@ def claim(
 def recording_failure(
     folder: Path, overrides: Sequence[str], command: Sequence[str], explain: Explain = _as_raised
 ) -> Iterator[None]:
-    """Write to ``failure.json`` what goes wrong in a process of a run; :func:`claim` does so too.
+    """Write ``failure.json`` if the block raises; for the ranks that do not hold the lock.
 
-    Of several processes the first to fail writes, since the others fail for want of it. Where one
-    was killed, the others lose their connection to it, or are ended before they notice; then none
-    writes, and the run is interrupted.
+    If several ranks fail, only the first one writes: the others fail as a consequence. If a rank
+    is killed, the others lose their connection or are terminated before they notice; then no rank
+    writes, and the run counts as interrupted.
     """
     try:
         yield
@@ -135,7 +135,7 @@ def record_failure(
     command: Sequence[str],
     explain: Explain = _as_raised,
 ) -> None:
-    """Write ``failure.json`` of a run that has ended; the arguments are those of :func:`claim`."""
+    """Write ``failure.json`` for a run that has ended; arguments as in :func:`lock_run_folder`."""
     named = explain(error) or error
     failure = {
         "status": "failed",
@@ -157,8 +157,8 @@ def report_progress(folder: Path, progress: dict[str, Any]) -> None:
 
 
 def _lock(file: IO[bytes]) -> bool:
-    # A second look, since `state_of` holds the lock for the blink of an eye.
-    for _ in range(_LOOKS):
+    # A second look, since `run_state` holds the lock for the blink of an eye.
+    for _ in range(_LOCK_ATTEMPTS):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -168,7 +168,7 @@ def _lock(file: IO[bytes]) -> bool:
     return False
 
 
-def _who(overrides: Sequence[str]) -> dict[str, Any]:
+def _process_info(overrides: Sequence[str]) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -177,6 +177,6 @@ def _who(overrides: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _owner(folder: Path) -> str:
+def _lock_holder(folder: Path) -> str:
     running = read_json(folder / RUNNING_FILE)
     return "" if running is None else f" ({running['pid']} on {running['host']})"

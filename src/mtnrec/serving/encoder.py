@@ -9,10 +9,10 @@ import polars as pl
 import torch
 
 from mtnrec.batch import Bags, Batch
-from mtnrec.checks import InputError, name_some
+from mtnrec.checks import InputError, format_names
 from mtnrec.data.prepared.manifest import LARGEST_NUMBER
 from mtnrec.data.prepared.vocabulary import Integers, TextVocabulary, Vocabulary
-from mtnrec.data.raw.column import Floats, numbers_of, text_of, transformed
+from mtnrec.data.raw.column import Floats, to_numbers, to_text, transformed
 from mtnrec.data.raw.tabular import check_row_groups, readable
 from mtnrec.schema import CategoricalField, Schema
 
@@ -71,7 +71,7 @@ class Encoder:
     def lists(self) -> list[str]:
         """The columns that are, or may be, lists."""
         names = [field.name for field in self._schema.multivalued]
-        return [*names, *map(_weights_of, names)]
+        return [*names, *map(_weight_column, names)]
 
     def encode(self, frame: pl.DataFrame, place: Callable[[int], str]) -> Batch:
         """Return the rows of a frame, without labels; columns that are no features are ignored.
@@ -86,8 +86,8 @@ class Encoder:
         """
         if lacking := [name for name in self.columns if name not in frame.columns]:
             raise InputError(
-                f"the rows lack the column {name_some(lacking)}, which the model needs; they have "
-                f"{name_some(frame.columns)}"
+                f"the rows lack the column {format_names(lacking)}, which the model needs; "
+                f"they have {format_names(frame.columns)}"
             )
         rows = frame.height
         categorical = [
@@ -109,10 +109,10 @@ class Encoder:
         vocabulary = self._vocabularies[name]
         absent = column.is_null().to_numpy()
         if isinstance(vocabulary, TextVocabulary):
-            indices = vocabulary.encode(text_of(column))
+            indices = vocabulary.encode(to_text(column))
         else:
             # By way of text, since 2.5 as an integer would be 2.
-            whole = text_of(column).cast(pl.Int64, strict=False)
+            whole = to_text(column).cast(pl.Int64, strict=False)
             known = whole.is_between(_INT32.min, _INT32.max).fill_null(value=False).to_numpy()
             values = whole.fill_null(0).to_numpy()
             indices = vocabulary.encode(np.where(known, values, 0).astype(np.int32))
@@ -145,7 +145,7 @@ class Encoder:
             raise InputError(f"column {name!r}: a list holds a missing value: leave it out")
         self.missing[name] += int((lengths == 0).sum())
         weights = np.ones(len(tokens), np.float32)
-        if (given := _weights_of(name)) in frame.columns:
+        if (given := _weight_column(name)) in frame.columns:
             of_tokens = _as_lists(given, frame[given])
             if not of_tokens.list.len().fill_null(0).equals(lengths):
                 row = int((of_tokens.list.len().fill_null(0) != lengths).arg_max() or 0)
@@ -156,7 +156,7 @@ class Encoder:
         return Bags(*map(torch.from_numpy, (tokens, weights, offsets)))
 
 
-def _weights_of(name: str) -> str:
+def _weight_column(name: str) -> str:
     return f"{name}_weights"
 
 
@@ -170,7 +170,7 @@ def _as_lists(name: str, column: pl.Series) -> pl.Series:
 
 def _read_numbers(name: str, column: pl.Series, place: Callable[[int], str]) -> Floats:
     """Read a column; NaN where a cell is missing."""
-    read = numbers_of(column)
+    read = to_numbers(column)
     values = read.fill_null(np.nan).to_numpy()
     wrong = (read.is_null() & column.is_not_null()).to_numpy() | (np.abs(values) > LARGEST_NUMBER)
     if wrong.any():

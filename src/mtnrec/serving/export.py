@@ -14,7 +14,7 @@ from torch.export import Dim
 
 from mtnrec.batch import Bags, Batch
 from mtnrec.checks import InputError
-from mtnrec.files import write_whole
+from mtnrec.files import write_atomic
 from mtnrec.metric.task_metrics import task_probabilities
 from mtnrec.schema import Schema
 from mtnrec.serving.scorer import Scorer
@@ -50,7 +50,7 @@ class ServedModel(nn.Module):
             bags: Of each multi-valued field in turn, tokens, int32 ``(B, K)``, and their weights,
                 float32 ``(B, K)``; 0 where a row has fewer than ``K``.
         """
-        output = self.network(_batch_of(categorical, numerical, *bags))
+        output = self.network(_to_batch(categorical, numerical, *bags))
         return tuple(task_probabilities(self._schema, output.positive))
 
 
@@ -103,7 +103,7 @@ def export(scorer: Scorer, form: str, out: Path) -> Exported:
         ) from error
     difference, rows = 0.0, 0
     for inputs in (_random_inputs(schema, size, generator) for size in _BATCHES):
-        batch = _batch_of(*map(torch.from_numpy, inputs.values()))
+        batch = _to_batch(*map(torch.from_numpy, inputs.values()))
         expected = scorer.score_batch(batch).double().numpy()
         found = np.stack(run(inputs), axis=1).astype(np.float64)
         relative = np.abs(found - expected) / np.maximum(expected, _SMALLEST)
@@ -115,7 +115,7 @@ def export(scorer: Scorer, form: str, out: Path) -> Exported:
             f"{difference:.1e} on random rows): nothing was written"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, content)
+    write_atomic(out, content)
     return Exported(_shapes(schema), scorer.tasks, len(content), difference, rows)
 
 
@@ -157,7 +157,7 @@ def _random_inputs(
     return inputs
 
 
-def _batch_of(categorical: Tensor, numerical: Tensor, *bags: Tensor) -> Batch:
+def _to_batch(categorical: Tensor, numerical: Tensor, *bags: Tensor) -> Batch:
     """Make a batch of the inputs of an exported model."""
     none = categorical.new_empty(0)
     fields = zip(bags[::2], bags[1::2], strict=True)

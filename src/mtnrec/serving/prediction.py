@@ -12,12 +12,12 @@ import rich.table
 from rich import box
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mtnrec.checks import InputError, check_choice, name_some
+from mtnrec.checks import InputError, check_choice, format_names
 from mtnrec.data.batches import RowGatherer
 from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.tabular import FileSource
-from mtnrec.files import in_place_of
+from mtnrec.files import atomic_replace
 from mtnrec.serving.scorer import Scorer, shifted
 
 
@@ -88,7 +88,7 @@ class TableRows:
         self._source.require_columns("the model", scorer.encoder.columns)
         self._source.require_columns("keep", keep)
         if taken := [name for name in keep if name in scorer.tasks]:
-            raise InputError(f"keep names {name_some(taken)}, which the scores are called")
+            raise InputError(f"keep names {format_names(taken)}, which the scores are called")
         self._keep, self._scorer, self._batch_size = keep, scorer, batch_size
 
     def __iter__(self) -> Iterator[pa.Table]:
@@ -109,7 +109,7 @@ def write_scores(scorer: Scorer, rows: PreparedRows | TableRows, out: Path) -> M
     out.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("scoring {task.completed:,} rows"), BarColumn(), TimeElapsedColumn())
     count, sums = 0, np.zeros(len(scorer.tasks))
-    with in_place_of(out) as temporary, ExitStack() as stack:
+    with atomic_replace(out) as temporary, ExitStack() as stack:
         progress = stack.enter_context(Progress(*columns))
         bar = progress.add_task("", total=rows.total)
         writer: pq.ParquetWriter | None = None
@@ -124,7 +124,7 @@ def write_scores(scorer: Scorer, rows: PreparedRows | TableRows, out: Path) -> M
     return Means(count, dict(zip(scorer.tasks, sums / count, strict=True)))
 
 
-def closing_table(scorer: Scorer, means: Means) -> rich.table.Table:
+def means_table(scorer: Scorer, means: Means) -> rich.table.Table:
     """Lay out the mean of each task, and the values that the model did not know."""
     unseen = {name: count for name, count in scorer.encoder.unseen.items() if count}
     shown = ", ".join(f"{name} {count:,}" for name, count in unseen.items()) or "none"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtnrec.batch import Batch
-from mtnrec.checkpoint.bundle import manifest_of, network_of, read_model, vocabulary_files
+from mtnrec.checkpoint.bundle import read_manifest, read_model, rebuild_network, vocabulary_files
 from mtnrec.checks import InputError, check_integer
 from mtnrec.data.prepared.manifest import Manifest
 from mtnrec.metric.task_metrics import task_probabilities
@@ -131,7 +131,7 @@ def load_checkpoint(path: str | Path, device: str | None = None) -> Scorer:
     """
     path = Path(path)
     content = read_model(path)
-    manifest = manifest_of(content, path)
+    manifest = read_manifest(content, path)
     encoder = Encoder(
         manifest.schema, read_vocabularies(vocabulary_files(content)), manifest.transforms
     )
@@ -139,6 +139,6 @@ def load_checkpoint(path: str | Path, device: str | None = None) -> Scorer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
-        return Scorer(network_of(content, manifest.schema, path), manifest, encoder, place)
+        return Scorer(rebuild_network(content, manifest.schema, path), manifest, encoder, place)
     except RuntimeError as error:
         raise InputError(f"device={device!r} cannot be used: {error}") from error

@@ -26,7 +26,7 @@ from rich.live import Live
 
 from mtnrec.checks import InputError
 from mtnrec.command.config import resolve_settings
-from mtnrec.command.job import command_of, draws_on_the_screen
+from mtnrec.command.job import draws_on_screen, train_command
 from mtnrec.data.datamodule import DataModule
 from mtnrec.files import read_json, write_json
 from mtnrec.run.folder import (
@@ -35,11 +35,11 @@ from mtnrec.run.folder import (
     State,
     find_record,
     record_failure,
-    state_of,
+    run_state,
 )
-from mtnrec.sweep.progress import PLAN_FILE, lay_out, read_cells
+from mtnrec.sweep.progress import PLAN_FILE, read_progress, render_progress
 
-_DEATHS = 3  # of its process, after which a cell counts as failed
+_MAX_CRASHES = 3  # of its process, after which a cell counts as failed
 _PAUSE = 1.0  # seconds between two looks at what other processes do
 
 _logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def run(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> None:
     cells = {job.folder.relative_to(directory).as_posix(): list(job.overrides) for job in jobs}
     write_json(directory / PLAN_FILE, {"started": time.time(), "cells": cells})
     checksums = _prepare_data(jobs)
-    pending = [job for job in jobs if not _is_finished(job, checksums[_data_of(job)])]
+    pending = [job for job in jobs if not _is_finished(job, checksums[_data_key(job)])]
     _logger.info(
         "%d cells in %s, %d of them finished before", len(jobs), directory, len(jobs) - len(pending)
     )
@@ -111,7 +111,7 @@ def run(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> None:
     _close(jobs, pending)
 
 
-def _data_of(job: Job) -> str:
+def _data_key(job: Job) -> str:
     """Name a job's data set; the seed is of the order of the rows, which it does not know."""
     return json.dumps(job.config["data"] | {"seed": 0})
 
@@ -123,9 +123,9 @@ def _prepare_data(jobs: Sequence[Job]) -> dict[str, str | None]:
         The checksum of each data set; None where there is none.
     """
     checksums: dict[str, str | None] = {}
-    cells = Counter(map(_data_of, jobs))
+    cells = Counter(map(_data_key, jobs))
     for job in jobs:
-        data = _data_of(job)
+        data = _data_key(job)
         if data in checksums:
             continue
         checksums[data] = None
@@ -139,7 +139,7 @@ def _prepare_data(jobs: Sequence[Job]) -> dict[str, str | None]:
 
 
 def _is_finished(job: Job, checksum: str | None) -> bool:
-    if not job.config["resume"] or state_of(job.folder) is not State.FINISHED:
+    if not job.config["resume"] or run_state(job.folder) is not State.FINISHED:
         return False
     return find_record(job.folder, job.config, checksum) is not None
 
@@ -150,18 +150,18 @@ def _launch(pending: Sequence[Job], launcher: Launcher) -> None:
         try:
             launcher.launch([job.overrides for job in pending], initial_job_idx=0)
         except Exception as error:  # a worker that is killed takes the whole launch down
-            dead = [job for job in pending if state_of(job.folder) is State.INTERRUPTED]
+            dead = [job for job in pending if run_state(job.folder) is State.INTERRUPTED]
             if not dead:
                 raise
             _logger.warning("%s; going on with what is left", error)
             for job in dead:
                 deaths[job.folder] += 1
-                if deaths[job.folder] == _DEATHS:
+                if deaths[job.folder] == _MAX_CRASHES:
                     _give_up(job, error)
         else:
             pending = _wait_for_others(pending)
         pending = [
-            job for job in pending if state_of(job.folder) in (State.INTERRUPTED, State.WAITING)
+            job for job in pending if run_state(job.folder) in (State.INTERRUPTED, State.WAITING)
         ]
 
 
@@ -170,31 +170,33 @@ def _wait_for_others(jobs: Sequence[Job]) -> list[Job]:
 
     Another sweep may be at them, or a worker of one that was killed, which ends its cell first.
     """
-    busy = [job for job in jobs if state_of(job.folder) is State.RUNNING]
+    busy = [job for job in jobs if run_state(job.folder) is State.RUNNING]
     if busy:
         _logger.info("%d cells are being made by other processes; waiting for them", len(busy))
-    while any(state_of(job.folder) is State.RUNNING for job in busy):
+    while any(run_state(job.folder) is State.RUNNING for job in busy):
         time.sleep(_PAUSE)
     return busy
 
 
 def _give_up(job: Job, error: Exception) -> None:
-    died = RuntimeError(f"its process died {_DEATHS} times: {error}")
-    record_failure(job.folder, died, job.overrides, command_of(job.folder, job.overrides))
+    died = RuntimeError(f"its process died {_MAX_CRASHES} times: {error}")
+    record_failure(job.folder, died, job.overrides, train_command(job.folder, job.overrides))
 
 
 @contextmanager
 def _on_the_screen(directory: Path, config: DictConfig) -> Iterator[None]:
     """Show how the sweep goes where its runs do not show it themselves."""
-    if draws_on_the_screen(config.hydra.launcher._target_) or not get_console().is_terminal:
+    if draws_on_screen(config.hydra.launcher._target_) or not get_console().is_terminal:
         yield
         return
-    with Live(get_renderable=lambda: lay_out(read_cells(directory)), refresh_per_second=1):
+    with Live(
+        get_renderable=lambda: render_progress(read_progress(directory)), refresh_per_second=1
+    ):
         yield
 
 
 def _close(jobs: Sequence[Job], pending: Sequence[Job]) -> None:
-    states = [(job, state_of(job.folder)) for job in jobs]
+    states = [(job, run_state(job.folder)) for job in jobs]
     console = get_console()
     finished = sum(state is State.FINISHED for _, state in states)
     before = len(jobs) - len(pending)

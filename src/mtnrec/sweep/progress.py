@@ -1,4 +1,4 @@
-"""How the cells of a sweep stand: done, running, failed, and the time that is left."""
+"""How the runs of a sweep stand: done, running, failed, and the time that is left."""
 
 import time
 from collections import Counter
@@ -17,17 +17,17 @@ from rich.text import Text
 
 from mtnrec.checks import InputError
 from mtnrec.files import read_json
-from mtnrec.run.folder import FAILURE_FILE, RUNNING_FILE, State, state_of
+from mtnrec.run.folder import FAILURE_FILE, RUNNING_FILE, State, run_state
 from mtnrec.run.record import RECORD_FILE
 
 PLAN_FILE = "sweep.json"
-_TRACES = (RECORD_FILE, FAILURE_FILE, RUNNING_FILE)  # of a cell that was begun
+_TRACES = (RECORD_FILE, FAILURE_FILE, RUNNING_FILE)  # of a run that was begun
 _ORDER = (State.FINISHED, State.RUNNING, State.FAILED, State.INTERRUPTED, State.WAITING)
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell as it stands.
+class RunProgress:
+    """A run as it stands.
 
     Args:
         name: Its folder, from the sweep's.
@@ -45,12 +45,12 @@ class Cell:
 
     @property
     def kind(self) -> str:
-        """What cells of about the same cost share: all of the name but seed and hash."""
+        """What runs of about the same cost share: all of the name but seed and hash."""
         return self.name.rpartition("-seed")[0]
 
 
-def read_cells(root: Path) -> list[Cell]:
-    """Return the cells that the sweeps below a folder have planned or begun, by name.
+def read_progress(root: Path) -> list[RunProgress]:
+    """Return the runs that the sweeps below a folder have planned or begun, by name.
 
     Raises:
         InputError: If there are none.
@@ -64,86 +64,88 @@ def read_cells(root: Path) -> list[Cell]:
             f"no sweep has begun in {root}: `python -m mtnrec.train -m seed=0,1,2` begins one in "
             "runs"
         )
-    return [_read_cell(root, folder) for folder in sorted(folders)]
+    return [_read_run(root, folder) for folder in sorted(folders)]
 
 
-def _read_cell(root: Path, folder: Path) -> Cell:
-    name, state = folder.relative_to(root).as_posix(), state_of(folder)
+def _read_run(root: Path, folder: Path) -> RunProgress:
+    name, state = folder.relative_to(root).as_posix(), run_state(folder)
     if state is State.FINISHED:
         record = folder / RECORD_FILE
-        return Cell(name, state, seconds=_seconds_of(record, record.stat().st_mtime_ns))
+        return RunProgress(
+            name, state, seconds=_recorded_seconds(record, record.stat().st_mtime_ns)
+        )
     if state is State.RUNNING:
         progress = read_json(folder / RUNNING_FILE) or {}
         elapsed = time.time() - progress.get("started", time.time())
-        return Cell(name, state, seconds=elapsed, progress=progress)
+        return RunProgress(name, state, seconds=elapsed, progress=progress)
     if state is State.FAILED:
-        return Cell(name, state, failure=read_json(folder / FAILURE_FILE))
-    return Cell(name, state)
+        return RunProgress(name, state, failure=read_json(folder / FAILURE_FILE))
+    return RunProgress(name, state)
 
 
 @cache
-def _seconds_of(record: Path, modified: int) -> float:
+def _recorded_seconds(record: Path, modified: int) -> float:
     """Read a record once; ``modified`` tells a new one from an old."""
     return sum((read_json(record) or {"seconds": {}})["seconds"].values())
 
 
-def seconds_left(cells: Sequence[Cell]) -> float | None:
-    """Estimate the time until all cells are done, from the finished ones of the same kind.
+def seconds_left(runs: Sequence[RunProgress]) -> float | None:
+    """Estimate the time until all runs are done, from the finished ones of the same kind.
 
     As many as run now are taken to run side by side until the end.
 
     Returns:
         Seconds; None where nothing is finished yet.
     """
-    finished = [cell for cell in cells if cell.state is State.FINISHED]
+    finished = [run for run in runs if run.state is State.FINISHED]
     if not finished:
         return None
-    of_all = fmean(cell.seconds for cell in finished)
+    of_all = fmean(run.seconds for run in finished)
     of_kind = {
-        kind: fmean(cell.seconds for cell in finished if cell.kind == kind)
-        for kind in {cell.kind for cell in finished}
+        kind: fmean(run.seconds for run in finished if run.kind == kind)
+        for kind in {run.kind for run in finished}
     }
     left = sum(
-        max(of_kind.get(cell.kind, of_all) - cell.seconds, 0)
-        for cell in cells
-        if cell.state not in (State.FINISHED, State.FAILED)
+        max(of_kind.get(run.kind, of_all) - run.seconds, 0)
+        for run in runs
+        if run.state not in (State.FINISHED, State.FAILED)
     )
-    return left / max(1, sum(cell.state is State.RUNNING for cell in cells))
+    return left / max(1, sum(run.state is State.RUNNING for run in runs))
 
 
-def lay_out(cells: Sequence[Cell]) -> RenderableType:
+def render_progress(runs: Sequence[RunProgress]) -> RenderableType:
     """Lay the state of a sweep out: counts, a bar, what runs, what failed."""
-    counts = Counter(cell.state for cell in cells)
+    counts = Counter(run.state for run in runs)
     summary = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
-    left = seconds_left(cells)
+    left = seconds_left(runs)
     done = counts[State.FINISHED] + counts[State.FAILED]
-    if done < len(cells) and left is not None:
+    if done < len(runs) and left is not None:
         summary += f"; about {_duration(left)} left"
-    bar = ProgressBar(total=len(cells), completed=counts[State.FINISHED])
-    head = Text(f"{len(cells)} cells: {summary}")
-    return Group(head, Padding(bar), *_running(cells), *_failed(cells))
+    bar = ProgressBar(total=len(runs), completed=counts[State.FINISHED])
+    head = Text(f"{len(runs)} runs: {summary}")
+    return Group(head, Padding(bar), *_running(runs), *_failed(runs))
 
 
-def _running(cells: Sequence[Cell]) -> Iterator[RenderableType]:
+def _running(runs: Sequence[RunProgress]) -> Iterator[RenderableType]:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for header in ("running", "epochs", "time", "where"):
         table.add_column(header, justify="left" if header in ("running", "where") else "right")
-    for cell in cells:
-        if cell.state is not State.RUNNING:
+    for run in runs:
+        if run.state is not State.RUNNING:
             continue
-        progress = cell.progress or {}
+        progress = run.progress or {}
         place = f"{progress.get('pid', '')} on {progress.get('host', '')}"
         epochs = str(progress.get("epochs", 0))
-        table.add_row(cell.name, epochs, _duration(cell.seconds), place)
+        table.add_row(run.name, epochs, _duration(run.seconds), place)
     if table.row_count:
         yield table
 
 
-def _failed(cells: Sequence[Cell]) -> Iterator[RenderableType]:
-    for cell in cells:
-        if cell.failure is not None:
-            yield Text(f"failed: {cell.name}: {cell.failure['message']}")
-            yield Text(f"  {cell.failure.get('command', '')}")
+def _failed(runs: Sequence[RunProgress]) -> Iterator[RenderableType]:
+    for run in runs:
+        if run.failure is not None:
+            yield Text(f"failed: {run.name}: {run.failure['message']}")
+            yield Text(f"  {run.failure.get('command', '')}")
 
 
 def _duration(seconds: float) -> str:

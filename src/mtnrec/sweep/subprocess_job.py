@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mtnrec.command.job import command_of_job, has_the_screen, overrides_of_job
+from mtnrec.command.job import job_command, job_overrides, owns_screen
 from mtnrec.files import read_json
 from mtnrec.run.folder import FAILURE_FILE, record_failure
 from mtnrec.run.record import RECORD_FILE, RunRecord
@@ -25,8 +25,8 @@ def run_in_subprocess(output_dir: Path) -> RunRecord:
         RuntimeError: If the command fails.
     """
     (output_dir / FAILURE_FILE).unlink(missing_ok=True)
-    command = command_of_job(output_dir)
-    shown = has_the_screen()
+    command = job_command(output_dir)
+    shown = owns_screen()
     output = None if shown else subprocess.PIPE
     done = subprocess.run(
         [sys.executable, *command[1:]],
@@ -43,5 +43,5 @@ def run_in_subprocess(output_dir: Path) -> RunRecord:
     if failure is not None:
         raise RuntimeError(failure["message"])
     error = RuntimeError(f"one of its processes ended with exit status {done.returncode}")
-    record_failure(output_dir, error, overrides_of_job(), command)
+    record_failure(output_dir, error, job_overrides(), command)
     raise error

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from mtnrec.run.identity import RunIdentity, flatten
 from mtnrec.run.record import RunRecord
-from mtnrec.tracking.tables import tables_of
+from mtnrec.tracking.tables import record_tables
 
 _logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def _report_to_wandb(logger: WandbLogger, record: RunRecord, metrics: Mapping[st
     run.summary.update({"best_epoch": record.best_epoch, **metrics})
     tables = {
         f"tables/{name}": wandb.Table(columns=columns, data=rows)
-        for name, (columns, rows) in tables_of(record).items()
+        for name, (columns, rows) in record_tables(record).items()
     }
     try:
         run.log(tables)  # asks the server

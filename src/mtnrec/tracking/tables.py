@@ -12,7 +12,7 @@ from mtnrec.run.record import RunRecord
 Table = tuple[list[Any], list[Any]]  # columns, rows
 
 
-def tables_of(record: RunRecord) -> dict[str, Table]:
+def record_tables(record: RunRecord) -> dict[str, Table]:
     """Lay out what the record has: ``metrics``, and ``alphas``, ``spectra``, ``calibration``, ….
 
     Spectra are those of the best epoch, from the run's folder.

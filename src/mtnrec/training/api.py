@@ -20,7 +20,7 @@ from mtnrec.command.errors import find_input_error
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.noise import Noise
 from mtnrec.mtn.callback import MTN
-from mtnrec.run.folder import claim
+from mtnrec.run.folder import lock_run_folder
 from mtnrec.run.identity import folder_name
 from mtnrec.run.record import RunRecord
 from mtnrec.serving.scorer import Scorer, load_checkpoint
@@ -151,7 +151,7 @@ def _fit_in_folder(cfg: DictConfig, data: DataModule, folder: Path) -> RunRecord
     command = ["mtnrec.fit"]
     with (
         warnings.catch_warnings(),
-        claim(folder, [], command, find_input_error),
+        lock_run_folder(folder, [], command, find_input_error),
         closing_wandb_run(),
     ):
         silence_libraries()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from mtnrec.batch import Batch
 from mtnrec.checks import InputError
 
-_STEPS_A_LOOK = 16  # to look is to wait for the accelerator, and a pass over the gradients
+_CHECK_EVERY_N_STEPS = 16  # to look is to wait for the accelerator, and a pass over the gradients
 _SHOWN_ROWS = 5
 _HUGE = 1e4  # prepared features are of the order of 1
 
@@ -39,13 +39,13 @@ class Divergence(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
         self._losses.append((trainer.fit_loop.batch_idx, trainer.global_step, loss.detach()))
-        if len(self._losses) == _STEPS_A_LOOK or trainer.is_last_batch:
-            self._look(trainer)
+        if len(self._losses) == _CHECK_EVERY_N_STEPS or trainer.is_last_batch:
+            self._check(trainer)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
-        if trainer.global_step % _STEPS_A_LOOK and not trainer.is_last_batch:
+        if trainer.global_step % _CHECK_EVERY_N_STEPS and not trainer.is_last_batch:
             return
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
@@ -55,25 +55,25 @@ class Divergence(L.Callback):
             if p.grad is not None
         )
         if not math.isfinite(norm):
-            self._look(trainer)  # the loss says more: whose rows they are
+            self._check(trainer)  # the loss says more: whose rows they are
             place = trainer.fit_loop.batch_idx, trainer.global_step
             raise _error(trainer, "gradient", norm, *place)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, object]
     ) -> None:
-        self._look(trainer)
+        self._check(trainer)
 
     @contextmanager
-    def explaining(self, trainer: L.Trainer) -> Iterator[None]:
+    def explain_failures(self, trainer: L.Trainer) -> Iterator[None]:
         """Name the loss as the cause where a decomposition fails in the block."""
         try:
             yield
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            self._look(trainer)
+            self._check(trainer)
             raise
 
-    def _look(self, trainer: L.Trainer) -> None:
+    def _check(self, trainer: L.Trainer) -> None:
         seen, self._losses = self._losses, []
         if not seen:
             return
@@ -101,7 +101,7 @@ def _error(
 ) -> InputError:
     loader: Any = trainer.train_dataloader
     epoch = trainer.current_epoch
-    positions = loader.sampler.rows_of(epoch, number, rank)
+    positions = loader.sampler.batch_rows(epoch, number, rank)
     rows = trainer.datamodule.row_numbers["train"][positions]  # type: ignore[attr-defined]
     some = ", ".join(str(row) for row in rows[:_SHOWN_ROWS])
     return InputError(

@@ -13,17 +13,17 @@ from lightning.pytorch.callbacks import RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
 
-from mtnrec.checkpoint.bundle import make_card
-from mtnrec.checkpoint.io import WholeCheckpointIO
+from mtnrec.checkpoint.bundle import model_metadata
+from mtnrec.checkpoint.io import AtomicCheckpointIO
 from mtnrec.checks import InputError, check_choice, check_flag, check_integer
 from mtnrec.command.config import lightning_keys, seed_keys
-from mtnrec.command.job import has_the_screen
+from mtnrec.command.job import owns_screen
 from mtnrec.data.datamodule import DataModule
 from mtnrec.inspection.leaks import LeakCheck, check_leaks
 from mtnrec.metric.task_metrics import bayes_aucs
 from mtnrec.model.loss import TASK_LOSSES
 from mtnrec.model.network import build_network
-from mtnrec.performance import compute_fast
+from mtnrec.performance import tune_process
 from mtnrec.run.folder import find_record
 from mtnrec.run.identity import CHECKPOINTS, RunIdentity
 from mtnrec.run.record import RECORD_FILE, RunRecord
@@ -33,8 +33,8 @@ from mtnrec.training.expert_distances import ExpertDistances
 from mtnrec.training.module import MultiTaskModule
 from mtnrec.training.recorder import RunRecorder, peak_memory_bytes, split_counts, versions
 from mtnrec.training.resume import ResumePoint
-from mtnrec.training.selection import STOPS, make_callbacks
-from mtnrec.training.summary import closing_table
+from mtnrec.training.selection import STOPS, selection_callbacks
+from mtnrec.training.summary import summary_table
 
 _LARGEST_SEED = 2**32 - 1  # of numpy's global stream
 _MOST_THREADS = 1024  # torch ends the process where there are too many
@@ -80,25 +80,25 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
     leaks.warn()
 
     module = _make_module(cfg, datamodule)
-    checkpoint, followers = make_callbacks(
+    checkpoint, followers = selection_callbacks(
         cfg.monitor,
         cfg.patience,
         output_dir,
         stop=cfg.stop,
         schema=datamodule.schema,
-        validation_labels=datamodule.labels_of("val"),
+        validation_labels=datamodule.split_labels("val"),
     )
     resume_point = ResumePoint(output_dir, identity.id, cfg.trainer[CHECKPOINTS])
     divergence, experts = Divergence(), ExpertDistances()
     callbacks = [mtn, divergence, recorder, experts, *followers, resume_point]
     trainer = _make_trainer(cfg, identity, callbacks)
-    compute_fast(trainer.strategy.root_device)
+    tune_process(trainer.strategy.root_device)
     describe_run(trainer.loggers, identity)
     (output_dir / RECORD_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
     start = resume_point.find(trainer, module) if cfg.resume else None
     if start is None:
         resume_point.discard()  # what is written from now on does not belong to it
-    with divergence.explaining(trainer):
+    with divergence.explain_failures(trainer):
         trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     best = checkpoint.best_model_path
     if not best:
@@ -135,7 +135,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         record.write(output_dir)
         resume_point.discard()
         report_run(trainer.loggers, record)
-        get_console().print(closing_table(datamodule.schema, record))
+        get_console().print(summary_table(datamodule.schema, record))
         get_console().print(
             f"The record of the run is {output_dir / RECORD_FILE}", markup=False, soft_wrap=True
         )
@@ -157,12 +157,12 @@ def _make_module(cfg: DictConfig, datamodule: DataModule) -> MultiTaskModule:
         cuda_graphs=cfg.cuda_graphs,
     )
     settings = cast(dict[str, Any], OmegaConf.to_container(cfg.model, resolve=True))
-    module.card = make_card(settings, datamodule.manifest, datamodule.folder)
+    module.metadata = model_metadata(settings, datamodule.manifest, datamodule.folder)
     return module
 
 
 def _make_trainer(cfg: DictConfig, identity: RunIdentity, callbacks: list[L.Callback]) -> L.Trainer:
-    shown = has_the_screen()
+    shown = owns_screen()
     trainer: L.Trainer = instantiate(
         lightning_keys(cfg.trainer),
         callbacks=[*callbacks, RichProgressBar(_REFRESHES_PER_SECOND)] if shown else callbacks,
@@ -170,7 +170,7 @@ def _make_trainer(cfg: DictConfig, identity: RunIdentity, callbacks: list[L.Call
         logger=make_logger(cfg.logger, identity),
         default_root_dir=Path(cfg.output_dir),
     )
-    trainer.strategy.checkpoint_io = WholeCheckpointIO()
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     return trainer
 
 
@@ -221,6 +221,6 @@ def _bayes_aucs(datamodule: DataModule) -> dict[str, float]:
     for split in ("val", "test"):
         probabilities = datamodule.column(split, "probabilities")
         if probabilities is not None:
-            bayes = bayes_aucs(datamodule.schema, probabilities, datamodule.labels_of(split))
+            bayes = bayes_aucs(datamodule.schema, probabilities, datamodule.split_labels(split))
             metrics |= {f"{split}/{name}": value for name, value in bayes.items()}
     return metrics

@@ -32,7 +32,7 @@ class MultiTaskModule(L.LightningModule):
     Each epoch logs ``train/loss`` (what is trained, without any penalty) and ``val/task_metric``;
     the test logs ``test/task_metric``. ``results`` keeps the last values of each split in full
     precision, and ``calibration_curves`` the columns of each task's curve after a test, as
-    ``test/task``. Every checkpoint carries ``card``, what it says of the model.
+    ``test/task``. Every checkpoint carries ``metadata``, what it says of the model.
 
     No checkpoint is written from weights that are not finite.
 
@@ -71,7 +71,7 @@ class MultiTaskModule(L.LightningModule):
         self._sum_of_losses, self._rows_of_losses = 0.0, 0
         self.results: dict[str, dict[str, float]] = {}
         self.calibration_curves: dict[str, dict[str, list[float]]] = {}
-        self.card: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}
         self._cuda_graphs = cuda_graphs
         self._graph: CudaGraphLoss | None = None
 
@@ -89,7 +89,7 @@ class MultiTaskModule(L.LightningModule):
         return loss
 
     def _loss(self, batch: Batch) -> Tensor:
-        losses = cross_entropies(self(batch), _labels_of(batch))
+        losses = cross_entropies(self(batch), _batch_labels(batch))
         return losses.sum() if self._task_loss == "sum" else losses.mean()
 
     def on_train_start(self) -> None:
@@ -132,7 +132,7 @@ class MultiTaskModule(L.LightningModule):
                 "trainer.gradient_clip_val, or choose trainer.precision=32-true. The last "
                 "checkpoint stays"
             )
-        checkpoint["mtnrec"] = self.card
+        checkpoint["mtnrec"] = self.metadata
         self._sum_losses()
         if self._rows_of_losses:  # within an epoch
             own = [self._sum_of_losses, self._rows_of_losses]
@@ -144,10 +144,10 @@ class MultiTaskModule(L.LightningModule):
         self._sum_of_losses, self._rows_of_losses = own
 
     def validation_step(self, batch: Batch) -> None:
-        self.val_metrics.update(self(batch), _labels_of(batch), batch.group)
+        self.val_metrics.update(self(batch), _batch_labels(batch), batch.group)
 
     def test_step(self, batch: Batch) -> None:
-        self.test_metrics.update(self(batch), _labels_of(batch), batch.group)
+        self.test_metrics.update(self(batch), _batch_labels(batch), batch.group)
 
     def on_validation_start(self) -> None:
         if dist.is_initialized():  # batch norm's statistics saw each rank's own rows last
@@ -214,7 +214,7 @@ def _of_all_ranks(own: Any) -> list[Any]:
     return found
 
 
-def _labels_of(batch: Batch) -> Tensor:
+def _batch_labels(batch: Batch) -> Tensor:
     if batch.labels is None:
         raise InputError("the batch has no labels: they are needed to train and to evaluate")
     return batch.labels

@@ -78,7 +78,7 @@ class StopAfterDecreases(EarlyStopping):
         return True, f"{self.monitor} got worse in each of the last {self.patience} epochs"
 
 
-def make_callbacks(
+def selection_callbacks(
     monitor: str,
     patience: int,
     directory: Path,

@@ -10,7 +10,7 @@ from mtnrec.run.record import RunRecord
 from mtnrec.schema import Schema
 
 
-def closing_table(schema: Schema, record: RunRecord) -> Table:
+def summary_table(schema: Schema, record: RunRecord) -> Table:
     """Lay the results out: a row for each task.
 
     Args:

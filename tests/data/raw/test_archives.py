@@ -19,7 +19,7 @@ from mtnrec.data.raw.archives import open_plain, open_zip, read_tar
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import read_blocks
 from mtnrec.data.raw.files import list_files
-from mtnrec.data.raw.progress import Meter
+from mtnrec.data.raw.progress import ReadProgress
 
 LINES = b"1,2,3\n" * 50
 
@@ -32,12 +32,12 @@ def read_zip(data, members=("a.csv",)):
 def read_archive(path, members=("a.csv",)):
     return [
         b"".join(block.data for block in read_blocks(stream, name))
-        for name, stream in read_tar(path, members, Meter())
+        for name, stream in read_tar(path, members, ReadProgress())
     ]
 
 
 def read_gz(path):
-    with open_plain(path, Meter()) as stream:
+    with open_plain(path, ReadProgress()) as stream:
         return [block.data for block in read_blocks(stream, str(path))]
 
 
@@ -213,7 +213,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
     with (
         pytest.raises(InputError, match=r"train.csv cannot be read \(.*Input/output error"),
-        Meter().open(path) as stream,
+        ReadProgress().open(path) as stream,
     ):
         list(read_blocks(stream, str(path)))
 
@@ -226,21 +226,21 @@ from mtnrec.checks import InputError
 from mtnrec.data.raw.archives import open_plain, read_tar
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import read_blocks
-from mtnrec.data.raw.progress import Meter
+from mtnrec.data.raw.progress import ReadProgress
 from mtnrec.data.raw.tabular import FileSource
 
 resource.setrlimit(resource.RLIMIT_DATA, (1 << 31, 1 << 31))
 path = Path(sys.argv[1])
 try:
     if path.name.endswith(".tar.gz"):
-        for name, stream in read_tar(path, ["a.csv"], Meter()):
+        for name, stream in read_tar(path, ["a.csv"], ReadProgress()):
             for _ in read_blocks(stream, name):
                 pass
     elif sys.argv[2] == "table":
         for _ in FileSource("data.train", path).chunks(["click"], BadRows("skip")):
             pass
     else:
-        with open_plain(path, Meter()) as stream:
+        with open_plain(path, ReadProgress()) as stream:
             for _ in read_blocks(stream, str(path)):
                 pass
 except InputError as error:

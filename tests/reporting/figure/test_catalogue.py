@@ -15,7 +15,7 @@ from mtnrec.reporting.figure.results import (
     pooled,
     reliability,
 )
-from mtnrec.reporting.figure.style import facets, look, panels, save
+from mtnrec.reporting.figure.style import facets, line_style, panels, save
 from mtnrec.reporting.figure.training import (
     alphas,
     effective_ranks,
@@ -353,10 +353,10 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(make_runs):
 
 
 def test_no_two_lines_of_a_figure_look_alike_even_without_colour():
-    looks = [look(index) for index in range(7)]
+    styles = [line_style(index) for index in range(7)]
 
-    assert len({style["marker"] for style in looks}) == 7
-    assert len({style["color"] for style in looks}) == 7
+    assert len({style["marker"] for style in styles}) == 7
+    assert len({style["color"] for style in styles}) == 7
 
 
 def test_a_panel_without_data_is_blank_under_the_name_of_its_column():

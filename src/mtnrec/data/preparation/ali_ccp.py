@@ -12,7 +12,7 @@ from mtnrec.data.prepared.vocabulary import ValueCounts
 from mtnrec.data.prepared.writer import Writer
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block
-from mtnrec.data.raw.progress import Meter
+from mtnrec.data.raw.progress import ReadProgress
 from mtnrec.data.raw.triples import MISSING, Lines, Selection, describe_error, parse_lines
 
 COMMON_FIELDS = (
@@ -113,7 +113,7 @@ class Log:
     """
 
     def __init__(
-        self, split: str, columns: Columns, writer: Writer, meter: Meter, bad_rows: BadRows
+        self, split: str, columns: Columns, writer: Writer, meter: ReadProgress, bad_rows: BadRows
     ) -> None:
         self._split, self._columns = split, columns
         self._writer, self._meter, self._bad_rows = writer, meter, bad_rows

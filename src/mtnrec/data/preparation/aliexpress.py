@@ -14,7 +14,7 @@ from mtnrec.data.prepared.writer import Writer
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block
 from mtnrec.data.raw.delimited import Rows, read_delimited
-from mtnrec.data.raw.progress import Meter
+from mtnrec.data.raw.progress import ReadProgress
 
 CATEGORICAL = tuple(f"categorical_{i}" for i in range(1, 17))
 NUMERICAL = tuple(f"numerical_{i}" for i in range(1, 64))
@@ -103,7 +103,7 @@ class Join:
     """
 
     writer: Writer
-    meter: Meter
+    meter: ReadProgress
     drops_orphans: bool
     bad_rows: dict[str, BadRows]
     counts: list[ValueCounts] = field(default_factory=lambda: [ValueCounts() for _ in CATEGORICAL])

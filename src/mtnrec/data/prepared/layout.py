@@ -37,6 +37,6 @@ def bag_stem(field: str, part: str) -> str:
     return f"bags/{field}/{part}"
 
 
-def dtype_of(stem: str) -> np.dtype[Any]:
+def array_dtype(stem: str) -> np.dtype[Any]:
     """Return the type of the numbers in ``<split>/<stem>.npy``."""
     return BAG_DTYPES[stem.rpartition("/")[2]] if stem.startswith("bags/") else DTYPES[stem]

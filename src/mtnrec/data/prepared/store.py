@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mtnrec.checks import InputError
-from mtnrec.data.prepared.layout import BAG_DTYPES, bag_stem, dtype_of, required_arrays
+from mtnrec.data.prepared.layout import BAG_DTYPES, array_dtype, bag_stem, required_arrays
 from mtnrec.data.prepared.manifest import (
     SCHEMA_FILE,
     Manifest,
@@ -65,7 +65,7 @@ def open_prepared(directory: Path) -> tuple[Manifest, dict[str, Arrays]]:
         split, _, stem = name.removesuffix(".npy").partition("/")
         if name.endswith(".npy"):
             shape = _shape(stem, manifest.rows[split], manifest.schema)
-            arrays[split][stem] = open_array(directory / name, dtype_of(stem), shape)
+            arrays[split][stem] = open_array(directory / name, array_dtype(stem), shape)
     for split, found in arrays.items():
         for stem in required_arrays(manifest.schema):
             if stem not in found:

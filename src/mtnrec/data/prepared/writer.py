@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mtnrec.checks import InputError
-from mtnrec.data.prepared.layout import BAG_DTYPES, DTYPES, bag_stem, dtype_of
+from mtnrec.data.prepared.layout import BAG_DTYPES, DTYPES, array_dtype, bag_stem
 from mtnrec.data.prepared.manifest import SCHEMA_FILE, Manifest
 from mtnrec.data.prepared.store import Arrays, open_array, open_prepared
 from mtnrec.data.prepared.verify import sha256, verify_prepared
@@ -46,7 +46,7 @@ class Writer:
     def append(self, split: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Append rows to a split: arrays of equal length, named as in the module's table."""
         for stem, array in arrays.items():
-            self._append(f"{split}/{stem}.npy", array, dtype_of(stem))
+            self._append(f"{split}/{stem}.npy", array, array_dtype(stem))
         if "labels" in arrays:
             counts = np.count_nonzero(arrays["labels"], axis=0)
             self._positives[split] = self._positives.get(split, 0) + counts
@@ -94,7 +94,7 @@ class Writer:
         """Finish the arrays; they can be rewritten from now on."""
         for name, file in self._files.items():
             file.seek(0)
-            self._write_header(name, dtype_of(name.removesuffix(".npy").partition("/")[2]))
+            self._write_header(name, array_dtype(name.removesuffix(".npy").partition("/")[2]))
             file.close()
         self._files.clear()
 
@@ -111,7 +111,7 @@ class Writer:
     def chunks(self, split: str, stem: str) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Read a finished array in bounded memory: first row and rows of each chunk."""
         shape = self._shapes[f"{split}/{stem}.npy"]
-        for start, stop in _windows(shape, dtype_of(stem)):
+        for start, stop in _windows(shape, array_dtype(stem)):
             yield start, self._read(split, stem, start, stop)
 
     def rewrite(
@@ -123,7 +123,7 @@ class Writer:
         threads: int = 1,
     ) -> None:
         """Replace the rows of a finished array by what ``change`` makes of them, chunk by chunk."""
-        dtype, name = dtype_of(stem), f"{split}/{stem}.npy"
+        dtype, name = array_dtype(stem), f"{split}/{stem}.npy"
 
         def rewrite(window: tuple[int, int]) -> None:
             start, stop = window
@@ -145,13 +145,13 @@ class Writer:
             permuted = path.with_suffix(".permuted")
             with path.open("rb") as source, permuted.open("wb") as file:
                 file.write(source.read(self._starts[name]))
-                for start, stop in _windows(shape, dtype_of(stem)):
-                    rows = open_array(path, dtype_of(stem), shape)  # a map of its own each time:
+                for start, stop in _windows(shape, array_dtype(stem)):
+                    rows = open_array(path, array_dtype(stem), shape)  # a map of its own each time:
                     file.write(rows[order[start:stop]].data)  # its pages are given back
             permuted.replace(path)
 
     def _read(self, split: str, stem: str, start: int, stop: int) -> npt.NDArray[Any]:
-        name, dtype = f"{split}/{stem}.npy", dtype_of(stem)
+        name, dtype = f"{split}/{stem}.npy", array_dtype(stem)
         columns = self._shapes[name][1:]
         width = math.prod(columns)
         offset = self._starts[name] + start * width * dtype.itemsize

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from mtnrec.checks import InputError
-from mtnrec.data.raw.limits import LARGEST_RATIO, READ_BYTES, Limited, inflated, refuse_damage
-from mtnrec.data.raw.progress import Meter
+from mtnrec.data.raw.limits import LARGEST_RATIO, READ_BYTES, BoundedStream, inflated, refuse_damage
+from mtnrec.data.raw.progress import ReadProgress
 
 _LONGEST_HEADERS = 1 << 20  # bytes between two members of a tar archive
 _MOST_MEMBERS = 1000
@@ -18,7 +18,7 @@ _IGNORED = ("__MACOSX",)  # the folder that archivers add
 
 
 @contextmanager
-def open_plain(path: Path, meter: Meter) -> Iterator[IO[bytes] | Limited]:
+def open_plain(path: Path, meter: ReadProgress) -> Iterator[IO[bytes] | BoundedStream]:
     """Open a file that may be compressed by gzip (its name says so)."""
     with meter.open(path) as file:
         yield inflated(file, path) if path.suffix.lower() == ".gz" else file
@@ -56,7 +56,9 @@ def open_zip(
         yield open_member
 
 
-def read_tar(path: Path, members: Sequence[str], meter: Meter) -> Iterator[tuple[str, IO[bytes]]]:
+def read_tar(
+    path: Path, members: Sequence[str], meter: ReadProgress
+) -> Iterator[tuple[str, IO[bytes]]]:
     """Read the members of a ``.tar.gz`` in the order asked for, as streams.
 
     An archive can only be read from its start to its end: where it holds them in another order, it
@@ -72,7 +74,7 @@ def read_tar(path: Path, members: Sequence[str], meter: Meter) -> Iterator[tuple
             plain = inflated(file, path)
             # What stands between members is held in memory.
             refusal = f"{path} has absurdly long headers"
-            headers = Limited(cast(IO[bytes], plain), _LONGEST_HEADERS, refusal)
+            headers = BoundedStream(cast(IO[bytes], plain), _LONGEST_HEADERS, refusal)
             with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r|") as archive:
                 for info in _plain_members(path, archive, headers):
                     names.append(info.name)
@@ -87,7 +89,7 @@ def read_tar(path: Path, members: Sequence[str], meter: Meter) -> Iterator[tuple
 
 
 def _plain_members(
-    path: Path, archive: tarfile.TarFile, headers: Limited
+    path: Path, archive: tarfile.TarFile, headers: BoundedStream
 ) -> Iterator[tarfile.TarInfo]:
     """Yield the members of an archive that are no folders; refuse links, pipes and the like."""
     for _ in range(_MOST_MEMBERS):

@@ -11,7 +11,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from mtnrec.checks import InputError
-from mtnrec.data.raw.limits import Limited, refuse_damage
+from mtnrec.data.raw.limits import BoundedStream, refuse_damage
 
 BLOCK_BYTES = 1 << 23  # smaller ones cost more in calls than they save in fresh pages
 _LONGEST_LINE = 1 << 26
@@ -44,7 +44,7 @@ def count_lines(data: bytes) -> int:
     return sum(int(np.count_nonzero(array[p : p + _CACHED_BYTES] == _NEWLINE)) for p in pieces)
 
 
-def read_blocks(stream: IO[bytes] | Limited, source: str) -> Iterator[Block]:
+def read_blocks(stream: IO[bytes] | BoundedStream, source: str) -> Iterator[Block]:
     """Cut a stream into blocks of whole lines, of about ``BLOCK_BYTES`` each.
 
     Raises:

@@ -52,7 +52,7 @@ class Profile:
         self._empty = False
         self._kinds &= _kinds(present, self._kinds)
         if "integer" in self._kinds and len(self._values) <= MOST_CATEGORIES:
-            distinct = text_of(present.unique()).head(2 * MOST_CATEGORIES)
+            distinct = to_text(present.unique()).head(2 * MOST_CATEGORIES)
             self._values.update(distinct.to_list())
 
     @property
@@ -83,7 +83,7 @@ def _kinds(present: pl.Series, candidates: set[str]) -> set[str]:
     if "integer" in candidates and present.str.contains(_INTEGER).all():
         kinds.add("integer")
     if "number" in candidates and not (
-        numbers_of(present).null_count() or present.str.contains(_CODE).any()
+        to_numbers(present).null_count() or present.str.contains(_CODE).any()
     ):
         kinds.add("number")
     if "date" in candidates and present.str.contains(_DATE).all():
@@ -91,10 +91,10 @@ def _kinds(present: pl.Series, candidates: set[str]) -> set[str]:
     return kinds
 
 
-def text_of(column: pl.Series) -> pl.Series:
+def to_text(column: pl.Series) -> pl.Series:
     """Write each cell as text; equal integers are equal texts, from text, float or integer.
 
-    >>> text_of(pl.Series([1.0, 2.5, None])).to_list()
+    >>> to_text(pl.Series([1.0, 2.5, None])).to_list()
     ['1', '2.5', None]
     """
     text = column.cast(pl.String)
@@ -106,10 +106,10 @@ def text_of(column: pl.Series) -> pl.Series:
     ).to_series()
 
 
-def numbers_of(column: pl.Series) -> pl.Series:
+def to_numbers(column: pl.Series) -> pl.Series:
     """Read each cell as a float64; NaN stays NaN.
 
-    >>> numbers_of(pl.Series(["1e3", ".5", "many", None])).to_list()
+    >>> to_numbers(pl.Series(["1e3", ".5", "many", None])).to_list()
     [1000.0, 0.5, None, None]
     """
     if column.dtype.is_temporal():  # polars would give its days or microseconds
@@ -117,21 +117,21 @@ def numbers_of(column: pl.Series) -> pl.Series:
     return column.cast(pl.Float64, strict=False)
 
 
-def labels_of(column: pl.Series) -> pl.Series:
+def to_labels(column: pl.Series) -> pl.Series:
     """Read 0, 1, true and false, whatever their case.
 
-    >>> labels_of(pl.Series(["1", "False", "yes", None])).to_list()
+    >>> to_labels(pl.Series(["1", "False", "yes", None])).to_list()
     [1, 0, None, None]
     """
-    text = text_of(column).str.to_lowercase()
+    text = to_text(column).str.to_lowercase()
     return text.replace_strict(_LABELS, default=None, return_dtype=pl.UInt8)
 
 
-def times_of(column: pl.Series, kind: str) -> pl.Series:
+def to_times(column: pl.Series, kind: str) -> pl.Series:
     """Read integers, numbers or dates as numbers in the same order; dates in microseconds.
 
     >>> days = pl.Series(["1970-01-01", "1970-01-01 00:00:01.5", "1970-01-02T00:00:00Z"])
-    >>> times_of(days, "date").to_list()
+    >>> to_times(days, "date").to_list()
     [0, 1500000, 86400000000]
     """
     if kind in _TYPES:

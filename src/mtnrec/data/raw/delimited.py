@@ -8,7 +8,7 @@ import numpy.typing as npt
 import polars as pl
 from polars.exceptions import PolarsError
 
-from mtnrec.checks import InputError, find_repeated, name_some
+from mtnrec.checks import InputError, find_duplicates, format_names
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block
 
@@ -100,12 +100,13 @@ def _check_header(source: str, first: str, types: Types) -> list[str]:
     header = first.split(",")
     if missing := [name for name in types if name not in header]:
         raise InputError(
-            f"{source} lacks the column {name_some(missing)}; its header has {name_some(header)}"
+            f"{source} lacks the column {format_names(missing)}; its header has "
+            f"{format_names(header)}"
         )
     if unknown := [name for name in header if name not in types]:
-        raise InputError(f"{source} has an unknown column {name_some(unknown)}: remove it")
-    if twice := find_repeated(header):
-        raise InputError(f"{source} names the column {name_some(twice)} twice")
+        raise InputError(f"{source} has an unknown column {format_names(unknown)}: remove it")
+    if twice := find_duplicates(header):
+        raise InputError(f"{source} names the column {format_names(twice)} twice")
     return header
 
 

@@ -83,7 +83,7 @@ def text_bytes(path: Path) -> int:
     return size
 
 
-def state_disk_need(sources: Sequence[Path], directory: Path, prepared_share: float) -> None:
+def check_disk_space(sources: Sequence[Path], directory: Path, prepared_share: float) -> None:
     """Say what is read and about how much is written, before hours of work.
 
     Args:

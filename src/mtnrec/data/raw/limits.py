@@ -40,7 +40,7 @@ def refuse_damage(source: str) -> Iterator[None]:
         raise InputError(f"{source} cannot be read ({error}): fetch or make it again") from error
 
 
-class Limited:
+class BoundedStream:
     """A stream that is refused beyond a number of bytes.
 
     Args:
@@ -69,8 +69,10 @@ class Limited:
         return chunk
 
 
-def inflated(file: IO[bytes], path: Path) -> Limited:
+def inflated(file: IO[bytes], path: Path) -> BoundedStream:
     """Return the content of a gzip file, which may be ``LARGEST_RATIO`` times as long."""
     most = max(READ_BYTES, LARGEST_RATIO * path.stat().st_size)
     stream = cast(IO[bytes], gzip.GzipFile(fileobj=file))
-    return Limited(stream, most, f"{path} inflates to more than {LARGEST_RATIO} times its size")
+    return BoundedStream(
+        stream, most, f"{path} inflates to more than {LARGEST_RATIO} times its size"
+    )

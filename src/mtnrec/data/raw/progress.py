@@ -19,7 +19,7 @@ from rich.table import Column
 from mtnrec.data.raw.limits import READ_BYTES, refuse_damage
 
 
-class Meter:
+class ReadProgress:
     """A progress bar of the bytes that are read from raw files, with rows and the time left."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Meter:
         self._task: TaskID | None = None
         self._rows = 0
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> "ReadProgress":
         self._progress.start()
         return self
 
@@ -53,7 +53,7 @@ class Meter:
             yield io.BufferedReader(metered, READ_BYTES)
         self._progress.update(self._task, completed=path.stat().st_size)
 
-    def say(self, what: str) -> None:
+    def log(self, what: str) -> None:
         """Print a line above the bars."""
         self._progress.console.print(what, markup=False, highlight=False, soft_wrap=True)
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from polars.exceptions import PanicException, PolarsError
 from rich.filesize import decimal
 
-from mtnrec.checks import InputError, find_repeated, name_some
+from mtnrec.checks import InputError, find_duplicates, format_names
 from mtnrec.data.raw import blocks
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block, read_blocks
@@ -107,8 +107,8 @@ class Source(ABC):
         """Refuse names that are not columns; ``key`` is the setting that has them."""
         if missing := [name for name in names if name not in self.columns]:
             raise InputError(
-                f"{self.path} lacks the column {name_some(missing)} of {key}; it has "
-                f"{name_some(self.columns)}"
+                f"{self.path} lacks the column {format_names(missing)} of {key}; it has "
+                f"{format_names(self.columns)}"
             )
 
 
@@ -135,7 +135,7 @@ class FileSource(Source):
             if differing := sorted(set(header) ^ set(self.columns)):
                 raise InputError(
                     f"{file} and {self._files[0].name} differ in the columns "
-                    f"{name_some(differing)}: the parts of a folder have the same columns"
+                    f"{format_names(differing)}: the parts of a folder have the same columns"
                 )
 
     @property
@@ -255,7 +255,7 @@ def _files(key: str, path: Path) -> list[Path]:
         if not parts:
             raise InputError(f"{key}: the folder {path} has no .parquet files directly in it")
         if others := [part.name for part in parts if not part.is_file()]:
-            raise InputError(f"{key}: {path} holds {name_some(others)}, which are no files")
+            raise InputError(f"{key}: {path} holds {format_names(others)}, which are no files")
         return parts
     if not path.is_file():
         raise InputError(f"{key}: {path} is missing")
@@ -355,8 +355,8 @@ def _check_names(path: Path | str, names: list[str]) -> None:
             f"{path}: column {names.index('') + 1} has no name. Name or remove it (pandas writes "
             "its index as such a column to csv; index=False leaves it out)."
         )
-    if twice := find_repeated(names):
-        raise InputError(f"{path} names the column {name_some(twice)} twice: rename one")
+    if twice := find_duplicates(names):
+        raise InputError(f"{path} names the column {format_names(twice)} twice: rename one")
 
 
 def _csv_header(path: Path) -> list[str]:

@@ -14,8 +14,8 @@ from mtnrec.reporting.figure.style import (
     along_funnel,
     facets,
     legend,
+    line_style,
     log_scale,
-    look,
     ordered,
     panels,
     points,
@@ -167,7 +167,7 @@ def _aucs(results: pd.DataFrame, split: str) -> pd.DataFrame:
 
 def _draw_level(axes: Axes, values: pd.Series) -> None:
     mean, low, high = mean_interval(values.dropna().to_numpy())
-    style = look(0)
+    style = line_style(0)
     axes.axhline(mean, label=BASELINE, color=style["color"], linestyle=style["linestyle"])
     if np.isfinite(low):
         axes.axhspan(low, high, color=style["color"], alpha=0.12, linewidth=0)
@@ -180,7 +180,7 @@ def _cell_names(pairs: pd.DataFrame) -> list[tuple[str, float]]:
 def _draw_differences(
     axes: Axes, pairs: pd.DataFrame, cells: list[tuple[str, float]], *, named: bool
 ) -> None:
-    dots, mean_style = look(0), look(1)
+    dots, mean_style = line_style(0), line_style(1)
     for height, (model, noise) in enumerate(cells):
         found = pairs[(pairs["model"] == model) & (pairs["noise"] == noise)]["difference"]
         mean, low, high = mean_interval(found.to_numpy())

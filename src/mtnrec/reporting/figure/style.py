@@ -69,7 +69,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def look(index: int) -> dict[str, Any]:
+def line_style(index: int) -> dict[str, Any]:
     """Return colour, marker and dashes of a figure's ``index``-th line; the baseline's is 0."""
     return {
         "color": _COLORS[index % len(_COLORS)],
@@ -132,7 +132,7 @@ def facets(
         The figure, and its axes by row and column; a panel without data is left blank.
     """
     rows, columns, lines = (list(table[key].unique()) for key in ("row", "column", "line"))
-    looks = {line: look(i + (BASELINE not in lines)) for i, line in enumerate(lines)}
+    styles = {line: line_style(i + (BASELINE not in lines)) for i, line in enumerate(lines)}
     figure, grid = panels(len(rows), len(columns), **subplots)
     found = {}
     for (row, column), axes in zip(itertools.product(rows, columns), grid.flat, strict=True):
@@ -141,7 +141,7 @@ def facets(
             axes.set_axis_off()  # the title of its column stays
             continue
         for line in (line for line in lines if (part["line"] == line).any()):
-            draw(axes, part[part["line"] == line], line, looks[line])
+            draw(axes, part[part["line"] == line], line, styles[line])
         found[row, column] = axes
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(column)

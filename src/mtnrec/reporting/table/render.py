@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtnrec.files import slug, write_whole
+from mtnrec.files import slug, write_atomic
 
 _DAGGERS = {"": "", "*": "†", "**": "‡"}
 _LATEX = {
@@ -177,7 +177,7 @@ def write_tables(out: Path, tables: Sequence[Table]) -> None:
     formats = {"md": to_markdown, "tex": to_latex, "html": to_html}
     for table in tables:
         for suffix, render in formats.items():
-            write_whole(out / f"{slug(table.title)}.{suffix}", render(table))
+            write_atomic(out / f"{slug(table.title)}.{suffix}", render(table))
 
 
 def _render(cell: Cell, escape: Callable[[str], str], bold: str, mark: str, note: str) -> str:
