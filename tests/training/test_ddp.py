@@ -56,15 +56,9 @@ def test_all_ranks_evaluate_with_the_batch_norm_that_is_kept(tmp_path):
     assert compare(tmp_path, tmp_path).metrics_equal
 
 
-@pytest.mark.parametrize(
-    ("rank", "failure"),
-    [
-        pytest.param(0, "raise", marks=pytest.mark.slow),
-        pytest.param(0, "kill", marks=pytest.mark.slow),
-        (1, "raise"),
-        pytest.param(1, "kill", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", ["raise", "kill"])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_ends_early_ends_the_run_with_an_error(rank, failure, tmp_path):
     environment = os.environ | {"FAILING_RANK": str(rank), "FAILURE": failure}
     keys = [*MODELS["esmm"], *settings(mtn=True, option="none", devices=2)]
