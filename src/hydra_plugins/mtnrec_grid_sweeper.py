@@ -1,4 +1,4 @@
-"""The sweeper of mtnrec, here because Hydra takes plugins from this package alone."""
+"""Sweeper of mtnrec, in the only package where Hydra looks for plugins."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,12 @@ from omegaconf import DictConfig
 
 
 class GridSweeper(Sweeper):
-    """Runs the cells of one or several grids; :mod:`mtnrec.sweep.launch` says how.
+    """Runs one or several grids; see :mod:`mtnrec.sweep.launch`.
 
     Args:
-        params: What is swept in every grid, as in Hydra's basic sweeper: ``seed: range(0,10)``.
-        grids: By name, what each grid sweeps besides; without any there is one grid, of ``params``
-            alone. What the command line says replaces a key in all of them.
+        params: Values swept in every grid, as in Hydra's basic sweeper: ``seed: range(0,10)``.
+        grids: Additional values of each grid, by name; if empty, ``params`` is the only grid. The
+            command line replaces a key in all grids.
     """
 
     def __init__(self, params: Mapping[str, Any], grids: Mapping[str, Mapping[str, Any]]) -> None:
@@ -34,10 +34,10 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         from mtnrec.sweep import (
-            launch as sweep,  # every command loads this module; only sweeps need that one
+            launch as sweep,  # here, since every command loads this module
         )
 
         loader = self.hydra_context.config_loader
         grids = [{**self.params, **grid} for grid in self.grids.values()] or [dict(self.params)]
         jobs = sweep.plan(self.config, loader, grids, arguments)
-        sweep.run(jobs, self.launcher, self.config)
+        sweep.run_jobs(jobs, self.launcher, self.config)

@@ -11,8 +11,8 @@ from mtnrec.checks import InputError
 from mtnrec.run.folder import RunFolderBusyError, State, lock_run_folder, report_progress, run_state
 
 
-def test_a_cell_goes_from_waiting_over_running_to_finished(tmp_path):
-    folder = tmp_path / "cell"
+def test_a_run_goes_from_waiting_to_running_to_finished(tmp_path):
+    folder = tmp_path / "run"
 
     assert run_state(folder) is State.WAITING
     with lock_run_folder(folder, ["seed=0"], ["command"]):
@@ -25,7 +25,7 @@ def test_a_cell_goes_from_waiting_over_running_to_finished(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "result.json"]
 
 
-def test_what_goes_wrong_is_written_down_with_the_command_to_run_again(tmp_path):
+def test_a_failure_is_written_with_the_command_that_repeats_the_run(tmp_path):
     with pytest.raises(InputError), lock_run_folder(tmp_path, ["seed=0"], ["run", "me"]):
         raise InputError("seed must be 1")
 
@@ -36,7 +36,7 @@ def test_what_goes_wrong_is_written_down_with_the_command_to_run_again(tmp_path)
     assert "test_folder.py" in failure["traceback"]
 
 
-def test_a_new_try_forgets_the_failure(tmp_path):
+def test_a_new_attempt_deletes_the_failure(tmp_path):
     with pytest.raises(ValueError, match="bad"), lock_run_folder(tmp_path, [], []):
         raise ValueError("bad")
 
@@ -45,7 +45,7 @@ def test_a_new_try_forgets_the_failure(tmp_path):
     assert run_state(tmp_path) is State.WAITING
 
 
-def test_two_processes_cannot_make_the_same_cell(tmp_path):
+def test_two_processes_cannot_hold_the_same_folder(tmp_path):
     with (
         lock_run_folder(tmp_path, [], []),
         pytest.raises(RunFolderBusyError, match=rf"\({os.getpid()} on ") as info,
@@ -53,11 +53,11 @@ def test_two_processes_cannot_make_the_same_cell(tmp_path):
     ):
         pass
 
-    assert "is being made by another process" in str(info.value)
+    assert "is in use by another process" in str(info.value)
     assert not (tmp_path / "failure.json").exists()
 
 
-def test_a_look_at_the_state_keeps_nobody_from_a_cell(tmp_path):
+def test_reading_the_state_blocks_no_run(tmp_path):
     with lock_run_folder(tmp_path, [], []):
         pass
 
@@ -74,7 +74,7 @@ def _hold(folder, ready):
         signal.pause()
 
 
-def test_a_process_that_is_killed_leaves_an_interrupted_cell(tmp_path):
+def test_a_killed_process_leaves_an_interrupted_run(tmp_path):
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     process = context.Process(target=_hold, args=(tmp_path, ready))

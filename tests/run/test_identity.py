@@ -1,4 +1,4 @@
-"""What a run is: its settings, its arm and its baseline."""
+"""Identity of a run: settings, arm and baseline."""
 
 import re
 
@@ -14,7 +14,7 @@ def run_id(config, checksum="abc"):
 
 
 @pytest.fixture
-def cell(compose_config):
+def make_id(compose_config):
     config = compose_config("output_dir=run")
 
     def make(key=None, value=None, *, checksum="abc"):
@@ -26,32 +26,32 @@ def cell(compose_config):
     return make
 
 
-def test_a_cell_does_not_depend_on_where_a_run_reads_and_writes(cell):
-    assert cell("logger.name", "other") == cell()
-    assert cell("output_dir", "elsewhere") == cell()
-    assert cell("data_root", "elsewhere") == cell()
-    assert cell("data.dir", "elsewhere") == cell()
-    assert cell("data.verify", value=False) == cell()
-    assert cell("threads", 1) == cell()
-    assert cell("resume", value=False) == cell()
-    assert cell("trainer.enable_model_summary", value=True) == cell()
-    assert cell("trainer.checkpoint_every_n_steps", 5) == cell()  # without MTN
+def test_the_id_does_not_depend_on_where_a_run_reads_and_writes(make_id):
+    assert make_id("logger.name", "other") == make_id()
+    assert make_id("output_dir", "elsewhere") == make_id()
+    assert make_id("data_root", "elsewhere") == make_id()
+    assert make_id("data.dir", "elsewhere") == make_id()
+    assert make_id("data.verify", value=False) == make_id()
+    assert make_id("threads", 1) == make_id()
+    assert make_id("resume", value=False) == make_id()
+    assert make_id("trainer.enable_model_summary", value=True) == make_id()
+    assert make_id("trainer.checkpoint_every_n_steps", 5) == make_id()  # without MTN
 
 
-def test_every_setting_and_content_of_the_data_set_makes_a_cell_of_its_own(cell):
-    cells = [
-        cell(),
-        cell("seed", 1),
-        cell("mtn.enabled", value=True),
-        cell("model.embedding_dim", 64),
-        cell("data.split_seed", 1),
-        cell("patience", 4),
-        cell("stop", "patience"),
-        cell("task_loss", "mean"),
-        cell(checksum="abd"),
+def test_every_setting_and_the_checksum_of_the_data_change_the_id(make_id):
+    ids = [
+        make_id(),
+        make_id("seed", 1),
+        make_id("mtn.enabled", value=True),
+        make_id("model.embedding_dim", 64),
+        make_id("data.split_seed", 1),
+        make_id("patience", 4),
+        make_id("stop", "patience"),
+        make_id("task_loss", "mean"),
+        make_id(checksum="abd"),
     ]
 
-    assert len(set(cells)) == len(cells)
+    assert len(set(ids)) == len(ids)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_repeats_draw_the_seed_alone_or_the_validation_rows_and_the_noise_as_wel
     assert (all_drawn.data.split_seed, all_drawn.noise.seed) == (3, 3)
 
 
-def test_a_cell_does_not_depend_on_the_order_of_the_keys(compose_config):
+def test_the_id_does_not_depend_on_the_order_of_the_keys(compose_config):
     config = resolve_settings(compose_config())
     backwards = {key: config[key] for key in reversed(config)}
     backwards["data"] = dict(reversed(config["data"].items()))
@@ -87,7 +87,7 @@ def test_a_cell_does_not_depend_on_the_order_of_the_keys(compose_config):
     assert run_id(backwards) == run_id(config)
 
 
-def test_a_cell_takes_a_key_for_the_same_as_a_number_and_as_text(compose_config):
+def test_a_key_is_the_same_as_a_number_and_as_text(compose_config):
     widths = [{"default": 8, 101: 4, 99: 2}, {"99": 2, "101": 4, "default": 8}, {"default": 8}]
     configs = [resolve_settings(compose_config()) for _ in widths]
     for config, width in zip(configs, widths, strict=True):
@@ -98,13 +98,13 @@ def test_a_cell_takes_a_key_for_the_same_as_a_number_and_as_text(compose_config)
     assert number == text != other
 
 
-def test_what_is_switched_off_is_one_cell_whatever_its_settings(cell):
-    assert cell("mtn.lam", 0.1) == cell("mtn.target", "shared") == cell()
-    assert cell("noise.seed", 5) == cell()
-    assert cell("noise.proportion", 0.1) != cell()
+def test_what_is_switched_off_is_one_run_at_all_settings(make_id):
+    assert make_id("mtn.lam", 0.1) == make_id("mtn.target", "shared") == make_id()
+    assert make_id("noise.seed", 5) == make_id()
+    assert make_id("noise.proportion", 0.1) != make_id()
 
 
-def test_an_mtn_setting_makes_a_cell_of_its_own_where_mtn_acts(compose_config):
+def test_an_mtn_setting_changes_the_id_if_mtn_is_enabled(compose_config):
     configs = (
         resolve_settings(compose_config("mtn.enabled=true", f"mtn.lam={lam}"))
         for lam in (1e-5, 1e-4)
@@ -113,7 +113,7 @@ def test_an_mtn_setting_makes_a_cell_of_its_own_where_mtn_acts(compose_config):
     assert len({run_id(config) for config in configs}) == 2
 
 
-def test_the_folder_of_a_cell_is_named_after_its_settings(compose_config):
+def test_a_run_folder_is_named_after_its_settings(compose_config):
     names = {
         folder_name(resolve_settings(compose_config(f"seed={seed}", f"data_root={root}")))
         for seed in (0, 1)

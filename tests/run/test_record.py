@@ -67,7 +67,7 @@ def test_a_later_format_is_refused(path):
 def test_a_required_key_that_is_missing_is_named(key, path):
     edit(path, lambda content: content.pop(key))
 
-    with pytest.raises(InputError, match=rf"result\.json lacks the key {key}:"):
+    with pytest.raises(InputError, match=rf"result\.json lacks the key {key},"):
         RunRecord.read(path)
 
 

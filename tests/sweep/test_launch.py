@@ -37,7 +37,7 @@ def states(root):
 
 @pytest.fixture
 def plan():
-    """Plan the cells of a command line, as the sweeper does."""
+    """Plan the runs of a command line, as the sweeper does."""
 
     def make(grids, *arguments, experiment=None):
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -51,7 +51,7 @@ def plan():
     return make
 
 
-def test_several_grids_are_laid_side_by_side(plan):
+def test_several_grids_make_one_sweep(plan):
     grids = [
         {"seed": "range(0,2)", "model": "esmm,mmoe"},
         {"seed": "range(0,2)", "model": "mmoe", "mtn.enabled": True, "mtn.lam": "1e-4,1e-3"},
@@ -66,7 +66,7 @@ def test_several_grids_are_laid_side_by_side(plan):
     assert jobs[-1].config["mtn"]["lam"] == 1e-3
 
 
-def test_a_cell_that_two_grids_share_is_made_once(plan):
+def test_a_run_that_two_grids_share_is_planned_once(plan):
     (job,) = plan([{"mtn.enabled": "false", "mtn.lam": "1e-5,1e-4"}, {"seed": 0}])
 
     assert job.config["mtn"]["enabled"] is False
@@ -82,7 +82,7 @@ def test_the_command_line_narrows_every_grid(plan):
 
 
 @pytest.mark.parametrize(
-    ("name", "swept", "narrowed", "cells"),
+    ("name", "swept", "narrowed", "runs"),
     [
         ("table_1", 10 * 4 * 3 * 2, [], 2),
         ("table_2", 10 * 3 * 3 * 2, ["noise.proportion=0.1"], 2),
@@ -95,7 +95,7 @@ def test_the_command_line_narrows_every_grid(plan):
         ("layer_weighting", 10 * 2 * 4, ["mtn.layer_weighting=mean,gated"], 3),
     ],
 )
-def test_an_experiment_sweeps_what_it_says_and_narrows(name, swept, narrowed, cells, plan):
+def test_an_experiment_sweeps_its_grid_and_narrows(name, swept, narrowed, runs, plan):
     file = yaml.safe_load((CONF_DIR / "experiment" / f"{name}.yaml").read_text())
     folder = "analysis_3_target" if name == "figure_3" else name  # they share their runs
     if "hydra" in file:
@@ -105,7 +105,7 @@ def test_an_experiment_sweeps_what_it_says_and_narrows(name, swept, narrowed, ce
 
     jobs = plan(None, "seed=3", "data=synthetic", "model=mmoe", *narrowed, experiment=name)
 
-    assert len(jobs) == cells
+    assert len(jobs) == runs
     assert {job.folder.parent.as_posix() for job in jobs} == {f"runs/{folder}"}
     assert {job.config["seed"] for job in jobs} == {3}
     assert {job.config["data"]["name"] for job in jobs} == {"synthetic"}
@@ -114,11 +114,11 @@ def test_an_experiment_sweeps_what_it_says_and_narrows(name, swept, narrowed, ce
 def test_the_quickstart_runs_on_any_launcher(plan):
     jobs = plan(None, "hydra/launcher=basic", "seed=0", experiment="quickstart")
 
-    assert len(jobs) == 3 * 6 + (6 - 1) + 1  # the grid of lambda has one of shared-bottom's cells
+    assert len(jobs) == 3 * 6 + (6 - 1) + 1  # the lambda grid has one of shared-bottom's runs
 
 
-def test_a_failing_cell_does_not_end_a_sweep_and_says_how_to_run_it_again(train, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2 of 4 cells"):
+def test_a_failing_run_does_not_end_a_sweep_and_names_the_command_that_repeats_it(train, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2 of 4 runs"):
         train(*SWEEP, folder=tmp_path)
 
     found = states(tmp_path)
@@ -134,8 +134,8 @@ def test_a_failing_cell_does_not_end_a_sweep_and_says_how_to_run_it_again(train,
         assert f"{tmp_path / name} failed: mtn.lam must be" in out
 
 
-def test_the_command_of_a_cell_makes_it_in_its_place(train, tmp_path):
-    with pytest.raises(SystemExit, match="1 of 1 cells are"):
+def test_the_command_of_a_run_repeats_it_in_its_folder(train, tmp_path):
+    with pytest.raises(SystemExit, match="1 of 1 runs are"):
         train(*LOG, "hydra.mode=MULTIRUN", "mtn.lam=-1", "seed=3", folder=tmp_path)
     (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
     command = shlex.split(read_json(folder / "failure.json")["command"])
@@ -150,7 +150,7 @@ def test_the_command_of_a_cell_makes_it_in_its_place(train, tmp_path):
     assert not (folder / "failure.json").exists()
 
 
-def test_the_same_sweep_again_runs_what_is_not_finished(train, tmp_path, capsys):
+def test_the_same_sweep_again_runs_only_what_is_not_finished(train, tmp_path, capsys):
     train(*SWEEP, "mtn.lam=1e-4", folder=tmp_path)
     records = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
 
@@ -159,20 +159,20 @@ def test_the_same_sweep_again_runs_what_is_not_finished(train, tmp_path, capsys)
     assert len(records) == 2
     assert {path: path.stat().st_mtime_ns for path in records} == records
     assert len(list(tmp_path.rglob("result.json"))) == 3
-    assert "3 of 3 cells are finished, 2 of them were before" in capsys.readouterr().out
+    assert "3 of 3 runs are finished, 2 of them from before" in capsys.readouterr().out
 
 
-def test_data_that_are_not_there_are_told_of_before_the_first_run(train, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2 of 2 cells"):
+def test_missing_data_are_reported_before_the_first_run(train, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2 of 2 runs"):
         train("hydra.mode=MULTIRUN", "data=aliexpress_nl", "seed=0,1", folder=tmp_path)
 
     said = " ".join(capsys.readouterr().out.split())
-    early = said.index("2 of 2 cells will fail: there is no prepared data set")
+    early = said.index("2 of 2 runs will fail: there is no prepared data set")
     assert early < said.index("#0 :")
 
 
 class Launcher:
-    """Runs cells that kill it: each launch does, until a cell has died often enough."""
+    """A launcher that the run ``deadly`` kills each time it is launched."""
 
     def __init__(self, folders, deadly):
         self.folders, self.deadly, self.launches = folders, deadly, []
@@ -188,7 +188,7 @@ class Launcher:
             (folder / "result.json").write_text("{}")
 
 
-def test_a_cell_that_kills_its_worker_is_tried_three_times_and_the_others_go_on(tmp_path):
+def test_a_run_that_kills_its_worker_is_tried_three_times_and_the_others_continue(tmp_path):
     folders = {name: tmp_path / name for name in "abc"}
     jobs = [sweep.Job((name,), folder, {}) for name, folder in folders.items()]
     launcher = Launcher(folders, "b")
@@ -203,7 +203,7 @@ def test_a_cell_that_kills_its_worker_is_tried_three_times_and_the_others_go_on(
 
 
 class Sharing(Launcher):
-    """Finds one cell in the hands of another process, which gives it up unfinished."""
+    """Finds one run locked by another process, which leaves it unfinished."""
 
     def launch(self, job_overrides, initial_job_idx):
         super().launch(job_overrides, initial_job_idx)
@@ -214,7 +214,7 @@ class Sharing(Launcher):
             threading.Timer(0.1, other.__exit__, (None, None, None)).start()
 
 
-def test_a_cell_that_another_process_makes_is_waited_for(tmp_path, monkeypatch):
+def test_a_run_in_another_process_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "_PAUSE", 0.02)
     folders = {name: tmp_path / name for name in "ab"}
     launcher = Sharing(folders, None)
@@ -225,7 +225,7 @@ def test_a_cell_that_another_process_makes_is_waited_for(tmp_path, monkeypatch):
     assert run_state(folders["b"]) is State.FINISHED
 
 
-def test_a_launcher_that_fails_of_itself_ends_the_sweep(tmp_path):
+def test_an_error_of_the_launcher_ends_the_sweep(tmp_path):
     class Broken:
         def launch(self, job_overrides, initial_job_idx):
             raise RuntimeError("no such partition")
@@ -235,7 +235,7 @@ def test_a_launcher_that_fails_of_itself_ends_the_sweep(tmp_path):
 
 
 def test_the_training_can_be_sent_to_a_worker_process():
-    task = train_main.__wrapped__  # what Hydra's launchers pickle
+    task = train_main.__wrapped__  # the function that Hydra's launchers pickle
 
     assert callable(cloudpickle.loads(cloudpickle.dumps(task)))
 

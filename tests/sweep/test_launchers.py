@@ -38,7 +38,7 @@ def sweep(folder, *overrides):
 
 
 def test_the_command_can_be_sent_to_other_processes():
-    # As `__main__` it is sent with all that it refers to.
+    # `__main__` is pickled with everything it refers to.
     cloudpickle.register_pickle_by_value(mtnrec.train)
     try:
         sent = cloudpickle.dumps(mtnrec.train.main)
@@ -48,7 +48,7 @@ def test_the_command_can_be_sent_to_other_processes():
     assert callable(pickle.loads(sent))
 
 
-def test_slurm_gets_what_the_config_says(train, tmp_path, monkeypatch):
+def test_slurm_gets_the_settings_of_the_config(train, tmp_path, monkeypatch):
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, script in [("sbatch", f'cp "$1" {tmp_path}/batch; exit 1'), ("srun", "exit 0")]:
@@ -75,7 +75,7 @@ def test_slurm_gets_what_the_config_says(train, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_cells_that_submitit_runs_are_those_of_one_process(tmp_path):
+def test_submitit_gives_the_results_of_one_process(tmp_path):
     sweep(tmp_path / "one", "trainer.max_epochs=1")
     sweep(tmp_path / "jobs", "trainer.max_epochs=1", "hydra/launcher=submitit_local")
 
@@ -96,7 +96,7 @@ def test_ray_cluster_composes():
 
 
 @pytest.mark.slow
-def test_cells_that_ray_runs_are_those_of_one_process(tmp_path):
+def test_ray_gives_the_results_of_one_process(tmp_path):
     pytest.importorskip("ray")
     keys = ["init.address=local", "+init.num_cpus=2", "init.object_store_memory=100000000"]
     ray = [f"{'+' * key.startswith('+')}hydra.launcher.ray.{key.lstrip('+')}" for key in keys]
@@ -109,7 +109,7 @@ def test_cells_that_ray_runs_are_those_of_one_process(tmp_path):
     assert [record["metrics"] for record in jobs] == [record["metrics"] for record in one]
 
 
-@pytest.mark.filterwarnings("ignore")  # of Optuna 2, when it is imported
+@pytest.mark.filterwarnings("ignore")  # Optuna 2, on import
 def test_a_search_maximises_the_monitor_and_again_takes_what_is_finished(train, tmp_path):
     train(*SEARCH, "monitor=val/ctr_auc", folder=tmp_path)
     found = records(tmp_path)
@@ -125,7 +125,7 @@ def test_a_search_maximises_the_monitor_and_again_takes_what_is_finished(train, 
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of Optuna 2, when it is imported
+@pytest.mark.filterwarnings("ignore")  # Optuna 2, on import
 def test_a_trial_that_fails_does_not_end_a_search_and_the_command_line_narrows_it(train, tmp_path):
     narrow = ["mtn.coupling=gradient", "mtn.lam=choice(-1,1e-3)", "hydra.sweeper.sampler.seed=0"]
 
@@ -138,10 +138,10 @@ def test_a_trial_that_fails_does_not_end_a_search_and_the_command_line_narrows_i
     assert sorted(states) == [State.FAILED, State.FINISHED]
 
 
-def test_another_process_of_a_run_leaves_its_folder_to_the_first(train, tmp_path, monkeypatch):
+def test_other_ranks_do_not_lock_the_run_folder(train, tmp_path, monkeypatch):
     train(*QUICK, folder=tmp_path)
     with lock_run_folder(tmp_path, [], []):
-        with pytest.raises(SystemExit, match="is being made by another process"):
+        with pytest.raises(SystemExit, match="is in use by another process"):
             train(*QUICK, folder=tmp_path)
         monkeypatch.setattr(rank_zero_only, "rank", 1)
         train(*QUICK, folder=tmp_path)
@@ -160,7 +160,7 @@ def test_a_run_in_a_subprocess_that_dies_counts_as_failed(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_sweep_of_two_processes_a_cell_counts_each_row_once_and_equals_one(tmp_path):
+def test_a_sweep_of_two_processes_per_run_counts_each_row_once_and_equals_one(tmp_path):
     # In float64, where the order of a sum hardly matters; 1920 rows in batches of 480.
     keys = ["trainer.precision=64-true", "trainer.max_epochs=2", "mtn.enabled=true", "mtn.lam=0.1"]
     two = ["trainer=ddp", "trainer.devices=2", "data.batch_size=240"]

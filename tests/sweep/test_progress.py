@@ -34,7 +34,7 @@ def sweep(tmp_path):
     return tmp_path
 
 
-def test_every_planned_cell_is_there_as_it_stands(sweep):
+def test_every_planned_run_is_read_with_its_state(sweep):
     runs = read_progress(sweep)
 
     found = [run.state for run in runs]
@@ -43,7 +43,7 @@ def test_every_planned_cell_is_there_as_it_stands(sweep):
     assert runs[1].failure["message"] == "no luck"
 
 
-def test_a_folder_of_several_sweeps_holds_the_cells_of_all(sweep):
+def test_a_folder_of_several_sweeps_holds_the_runs_of_all(sweep):
     finish(sweep / "more" / "log-mmoe-seed0-def", {"fit": 1.0})
 
     names = [run.name for run in read_progress(sweep)]
@@ -52,7 +52,7 @@ def test_a_folder_of_several_sweeps_holds_the_cells_of_all(sweep):
     assert "more/log-mmoe-seed0-def" in names
 
 
-def test_a_running_cell_says_how_far_it_is(sweep):
+def test_a_running_run_shows_its_progress(sweep):
     folder = sweep / "log-esmm-seed2-abc"
     with lock_run_folder(folder, [], []):
         text = render(read_progress(sweep))
@@ -62,7 +62,7 @@ def test_a_running_cell_says_how_far_it_is(sweep):
     assert "failed: log-esmm-seed1-abc: no luck python again" in text
 
 
-def test_the_time_left_is_that_of_cells_of_the_same_kind():
+def test_the_time_left_is_estimated_from_runs_of_the_same_kind():
     done = [
         RunProgress("log-esmm-seed0-a", State.FINISHED, seconds=100),
         RunProgress("log-esmm-seed1-a", State.FINISHED, seconds=140),
@@ -74,7 +74,7 @@ def test_the_time_left_is_that_of_cells_of_the_same_kind():
     ]
     waiting = [
         RunProgress("log-mmoe-seed2-a", State.WAITING),
-        RunProgress("log-esmm-mtn-seed0-a", State.INTERRUPTED),  # of a kind that none has finished
+        RunProgress("log-esmm-mtn-seed0-a", State.INTERRUPTED),  # a kind without a finished run
     ]
     failed = [RunProgress("log-esmm-seed3-a", State.FAILED)]
 
@@ -94,17 +94,17 @@ def test_the_end_is_estimated_while_something_is_left():
 
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no sweep has begun in .* `python -m mtnrec.train -m"):
+    with pytest.raises(InputError, match=r"runs must be the folder of a sweep, got .* `python -m mtnrec.train -m"):
         read_progress(tmp_path)
 
 
-def test_the_command_prints_the_state_once_where_nobody_looks(sweep, status, capsys):
+def test_the_command_prints_the_state_once_without_a_terminal(sweep, status, capsys):
     status(f"runs={sweep}")
 
     assert "4 runs: 1 finished, 1 failed, 2 waiting" in capsys.readouterr().out
 
 
-def test_the_command_refuses_a_refresh_that_never_rests(sweep, status):
+def test_the_command_refuses_a_refresh_of_zero(sweep, status):
     with pytest.raises(
         SystemExit, match=r"^mtnrec: refresh must be a number in \[0\.1, inf\), got 0"
     ):

@@ -1,4 +1,4 @@
-"""Run folders: the record, the failure, the lock, and what they say of the state."""
+"""Run folders: record, failure, lock, and the state that they imply."""
 
 import fcntl
 import os
@@ -20,22 +20,23 @@ from mtnrec.run.record import RECORD_FILE, RunRecord
 FAILURE_FILE = "failure.json"
 RUNNING_FILE = "running.json"
 _LOCK_FILE = ".lock"
-_LOCK_ATTEMPTS, _PAUSE = 10, 0.02  # seconds
+_LOCK_ATTEMPTS = 10
+_PAUSE = 0.02  # seconds between attempts
 
 Explain = Callable[[Exception], Exception | None]
-"""Returns the cause of an error that the user can put right, if there is one."""
+"""Returns the cause of an error that the user can fix, or None."""
 
 
 def _as_raised(error: Exception) -> None:
-    """Explain no error."""
+    """Keep the raised error."""
 
 
 class RunFolderBusyError(InputError):
-    """Another process is making the cell."""
+    """Another process holds the run folder."""
 
 
 class State(StrEnum):
-    """What has become of a cell."""
+    """State of a run."""
 
     FINISHED = "finished"
     FAILED = "failed"
@@ -45,7 +46,7 @@ class State(StrEnum):
 
 
 def find_record(folder: Path, config: Mapping[str, Any], checksum: str | None) -> RunRecord | None:
-    """Return the record in a folder if it is of the same run; None if there is no such record."""
+    """Return the record in a folder, or None unless it is of the same run."""
     path = folder / RECORD_FILE
     content = read_json(path)
     if content is None or checksum is None:
@@ -55,7 +56,7 @@ def find_record(folder: Path, config: Mapping[str, Any], checksum: str | None) -
 
 
 def run_state(folder: Path) -> State:
-    """Say what has become of the cell in a folder."""
+    """Return the state of the run in a folder."""
     if (folder / RECORD_FILE).is_file():
         return State.FINISHED
     if _is_locked(folder):
@@ -80,25 +81,25 @@ def _is_locked(folder: Path) -> bool:
 def lock_run_folder(
     folder: Path, overrides: Sequence[str], command: Sequence[str], explain: Explain = _as_raised
 ) -> Iterator[None]:
-    """Hold a cell's folder while its run is made; what goes wrong is written to ``failure.json``.
+    """Lock a run folder for the block, and write ``failure.json`` if the block raises.
 
-    The system lets go of the folder however the process ends.
+    The operating system releases the lock however the process ends.
 
     Args:
         folder: Folder of the run.
-        overrides: The run's overrides of the config.
-        command: What makes the run again.
-        explain: Which error ``failure.json`` names; the one raised, where it returns None.
+        overrides: Config overrides of the run.
+        command: Command that repeats the run.
+        explain: Returns the error that ``failure.json`` names; None stands for the raised one.
 
     Raises:
-        RunFolderBusyError: If another process holds it.
+        RunFolderBusyError: If another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_FILE).open("wb") as lock:
         if not _lock(lock):
             raise RunFolderBusyError(
-                f"{folder} is being made by another process{_lock_holder(folder)}: wait for it, or "
-                "choose another hydra.run.dir"
+                f"{folder} is in use by another process{_lock_holder(folder)}. Wait for it, or "
+                "choose another hydra.run.dir."
             )
         for name in (RECORD_FILE, FAILURE_FILE, RUNNING_FILE):
             remove_leftovers(folder / name)
@@ -106,24 +107,24 @@ def lock_run_folder(
         write_json(folder / RUNNING_FILE, _process_info(overrides))
         with recording_failure(folder, overrides, command, explain):
             yield
-        (folder / RUNNING_FILE).unlink()  # it stays where the process was stopped
+        (folder / RUNNING_FILE).unlink()  # kept if the process is killed
 
 
 @contextmanager
 def recording_failure(
     folder: Path, overrides: Sequence[str], command: Sequence[str], explain: Explain = _as_raised
 ) -> Iterator[None]:
-    """Write ``failure.json`` if the block raises; for the ranks that do not hold the lock.
+    """Write ``failure.json`` if the block raises; for ranks that do not hold the lock.
 
-    If several ranks fail, only the first one writes: the others fail as a consequence. If a rank
-    is killed, the others lose their connection or are terminated before they notice; then no rank
-    writes, and the run counts as interrupted.
+    If several ranks fail, only the first one writes, since the others fail as a consequence. If a
+    rank is killed, the others lose their connection or are terminated before they notice; then no
+    rank writes, and the run counts as interrupted.
     """
     try:
         yield
     except Exception as error:
         if _is_locked(folder) and not (folder / FAILURE_FILE).is_file():
-            with suppress(OSError):  # on a full disk what has failed is told all the same
+            with suppress(OSError):  # a full disk must not hide the error
                 record_failure(folder, error, overrides, command, explain)
         raise
 
@@ -150,14 +151,14 @@ def record_failure(
 
 
 def report_progress(folder: Path, progress: dict[str, Any]) -> None:
-    """Add to what is said of a run that is being made, if it is said at all."""
+    """Add progress to ``running.json`` if it exists."""
     running = read_json(folder / RUNNING_FILE)
     if running is not None:
         write_json(folder / RUNNING_FILE, running | progress)
 
 
 def _lock(file: IO[bytes]) -> bool:
-    # A second look, since `run_state` holds the lock for the blink of an eye.
+    # Retry, since `run_state` briefly holds the lock.
     for _ in range(_LOCK_ATTEMPTS):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

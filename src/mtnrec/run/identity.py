@@ -1,8 +1,8 @@
-"""The identity of a run: the settings that determine its result, and what follows from them.
+"""Identity of a run: the settings that determine its result, and IDs and names derived from them.
 
-An *arm* is all the runs that differ in nothing but their seed and what follows from it. The
-*baseline* of an arm is the arm with the same settings and without the treatments. The report, W&B
-and the folders of a sweep take all of this from here.
+An *arm* is all runs that differ only in their seed and the keys derived from it. The *baseline* of
+an arm has the same settings without the treatments. The report, W&B and sweep folders use these
+definitions.
 """
 
 import hashlib
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-TREATMENTS = ("mtn",)  # groups of the config that a baseline does without
-# Keys of the config that say where a run reads and writes, or how it is shown and computed, not
-# what comes out; of the data the checksum says it.
-_NOT_OF_THE_CELL = ("logger", "output_dir", "data_root", "resume", "cuda_graphs", "threads")
+TREATMENTS = ("mtn",)  # config groups that a baseline lacks
+# Keys that say where a run reads and writes, or how it is displayed and computed, but do not change
+# its result. The checksum stands for the data.
+_NOT_OF_THE_RUN = ("logger", "output_dir", "data_root", "resume", "cuda_graphs", "threads")
 _NOT_OF_THE_DATA = ("dir", "raw_dir", "train", "test", "verify", "threads")
 _NOT_OF_THE_TRAINER = (
     "enable_progress_bar",
@@ -23,20 +23,20 @@ _NOT_OF_THE_TRAINER = (
     "log_every_n_steps",
     "profiler",
 )
-CHECKPOINTS = "checkpoint_every_n_steps"  # of `ResumePoint`, not of Lightning's trainer
+CHECKPOINTS = "checkpoint_every_n_steps"  # for `ResumePoint`, not for Lightning's trainer
 
 
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a resolved config that determines the result.
 
-    A part that is switched off counts as such, whatever its other keys say: so runs without MTN
-    are the same cell at every ``mtn.lam``.
+    Of a part that is switched off, no other key counts: runs without MTN are the same run at every
+    ``mtn.lam``.
     """
-    settings = {key: value for key, value in config.items() if key not in _NOT_OF_THE_CELL}
+    settings = {key: value for key, value in config.items() if key not in _NOT_OF_THE_RUN}
     for part, keys in (("data", _NOT_OF_THE_DATA), ("trainer", _NOT_OF_THE_TRAINER)):
         settings[part] = {key: value for key, value in config[part].items() if key not in keys}
     settings |= {group: {"enabled": False} for group in TREATMENTS if not config[group]["enabled"]}
-    # MTN takes its factors anew at each checkpoint; nothing else depends on it.
+    # MTN recomputes its factors at each checkpoint; nothing else depends on the interval.
     if not config["mtn"]["enabled"] or not config["trainer"].get(CHECKPOINTS):
         settings["trainer"].pop(CHECKPOINTS, None)
     if not config["noise"]["proportion"]:
@@ -58,7 +58,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def folder_name(config: Mapping[str, Any]) -> str:
-    """Return the name of a cell's folder: what most sweeps vary, and a hash of all settings."""
+    """Return the name of a run folder: what most sweeps vary, and a hash of all settings."""
     model = str(config["model"]["_target_"]).rpartition(".")[2].lower()
     mtn = "-mtn" if config["mtn"]["enabled"] else ""
     noise = f"-noise{config['noise']['proportion']:g}" if config["noise"]["proportion"] else ""
@@ -68,14 +68,14 @@ def folder_name(config: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What tells a run from others.
+    """Identity of a run: its hash, arm, baseline and names.
 
     Args:
-        config: The resolved config.
-        checksum: Of the data set.
-        seed_keys: Dotted keys of the config that follow from the seed, the seed among them: with
-            ``noise.seed=${seed}`` each repeat has its own noise, and the repeats remain repeats of
-            one another.
+        config: Resolved config.
+        checksum: Checksum of the data set.
+        seed_keys: Dotted config keys derived from the seed, including ``seed``: with
+            ``noise.seed=${seed}`` each repeat has different noise, and the repeats still form one
+            arm.
     """
 
     config: Mapping[str, Any]
@@ -84,30 +84,30 @@ class RunIdentity:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The settings that determine the result, nested as in the config."""
+        """Settings that determine the result, nested as in the config."""
         return result_settings(self.config)
 
     @cached_property
     def id(self) -> str:
-        """Hash of the settings and of the data set's checksum."""
+        """Hash of the settings and the data set's checksum."""
         return _hash([self.settings, self.checksum])
 
     @cached_property
     def arm_settings(self) -> dict[str, Any]:
-        """The settings but for what follows from the seed, by dotted key, and the checksum."""
+        """Settings by dotted key, without those derived from the seed, and the checksum."""
         flat = flatten(self.settings)
         settings = {key: _plain(value) for key, value in flat if key not in self.seed_keys}
         return settings | {"checksum": self.checksum}
 
     @cached_property
     def baseline_settings(self) -> dict[str, Any]:
-        """The arm's settings without those of the treatments."""
+        """Settings of the arm without those of the treatments."""
         groups = tuple(f"{group}." for group in TREATMENTS)
         return {k: value for k, value in self.arm_settings.items() if not k.startswith(groups)}
 
     @cached_property
     def treatment_settings(self) -> dict[str, Any]:
-        """The arm's settings of the treatments; a baseline's say that they are off."""
+        """Settings of the treatments; in a baseline, that they are off."""
         return {k: v for k, v in self.arm_settings.items() if k not in self.baseline_settings}
 
     @cached_property
@@ -122,14 +122,14 @@ class RunIdentity:
 
     @cached_property
     def treatments(self) -> list[str]:
-        """Groups of the config that the run has and its baseline has not; none in a baseline."""
+        """Treatments that the run has; empty in a baseline."""
         return [group for group in TREATMENTS if self.settings[group]["enabled"]]
 
     @cached_property
     def shown_settings(self) -> dict[str, Any]:
-        """The settings, with ``model`` and ``data`` by their names on the command line.
+        """Settings with the command-line names of ``model`` and ``data``.
 
-        Their keys are in ``model_settings`` and ``data_settings``.
+        Their keys move to ``model_settings`` and ``data_settings``.
         """
         return self.settings | {
             "model_settings": self.settings["model"],
@@ -140,7 +140,7 @@ class RunIdentity:
 
     @cached_property
     def tags(self) -> list[str]:
-        """Data set, model, treatment and noise in a word each."""
+        """Data set, model, treatment and noise, one word each."""
         settings, proportion = self.shown_settings, self.settings["noise"]["proportion"]
         treatment = "+".join(self.treatments) or "baseline"
         noise = f"noise_{proportion:g}" if proportion else "clean"
@@ -160,7 +160,7 @@ class RunIdentity:
 
 
 def _plain(value: Any) -> Any:
-    """Write whole numbers as integers: the command line gives 0 where a file gives 0.0."""
+    """Convert whole floats to integers: the command line gives 0 where a file gives 0.0."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -171,6 +171,6 @@ def _hash_flat(settings: Mapping[str, Any]) -> str:
 
 
 def _hash(content: Any) -> str:
-    # Keys like 101 and `default` are not sorted with each other before they are text.
+    # As text, since keys like 101 and `default` cannot be sorted together.
     as_text = json.loads(json.dumps(content))
     return hashlib.sha256(json.dumps(as_text, sort_keys=True).encode()).hexdigest()[:16]

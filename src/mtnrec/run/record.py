@@ -1,4 +1,4 @@
-"""The record of a run, ``result.json``: what was run, on what, and what came out."""
+"""Record of a run, ``result.json``: settings, data and results."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,29 +21,29 @@ _NESTED = (
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What training writes and everything else reads.
+    """Record of a run; training writes it and everything else reads it.
 
     Args:
         cell: :attr:`~mtnrec.run.identity.RunIdentity.id` of the run.
-        seed: Of the run.
-        config: Resolved.
-        versions: By package.
+        seed: Seed of the run.
+        config: Resolved config.
+        versions: Versions by package.
         data: Name, checksum, parameters and rows of the data set, and suspected leaks.
-        noise: What was replaced, and the checksum of which rows and features that were.
-        mtn: The config's.
-        best_epoch: Whose weights were tested, from 0.
-        metrics: By key, for example ``test/ctr_auc``; None where undefined.
+        noise: Settings and counts of the noise, and a checksum of the replaced rows and features.
+        mtn: Group ``mtn`` of the config.
+        best_epoch: Epoch whose weights were tested, from 0.
+        metrics: Values by key, for example ``test/ctr_auc``; None where undefined.
         counts: ``rows`` and ``positives`` by ``split/task``.
-        history: For each epoch ``epoch``, ``step`` and what was logged, by key.
-        calibration_curves: ``predicted``, ``observed`` and ``rows`` of the bins, by ``split/task``.
-        expert_distances: ``(E, E)``; None for models without experts.
-        threads: Of the process.
-        seconds: Of ``setup``, ``fit`` and ``test``.
-        samples_per_second: Of ``train`` and ``evaluate``, loading included.
-        peak_memory_bytes: Largest of the process so far, GPU memory added.
-        keys_of_seed: Dotted keys of the config that follow from the seed, the seed among them.
+        history: ``epoch``, ``step`` and the logged values of each epoch, by key.
+        calibration_curves: ``predicted``, ``observed`` and ``rows`` per bin, by ``split/task``.
+        expert_distances: Matrix ``(E, E)``; None for models without experts.
+        threads: Threads of the process.
+        seconds: Durations of ``setup``, ``fit`` and ``test``.
+        samples_per_second: Throughput of ``train`` and ``evaluate``, loading included.
+        peak_memory_bytes: Peak memory of the process so far, GPU memory included.
+        keys_of_seed: Dotted config keys derived from the seed, including ``seed``.
         status: ``finished``.
-        format_version: Of the record; records before 0.2 have none and are read as the first.
+        format_version: Version of the format; records before 0.2 have none and are read as 1.
     """
 
     cell: str
@@ -69,7 +69,7 @@ class RunRecord:
 
     @cached_property
     def identity(self) -> RunIdentity:
-        """The run's identity, by which runs are grouped and compared."""
+        """Identity of the run, by which runs are grouped and compared."""
         return RunIdentity(self.config, self.data["checksum"], self.keys_of_seed)
 
     def write(self, folder: Path) -> None:
@@ -81,19 +81,19 @@ class RunRecord:
         """Read a ``result.json``.
 
         Raises:
-            InputError: If it cannot be read, lacks a key, or is of a later format.
+            InputError: If it is not valid JSON, lacks a key, or has a different format version.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:  # of the text or of its encoding
+        except (ValueError, RecursionError) as error:  # of JSON, encoding or nesting
             raise InputError(
-                f"{path} is not valid JSON ({error}): remove it and run the cell again"
+                f"{path} is not valid JSON ({error}). Delete it and run again."
             ) from None
         return cls.from_content(content, path)
 
     @classmethod
     def from_content(cls, content: Any, path: Path) -> "RunRecord":
-        """Return the record of what :meth:`read` found in a file."""
+        """Return the record with the parsed content of ``path``."""
         known = {f.name: f for f in fields(cls)}
         required = [name for name, f in known.items() if _is_required(f)]
         for key in (*required, *_NESTED):
@@ -103,7 +103,7 @@ class RunRecord:
         if version != FORMAT_VERSION:
             raise InputError(
                 f"{path} has format version {version}, this version of mtnrec reads "
-                f"{FORMAT_VERSION}: read it with the version that wrote it, or run it again"
+                f"{FORMAT_VERSION}. Read it with the version that wrote it, or run again."
             )
         for entry in content["history"]:
             for key in ("epoch", "step"):
@@ -126,5 +126,5 @@ def _has(content: Any, keys: Sequence[str]) -> bool:
 
 def _lacks(path: Path, key: str) -> InputError:
     return InputError(
-        f"{path} lacks the key {key}: it was not written by this version of mtnrec; run it again"
+        f"{path} lacks the key {key}, so this version of mtnrec did not write it. Run again."
     )

@@ -1,6 +1,6 @@
-"""A sweep: which cells it has, what is left of them, and how they are run.
+"""Plan and launch the runs of a sweep.
 
-A cell's folder is named after its settings, so the same command finds what it finished before.
+A run folder is named after its settings, so the same command finds the runs it finished before.
 """
 
 import json
@@ -39,20 +39,20 @@ from mtnrec.run.folder import (
 )
 from mtnrec.sweep.progress import PLAN_FILE, read_progress, render_progress
 
-_MAX_CRASHES = 3  # of its process, after which a cell counts as failed
-_PAUSE = 1.0  # seconds between two looks at what other processes do
+_MAX_CRASHES = 3  # crashes of its process after which a run counts as failed
+_PAUSE = 1.0  # seconds between two checks of other processes
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A cell that a sweep wants.
+    """A run of a sweep.
 
     Args:
-        overrides: Of the config.
+        overrides: Overrides of the config.
         folder: Folder of the run.
-        config: Composed and resolved, without what depends on the folder.
+        config: Composed and resolved config, without keys that depend on the folder.
     """
 
     overrides: tuple[str, ...]
@@ -66,64 +66,64 @@ def plan(
     grids: Iterable[Mapping[str, Any]],
     arguments: Sequence[str],
 ) -> list[Job]:
-    """Return the cells of all grids, each once.
+    """Return the runs of all grids, each once.
 
     Args:
-        config: The sweep's own config.
-        loader: Composes those of the jobs.
-        grids: What each sweeps, by key.
-        arguments: Of the command line; they replace a key in every grid.
+        config: Config of the sweep.
+        loader: Composes the configs of the runs.
+        grids: Swept values of each grid, by key.
+        arguments: Arguments of the command line, which replace keys in every grid.
     """
     parser = OverridesParser.create(config_loader=loader)
     jobs: dict[Path, Job] = {}
     for grid in grids:
         lines = [*(f"{key}={value}" for key, value in grid.items()), *arguments]
-        (cells,) = BasicSweeper.split_arguments(parser.parse_overrides(lines), None)
-        for overrides in cells:
+        (runs,) = BasicSweeper.split_arguments(parser.parse_overrides(lines), None)
+        for overrides in runs:
             composed = loader.load_sweep_config(config, overrides)
             folder = Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir
             jobs.setdefault(folder, Job(tuple(overrides), folder, resolve_settings(composed)))
     return list(jobs.values())
 
 
-def run(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> None:
-    """Run the cells that are not finished; end with exit status 1 if some could not be.
+def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> None:
+    """Run the jobs that are not finished; exit with status 1 if some still are not.
 
     Args:
-        jobs: The cells.
-        launcher: Runs them.
-        config: The sweep's own config.
+        jobs: All runs of the sweep.
+        launcher: Launches the unfinished ones.
+        config: Config of the sweep.
     """
     directory = Path(config.hydra.sweep.dir)
     directory.mkdir(parents=True, exist_ok=True)
-    cells = {job.folder.relative_to(directory).as_posix(): list(job.overrides) for job in jobs}
-    write_json(directory / PLAN_FILE, {"started": time.time(), "cells": cells})
+    planned = {job.folder.relative_to(directory).as_posix(): list(job.overrides) for job in jobs}
+    write_json(directory / PLAN_FILE, {"started": time.time(), "cells": planned})
     checksums = _prepare_data(jobs)
     pending = [job for job in jobs if not _is_finished(job, checksums[_data_key(job)])]
     _logger.info(
-        "%d cells in %s, %d of them finished before", len(jobs), directory, len(jobs) - len(pending)
+        "%d runs in %s, %d of them finished before", len(jobs), directory, len(jobs) - len(pending)
     )
     for job in pending:
-        for remains in (FAILURE_FILE, RUNNING_FILE):
-            (job.folder / remains).unlink(missing_ok=True)
+        for stale in (FAILURE_FILE, RUNNING_FILE):
+            (job.folder / stale).unlink(missing_ok=True)
     with _on_the_screen(directory, config):
         _launch(pending, launcher)
     _close(jobs, pending)
 
 
 def _data_key(job: Job) -> str:
-    """Name a job's data set; the seed is of the order of the rows, which it does not know."""
+    """Return a key of a job's data set; the seed only orders the training rows."""
     return json.dumps(job.config["data"] | {"seed": 0})
 
 
 def _prepare_data(jobs: Sequence[Job]) -> dict[str, str | None]:
-    """Prepare data before several runs want it at once, and tell early what is not there.
+    """Prepare the data sets before the runs share them, and warn early of missing ones.
 
     Returns:
-        The checksum of each data set; None where there is none.
+        Checksum of each data set; None if it is missing.
     """
     checksums: dict[str, str | None] = {}
-    cells = Counter(map(_data_key, jobs))
+    uses = Counter(map(_data_key, jobs))
     for job in jobs:
         data = _data_key(job)
         if data in checksums:
@@ -134,7 +134,7 @@ def _prepare_data(jobs: Sequence[Job]) -> dict[str, str | None]:
             datamodule.prepare_data()
             checksums[data] = datamodule.find_checksum()
         except (InputError, InstantiationException) as error:
-            _logger.warning("%d of %d cells will fail: %s", cells[data], len(jobs), error)
+            _logger.warning("%d of %d runs will fail: %s", uses[data], len(jobs), error)
     return checksums
 
 
@@ -149,11 +149,11 @@ def _launch(pending: Sequence[Job], launcher: Launcher) -> None:
     while pending:
         try:
             launcher.launch([job.overrides for job in pending], initial_job_idx=0)
-        except Exception as error:  # a worker that is killed takes the whole launch down
+        except Exception as error:  # a killed worker ends the whole launch
             dead = [job for job in pending if run_state(job.folder) is State.INTERRUPTED]
             if not dead:
                 raise
-            _logger.warning("%s; going on with what is left", error)
+            _logger.warning("%s; continuing with the remaining runs", error)
             for job in dead:
                 deaths[job.folder] += 1
                 if deaths[job.folder] == _MAX_CRASHES:
@@ -166,13 +166,13 @@ def _launch(pending: Sequence[Job], launcher: Launcher) -> None:
 
 
 def _wait_for_others(jobs: Sequence[Job]) -> list[Job]:
-    """Return the cells that other processes are making, when they are done with them.
+    """Wait for the runs in progress in other processes, and return them.
 
-    Another sweep may be at them, or a worker of one that was killed, which ends its cell first.
+    Such a process belongs to another sweep, or is a worker that outlives its killed sweep.
     """
     busy = [job for job in jobs if run_state(job.folder) is State.RUNNING]
     if busy:
-        _logger.info("%d cells are being made by other processes; waiting for them", len(busy))
+        _logger.info("%d runs are in progress in other processes; waiting for them", len(busy))
     while any(run_state(job.folder) is State.RUNNING for job in busy):
         time.sleep(_PAUSE)
     return busy
@@ -185,7 +185,7 @@ def _give_up(job: Job, error: Exception) -> None:
 
 @contextmanager
 def _on_the_screen(directory: Path, config: DictConfig) -> Iterator[None]:
-    """Show how the sweep goes where its runs do not show it themselves."""
+    """Show the progress of the sweep unless its runs draw on the screen themselves."""
     if draws_on_screen(config.hydra.launcher._target_) or not get_console().is_terminal:
         yield
         return
@@ -200,7 +200,7 @@ def _close(jobs: Sequence[Job], pending: Sequence[Job]) -> None:
     console = get_console()
     finished = sum(state is State.FINISHED for _, state in states)
     before = len(jobs) - len(pending)
-    console.print(f"{finished} of {len(jobs)} cells are finished, {before} of them were before")
+    console.print(f"{finished} of {len(jobs)} runs are finished, {before} of them from before")
     for job, state in states:
         if state is State.FAILED:
             failure = read_json(job.folder / FAILURE_FILE) or {}
@@ -210,4 +210,4 @@ def _close(jobs: Sequence[Job], pending: Sequence[Job]) -> None:
         elif state is not State.FINISHED:
             console.print(f"\n{job.folder} is {state}", markup=False, soft_wrap=True)
     if finished < len(jobs):
-        sys.exit(f"mtnrec: {len(jobs) - finished} of {len(jobs)} cells are not finished")
+        sys.exit(f"mtnrec: {len(jobs) - finished} of {len(jobs)} runs are not finished")

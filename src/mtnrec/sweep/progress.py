@@ -1,4 +1,4 @@
-"""How the runs of a sweep stand: done, running, failed, and the time that is left."""
+"""Progress of a sweep: finished, running and failed runs, and the time left."""
 
 import time
 from collections import Counter
@@ -21,20 +21,20 @@ from mtnrec.run.folder import FAILURE_FILE, RUNNING_FILE, State, run_state
 from mtnrec.run.record import RECORD_FILE
 
 PLAN_FILE = "sweep.json"
-_TRACES = (RECORD_FILE, FAILURE_FILE, RUNNING_FILE)  # of a run that was begun
+_TRACES = (RECORD_FILE, FAILURE_FILE, RUNNING_FILE)  # files of a started run
 _ORDER = (State.FINISHED, State.RUNNING, State.FAILED, State.INTERRUPTED, State.WAITING)
 
 
 @dataclass(frozen=True)
 class RunProgress:
-    """A run as it stands.
+    """Progress of one run.
 
     Args:
-        name: Its folder, from the sweep's.
-        state: What has become of it.
-        seconds: That a finished one took, or a running one has taken; 0 for others.
-        progress: Of a running one, what it says of itself.
-        failure: Of a failed one, what went wrong.
+        name: Folder of the run, relative to that of the sweep.
+        state: State of the run.
+        seconds: Seconds a finished run took or a running one has taken so far; otherwise 0.
+        progress: Content of ``running.json`` of a running run.
+        failure: Content of ``failure.json`` of a failed run.
     """
 
     name: str
@@ -45,15 +45,15 @@ class RunProgress:
 
     @property
     def kind(self) -> str:
-        """What runs of about the same cost share: all of the name but seed and hash."""
+        """Name without seed and hash; runs of one kind cost about the same."""
         return self.name.rpartition("-seed")[0]
 
 
 def read_progress(root: Path) -> list[RunProgress]:
-    """Return the runs that the sweeps below a folder have planned or begun, by name.
+    """Return the planned and started runs of all sweeps below a folder, sorted by name.
 
     Raises:
-        InputError: If there are none.
+        InputError: If there are no runs.
     """
     folders = {path.parent for file in _TRACES for path in root.rglob(file)}
     for path in root.rglob(PLAN_FILE):
@@ -61,8 +61,8 @@ def read_progress(root: Path) -> list[RunProgress]:
         folders |= {path.parent / name for name in planned["cells"]}
     if not folders:
         raise InputError(
-            f"no sweep has begun in {root}: `python -m mtnrec.train -m seed=0,1,2` begins one in "
-            "runs"
+            f"runs must be the folder of a sweep, got {root}. Start one in the folder runs with "
+            "`python -m mtnrec.train -m seed=0,1,2`."
         )
     return [_read_run(root, folder) for folder in sorted(folders)]
 
@@ -85,28 +85,28 @@ def _read_run(root: Path, folder: Path) -> RunProgress:
 
 @cache
 def _recorded_seconds(record: Path, modified: int) -> float:
-    """Read a record once; ``modified`` tells a new one from an old."""
+    """Return a record's total seconds, cached until ``modified`` changes."""
     return sum((read_json(record) or {"seconds": {}})["seconds"].values())
 
 
 def seconds_left(runs: Sequence[RunProgress]) -> float | None:
-    """Estimate the time until all runs are done, from the finished ones of the same kind.
+    """Estimate the time until all runs are done, from finished runs of the same kind.
 
-    As many as run now are taken to run side by side until the end.
+    Assumes that as many runs as now run in parallel until the end.
 
     Returns:
-        Seconds; None where nothing is finished yet.
+        Seconds; None if no run is finished.
     """
     finished = [run for run in runs if run.state is State.FINISHED]
     if not finished:
         return None
-    of_all = fmean(run.seconds for run in finished)
-    of_kind = {
+    overall = fmean(run.seconds for run in finished)
+    by_kind = {
         kind: fmean(run.seconds for run in finished if run.kind == kind)
         for kind in {run.kind for run in finished}
     }
     left = sum(
-        max(of_kind.get(run.kind, of_all) - run.seconds, 0)
+        max(by_kind.get(run.kind, overall) - run.seconds, 0)
         for run in runs
         if run.state not in (State.FINISHED, State.FAILED)
     )
@@ -114,7 +114,7 @@ def seconds_left(runs: Sequence[RunProgress]) -> float | None:
 
 
 def render_progress(runs: Sequence[RunProgress]) -> RenderableType:
-    """Lay the state of a sweep out: counts, a bar, what runs, what failed."""
+    """Render the progress of a sweep: counts, a bar, running and failed runs."""
     counts = Counter(run.state for run in runs)
     summary = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
     left = seconds_left(runs)
@@ -149,7 +149,7 @@ def _failed(runs: Sequence[RunProgress]) -> Iterator[RenderableType]:
 
 
 def _duration(seconds: float) -> str:
-    """Write a time in its two largest units.
+    """Format a time in its two largest units.
 
     >>> _duration(59.6), _duration(3725)
     ('1 min', '1 h 2 min')

@@ -10,7 +10,7 @@ from mtnrec.files import read_json
 from mtnrec.run.folder import FAILURE_FILE, record_failure
 from mtnrec.run.record import RECORD_FILE, RunRecord
 
-_LINES = 30  # of the output of a run that failed
+_LINES = 30  # last lines shown of the output of a failed run
 
 _logger = logging.getLogger(__name__)
 
@@ -18,8 +18,8 @@ _logger = logging.getLogger(__name__)
 def run_in_subprocess(output_dir: Path) -> RunRecord:
     """Run this job of a sweep in a subprocess and return its record.
 
-    Lightning starts the other processes of a run by repeating the command line of the first, which
-    in a sweep is the sweep's; and when one of them fails it kills the first.
+    Lightning starts the other ranks by repeating the command line of rank 0, which in a sweep is
+    that of the sweep, and kills rank 0 when another rank fails.
 
     Raises:
         RuntimeError: If the command fails.
