@@ -1,4 +1,4 @@
-"""Registers the fixtures where tests run.
+"""Registers the fixtures in processes that run tests.
 
 The controller of pytest-xdist runs none, and its workers start sooner if it does not import torch.
 """

@@ -1,4 +1,4 @@
-"""The house: every folder and loose file of the package, and what it may import."""
+"""Every folder and loose file of the package, and its allowed imports."""
 
 import ast
 import subprocess
@@ -15,7 +15,7 @@ MODULES = {
 }
 GROUND = {"batch", "checks", "schema"}
 MOST_LOOSE_FILES = 16
-# From the ground up. A room may import itself and what stands here.
+# From the bottom up. A folder may import itself and these.
 ALLOWED = {
     "checks": set(),
     "files": {"checks"},
@@ -53,7 +53,7 @@ ALLOWED = {
 
 
 def imports(path):
-    """Full names of what a module imports: for example ``mtnrec.schema.Schema``, ``torch``."""
+    """Yield the full names that a module imports: ``torch``, ``mtnrec.schema.Schema``."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

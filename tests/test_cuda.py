@@ -1,4 +1,4 @@
-"""Training on a GPU against training on the CPU; skipped where there is no GPU."""
+"""Training on a GPU compared with the CPU; skipped without a GPU."""
 
 import subprocess
 import sys
@@ -53,7 +53,7 @@ def assert_close(*folders, rtol):
 
 @pytest.fixture
 def replays(monkeypatch):
-    """The rows of each batch that a graph was replayed for."""
+    """Rows of each batch for which a graph was replayed."""
     counted, record = [], CudaGraphLoss._capture
 
     def recording(self, batch):
@@ -80,7 +80,7 @@ def replays(monkeypatch):
     ],
     ids=["plain", "MTN", "accumulation", "lazy_adam"],
 )
-def test_a_gpu_trains_what_the_cpu_trains(model, options, train):
+def test_a_gpu_trains_the_same_weights_as_the_cpu(model, options, train):
     on_gpu = train(*ON_GPU, IN_FLOAT64, *options, model=model)
 
     on_cpu = train(*LOG, IN_FLOAT64, *options, model=model)
@@ -140,7 +140,7 @@ def test_the_same_seed_gives_the_same_bits(train):
     assert_same_bits(*(train(*keys, model="mmoe") for _ in range(2)))
 
 
-def test_a_checkpoint_scores_alike_on_both(train):
+def test_a_checkpoint_gives_the_same_scores_on_both(train):
     path = train(*ON_GPU) / "checkpoints" / "best.ckpt"
     on_gpu, on_cpu = load_checkpoint(path), load_checkpoint(path, device="cpu")
     assert on_gpu.device.type == "cuda"

@@ -8,7 +8,7 @@ from mtnrec.checks import InputError
 from mtnrec.files import read_json, write_atomic, write_json
 
 
-def test_nothing_but_the_file_is_left_in_the_folder(tmp_path):
+def test_a_write_leaves_only_the_file(tmp_path):
     write_json(tmp_path / "result.json", {"seed": 0, "metrics": {"test/ctr_auc": 0.1 + 0.2}})
 
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
@@ -17,14 +17,14 @@ def test_nothing_but_the_file_is_left_in_the_folder(tmp_path):
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"7", b"\xff", b"[" * 100_000])
-def test_what_is_no_json_object_is_refused(text, tmp_path):
+def test_anything_but_a_json_object_is_refused(text, tmp_path):
     (tmp_path / "result.json").write_bytes(text)
 
-    with pytest.raises(InputError, match=r"result.json is no JSON.*: remove it"):
+    with pytest.raises(InputError, match=r"result\.json is not (valid|a) JSON.*\. Delete it"):
         read_json(tmp_path / "result.json")
 
 
-def test_what_is_undefined_becomes_null(tmp_path):
+def test_nan_and_infinities_become_null(tmp_path):
     write_json(
         tmp_path / "result.json",
         {"a": math.nan, "b": [math.inf, 1.0], "c": {"d": -math.inf, "e": None}},
@@ -64,11 +64,11 @@ def test_an_old_file_survives_values_that_json_cannot_hold(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text()) == {"seed": 0}
 
 
-def test_an_absent_file_has_no_content(tmp_path):
+def test_a_missing_file_has_no_content(tmp_path):
     assert read_json(tmp_path / "result.json") is None
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_a_written_file_is_read_back(tmp_path):
     write_json(tmp_path / "a.json", {"b": [1, 0.1], "c": None})
     write_atomic(tmp_path / "a.bin", b"\x00\xff")
 

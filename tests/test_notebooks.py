@@ -1,4 +1,4 @@
-"""The notebooks, run from top to bottom on one tiny sweep."""
+"""Notebooks, run from top to bottom on one tiny sweep."""
 
 import json
 import os
@@ -23,7 +23,7 @@ NAMES = ("quickstart", "noise_robustness", "mechanism", "from_python", "own_mode
 TASKS = ("ctr", "cvr", "ctcvr")
 SEEDS = (0, 1)
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
-QUICK_ALPHAS = "mtn.alpha_optimizer.lr=2"  # which collapse in two epochs
+QUICK_ALPHAS = "mtn.alpha_optimizer.lr=2"  # large enough to collapse in two epochs
 PAIRS = ["seed=0,1", "noise.proportion=0,0.1", "mtn.enabled=false,true", "mtn.lam=1e-3"]
 ARMS = ["seed=0", "mtn.enabled=true", "mtn.target=towers,shared", "mtn.lam=0"]
 
@@ -38,7 +38,7 @@ def sweep(train, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(sweep):
-    """The records by target (None without MTN), lambda, noise and seed."""
+    """Records by target (None without MTN), lambda, noise and seed."""
     found = {}
     for path in sweep.rglob("result.json"):
         record = json.loads(path.read_text())
@@ -64,7 +64,7 @@ def kernel(tmp_path_factory):
 
 @pytest.fixture
 def execute(kernel, sweep):
-    """Run a notebook on the sweep, with no name that another one has left behind."""
+    """Run a notebook on the sweep, without variables of earlier notebooks."""
 
     def run(name):
         notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
@@ -78,24 +78,24 @@ def execute(kernel, sweep):
 
 
 def kinds(notebook):
-    """How many outputs there are of each kind."""
+    """Count the outputs of each kind."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return Counter(kind for output in outputs for kind in output.get("data", ()))
 
 
 def said(notebook, tag):
-    """What the cell with this tag prints."""
+    """Return the text that the cell with this tag prints."""
     (cell,) = (cell for cell in notebook.cells if tag in cell.metadata.get("tags", ()))
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
 def aucs(records, task, *arm):
-    """The test AUCs of an arm, a seed each."""
+    """Return the test AUCs of an arm, one per seed."""
     return np.array([records[*arm, seed]["metrics"][f"test/{task}_auc"] for seed in SEEDS])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_is_kept_without_what_it_put_out(name):
+def test_a_notebook_is_stored_without_outputs(name):
     notebook = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
 
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -132,16 +132,16 @@ def test_the_noise_notebook_takes_changes_seed_by_seed_and_corrects_for_all_test
     assert said(notebook, "reference") == (
         f"{len(changes)} changes since noise 0, {losses} of them losses; the mean is {mean:+.6f}.\n"
     )
-    # Without noise one seed has all variants, and of one pair there is no test.
+    # Without noise only one seed has all variants, and one pair has no test.
     tests = [
         stats.ttest_rel(*(aucs(records, task, *arm, 0.1) for arm in reversed(arms)))
         for task in TASKS
     ]
-    told = multipletests([test.pvalue for test in tests], method="holm")[0]
+    found = multipletests([test.pvalue for test in tests], method="holm")[0]
     higher = np.array([test.statistic > 0 for test in tests])
     assert said(notebook, "holm") == (
-        f"synthetic: 3 comparisons, {told.sum()} with a Holm-corrected p below 0.05; MTN has the "
-        f"higher mean in {(told & higher).sum()} of these and in {higher.sum()} of all.\n"
+        f"synthetic: 3 comparisons, {found.sum()} with a Holm-corrected p below 0.05; MTN has the "
+        f"higher mean in {(found & higher).sum()} of these and in {higher.sum()} of all.\n"
     )
     assert kinds(notebook)["image/png"] == 3
     assert kinds(notebook)["text/html"] == 5
@@ -193,7 +193,7 @@ def test_a_frame_is_trained_on_scored_and_compared_without_a_terminal(execute):
     assert "+MTN" in comparison
 
 
-def test_a_model_of_ones_own_is_trained_with_mtn(execute):
+def test_a_custom_model_is_trained_with_mtn(execute):
     notebook = execute("own_model")
 
     (shapes,) = (o["data"]["text/plain"] for o in notebook.cells[6].outputs if "data" in o)

@@ -25,16 +25,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
-def test_memory_that_is_freed_is_not_faulted_in_again():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc returns freed memory")
+def test_freed_memory_is_not_faulted_in_again():
     pages = {}
     for what in ("keep", "leave"):
         command = [sys.executable, "-c", PAGES, what]
         pages[what] = int(subprocess.run(command, check=True, capture_output=True).stdout)
 
-    of_the_blocks = 20 * (64 << 20) // resource.getpagesize()
-    assert pages["leave"] > 0.5 * of_the_blocks
-    assert pages["keep"] < 0.02 * of_the_blocks
+    expected = 20 * (64 << 20) // resource.getpagesize()
+    assert pages["leave"] > 0.5 * expected
+    assert pages["keep"] < 0.02 * expected
 
 
 def test_a_system_without_glibc_is_left_as_it_is(monkeypatch):
@@ -49,8 +49,8 @@ def amd(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 3), (2048, 201, 512), (256, 2048, 512), (2176, 512, 64)])
-def test_products_are_those_of_float32_on_any_processor(amd, product_setting, shape):
-    prefer_onednn_matmul(CPU)  # on a processor that rounds it changes nothing
+def test_products_have_float32_precision_on_any_processor(amd, product_setting, shape):
+    prefer_onednn_matmul(CPU)  # changes nothing on a processor that rounds
     rows, inner, columns = shape
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
     exact = a.double() @ b.double()
@@ -92,14 +92,14 @@ def test_the_choice_leaves_random_numbers_alone(amd, product_setting):
     ("text", "expected"),
     [("vendor_id\t: AuthenticAMD\n", True), ("vendor_id\t: GenuineIntel\n", False)],
 )
-def test_the_vendor_is_read_from_what_linux_says(monkeypatch, tmp_path, text, expected):
+def test_the_vendor_is_read_on_linux(monkeypatch, tmp_path, text, expected):
     (tmp_path / "cpuinfo").write_text(text)
     monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "cpuinfo")
 
     assert machine._is_amd() is expected
 
 
-def test_the_vendor_is_read_from_what_windows_says(monkeypatch, tmp_path):
+def test_the_vendor_is_read_on_windows(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "Path", lambda _: tmp_path / "absent")
     monkeypatch.setattr("platform.processor", lambda: "AMD64 Family 26 Model 2, AuthenticAMD")
 

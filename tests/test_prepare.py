@@ -16,7 +16,7 @@ def test_a_preparation_reports_rows_and_positives(prepare, write_aliexpress, tmp
     assert (folder / "schema.json").is_file()
 
 
-def test_a_preparation_without_raw_files_says_which_are_needed(prepare, tmp_path):
+def test_a_preparation_without_raw_files_names_the_needed_ones(prepare, tmp_path):
     with pytest.raises(SystemExit, match=r"^mtnrec: data\.raw_dir is not given: .*tianchi"):
         prepare("data=aliexpress_nl")
 

@@ -15,7 +15,7 @@ def runs(train):
 
 
 def mark(figure, folder, name):
-    """Stand in for the drawing, which has tests of its own and takes seconds."""
+    """Replace the drawing, which takes seconds and is tested elsewhere."""
     paths = tuple(folder / f"{name}.{suffix}" for suffix in ("pdf", "svg", "png"))
     for path in paths:
         path.touch()
@@ -64,7 +64,7 @@ def test_every_metric_of_every_record_is_in_the_results(runs, reported):
         (["runs=.", "out=report"], "there is no finished run"),
     ],
 )
-def test_what_cannot_be_reported_is_refused(overrides, message, report):
+def test_a_folder_without_runs_is_refused(overrides, message, report):
     with pytest.raises(SystemExit, match=f"^mtnrec: {message}"):
         report(*overrides)
 

@@ -1,4 +1,4 @@
-"""The memory that a process may use, as the files of the system say it."""
+"""Memory available to a process, read from the files of the system."""
 
 import os
 
@@ -22,7 +22,7 @@ def write(tmp_path):
 
 
 def test_is_the_machines_where_nothing_limits_it(tmp_path, write):
-    assert memory_bytes(tmp_path) == MACHINE  # no Linux
+    assert memory_bytes(tmp_path) == MACHINE  # not Linux
 
     root = write({"proc/self/cgroup": "0::/user.slice\n"})
 

@@ -33,7 +33,7 @@ def read_checkpoint(folder):
 
 
 def read_csv(folder):
-    """The values that were logged under each name, in order, by epoch."""
+    """Return the logged values of each name by epoch, in order."""
     with (folder / "csv" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = rows[0].keys() - {"epoch", "step"}
@@ -91,7 +91,7 @@ def open_data(folder):
 
 
 def score(folder, split):
-    """``P(label = 1)`` of the kept checkpoint in the plain network, ``(rows, 2)``."""
+    """Return ``P(label = 1)`` of the best checkpoint in the plain network, ``(rows, 2)``."""
     config = OmegaConf.create(read_record(folder)["config"])
     datamodule = open_data(folder)
     network = instantiate(config.model, _partial_=True, _convert_="all")(schema=datamodule.schema)
@@ -105,7 +105,7 @@ def score(folder, split):
 
 
 def rows_of_tasks(labels, probabilities, groups):
-    """Labels, scores and groups that each task is measured on, by the definition of the tasks."""
+    """Return the labels, scores and groups of each task, by the definition of the tasks."""
     click, conversion = labels.T
     p_click, p_conversion = np.asarray(probabilities).T
     clicked = click == 1
@@ -125,7 +125,7 @@ def mean_auc_of_groups(labels, scores, groups):
 
 @pytest.mark.parametrize("mtn", ["true", pytest.param("false", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", MODELS)
-def test_every_auc_is_that_of_the_kept_checkpoint(model, mtn, train):
+def test_every_auc_is_that_of_the_best_checkpoint(model, mtn, train):
     folder = train(*LOG, f"mtn.enabled={mtn}", model=model)
 
     expected = {}
@@ -144,7 +144,7 @@ def test_every_auc_is_that_of_the_kept_checkpoint(model, mtn, train):
     )
 
 
-def test_every_log_loss_is_that_of_the_kept_checkpoint(run):
+def test_every_log_loss_is_that_of_the_best_checkpoint(run):
     metrics = read_record(run)["metrics"]
     datamodule = open_data(run)
 
@@ -161,7 +161,7 @@ def test_the_best_epoch_has_the_largest_validation_auc(run):
     aucs = logged["val/cvr_auc"]
     assert list(aucs) == [0, 1, 2, 3]
     assert record["best_epoch"] == max(aucs, key=aucs.get)
-    assert 0 < record["best_epoch"] < 3  # or the first or the last epoch would do
+    assert 0 < record["best_epoch"] < 3  # so that neither the first nor the last epoch would pass
     assert read_checkpoint(run)["epoch"] == record["best_epoch"]
     for name, values in logged.items():
         if name.startswith("val/"):
@@ -219,14 +219,14 @@ def test_bf16_keeps_the_weights_in_float32(train):
     assert 0 < read_record(folder)["metrics"]["test/ctr_auc"] < 1
 
 
-def test_training_stops_when_patience_is_out(train):
+def test_training_stops_when_patience_runs_out(train):
     folder = train(*LOG, "optimizer.lr=0.0", "stop=patience", "patience=2", "trainer.max_epochs=9")
 
     assert list(read_csv(folder)["val/cvr_auc"]) == [0, 1, 2]
     assert read_record(folder)["best_epoch"] == 0
 
 
-def test_training_stops_when_the_monitor_decreased_as_often_as_patience_says(train):
+def test_training_stops_after_patience_decreases_of_the_monitor_in_a_row(train):
     folder = train(*LOG, "optimizer.lr=0.03", "patience=2", "trainer.max_epochs=30")
 
     record = read_record(folder)
@@ -238,7 +238,7 @@ def test_training_stops_when_the_monitor_decreased_as_often_as_patience_says(tra
     assert record["best_epoch"] == int(np.argmax(curve))
 
 
-def test_repeats_may_draw_validation_rows_and_noise_anew(train):
+def test_repeats_may_redraw_validation_rows_and_noise(train):
     keys = [*LOG, "noise.proportion=0.2", "trainer.max_epochs=1"]
     seeds = [read_record(train(*keys, f"seed={seed}")) for seed in (1, 2)]
     all_drawn = [
@@ -255,7 +255,7 @@ def test_repeats_may_draw_validation_rows_and_noise_anew(train):
     assert seeds[0]["counts"]["val/ctr"] == seeds[1]["counts"]["val/ctr"]
 
 
-def test_repeats_that_draw_anew_beside_a_fixed_seed_are_refused(train):
+def test_repeats_that_redraw_with_a_fixed_seed_are_refused(train):
     message = (
         "repeats=seed_split_noise draws validation rows and noise for each seed, so "
         "noise.seed must be the seed 0, got 5: leave noise.seed out, or set repeats=seed"
@@ -284,7 +284,7 @@ def test_mtn_is_logged_each_epoch_when_it_acts(run, plain_run):
     assert not [name for name in read_csv(plain_run) if name.startswith("mtn/")]
 
 
-def test_tensorboard_shows_the_scalars_that_csv_does(run, train):
+def test_tensorboard_has_the_same_scalars_as_csv(run, train):
     folder = train(*LOG, *OVERFIT, "logger=tensorboard")
 
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
@@ -353,7 +353,7 @@ def test_prepared_aliexpress_trains(model, train, prepare, write_aliexpress, tmp
     assert not [name for name in record["metrics"] if "bayes" in name]
 
 
-def test_a_suspected_leak_is_warned_of_and_recorded(train, tmp_path):
+def test_a_suspected_leak_is_logged_and_recorded(train, tmp_path):
     rng = np.random.default_rng(0)
     schema = Schema(
         (CategoricalField("shop", 5),), ("spend",), ("click", "conversion"), funnel=True
@@ -423,7 +423,7 @@ def test_the_closing_lines_name_the_record_on_one_line(train, tmp_path, capsys):
     assert f"The record of the run is {folder / 'result.json'}\n" in capsys.readouterr().out
 
 
-def test_absent_data_ends_in_one_message_that_says_what_to_do(train, tmp_path, capsys):
+def test_missing_data_ends_in_one_message_with_a_remedy(train, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         train("data=aliexpress_nl", folder=tmp_path)
 

@@ -7,7 +7,7 @@ Notation used in every docstring:
 ``F``   categorical fields
 ``N``   numerical features
 ``D``   embedding width
-``T``   tasks, or towers: one for each label
+``T``   tasks, or towers: one per label
 ``E``   experts
 ``O``   outputs of a linear layer
 ``I``   inputs of a linear layer
@@ -26,17 +26,17 @@ Glossary:
 run
     One training: a model on a data set with a seed. Its folder holds its record, ``result.json``.
 arm
-    All runs that differ in nothing but their seed and what follows from it.
+    All runs that differ only in their seed and the keys derived from it.
 treatment
-    What an arm has and its baseline has not: MTN.
+    The setting that an arm has and its baseline lacks: MTN.
 baseline
-    The arm with the same settings and no treatment.
+    The arm with the same settings without the treatment.
 variant
     A treatment with certain settings, for example MTN on the experts.
 sweep
     A folder of runs that one command trained.
 task
-    What is predicted and measured: CTR, CVR and CTCVR on a funnel, else one for each label.
+    A predicted and measured probability: CTR, CVR and CTCVR on a funnel, otherwise one per label.
 field
     A categorical feature: a vocabulary and a table of embeddings.
 tower
@@ -104,7 +104,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: half of the commands do without torch.
+    # Imported on first use, since half of the commands do not need torch.
     if name in _MODULES:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

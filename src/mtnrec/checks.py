@@ -1,4 +1,4 @@
-"""The error of the user's input, and the checks that several constructors share."""
+"""Input error, and the checks that several constructors share."""
 
 import math
 from collections import Counter
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """The user's input breaks a rule; the message says rule, value and remedy.
+    """Invalid user input; the message names rule, value and remedy.
 
     The entry points print it without a traceback and end with exit status 1.
     """
@@ -77,7 +77,7 @@ def find_duplicates(names: Iterable[str]) -> list[str]:
 
 
 def format_names(names: Sequence[str]) -> str:
-    """Quote names for a message, five of them at most.
+    """Quote at most five names for a message.
 
     >>> format_names(["price", "age"])
     "'price', 'age'"

@@ -1,4 +1,4 @@
-"""Make a W&B workspace or report of the runs of a project.
+"""Make a W&B workspace or report of a project's runs.
 
 ``python -m mtnrec.dashboard entity=TEAM experiment=table_1 kind=report``
 """
@@ -24,19 +24,18 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, specification(view))
-    again = "the same command with offline=false sends it"
     if cfg.offline:
-        said = f"The specification is {out}; {again}"
+        message = f"The specification is {out}; the same command with offline=false sends it"
     else:
         try:
             view.save()
         except Exception as error:  # of wandb, its transport or its server
             raise InputError(
-                f"W&B did not take the {cfg.kind} ({error}); the specification is {out}: log in "
-                f"with `wandb login`; where W&B can be reached, {again}"
+                f"W&B did not accept the {cfg.kind} ({error}); the specification is {out}. Log in "
+                "with `wandb login`, and run the same command where W&B can be reached."
             ) from error
-        said = f"The {cfg.kind} is {view.url}"
-    get_console().print(said, markup=False, soft_wrap=True)
+        message = f"The {cfg.kind} is {view.url}"
+    get_console().print(message, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

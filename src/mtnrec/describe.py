@@ -38,8 +38,8 @@ def main(cfg: DictConfig) -> None:
         datamodule.noise = noise
         datamodule.setup()
         for split in noise.splits:
-            arrays_of, rows = datamodule.stored(split)
-            changes[split] = count_changes(arrays_of, rows, schema, partial(noise.apply, split))
+            columns, rows = datamodule.stored(split)
+            changes[split] = count_changes(columns, rows, schema, partial(noise.apply, split))
 
     report = render_summary(datamodule.dir, manifest, statistics, leaks, changes)
     out.parent.mkdir(parents=True, exist_ok=True)

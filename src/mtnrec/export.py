@@ -1,4 +1,4 @@
-"""Write a trained model as a file that serving systems run.
+"""Export a trained model to a file for serving systems.
 
 ``python -m mtnrec.export checkpoint=runs/esmm/checkpoints/best.ckpt format=onnx``
 """
@@ -17,7 +17,7 @@ from mtnrec.serving.scorer import load_checkpoint
 
 @entry_point("export")
 def main(cfg: DictConfig) -> None:
-    """Write a model, once it gives the probabilities of the checkpoint."""
+    """Export a model if its probabilities match those of the checkpoint."""
     check_choice("format", cfg.format, list(FORMATS))
     suffix = FORMATS[cfg.format]
     out = Path(cfg.checkpoint).with_suffix(suffix) if cfg.out is None else Path(cfg.out)

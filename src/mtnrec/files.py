@@ -1,4 +1,4 @@
-"""Names of files, and files that are there whole or not at all."""
+"""File names, atomic writes and JSON."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from mtnrec.checks import InputError
 
 @contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
-    """Yield the name of a file to write; it takes the place of ``path`` if the block ends well."""
+    """Yield a temporary path, and replace ``path`` with it if the block does not raise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -24,7 +24,7 @@ def atomic_replace(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a file, whole or not at all; text is UTF-8."""
+    """Write a file atomically; text is UTF-8."""
     with atomic_replace(path) as temporary, temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -32,36 +32,36 @@ def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of a file; no other may be writing it."""
+    """Remove temporary files of killed processes; no other process may be writing the file."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all; NaN becomes null, keys become text."""
+    """Write a JSON file atomically; NaN and infinities become null, keys become strings."""
     text = json.dumps(_for_json(content), indent=2, sort_keys=True, allow_nan=False)
     write_atomic(path, text + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the content of a JSON file; None if there is no such file.
+    """Return the content of a JSON file, or None if it does not exist.
 
     Raises:
-        InputError: If it is no JSON object.
+        InputError: If it is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON ({error}): remove it") from error
+        raise InputError(f"{path} is not valid JSON ({error}). Delete it and run again.") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} is no JSON object: remove it")
+        raise InputError(f"{path} is not a JSON object. Delete it and run again.")
     return content
 
 
 def slug(*parts: str) -> str:
-    """Return a file name: parts joined by ``-``, what is neither letter nor digit as ``_``.
+    """Return a file name: parts joined by ``-``, with ``_`` for anything but letters and digits.
 
     >>> slug("noise_curves", "ali_ccp", "Shared-bottom", "+MTN (lam=1e-05)")
     'noise_curves-ali_ccp-shared_bottom-mtn_lam_1e_05'

@@ -1,4 +1,4 @@
-"""What a process changes of the defaults of its machine, so that it computes faster."""
+"""Process-wide performance settings."""
 
 import ctypes
 import platform
@@ -11,14 +11,14 @@ from torch import Tensor
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _LARGEST = 2**31 - 1
 _SHAPES = ((64, 64, 1), (96, 2048, 64), (512, 224, 300))  # rows, inner, columns
-_ROUNDING = 1e-6  # of the sum of magnitudes: float32 rounds 1e-7 of it, bfloat16 4e-3
+_ROUNDING = 1e-6  # share of the sum of magnitudes: float32 rounds off 1e-7, bfloat16 4e-3
 
 
 def tune_process(device: torch.device) -> None:
-    """Keep memory and choose what multiplies, in the whole process; nothing changes but rounding.
+    """Apply all settings to the process; they change nothing but rounding.
 
     Args:
-        device: Where the model computes.
+        device: Device of the model.
     """
     keep_freed_memory()
     leave_memory_unfilled()
@@ -26,15 +26,15 @@ def tune_process(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep the memory that it frees, for what it allocates next.
+    """Keep freed memory in the process for the next allocations.
 
-    glibc maps every block of more than 32 MiB anew and gives it back when it is freed. The
-    activations and gradients of a step are such blocks: each step would have the kernel clear them
-    page by page, for a tenth to a third of the time of a step of MMoE on a CPU. The process stays
-    as large as it once was.
+    By default glibc maps every block above 32 MiB separately and unmaps it when it is freed. The
+    activations and gradients of a step are such blocks, and the kernel would clear them page by
+    page at each step, which takes a tenth to a third of a step of MMoE on a CPU. The process never
+    shrinks below its peak.
 
     Returns:
-        Whether there is a glibc that does so.
+        Whether glibc accepted the setting.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -44,28 +44,28 @@ def keep_freed_memory() -> bool:
 
 
 def leave_memory_unfilled() -> None:
-    """Let torch hand out memory as it is, under deterministic algorithms too.
+    """Keep torch from filling new memory under deterministic algorithms.
 
-    There it fills what it allocates, lest an operation read what it has not written. None of ours
-    does, and filling takes a twentieth of a step.
+    It does so in case an operation reads memory that it has not written. None here does, and
+    filling takes a twentieth of a step.
     """
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def prefer_onednn_matmul(device: torch.device) -> bool:
-    """Let oneDNN multiply in float32 on a processor of AMD, if it does so in float32.
+    """Use oneDNN for float32 products on AMD processors, if its products are exact to float32.
 
-    torch asks MKL, which uses half the width of these processors' AVX-512: two cores of a Zen 5
-    make 215 GFLOP/s with it and 430 with oneDNN. torch asks oneDNN for float32 only along with
-    leave to round to bfloat16, which oneDNN takes where the processor multiplies tiles (AMX), and
-    AMD's do not. Some products are held against float64 all the same, and where one is rounded
-    nothing is changed. Other devices are none of its concern.
+    torch uses MKL, which uses half the width of AVX-512 on these processors: two cores of a Zen 5
+    reach 215 GFLOP/s with MKL and 430 with oneDNN. torch uses oneDNN for float32 only if it may
+    round to bfloat16, which oneDNN does only on processors with tile products (AMX), which AMD's
+    lack. Some products are still compared with float64, and if one is rounded, the setting stays
+    as it was. Devices other than CPUs are left alone.
 
     Args:
-        device: Where the model computes.
+        device: Device of the model.
 
     Returns:
-        Whether oneDNN multiplies from now on, in the whole process.
+        Whether the process now uses oneDNN.
     """
     if device.type != "cpu" or not _is_amd() or not hasattr(torch.backends.mkldnn, "matmul"):
         return False
@@ -82,7 +82,7 @@ def _is_amd() -> bool:
     try:
         processor = Path("/proc/cpuinfo").read_text()
     except OSError:
-        processor = platform.processor()  # Windows says who made it
+        processor = platform.processor()  # on Windows it contains the vendor
     return "AuthenticAMD" in processor
 
 

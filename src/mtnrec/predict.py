@@ -22,8 +22,10 @@ def main(cfg: DictConfig) -> None:
     """Write the probability of each task for each row to a Parquet file."""
     check_integer("batch_size", cfg.batch_size, minimum=1)
     if (cfg.data is None) == (cfg.table is None):
+        given = "neither" if cfg.data is None else "both"
         raise InputError(
-            "one of data=NAME (a prepared data set) and table=FILE (raw values) is needed"
+            f"exactly one of data and table must be given, got {given}. Set data=NAME (a prepared "
+            "data set) or table=FILE (raw values)."
         )
     out = Path(cfg.out)
     if out.suffix != ".parquet":

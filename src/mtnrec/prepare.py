@@ -1,4 +1,4 @@
-"""Turn raw logs into a prepared data set, once.
+"""Turn raw logs into a prepared data set.
 
 ``python -m mtnrec.prepare data=aliexpress_nl data.raw_dir=DIR``
 """
@@ -12,7 +12,7 @@ from mtnrec.command.entry_point import entry_point
 
 @entry_point("prepare")
 def main(cfg: DictConfig) -> None:
-    """Turn raw logs into a prepared data set, whole or not at all."""
+    """Turn raw logs into a prepared data set, atomically."""
     datamodule = instantiate(cfg.data, _convert_="all")
     manifest = datamodule.prepare()
     console = get_console()
@@ -23,8 +23,8 @@ def main(cfg: DictConfig) -> None:
         positives = manifest.positives[split].items()
         shares = ", ".join(f"{label} {n:,} ({n / rows:.3%})" for label, n in positives)
         console.print(f"  {split}: {rows:,} rows; {shares}")
-    for what, count in manifest.report.items():
-        console.print(f"  {what.replace('_', ' ')}: {count:,}")
+    for name, count in manifest.report.items():
+        console.print(f"  {name.replace('_', ' ')}: {count:,}")
 
 
 if __name__ == "__main__":

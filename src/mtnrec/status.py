@@ -1,4 +1,4 @@
-"""Show how a sweep stands.
+"""Show the progress of a sweep.
 
 ``python -m mtnrec.status runs=runs/table_1``
 """
@@ -18,7 +18,7 @@ from mtnrec.sweep.progress import read_progress, render_progress
 
 @entry_point("status")
 def main(cfg: DictConfig) -> None:
-    """Show how a sweep stands; on a terminal, until nothing of it runs or waits."""
+    """Show the progress of a sweep; on a terminal, until every run is finished or failed."""
     check_number("refresh", cfg.refresh, minimum=0.1)
     root, console = Path(cfg.runs), get_console()
     runs = read_progress(root)

@@ -10,12 +10,7 @@ from omegaconf import DictConfig
 
 from mtnrec.command.entry_point import entry_point
 from mtnrec.command.errors import find_input_error
-from mtnrec.command.job import (
-    is_rank_zero,
-    is_sweep_job,
-    job_command,
-    job_overrides,
-)
+from mtnrec.command.job import is_rank_zero, is_sweep_job, job_command, job_overrides
 from mtnrec.run.folder import lock_run_folder, recording_failure
 from mtnrec.sweep.subprocess_job import run_in_subprocess
 from mtnrec.tracking.loggers import closing_wandb_run
@@ -28,7 +23,7 @@ def main(cfg: DictConfig) -> float | None:
     """Train a model, test its best epoch once, and write ``result.json``.
 
     Returns:
-        The monitor's value at the best epoch, for searches; None where it is undefined.
+        Value of the monitor at the best epoch, for searches; None if undefined.
     """
     output_dir = Path(cfg.output_dir)
     if is_sweep_job() and cfg.trainer.devices != 1:

@@ -19,7 +19,7 @@ from mtnrec.data.noise import Noise
 from mtnrec.mtn.callback import MTN
 from mtnrec.schema import CategoricalField, Schema
 
-PARTS = ("data/loading", "data/aliexpress")  # of other files; no choices
+PARTS = ("data/loading", "data/aliexpress")  # parts of other files, not choices
 
 
 def choices(group):
@@ -155,7 +155,7 @@ def test_the_defaults_are_esmm_without_mtn_on_a_synthetic_log(compose_config):
         "model=esm",
     ],
 )
-def test_a_mistyped_key_dies_at_composition(override, compose_config):
+def test_a_mistyped_key_is_refused_at_composition(override, compose_config):
     with pytest.raises(ConfigCompositionException, match=re.escape(override.split("=")[0])):
         compose_config("logger=wandb", override)
 
@@ -170,7 +170,7 @@ def test_a_mistyped_key_dies_at_composition(override, compose_config):
         ("data._target_=mtnrec.nothing", "Error locating target 'mtnrec.nothing'"),
     ],
 )
-def test_what_hydra_says_of_a_value_is_one_message(override, message, compose_config):
+def test_an_error_of_hydra_about_a_value_is_one_message(override, message, compose_config):
     config = compose_config(override)
 
     with pytest.raises((InstantiationException, OmegaConfBaseException)) as error:
@@ -181,7 +181,7 @@ def test_what_hydra_says_of_a_value_is_one_message(override, message, compose_co
     assert "\n" not in str(known)
 
 
-def test_an_error_of_the_program_is_none_of_the_user():
+def test_a_program_error_is_not_an_input_error():
     assert find_input_error(IndexError("list index out of range")) is None
 
 

@@ -1,6 +1,6 @@
-"""Defaults stand in the constructors and in YAML, where users read them: they are equal.
+"""Defaults are equal in the constructors and in the YAML files.
 
-Those of the data sets and of noise: ``tests/data/test_defaults.py``.
+Those of data sets and noise: ``tests/data/test_defaults.py``.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from mtnrec.command.config import CONF_DIR
 from mtnrec.training.api import fit
 from mtnrec.training.module import MultiTaskModule
 
-# In `conf` MTN is off, so that a run has it if asked; a callback that one adds is on.
+# In `conf` MTN is off unless asked for; a callback that is added is on.
 DIFFERENT = {"mtn.enabled"}
 CHOICES = [
     (path.parent.name, path.stem)
@@ -25,7 +25,7 @@ CHOICES = [
 
 
 def constants(config):
-    """The keys whose value is no interpolation and not to be given."""
+    """Yield the keys whose value is neither interpolated nor missing."""
     for key in config:
         if not OmegaConf.is_interpolation(config, key) and not OmegaConf.is_missing(config, key):
             value = config[key]

@@ -377,8 +377,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_runs_no_code(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "one of data=NAME .* and table=FILE .* is needed"),
-        (["data=synthetic", "table=rows.csv"], "one of data=NAME"),
+        ([], "one of data and table must be given, got neither.*data=NAME .* or table=FILE"),
+        (["data=synthetic", "table=rows.csv"], "one of data and table must be given, got both"),
         (["table=rows.csv", "out=scores.csv"], "out must be a .parquet file, got scores.csv"),
         (["table=rows.csv", "batch_size=0"], "batch_size must be an integer >= 1, got 0"),
         (["table=rows.csv"], "table: rows.csv is missing"),

@@ -117,7 +117,7 @@ def test_the_quickstart_runs_on_any_launcher(plan):
     assert len(jobs) == 3 * 6 + (6 - 1) + 1  # the lambda grid has one of shared-bottom's runs
 
 
-def test_a_failing_run_does_not_end_a_sweep_and_names_the_command_that_repeats_it(train, tmp_path, capsys):
+def test_a_failing_run_does_not_end_a_sweep_and_its_command_is_printed(train, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2 of 4 runs"):
         train(*SWEEP, folder=tmp_path)
 
@@ -159,7 +159,7 @@ def test_the_same_sweep_again_runs_only_what_is_not_finished(train, tmp_path, ca
     assert len(records) == 2
     assert {path: path.stat().st_mtime_ns for path in records} == records
     assert len(list(tmp_path.rglob("result.json"))) == 3
-    assert "3 of 3 runs are finished, 2 of them from before" in capsys.readouterr().out
+    assert "3 of 3 runs are finished (2 from before)" in capsys.readouterr().out
 
 
 def test_missing_data_are_reported_before_the_first_run(train, tmp_path, capsys):

@@ -94,7 +94,7 @@ def test_the_end_is_estimated_while_something_is_left():
 
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"runs must be the folder of a sweep, got .* `python -m mtnrec.train -m"):
+    with pytest.raises(InputError, match=r"runs must be the folder of a sweep, got .*-m seed=0"):
         read_progress(tmp_path)
 
 

@@ -24,7 +24,7 @@ def call(monkeypatch, *arguments):
 
 
 def panels_of(node):
-    """Every panel of a specification, wherever it lies."""
+    """Yield every panel of a specification, at any depth."""
     if isinstance(node, dict):
         if "viewType" in node:
             yield node
@@ -72,7 +72,7 @@ def test_the_panels_name_only_what_a_run_logs(train):
     assert "proportion" in config["noise"]
 
 
-def test_offline_writes_the_specification_and_says_how_to_send_it(monkeypatch, tmp_path, capsys):
+def test_offline_writes_the_specification_and_prints_how_to_send_it(monkeypatch, tmp_path, capsys):
     call(monkeypatch, "offline=true", "kind=report", f"out={tmp_path / 'new' / 'spec.json'}")
 
     spec = json.loads((tmp_path / "new" / "spec.json").read_text())
@@ -87,22 +87,22 @@ def test_a_write_that_fails_leaves_nothing(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_wandb_does_not_take_is_kept_in_the_file(monkeypatch, tmp_path):
+def test_a_specification_that_wandb_refuses_is_kept_in_the_file(monkeypatch, tmp_path):
     refuse = mock.Mock(save=mock.Mock(side_effect=ConnectionError("no route")))
     monkeypatch.setattr(dashboard, "make_workspace", lambda *_: refuse)
     monkeypatch.setattr(dashboard, "specification", lambda _: {"panels": []})
 
-    with pytest.raises(SystemExit, match=r"did not take the workspace \(no route\).*wandb login"):
+    with pytest.raises(SystemExit, match=r"did not accept the workspace \(no route\).*wandb login"):
         call(monkeypatch, f"out={tmp_path / 'spec.json'}")
 
     assert json.loads((tmp_path / "spec.json").read_text()) == {"panels": []}
 
 
-def test_the_missing_extra_is_named_with_its_command(monkeypatch):
+def test_a_missing_extra_is_named_with_its_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
 
-    with pytest.raises(SystemExit, match=r"not installed: pip install 'mtnrec\[dashboard\]'"):
+    with pytest.raises(SystemExit, match=r"not installed\. .*pip install 'mtnrec\[dashboard\]'"):
         call(monkeypatch, "offline=true")
 
 

@@ -32,7 +32,7 @@ def labels(compose_config):
     return make
 
 
-def test_seed_and_what_means_nothing_leave_the_arm_as_it_is(labels):
+def test_seed_and_unused_settings_do_not_change_the_arm(labels):
     group = labels().group
 
     for override in ("seed=3", "mtn.lam=1", "noise.seed=4", "output_dir=other", "data.dir=there"):
@@ -42,14 +42,14 @@ def test_seed_and_what_means_nothing_leave_the_arm_as_it_is(labels):
 @pytest.mark.parametrize(
     "override", ["repeats=seed_split_noise", "noise.seed=${seed}", "data.split_seed=${seed}"]
 )
-def test_what_is_drawn_from_the_seed_leaves_the_arm_as_it_is(override, labels):
+def test_settings_drawn_from_the_seed_do_not_change_the_arm(override, labels):
     groups = {labels("noise.proportion=0.1", override, f"seed={n}").group for n in range(3)}
 
     assert len(groups) == 1
     assert groups != {labels("noise.proportion=0.1").group}
 
 
-def test_what_determines_a_result_makes_another_arm(labels):
+def test_settings_that_determine_the_result_change_the_arm(labels):
     overrides = ["mtn.enabled=true", "model=mmoe", "noise.proportion=0.1", "optimizer.lr=0.1"]
     groups = {labels(*override).group for override in [[], *([o] for o in overrides)]}
 
@@ -63,7 +63,7 @@ def test_a_data_set_may_be_called_by_a_number(labels):
     assert found.tags[0] == "5"
 
 
-def test_name_and_tags_say_model_data_mtn_and_noise(labels):
+def test_name_and_tags_contain_model_data_mtn_and_noise(labels):
     found = labels("model=mmoe", "mtn.enabled=true", "noise.proportion=0.15", "seed=7")
 
     assert found.group.startswith("synthetic mmoe mtn lam=1e-05 noise_0.15 ")
@@ -71,7 +71,7 @@ def test_name_and_tags_say_model_data_mtn_and_noise(labels):
     assert found.tags == ["synthetic", "mmoe", "mtn", "noise_0.15"]
 
 
-def test_a_name_of_ones_own_is_kept_and_tags_are_added(compose_config, tmp_path):
+def test_a_given_name_is_kept_and_tags_are_added(compose_config, tmp_path):
     config = compose_config(
         "logger=wandb", f"output_dir={tmp_path}", "logger.name=mine", "logger.tags=[pilot]"
     )
@@ -84,7 +84,7 @@ def test_a_name_of_ones_own_is_kept_and_tags_are_added(compose_config, tmp_path)
     assert logger._wandb_init["tags"] == ["pilot", "synthetic", "esmm", "baseline", "clean"]
 
 
-def test_tables_lay_the_record_out(tmp_path):
+def test_tables_hold_the_values_of_the_record(tmp_path):
     (tmp_path / "spectra").mkdir()
     np.savez(tmp_path / "spectra" / "epoch_001.npz", **{"layer_0/task": np.array([3.0, 1.0])})
     record = {
@@ -130,7 +130,7 @@ def test_a_record_without_history_and_curves_has_its_metrics_only(tmp_path):
 
 
 def read_wandb(path):
-    """The records of an offline run: LevelDB's log format, after a header of 7 bytes."""
+    """Yield the records of an offline run: LevelDB's log format, after a header of 7 bytes."""
     content, position, parts = path.read_bytes(), 7, []
     while position + 7 <= len(content):
         if (left := 32768 - position % 32768) < 7:  # too short for a header: the block is padded
@@ -139,7 +139,7 @@ def read_wandb(path):
         _, length, kind = struct.unpack_from("<IHB", content, position)
         parts.append(content[position + 7 : position + 7 + length])
         position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
+        if kind in (1, 4):  # a complete record, or the last part of one
             yield Record.FromString(b"".join(parts))
             parts.clear()
 
@@ -149,7 +149,7 @@ def values_of(items):
 
 
 def read_wandb_run(path):
-    """Its config, history, summary, axis of each metric, run and exit code."""
+    """Return config, history, summary, axis of each metric, run and exit code."""
     history, axes, kept = {}, {}, {"config": {}, "summary": {}}
     for record in read_wandb(path):
         for part in ("config", "summary"):
@@ -164,7 +164,7 @@ def read_wandb_run(path):
     return SimpleNamespace(**kept, history=history, axes=axes)
 
 
-def test_each_job_of_a_sweep_is_an_offline_run_of_wandb_of_its_own(train):
+def test_each_job_of_a_sweep_is_a_separate_offline_run_of_wandb(train):
     sweep = train(*LOG, "hydra.mode=MULTIRUN", "seed=0,1", "logger=wandb", "logger.offline=true")
 
     groups, names = set(), set()
@@ -201,7 +201,7 @@ def test_each_job_of_a_sweep_is_an_offline_run_of_wandb_of_its_own(train):
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_is_the_same_run_of_wandb(train, tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_same_run_of_wandb(train, tmp_path, monkeypatch):
     run = [*LOG, "logger=wandb", "logger.offline=true"]
     with monkeypatch.context() as patch:
         patch.setattr(RunRecorder, "on_test_start", lambda *_: 1 // 0)
@@ -218,7 +218,7 @@ def test_a_run_that_goes_on_is_the_same_run_of_wandb(train, tmp_path, monkeypatc
 
 @pytest.fixture
 def wandb_at(monkeypatch):
-    """Sends runs to a server; W&B's own process keeps that, so it is a new one before and after."""
+    """Sends runs to a server; W&B's process keeps the address, so it restarts before and after."""
 
     def send(url):
         monkeypatch.setenv("WANDB_BASE_URL", url)
@@ -243,7 +243,7 @@ def test_a_server_that_does_not_answer_does_not_end_the_run(train, tmp_path, wan
 
 
 class WandbServer(BaseHTTPRequestHandler):
-    """Takes a run, and is gone when the first values come."""
+    """Accepts a run, and stops when the first values arrive."""
 
     answers = MappingProxyType(
         {
@@ -298,7 +298,7 @@ def test_a_server_that_goes_away_does_not_end_the_run(train, tmp_path, wandb_at)
     assert len(read_wandb_run(path).history["val/cvr_auc"]) == 2
 
 
-def test_tables_that_the_server_does_not_take_do_not_end_the_run(train, tmp_path, monkeypatch):
+def test_tables_that_the_server_refuses_do_not_end_the_run(train, tmp_path, monkeypatch):
     def refuse(*_):
         raise wandb.errors.CommError("gone")
 

@@ -1,4 +1,4 @@
-"""Compose the config of a run from Python: choices, keys or objects for each group."""
+"""Compose the config of a run from Python: choices, keys or objects per group."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -18,9 +18,9 @@ def compose_run(groups: Mapping[str, Any], keys: Mapping[str, Any]) -> DictConfi
     """Compose the config of ``conf/train.yaml`` as the command line does.
 
     Args:
-        groups: For each group of the config what :func:`group_config` takes; a group that is left
-            out has its default choice.
-        keys: Values of keys that are in no group.
+        groups: Value of each group, as in :func:`group_config`; an omitted group has its default
+            choice.
+        keys: Values of keys outside the groups.
     """
     root = cast(DictConfig, OmegaConf.load(CONF_DIR / "train.yaml"))
     found = {}
@@ -38,14 +38,14 @@ def group_config(group: str, value: Any, default: str) -> DictConfig:
     """Return the config of a group.
 
     Args:
-        group: For example ``model``.
-        value: The name of a choice (``"mmoe"``), keys that differ from the default choice
-            (``{"lr": 0.01}``; with ``_target_`` all keys), or an object or a partial call as
-            :func:`describe_call` takes it.
-        default: The default choice.
+        group: Name of the group, for example ``model``.
+        value: Name of a choice (``"mmoe"``), keys that replace those of the default choice
+            (``{"lr": 0.01}``; with ``_target_``, all keys), or an object or partial call as in
+            :func:`describe_call`.
+        default: Name of the default choice.
 
     Raises:
-        InputError: If there is no such choice or key.
+        InputError: If the choice or a key does not exist.
     """
     if isinstance(value, str):
         choices = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
@@ -58,29 +58,29 @@ def group_config(group: str, value: Any, default: str) -> DictConfig:
     base = _load(group, default)
     if unknown := sorted(set(value) - set(base)):
         raise InputError(
-            f"{group} must have keys of its choice {default}, got {', '.join(unknown)}. Choose of "
-            f"{', '.join(str(key) for key in base if not str(key).startswith('_'))}"
+            f"{group} must have keys of its choice {default}, got {', '.join(unknown)}. Choose "
+            f"from {', '.join(str(key) for key in base if not str(key).startswith('_'))}."
         )
     return cast(DictConfig, OmegaConf.merge(base, dict(value)))
 
 
 def describe_call(name: str, value: Any) -> dict[str, Any]:
-    """Return the config that builds an object again: ``_target_`` and the arguments.
+    """Return the config that rebuilds an object: ``_target_`` and the arguments.
 
     Args:
-        name: Of the argument, for messages.
-        value: A class, a ``functools.partial`` of one with keywords alone, or an object that keeps
-            each argument of its constructor under the argument's name.
+        name: Name of the argument, for messages.
+        value: A class, a ``functools.partial`` of one with keywords only, or an object that stores
+            each constructor argument under its name.
 
     Raises:
-        InputError: If the arguments cannot be found, or one of them cannot be written to a config.
+        InputError: If the arguments cannot be found or written to a config.
 
     >>> describe_call("optimizer", partial(int, base=2))
     {'_target_': 'builtins.int', '_partial_': True, 'base': 2}
     """
     if isinstance(value, partial):
         if value.args:
-            raise InputError(f"{name} must be a partial call with keywords alone, got {value}")
+            raise InputError(f"{name} must be a partial call with keywords only, got {value}")
         return describe_config(name, value.func, {"_partial_": True, **value.keywords})
     if inspect.isclass(value):
         return describe_config(name, value, {"_partial_": True})
@@ -103,9 +103,9 @@ def _arguments(name: str, value: Any) -> dict[str, Any]:
     parameters = inspect.signature(type(value)).parameters
     if lacking := [key for key in parameters if not hasattr(value, key)]:
         raise InputError(
-            f"{name} must be an object that keeps the arguments of its constructor, and a "
-            f"{type(value).__name__} lacks {', '.join(lacking)}. Pass the class, or "
-            "functools.partial of it with keywords"
+            f"{name} must be an object that stores the arguments of its constructor, got a "
+            f"{type(value).__name__}, which lacks {', '.join(lacking)}. Pass the class, or "
+            "functools.partial of it with keywords."
         )
     return {key: getattr(value, key) for key in parameters}
 
@@ -121,11 +121,11 @@ def _plain(name: str, value: Any) -> Any:
         return describe_call(name, value)
     if hasattr(value, "__fspath__"):
         return str(value)
-    raise InputError(f"{name} must be a number, a text, a list or a partial call, got {value!r}")
+    raise InputError(f"{name} must be a number, a string, a list or a partial call, got {value!r}")
 
 
 def _public_path(target: Callable[..., Any]) -> str:
-    """Return the shortest path under which other packages export a class."""
+    """Return the import path of a class; for other packages, the shortest that exports it."""
     module, name = target.__module__, target.__qualname__
     parts = module.split(".")
     if parts[0] == _PACKAGE:

@@ -1,4 +1,4 @@
-"""Commands: a function of the composed config, run by Hydra."""
+"""Commands: functions of the composed config, run by Hydra."""
 
 import logging
 import sys
@@ -17,14 +17,14 @@ from mtnrec.command.job import is_rank_zero, is_sweep_job, owns_screen
 
 _logger = logging.getLogger(__name__)
 
-_INTERRUPTED = 130  # what shells make of Ctrl-C
+_INTERRUPTED = 130  # exit status of shells after Ctrl-C
 
 
 def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """Make a command of a function of the composed config ``conf/<name>.yaml``.
+    """Turn a function of the composed config ``conf/<name>.yaml`` into a command.
 
-    What the user got wrong ends the command with one message and exit status 1. In a sweep every
-    error is the job's own: it is logged, and raised for the sweeper.
+    An input error ends the command with one message and exit status 1. In a sweep every error is
+    logged and raised for the sweeper.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -53,23 +53,23 @@ def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
 
 
 def silence_libraries() -> None:
-    """Silence warnings and messages of libraries that do not apply here; changes global filters."""
-    # Lightning asks for worker processes; batches are gathered by one index, in this process.
+    """Silence library warnings and messages that do not apply here; changes global filters."""
+    # Lightning suggests worker processes; here one index gathers a batch, in this process.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     # Lightning 2.6 on torch 2.13; https://github.com/Lightning-AI/pytorch-lightning/issues/21326
     warnings.filterwarnings(
         "ignore", message=".*isinstance.treespec, LeafSpec", category=FutureWarning
     )
-    # Of a folder that is gone on in, or whose run is replaced.
+    # A folder whose run is resumed or replaced.
     warnings.filterwarnings("ignore", message=".*exists and is not empty")
-    # Of DDP, about the gradient of a layer with one output.
+    # DDP, about the gradient of a layer with one output.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # Which keeps the buckets of the gradients: see trainer=ddp.
+    # Set on purpose, to keep the gradient buckets: see trainer=ddp.
     warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified in DDP")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    for talkative in ("fontTools", "onnx_ir", "onnxscript"):  # of every font, of every constant
-        logging.getLogger(talkative).setLevel(logging.WARNING)
-    # Warns of torchvision, which no model here needs.
+    for verbose in ("fontTools", "onnx_ir", "onnxscript"):  # log every font, every constant
+        logging.getLogger(verbose).setLevel(logging.WARNING)
+    # Warns about torchvision, which no model here needs.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
@@ -79,6 +79,6 @@ def _quiet() -> None:
         get_console().quiet = True
         logging.captureWarnings(capture=True)
         root = logging.getLogger()
-        root.handlers = [one for one in root.handlers if not isinstance(one, RichHandler)]
-    if not is_rank_zero():  # the first says the same; an error is raised all the same
+        root.handlers = [found for found in root.handlers if not isinstance(found, RichHandler)]
+    if not is_rank_zero():  # rank 0 logs the same; errors are still raised
         logging.getLogger().handlers = [logging.NullHandler()]

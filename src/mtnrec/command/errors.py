@@ -1,4 +1,4 @@
-"""Errors that the user can put right."""
+"""Errors that the user can fix."""
 
 from hydra.errors import InstantiationException
 from omegaconf.errors import OmegaConfBaseException
@@ -7,9 +7,9 @@ from mtnrec.checks import InputError
 
 
 def find_input_error(error: BaseException) -> InputError | None:
-    """Return what the user got wrong, if an error is of that kind.
+    """Return the input error behind an error, if there is one.
 
-    Hydra wraps it. What it, Lightning or torch say of a value of the config is of that kind too.
+    Hydra wraps input errors. Errors of Hydra, Lightning or torch about a config value count too.
     """
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, InputError):
         error = error.__cause__

@@ -1,4 +1,4 @@
-"""The job that this process runs: its overrides, its command line, its screen."""
+"""Job of this process: overrides, command line and screen."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,38 +9,38 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 
 def is_sweep_job() -> bool:
-    """Say whether Hydra's multirun started this run."""
+    """Return whether Hydra's multirun started this run."""
     return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def owns_screen() -> bool:
-    """Say whether this process is the only one that draws on the screen."""
+    """Return whether this process is the only one that draws on the screen."""
     alone = not is_sweep_job() or draws_on_screen(HydraConfig.get().launcher._target_)
     return alone and is_rank_zero()
 
 
 def is_rank_zero() -> bool:
-    """Say whether this process is the one that writes and speaks, of those that share a run."""
-    # Lightning sets the rank when it is imported; a command that does without it has one process.
+    """Return whether this process is rank 0 of its run."""
+    # Lightning sets the rank on import; a command that does not import it has one process.
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def draws_on_screen(launcher: str) -> bool:
-    """Say whether a launcher's runs draw on the screen, one after the other."""
+    """Return whether the runs of a launcher draw on the screen, one after the other."""
     return launcher.endswith(".BasicLauncher")
 
 
 def job_overrides() -> list[str]:
-    """Return what the job's config overrides, of the keys that are not Hydra's own."""
+    """Return the config overrides of the job, without those of Hydra's keys."""
     return list(HydraConfig.get().overrides.task)
 
 
 def job_command(output_dir: Path) -> list[str]:
-    """Return the command that makes this run, by itself and in the same folder."""
+    """Return the command that repeats this run alone, in the same folder."""
     return train_command(output_dir, job_overrides())
 
 
 def train_command(folder: Path, overrides: Sequence[str]) -> list[str]:
-    """Return the command that makes a run of these overrides, by itself and in its folder."""
+    """Return the command of one run with these overrides, in its folder."""
     place = ["hydra.mode=RUN", f"hydra.run.dir={folder}"]
     return ["python", "-m", "mtnrec.train", *place, *overrides]

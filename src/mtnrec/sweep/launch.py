@@ -200,7 +200,7 @@ def _close(jobs: Sequence[Job], pending: Sequence[Job]) -> None:
     console = get_console()
     finished = sum(state is State.FINISHED for _, state in states)
     before = len(jobs) - len(pending)
-    console.print(f"{finished} of {len(jobs)} runs are finished, {before} of them from before")
+    console.print(f"{finished} of {len(jobs)} runs are finished ({before} from before)")
     for job, state in states:
         if state is State.FAILED:
             failure = read_json(job.folder / FAILURE_FILE) or {}

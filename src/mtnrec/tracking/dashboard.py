@@ -1,4 +1,4 @@
-"""The W&B workspace or report of a project: its panels, section by section."""
+"""W&B workspace or report of a project: its panels by section."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -8,11 +8,11 @@ from mtnrec.checks import InputError
 from mtnrec.metric.catalogue import layer_key, metric_key
 
 LAYER = "[0-9]+"
-TABLES = ("metrics", "alphas", "spectra", "calibration")  # of mtnrec.tracking.loggers
+TABLES = ("metrics", "alphas", "spectra", "calibration")  # logged by mtnrec.tracking.loggers
 
 
 def make_workspace(entity: str, project: str, experiment: str | None, tasks: Sequence[str]) -> Any:
-    """Return a ``wandb_workspaces`` workspace; an arm's runs are grouped."""
+    """Return a ``wandb_workspaces`` workspace with runs grouped by arm."""
     ws, expr = _load("workspaces"), _load("expr")
     sections = [
         ws.Section(name=name, panels=panels, is_open=True)
@@ -35,7 +35,7 @@ def make_report(entity: str, project: str, experiment: str | None, tasks: Sequen
     wr = _load("reports.v2")
     blocks = []
     for name, panels in make_sections(tasks).items():
-        # Of the report's own project; one that is named is looked up, which needs a network.
+        # The default project is the report's; naming one would look it up over the network.
         runs = wr.Runset(filters=_filters(experiment), groupby=["group"])
         blocks += [wr.H2(name), wr.PanelGrid(runsets=[runs], panels=panels)]
     return wr.Report(
@@ -44,11 +44,11 @@ def make_report(entity: str, project: str, experiment: str | None, tasks: Sequen
 
 
 def make_sections(tasks: Sequence[str]) -> dict[str, list[Any]]:
-    """Return the panels of each figure."""
+    """Return the panels of each section."""
     wr = _load("reports.v2")
     aucs = [metric_key("test", task, "auc") for task in tasks]
 
-    def against(key: str, *, log_x: bool = False) -> list[Any]:
+    def scatter(key: str, *, log_x: bool = False) -> list[Any]:
         x = wr.Config(key)
         return [
             wr.ScatterPlot(title=auc, x=x, y=wr.SummaryMetric(auc), log_x=log_x) for auc in aucs
@@ -57,7 +57,7 @@ def make_sections(tasks: Sequence[str]) -> dict[str, list[Any]]:
     def by_epoch(*names: str) -> list[Any]:
         return [wr.LinePlot(title=name, x="epoch", y=[name]) for name in names]
 
-    def of_layers(name: str) -> Any:
+    def per_layer(name: str) -> Any:
         return wr.LinePlot(
             title=name, x="epoch", metric_regex=layer_key(LAYER, f"{name}(_[a-z]+)?")
         )
@@ -73,18 +73,18 @@ def make_sections(tasks: Sequence[str]) -> dict[str, list[Any]]:
             )
             for auc in aucs
         ],
-        "Noise": against("noise.proportion"),
-        "Lambda": against("mtn.lam", log_x=True),
+        "Noise": scatter("noise.proportion"),
+        "Lambda": scatter("mtn.lam", log_x=True),
         "Training": by_epoch("train/loss", *(metric_key("val", task, "auc") for task in tasks)),
         "Penalty": by_epoch("mtn/norm", "mtn/penalty", "mtn/loss_share", "mtn/zero_gradient_share"),
-        "Alphas": [of_layers("alpha")],
-        "Spectra": [of_layers("effective_rank"), of_layers("norm"), of_layers("distance")],
+        "Alphas": [per_layer("alpha")],
+        "Spectra": [per_layer("effective_rank"), per_layer("norm"), per_layer("distance")],
         "Tables": [wr.WeavePanelSummaryTable(table_name=f"tables/{name}") for name in TABLES],
     }
 
 
 def specification(view: Any) -> dict[str, Any]:
-    """Return what W&B is sent of a workspace or report, ready for JSON."""
+    """Return the JSON-ready specification of a workspace or report that W&B receives."""
     return view._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
@@ -104,6 +104,6 @@ def _load(name: str) -> Any:
         return import_module(f"wandb_workspaces.{name}")
     except ImportError as error:
         raise InputError(
-            "the dashboard needs wandb-workspaces, which is not installed: "
-            "pip install 'mtnrec[dashboard]'"
+            "the dashboard needs wandb-workspaces, which is not installed. Install it with "
+            "`pip install 'mtnrec[dashboard]'`."
         ) from error

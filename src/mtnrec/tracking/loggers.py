@@ -1,6 +1,6 @@
-"""What W&B and TensorBoard are told of a run: who it is when it starts, what came of it at the end.
+"""W&B and TensorBoard: the identity of a run when it starts, its results when it ends.
 
-Runs that differ in their seed alone are an *arm*: they share W&B's group.
+Runs that differ only in their seed are an *arm* and share a W&B group.
 """
 
 import logging
@@ -25,12 +25,12 @@ _logger = logging.getLogger(__name__)
 
 
 def make_logger(node: DictConfig, identity: RunIdentity) -> Logger:
-    """Build the logger, and name, group and tag its run where the config leaves that open.
+    """Build the logger, with a name, group and tags for the run where the config has none.
 
     Args:
-        node: ``cfg.logger``; ``name`` and ``group`` are filled if they are null, tags are added,
-            and W&B's ``resume`` is null where the run is to start anew.
-        identity: Of the run; its name, its group (the arm) and its tags are taken.
+        node: ``cfg.logger``; null ``name`` and ``group`` are filled in, tags are added, and W&B's
+            ``resume`` is set to null if the run must restart.
+        identity: Identity of the run, which has the name, the group (its arm) and the tags.
     """
     labels = {"name": identity.name, "group": identity.group}
     filled: dict[str, Any] = {k: v for k, v in labels.items() if k in node and node[k] is None}
@@ -48,9 +48,9 @@ def _experiment() -> list[str]:
 
 @contextmanager
 def closing_wandb_run() -> Iterator[None]:
-    """Close the W&B run that the block opens, as a failed one if the block raises.
+    """Close the W&B run that the block opens, as failed if the block raises.
 
-    Lightning leaves the run open, and the next job of a sweep would go on in it.
+    Lightning leaves the run open, and the next job of a sweep would continue it.
     """
     try:
         yield
@@ -61,42 +61,42 @@ def closing_wandb_run() -> Iterator[None]:
 
 
 def _finish(*, exit_code: int) -> None:
-    wandb = sys.modules.get("wandb")  # a run that logs elsewhere does not import it
+    wandb = sys.modules.get("wandb")  # not imported if the run logs elsewhere
     if wandb is not None and wandb.run is not None:
         wandb.finish(exit_code=exit_code)
 
 
 def describe_run(loggers: Iterable[Logger], identity: RunIdentity) -> None:
-    """Tell each logger the settings, before the training starts."""
+    """Log the settings to each logger before training starts."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            _begin(logger)
-            # Nested: W&B shows, filters and groups by `mtn.lam` all the same.
+            _start(logger)
+            # Nested: W&B still shows, filters and groups by `mtn.lam`.
             logger.log_hyperparams(identity.shown_settings)
             logger.experiment.define_metric("epoch")
             for part in ("train", "val", "mtn"):
                 logger.experiment.define_metric(f"{part}/*", step_metric="epoch")
         elif isinstance(logger, TensorBoardLogger):
-            # Its HParams page takes the settings with the results; this is for hparams.yaml.
+            # For hparams.yaml; the HParams page gets the settings in `report_run`.
             logger.hparams = dict(flatten(identity.shown_settings))
         else:
             logger.log_hyperparams(dict(identity.config))
 
 
-def _begin(logger: WandbLogger) -> None:
-    """Begin the run of W&B; it is an offline one where the server does not answer."""
+def _start(logger: WandbLogger) -> None:
+    """Start the W&B run, offline if the server does not answer."""
     import wandb
 
     try:
         _ = logger.experiment
     except wandb.errors.CommError as error:
         _logger.warning(
-            "W&B does not answer (%s): the run is written to %s/wandb alone, and `wandb sync` "
-            "sends it later",
+            "W&B does not answer (%s). The run is written to %s/wandb only; send it later with "
+            "`wandb sync`.",
             error,
             logger.save_dir,
         )
-        wandb.teardown()  # its service still holds the run
+        wandb.teardown()  # ends its service, which still holds the run
         os.environ["WANDB_MODE"] = "offline"
         try:
             _ = logger.experiment
@@ -105,13 +105,13 @@ def _begin(logger: WandbLogger) -> None:
 
 
 def report_run(loggers: Iterable[Logger], record: RunRecord) -> None:
-    """Give W&B and TensorBoard what came out; for the global rank zero.
+    """Log the results to W&B and TensorBoard, on rank 0.
 
-    Where W&B does not answer it lacks the tables.
+    If W&B does not answer, its run has no tables.
 
     Args:
-        loggers: The trainer's.
-        record: Of the run.
+        loggers: Loggers of the trainer.
+        record: Record of the run.
     """
     metrics = {
         name: value
@@ -129,7 +129,7 @@ def report_run(loggers: Iterable[Logger], record: RunRecord) -> None:
 
 
 def _report_to_wandb(logger: WandbLogger, record: RunRecord, metrics: Mapping[str, float]) -> None:
-    # They take a second each, which a run that logs elsewhere need not wait.
+    # Each takes a second to import, which runs that log elsewhere save.
     import wandb
 
     from mtnrec.reporting.figure.catalogue import drawn_figures
@@ -137,21 +137,21 @@ def _report_to_wandb(logger: WandbLogger, record: RunRecord, metrics: Mapping[st
 
     run = logger.experiment
     for name in _names(record):
-        if name.count("/") > 1:  # which the * of define_metric does not match
+        if name.count("/") > 1:  # not matched by the * of define_metric
             run.define_metric(name, step_metric="epoch")
     folder = Path(record.config["output_dir"])
     figures = (found for found in drawn_figures(read_runs(folder)) if found[2] is not None)
     run.log({f"figures/{kind}": wandb.Image(figure) for kind, _, figure in figures})
-    # Of the best epoch: W&B's own are of the last.
+    # Of the best epoch; those of W&B are of the last.
     run.summary.update({"best_epoch": record.best_epoch, **metrics})
     tables = {
         f"tables/{name}": wandb.Table(columns=columns, data=rows)
         for name, (columns, rows) in record_tables(record).items()
     }
     try:
-        run.log(tables)  # asks the server
+        run.log(tables)  # contacts the server
     except wandb.errors.Error as error:
-        _logger.warning("W&B does not answer (%s): its run has no tables", error)
+        _logger.warning("W&B does not answer (%s). Its run has no tables.", error)
 
 
 def _names(record: RunRecord) -> list[str]:

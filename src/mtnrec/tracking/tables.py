@@ -13,9 +13,9 @@ Table = tuple[list[Any], list[Any]]  # columns, rows
 
 
 def record_tables(record: RunRecord) -> dict[str, Table]:
-    """Lay out what the record has: ``metrics``, and ``alphas``, ``spectra``, ``calibration``, ….
+    """Return the non-empty tables: ``metrics``, ``alphas``, ``spectra``, ``calibration``, ….
 
-    Spectra are those of the best epoch, from the run's folder.
+    Spectra are those of the best epoch, from the run folder.
     """
     best = f"epoch_{record.best_epoch:03d}.npz"
     tables = {
