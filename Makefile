@@ -33,7 +33,7 @@ test: $(STAMP)  ## Run the test suite
 test-all: $(STAMP)  ## Run the test suite including the slow tests
 	$(BIN)/python -m pytest $(PARALLEL) -m ''
 
-test-versions: $(STAMP)  ## Run it with the oldest, pinned and newest versions: 20 GB in .versions
+test-versions: $(STAMP)  ## Run the test suite with the oldest, pinned and newest versions: 20 GB in .versions
 	$(BIN)/python tests/stress/versions.py
 
 docs: $(STAMP)  ## Build the documentation, warnings as errors: docs/_build/html
