@@ -24,7 +24,7 @@ class RunRecord:
     """Record of a run; training writes it and everything else reads it.
 
     Args:
-        cell: :attr:`~mtnrec.run.identity.RunIdentity.id` of the run.
+        cell: Hash of the run, :attr:`~mtnrec.run.identity.RunIdentity.id`.
         seed: Seed of the run.
         config: Resolved config.
         versions: Versions by package.
