@@ -17,7 +17,7 @@ def test_a_preparation_reports_rows_and_positives(prepare, write_aliexpress, tmp
 
 
 def test_a_preparation_without_raw_files_names_the_needed_ones(prepare, tmp_path):
-    with pytest.raises(SystemExit, match=r"^mtnrec: data\.raw_dir is not given: .*tianchi"):
+    with pytest.raises(SystemExit, match=r"^mtnrec: data\.raw_dir is not given\. .*tianchi"):
         prepare("data=aliexpress_nl")
 
     assert list(tmp_path.iterdir()) == []

@@ -407,7 +407,7 @@ def test_the_same_file_twice_is_refused(raw_dir, prepared, tmp_path):
     (folder / "copy").mkdir()
     (folder / "copy" / COMMON).write_bytes(b"")
 
-    with pytest.raises(InputError, match=f"hold {COMMON} 2 times: .*copy.*; leave one"):
+    with pytest.raises(InputError, match=f"hold {COMMON} 2 times: .*copy.*. Delete all but one"):
         prepared(folder)
 
 
@@ -445,12 +445,12 @@ def damaged_archive(raw_dir, folder, damage):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("truncated", "is truncated or damaged .*fetch"),
+        ("truncated", "is truncated or damaged .*Download"),
         ("without its checksum", "is truncated or damaged"),
         ("another checksum", "is truncated or damaged .*CRC"),
         ("no archive", "is truncated or damaged"),
-        ("lacks", "lacks common_features_train.csv: fetch"),
-        ("extra", "holds 'notes.txt', which is not expected: expected common_features_train.csv"),
+        ("lacks", "lacks common_features_train.csv. Download"),
+        ("extra", "must hold common_features_train.csv, .* once each, got 'notes.txt'. Download"),
         ("climbs", "holds '../evil.csv', whose path climbs out of the folder"),
     ],
 )
@@ -540,7 +540,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
-    with pytest.raises(InputError, match=r"become about .*\(1\.0 kB are free there\): free some"):
+    with pytest.raises(InputError, match=r"become about .*\(1\.0 kB are free there\)\. Free some"):
         prepared(raw_dir)
 
 

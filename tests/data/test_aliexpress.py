@@ -181,13 +181,13 @@ CHANGES = {
     ),
     "a column is unknown": (
         lambda text: text.replace("conversion", "conversion,weight", 1),
-        r"train\.csv has an unknown column 'weight': remove it",
+        r"train\.csv has an unknown column 'weight'\. Delete it",
     ),
     "a column comes twice": (
         lambda text: text.replace("conversion", "conversion,click", 1),
         r"train\.csv names the column 'click' twice",
     ),
-    "the file is empty": (lambda text: "", r"train\.csv is empty: fetch"),
+    "the file is empty": (lambda text: "", r"train\.csv is empty\. Download"),
     "there is only a header": (
         lambda text: text[: text.index("\n") + 1],
         r"train\.csv has a header and no rows",
@@ -331,7 +331,7 @@ def test_a_folder_that_does_not_exist_is_refused(directory, tmp_path):
 
 
 def test_without_raw_dir_the_remedy_is_named(directory):
-    message = r"data\.raw_dir is not given: .*`data\.raw_dir=DIR`.*tianchi\.aliyun\.com"
+    message = r"data\.raw_dir is not given\. .*`data\.raw_dir=DIR`.*tianchi\.aliyun\.com"
     with pytest.raises(InputError, match=message):
         make(directory, None).prepare()
 
@@ -492,7 +492,7 @@ RAW_DEFECTS = [
     ("nl_item_train", 9, 48, "-1", r"the label must be .*, got -1"),
     ("nl_item_train", 9, 1, "inf", "numerical_24 must be finite, got inf"),
     ("nl_item_train", 9, 18, "0.5", "column 'categorical_10': expected an integer, got '0.5'"),
-    ("nl_item_test", 9, 48, "1,0", r"expected 49 values \(the row is cut or malformed\), got 50"),
+    ("nl_item_test", 9, 48, "1,0", r"expected 49 values \(the row is truncated .*\), got 50"),
 ]
 
 
@@ -505,7 +505,9 @@ def test_a_bad_raw_row_is_refused_with_its_line_or_skipped(
     rows[line - 1][column] = cell
     path.write_text("".join(",".join(row) + "\n" for row in rows))
 
-    with pytest.raises(InputError, match=f"{path}, line {line}: {message} .data.on_error=skip"):
+    with pytest.raises(
+        InputError, match=rf"{path}, line {line}: {message}\. Set data.on_error=skip"
+    ):
         make(directory, forms["csv"]).prepare()
     assert list(directory.parent.iterdir()) == []
 
@@ -525,7 +527,7 @@ def test_a_bad_raw_row_is_refused_with_its_line_or_skipped(
     [
         ("truncated", "is truncated or damaged"),
         ("corrupt", "is truncated or damaged"),
-        ("extra", "which is not expected"),
+        ("extra", "once each, got 'notes.txt'"),
         ("climbs", "whose path climbs out of the folder"),
         ("lacks", "lacks nl_"),
     ],
@@ -588,7 +590,7 @@ def test_an_encrypted_zip_is_refused(forms, directory):
     data[central + 8] |= 1
     path.write_bytes(data)
 
-    with pytest.raises(InputError, match="is encrypted: unpack it yourself"):
+    with pytest.raises(InputError, match=r"is encrypted\. Unpack it yourself"):
         make(directory, forms["zips"]).prepare()
 
 

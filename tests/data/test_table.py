@@ -410,9 +410,9 @@ def test_other_spellings_of_a_csv_file_are_the_same_table(prepared, change):
 
 
 BAD_ROWS = [
-    ("a,1.5", r"line 9: expected 3 values \(the row is cut or malformed\), got 2"),
-    ("a,1.5,1,", r"line 9: expected 3 values \(the row is cut or malformed\), got 4"),
-    ("", r"line 9: expected 3 values \(the row is cut or malformed\), got 0"),
+    ("a,1.5", r"line 9: expected 3 values \(the row is truncated or malformed\), got 2"),
+    ("a,1.5,1,", r"line 9: expected 3 values \(the row is truncated or malformed\), got 4"),
+    ("", r"line 9: expected 3 values \(the row is truncated or malformed\), got 0"),
     ("a,1.5,2", r"line 9, column 'click': a label must be 0 or 1 \(or false, true\), got '2'"),
     ("a,1.5,1.0", "line 9, column 'click': a label must be 0 or 1 .* got '1.0'"),
     ("a,1.5,", "line 9, column 'click': a label must be 0 or 1 .* got nothing"),
@@ -434,7 +434,7 @@ def test_a_bad_row_is_refused_and_leaves_nothing(
     text = text_with(9, row).replace("b,", '"b",' if quoted else "b,")
     path = write(text, tmp_path / "rows.csv")
 
-    with pytest.raises(InputError, match=f"{path}, {message}.*data.on_error=skip skips and counts"):
+    with pytest.raises(InputError, match=f"{path}, {message}.*Set data.on_error=skip to skip"):
         table(directory, path, **ONE_LABEL, numerical=["price"], fill=None).prepare()
 
     assert list(directory.parent.iterdir()) == []
@@ -467,7 +467,7 @@ def test_bad_rows_are_skipped_and_counted_on_demand(
         BAD_ROWS
     )
     assert (
-        f"{paths[source_key]}, line 2: expected 3 values (the row is cut or malformed), got 2"
+        f"{paths[source_key]}, line 2: expected 3 values (the row is truncated or malformed), got 2"
         in "\n".join(caplog.messages)
     )
 
@@ -527,9 +527,9 @@ def test_rows_of_parquet_are_named_by_file_and_row(directory, tmp_path, frame):
 
 WRONG = "city,price,click\na,1.5,1\nb,2.5,0\n"
 BAD_TABLES = {
-    "twice": ("city,city,click\na,b,1\n", {}, "rows.csv names the column 'city' twice: rename one"),
-    "no name": (",city,click\n0,a,1\n", {}, "rows.csv: column 1 has no name. Name or remove it"),
-    "empty": ("", {}, "rows.csv is empty: fetch or make it again"),
+    "twice": ("city,city,click\na,b,1\n", {}, "rows.csv names the column 'city' twice. Rename one"),
+    "no name": (",city,click\n0,a,1\n", {}, "rows.csv: column 1 has no name. Name or delete it"),
+    "empty": ("", {}, "rows.csv is empty. Download it again, or regenerate"),
     "no rows": ("city,click\n", {}, "rows.csv has no rows"),
     "no label": (
         WRONG,
@@ -605,7 +605,7 @@ def test_a_column_of_lists_is_refused_unless_it_is_left_out(directory, tmp_path)
     content = pl.DataFrame({"tags": [[1], [2, 3]] * 10, "x": range(20), "click": [0, 1] * 10})
     content.write_parquet(tmp_path / "rows.parquet")
 
-    with pytest.raises(InputError, match=r"column 'tags' is of type List\(Int64\): leave it out"):
+    with pytest.raises(InputError, match=r"column 'tags' is of type List\(Int64\)\. Leave it out"):
         table(directory, tmp_path / "rows.parquet", **ONE_LABEL).prepare()
     table(directory, tmp_path / "rows.parquet", **ONE_LABEL, exclude=["tags"]).prepare()
 

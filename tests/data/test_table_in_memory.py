@@ -376,7 +376,7 @@ BAD_FRAMES = {
     ),
     "objects": (
         pl.DataFrame({"x": [object()], "click": [0]}),
-        "the frame of data.train: the column 'x' is of type Binary: leave it out",
+        "the frame of data.train: the column 'x' is of type Binary. Leave it out",
     ),
     "a column": (pl.Series("click", [0, 1]), "cannot be read as Arrow data .*non-struct type"),
     "intervals": (
@@ -385,11 +385,11 @@ BAD_FRAMES = {
     ),
     "lists": (
         pl.DataFrame({"x": [[1], [2]], "click": [0, 1]}),
-        r"the frame of data.train: the column 'x' is of type List\(Int64\): leave it out",
+        r"the frame of data.train: the column 'x' is of type List\(Int64\)\. Leave it out",
     ),
     "bytes": (
         pl.DataFrame({"x": [b"a", b"b"], "click": [0, 1]}),
-        r"the frame of data.train: the column 'x' is of type Binary: leave it out",
+        r"the frame of data.train: the column 'x' is of type Binary. Leave it out",
     ),
     "no label": (
         pl.DataFrame({"x": [1, 2]}),

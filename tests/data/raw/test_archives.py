@@ -77,7 +77,7 @@ def test_a_line_without_an_end_is_refused_before_it_is_whole(monkeypatch):
     monkeypatch.setattr(blocks, "_LONGEST_LINE", 100)
     stream = io.BytesIO(LINES + b"x" * 1000)
 
-    with pytest.raises(InputError, match=r"log.csv, line 51: longer than 100 bytes; this is no"):
+    with pytest.raises(InputError, match=r"log.csv, line 51: longer than 100 bytes, so this"):
         list(read_blocks(stream, "log.csv"))
     assert stream.tell() <= len(LINES) + 100 + 2 * 40
 
@@ -123,14 +123,14 @@ def test_members_that_share_their_bytes_are_refused():
 def test_links_and_pipes_in_an_archive_are_refused(kind, tar):
     path = tar(member("a.csv", kind, "/etc/passwd"))
 
-    with pytest.raises(InputError, match=r"holds a.csv, which is no plain file"):
+    with pytest.raises(InputError, match=r"holds a.csv, which is not a plain file"):
         read_archive(path)
 
 
 def test_a_file_of_holes_in_an_archive_is_refused(tar):
     path = tar(member("a.csv", **{"GNU.sparse.size": "999999999999", "GNU.sparse.map": "0,0"}))
 
-    with pytest.raises(InputError, match=r"holds a.csv, which is no plain file"):
+    with pytest.raises(InputError, match=r"holds a.csv, which is not a plain file"):
         read_archive(path)
 
 
@@ -194,7 +194,7 @@ def test_more_bad_rows_than_a_log_has_end_the_skipping(monkeypatch):
     for line in (1, 2, 3):
         bad_rows.add(f"log.csv, line {line}", "must be 0", "1")
 
-    with pytest.raises(InputError, match=r"line 4: must be 0, got 1; 3 rows were skipped before"):
+    with pytest.raises(InputError, match=r"line 4: must be 0, got 1, after 3 skipped rows"):
         bad_rows.add("log.csv, line 4", "must be 0", "1")
 
 

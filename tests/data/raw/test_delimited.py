@@ -111,15 +111,15 @@ def test_line_ends_of_other_systems_and_a_missing_last_one_are_read(path, change
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty: fetch or make it again"),
-        ("\n" + HEADER + GOOD, "starts with an empty line: a header is expected"),
-        (HEADER, "has a header and no rows: the file is not whole"),
-        (HEADER[:-1], "has a header and no rows: the file is not whole"),
+        ("", r"is empty\. Download it again, or regenerate"),
+        ("\n" + HEADER + GOOD, "must start with a header, got an empty line"),
+        (HEADER, r"has a header but no rows\. Download it again, or regenerate"),
+        (HEADER[:-1], r"has a header but no rows\. Download it again, or regenerate"),
         (GOOD, "lacks the column 'shop', 'price', 'click'; its header has '0', '0.0'"),
         ("shop,click\n1,0\n", "lacks the column 'price'; its header has 'shop', 'click'"),
-        ("shop,price,click,size\n1,2,0,1\n", "has an unknown column 'size': remove it"),
-        ("shop,price,click,\n1,2,0,1\n", "has an unknown column '': remove it"),
-        ("shop,price,click,shop\n1,2,0,1\n", "names the column 'shop' twice"),
+        ("shop,price,click,size\n1,2,0,1\n", r"has an unknown column 'size'\. Delete it"),
+        ("shop,price,click,\n1,2,0,1\n", r"has an unknown column ''\. Delete it"),
+        ("shop,price,click,shop\n1,2,0,1\n", r"names the column 'shop' twice\. Delete one"),
         ("\ufeff" + HEADER + GOOD, r"lacks the column 'shop'; its header has '\\ufeffshop'"),
         (HEADER.replace(",", ";") + GOOD, "lacks the column .*; its header has 'shop;price;click'"),
     ],
@@ -152,7 +152,7 @@ def test_a_bad_cell_beyond_the_first_chunk_is_named(path, column, kind, cell):
     row = {"shop": "1", "price": "0.5", "click": "1"} | {column: cell}
     text = HEADER + GOOD + ",".join(row.values()) + "\n" + GOOD
 
-    message = f"{path}, line 12: column '{column}': expected an? {kind}, got {cell!r} "
+    message = rf"{path}, line 12: column '{column}': expected an? {kind}, got {cell!r}\. Set"
     with pytest.raises(InputError, match=message):
         read(path, text)
 
@@ -167,7 +167,8 @@ def test_a_row_of_another_length_is_named(path, row, values, before, after):
     text = HEADER + "1,0.5,1\n" * before + row + "\n" + "1,0.5,1\n" * after
 
     message = (
-        f"{path}, line {2 + before}: expected 3 values .the row is cut or malformed., got {values} "
+        f"{path}, line {2 + before}: expected 3 values .the row is truncated or malformed., "
+        rf"got {values}\. Set data.on_error=skip"
     )
     with pytest.raises(InputError, match=message):
         read(path, text)
@@ -191,12 +192,12 @@ def test_the_bad_cell_is_named_although_others_before_it_look_odd(path):
 
 def test_a_block_of_zero_bytes_is_refused(path):
     # What an interrupted download may leave; longer than the csv module takes a cell to be.
-    with pytest.raises(InputError, match=r"line 12: expected 3 values .*, got 1 "):
+    with pytest.raises(InputError, match=r"line 12: expected 3 values .*, got 1\."):
         read(path, (HEADER + GOOD).encode() + bytes(200_000))
 
 
 def test_a_long_bad_cell_is_shortened(path):
-    with pytest.raises(InputError, match=r"column 'price': expected a number, got 'x{40}' "):
+    with pytest.raises(InputError, match=r"column 'price': expected a number, got 'x{40}'\."):
         read(path, HEADER + f"1,{'x' * 1000},1\n")
 
 
@@ -217,7 +218,7 @@ def test_the_first_row_that_breaks_a_rule_is_named():
     rows = Rows("train.csv", np.array([100, 101, 103, 104]), pl.DataFrame())
     bad, values = np.array([False, False, True, True]), np.array([0, 1, 7, 8])
 
-    with pytest.raises(InputError, match=r"^train\.csv, line 103: clicks must be 0 or 1, got 7 "):
+    with pytest.raises(InputError, match=r"^train\.csv, line 103: clicks must be 0 or 1, got 7\."):
         rows.refuse(bad, "clicks must be 0 or 1", values, BadRows("refuse"))
 
 

@@ -1,4 +1,4 @@
-"""Archives, read as streams: nothing is unpacked to the disk."""
+"""Archives read as streams, without unpacking them to disk."""
 
 import math
 import tarfile
@@ -14,12 +14,12 @@ from mtnrec.data.raw.progress import ReadProgress
 
 _LONGEST_HEADERS = 1 << 20  # bytes between two members of a tar archive
 _MOST_MEMBERS = 1000
-_IGNORED = ("__MACOSX",)  # the folder that archivers add
+_IGNORED = ("__MACOSX",)  # a folder that macOS adds
 
 
 @contextmanager
 def open_plain(path: Path, meter: ReadProgress) -> Iterator[IO[bytes] | BoundedStream]:
-    """Open a file that may be compressed by gzip (its name says so)."""
+    """Open a file, and decompress it if its name ends in ``.gz``."""
     with meter.open(path) as file:
         yield inflated(file, path) if path.suffix.lower() == ".gz" else file
 
@@ -28,22 +28,22 @@ def open_plain(path: Path, meter: ReadProgress) -> Iterator[IO[bytes] | BoundedS
 def open_zip(
     file: IO[bytes], source: str, members: Sequence[str]
 ) -> Iterator[Callable[[str], IO[bytes]]]:
-    """Open a zip archive that holds these members, in any folder, and no others.
+    """Open a zip archive that must hold exactly these members, in any folder.
 
     Yields:
         A function that opens a member by its name.
 
     Raises:
-        InputError: If it is damaged, has other members, or inflates absurdly.
+        InputError: If it is damaged, has other members, or inflates to an absurd size.
     """
     with refuse_damage(source):
         archive = zipfile.ZipFile(file)
         infos = [info for info in archive.infolist() if not info.is_dir()]
-        # A truncated archive of archives ends with the directory of one of them.
+        # A truncated archive of archives ends with the directory of an inner one.
         if infos and min(info.header_offset for info in archive.infolist()) > 0:
             raise zipfile.BadZipFile("it does not begin with a member")
         found = _check_members(source, [info.filename for info in infos], members)
-        # An archive in an archive does not get smaller; its directory is held in memory.
+        # An archive in an archive does not compress; its directory is held in memory.
         ratio = 2 if members[0].endswith(".zip") else LARGEST_RATIO
         if sum(info.file_size for info in infos) > max(READ_BYTES, ratio * archive.start_dir):
             raise zipfile.BadZipFile(f"it inflates to more than {ratio} times its size")
@@ -59,20 +59,20 @@ def open_zip(
 def read_tar(
     path: Path, members: Sequence[str], meter: ReadProgress
 ) -> Iterator[tuple[str, IO[bytes]]]:
-    """Read the members of a ``.tar.gz`` in the order asked for, as streams.
+    """Read the members of a ``.tar.gz`` as streams, in the requested order.
 
-    An archive can only be read from its start to its end: where it holds them in another order, it
-    is read once more.
+    A tar archive can only be read from start to end; if its order differs, it is read again.
 
     Raises:
-        InputError: If it is damaged, has other members, links say, or inflates absurdly.
+        InputError: If it is damaged, has other members (for example links), or inflates to an
+            absurd size.
     """
     waiting = list(members)
     while waiting:
         names = []
         with meter.open(path) as file, refuse_damage(str(path)):
             plain = inflated(file, path)
-            # What stands between members is held in memory.
+            # tarfile holds the bytes between members in memory.
             refusal = f"{path} has absurdly long headers"
             headers = BoundedStream(cast(IO[bytes], plain), _LONGEST_HEADERS, refusal)
             with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r|") as archive:
@@ -83,7 +83,7 @@ def read_tar(
                         yield waiting.pop(0), stream
                     while stream.read(READ_BYTES):
                         pass
-            while plain.read(READ_BYTES):  # to the end, where the checksum is
+            while plain.read(READ_BYTES):  # the checksum is at the end
                 pass
         _check_members(str(path), names, members)
 
@@ -91,7 +91,7 @@ def read_tar(
 def _plain_members(
     path: Path, archive: tarfile.TarFile, headers: BoundedStream
 ) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of an archive that are no folders; refuse links, pipes and the like."""
+    """Yield the members of an archive except folders; refuse links, pipes and the like."""
     for _ in range(_MOST_MEMBERS):
         headers.left = _LONGEST_HEADERS
         if (info := archive.next()) is None:
@@ -100,22 +100,24 @@ def _plain_members(
         _check_path(str(path), info.name)
         if not info.isdir():
             if not info.isreg() or info.issparse():
-                raise InputError(f"{path} holds {info.name}, which is no plain file")
+                raise InputError(
+                    f"{path} holds {info.name}, which is not a plain file. Download it again."
+                )
             yield info
-    raise InputError(f"{path} holds more than {_MOST_MEMBERS} files: fetch it again")
+    raise InputError(f"{path} holds more than {_MOST_MEMBERS} files. Download it again.")
 
 
 def _check_path(source: str, name: str) -> None:
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in name.partition("/")[0]:
         raise InputError(
-            f"{source} holds {name!r}, whose path climbs out of the folder: this archive is not "
-            "what it should be; fetch it again"
+            f"{source} holds {name!r}, whose path climbs out of the folder: the archive is "
+            "corrupt or malicious. Download it again."
         )
 
 
 def _check_members(source: str, names: list[str], expected: Sequence[str]) -> dict[str, int]:
-    """Return the place of each expected member; refuse missing and extra ones."""
+    """Return the position of each expected member; refuse missing and extra ones."""
     places: dict[str, int] = {}
     for place, name in enumerate(names):
         _check_path(source, name)
@@ -124,11 +126,12 @@ def _check_members(source: str, names: list[str], expected: Sequence[str]) -> di
             continue
         member = path.name.lower()
         if member not in expected or member in places:
-            times = "twice" if member in places else "which is not expected"
+            times = " twice" if member in places else ""
             raise InputError(
-                f"{source} holds {name!r}, {times}: expected {', '.join(expected)} once each"
+                f"{source} must hold {', '.join(expected)} once each, got {name!r}{times}. "
+                "Download it again."
             )
         places[member] = place
     if missing := [name for name in expected if name not in places]:
-        raise InputError(f"{source} lacks {', '.join(missing)}: fetch it again")
+        raise InputError(f"{source} lacks {', '.join(missing)}. Download it again.")
     return places

@@ -1,17 +1,17 @@
-"""Rows that break the format."""
+"""Rows that break the format: refused, or skipped and counted."""
 
 import logging
 from collections import Counter
 
 from mtnrec.checks import InputError
 
-_MOST_SKIPPED = 1_000_000  # to find a bad row takes up to 0.3 ms
+_MOST_SKIPPED = 1_000_000  # finding a bad row takes up to 0.3 ms
 
 _logger = logging.getLogger(__name__)
 
 
 class BadRows:
-    """What becomes of rows that break the format: the first is refused, or all are counted.
+    """Policy for rows that break the format: refuse the first, or skip and count all.
 
     Args:
         on_error: ``refuse`` or ``skip``.
@@ -26,26 +26,26 @@ class BadRows:
 
     @property
     def count(self) -> int:
-        """Rows that were skipped."""
+        """Number of skipped rows."""
         return self._counts.total()
 
     def add(self, where: str, rule: str, found: str) -> None:
         """Refuse a row, or count it.
 
         Raises:
-            InputError: Unless such rows are skipped; if there are too many for a log with defects.
+            InputError: If rows are refused, or too many were skipped for a genuine log.
         """
         message = f"{where}: {rule}, got {found}"
         if not self._skip:
-            raise InputError(f"{message} (data.on_error=skip skips and counts such rows)")
+            raise InputError(f"{message}. Set data.on_error=skip to skip and count such rows.")
         if self.count == _MOST_SKIPPED:
             raise InputError(
-                f"{message}; {_MOST_SKIPPED:,} rows were skipped before: fetch the file again"
+                f"{message}, after {_MOST_SKIPPED:,} skipped rows. Download the file again."
             )
         self._counts[rule] += 1
         self._first.setdefault(rule, message)
 
     def warn(self) -> None:
-        """Log how many rows broke each rule, and the first of them."""
+        """Log per rule how many rows broke it, and the first of them."""
         for rule, count in self._counts.items():
             _logger.warning("skipped %d rows; the first: %s", count, self._first[rule])

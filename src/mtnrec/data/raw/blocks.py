@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from mtnrec.checks import InputError
 from mtnrec.data.raw.limits import BoundedStream, refuse_damage
 
-BLOCK_BYTES = 1 << 23  # smaller ones cost more in calls than they save in fresh pages
+BLOCK_BYTES = 1 << 23  # smaller blocks cost more in calls than they save in page faults
 _LONGEST_LINE = 1 << 26
 _CACHED_BYTES = 1 << 16
 _NEWLINE = ord("\n")
@@ -24,11 +24,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Block:
-    """Whole lines of a raw file, each with its line end.
+    """Whole lines of a raw file, including their line ends.
 
     Args:
-        source: The file, for messages.
-        first_line: Number of the first line, from 1.
+        source: Name of the file, for messages.
+        first_line: Number of the first line, counted from 1.
         data: The lines.
     """
 
@@ -45,7 +45,7 @@ def count_lines(data: bytes) -> int:
 
 
 def read_blocks(stream: IO[bytes] | BoundedStream, source: str) -> Iterator[Block]:
-    """Cut a stream into blocks of whole lines, of about ``BLOCK_BYTES`` each.
+    """Split a stream into blocks of whole lines, of about ``BLOCK_BYTES`` each.
 
     Raises:
         InputError: If the stream is empty, its archive is damaged, or a line is absurdly long.
@@ -63,21 +63,21 @@ def read_blocks(stream: IO[bytes] | BoundedStream, source: str) -> Iterator[Bloc
                 rest += chunk
             if len(rest) > _LONGEST_LINE:
                 raise InputError(
-                    f"{source}, line {line}: longer than {decimal(_LONGEST_LINE)}; this is no text "
-                    "file of lines"
+                    f"{source}, line {line}: longer than {decimal(_LONGEST_LINE)}, so this is not "
+                    "a text file. Download it again, or regenerate it."
                 )
     if rest:
         yield Block(source, line, rest + b"\n")
     elif line == 1:
-        raise InputError(f"{source} is empty: fetch or make it again")
+        raise InputError(f"{source} is empty. Download it again, or regenerate it.")
 
 
 def map_in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[tuple[Item, Result]]:
-    """Apply ``function`` in other threads, at most ``ahead`` items in advance; order is kept.
+    """Apply ``function`` in a pool's threads, in order, at most ``ahead`` items in advance.
 
-    A thread of its own makes the items, so that reading waits for nothing.
+    A separate thread produces the items, so that reading never waits.
     """
     running: deque[tuple[Item, Future[Result]]] = deque()
     with closing(_made_in_advance(iter(items))) as made:

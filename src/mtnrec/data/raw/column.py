@@ -1,6 +1,6 @@
-"""One column of a table: what it holds, and its cells as texts, numbers, labels and times.
+"""One column of a table: its kind, and its cells as texts, numbers, labels and times.
 
-In every column here a missing cell is null; what cannot be read becomes null too.
+A missing cell is null, and a cell that cannot be parsed becomes null.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import polars as pl
 MOST_CATEGORIES = 100
 _BLOCK = 4096
 _INTEGER = r"^(?:0|-?[1-9][0-9]*)$"
-_CODE = r"^0[0-9]"  # a zip code say
+_CODE = r"^0[0-9]"  # a zip code, for example
 _DATE = r"^\d{4}-\d{2}-\d{2}(?:[T ]|$)"
 _LABELS = {"0": 0, "false": 0, "1": 1, "true": 1}
 _TYPES = {"integer": pl.Int64, "number": pl.Float64}
@@ -21,22 +21,22 @@ Floats = npt.NDArray[np.float64]
 
 
 def transformed(values: Floats, fill: Any, shift: Any, scale: Any) -> Floats:
-    """Return the numbers that are stored: NaN becomes ``fill``, then ``(value - shift) / scale``.
+    """Return the stored numbers: NaN becomes ``fill``, then ``(value - shift) / scale``.
 
     Args:
         values: ``(n,)``, or ``(n, N)`` with ``fill``, ``shift`` and ``scale`` for each column.
-        fill: Numbers; NaN leaves missing cells missing.
-        shift: Numbers.
-        scale: Numbers.
+        fill: Replaces NaN; NaN keeps missing cells missing.
+        shift: Subtracted.
+        scale: Divisor.
     """
     return (np.where(np.isnan(values), fill, values) - shift) / scale
 
 
 class Profile:
-    """What the cells of a column have in common, chunk by chunk.
+    """Kind and distinct values of a column, updated chunk by chunk.
 
-    A text counts as an integer or a number if it is written as one is (``007`` is neither), and as
-    a date if it starts with ``YYYY-MM-DD``.
+    A text is an integer or a number if it is written as one (``007`` is neither), and a date if it
+    starts with ``YYYY-MM-DD``.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Profile:
         self._empty = True
 
     def update(self, column: pl.Series) -> None:
-        """Look at a chunk."""
+        """Add a chunk."""
         present = column.drop_nulls()
         if not len(present):
             return
@@ -92,7 +92,7 @@ def _kinds(present: pl.Series, candidates: set[str]) -> set[str]:
 
 
 def to_text(column: pl.Series) -> pl.Series:
-    """Write each cell as text; equal integers are equal texts, from text, float or integer.
+    """Convert each cell to text; equal integers give equal texts, be they text, float or integer.
 
     >>> to_text(pl.Series([1.0, 2.5, None])).to_list()
     ['1', '2.5', None]
@@ -107,18 +107,18 @@ def to_text(column: pl.Series) -> pl.Series:
 
 
 def to_numbers(column: pl.Series) -> pl.Series:
-    """Read each cell as a float64; NaN stays NaN.
+    """Parse each cell as float64; NaN stays NaN.
 
     >>> to_numbers(pl.Series(["1e3", ".5", "many", None])).to_list()
     [1000.0, 0.5, None, None]
     """
-    if column.dtype.is_temporal():  # polars would give its days or microseconds
+    if column.dtype.is_temporal():  # polars would return days or microseconds
         return pl.repeat(None, len(column), dtype=pl.Float64, eager=True)
     return column.cast(pl.Float64, strict=False)
 
 
 def to_labels(column: pl.Series) -> pl.Series:
-    """Read 0, 1, true and false, whatever their case.
+    """Parse 0, 1, true and false, ignoring case.
 
     >>> to_labels(pl.Series(["1", "False", "yes", None])).to_list()
     [1, 0, None, None]
@@ -128,7 +128,7 @@ def to_labels(column: pl.Series) -> pl.Series:
 
 
 def to_times(column: pl.Series, kind: str) -> pl.Series:
-    """Read integers, numbers or dates as numbers in the same order; dates in microseconds.
+    """Convert integers, numbers or dates to numbers in the same order; dates to microseconds.
 
     >>> days = pl.Series(["1970-01-01", "1970-01-01 00:00:01.5", "1970-01-02T00:00:00Z"])
     >>> to_times(days, "date").to_list()
@@ -147,10 +147,10 @@ def to_times(column: pl.Series, kind: str) -> pl.Series:
 
 
 class Moments:
-    """Mean and standard deviation of columns, in float64; a missing cell (NaN) is at the mean.
+    """Mean and standard deviation of columns, in float64; a missing cell (NaN) counts as the mean.
 
-    Rows are summed in blocks of a fixed length, so that the bits of the result do not depend on how
-    a file is cut into chunks.
+    Rows are summed in blocks of a fixed length, so that the result is the same to the bit however
+    a file is split into chunks.
     """
 
     def __init__(self, columns: int) -> None:
@@ -169,20 +169,20 @@ class Moments:
         self._rest = rows[whole:]
 
     def finish(self) -> None:
-        """Add the rows of the last block."""
+        """Add the remaining rows."""
         self._add(self._rest)
         self._rest = self._rest[:0]
 
     @property
     def scale(self) -> Floats:
-        """Standard deviation, 1 for a column that is constant but for rounding."""
+        """Standard deviation; 1 for a column that is constant up to rounding."""
         variance = self._squares / max(self._rows, 1)
         epsilon = np.finfo(np.float64).eps
         rounding = (self._rows * self.mean * epsilon) ** 2 + self._rows * variance * epsilon
         return np.where(variance <= rounding, 1.0, np.sqrt(variance))
 
     def _add(self, block: Floats) -> None:
-        # The update of a mean and a sum of squares by a block's: Chan, Golub and LeVeque (1983).
+        # Update of mean and sum of squares by those of a block: Chan, Golub and LeVeque (1983).
         present = ~np.isnan(block)
         count = present.sum(axis=0)
         mean = np.where(present, block, 0).sum(axis=0) / count.clip(min=1)

@@ -12,7 +12,7 @@ from mtnrec.checks import InputError, find_duplicates, format_names
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block
 
-# As zlib's, gzip's and zstd's streams begin, and no number: polars would inflate what follows.
+# First bytes of zlib, gzip and zstd streams, but of no number: polars would inflate the block.
 _MAGIC = (b"x", b"\x1f", b"(")
 
 Types = Mapping[str, pl.DataType | type[pl.DataType]]
@@ -20,10 +20,10 @@ Types = Mapping[str, pl.DataType | type[pl.DataType]]
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a file.
+    """Rows of a file, with their line numbers.
 
     Args:
-        source: The file, for messages.
+        source: Name of the file, for messages.
         lines: Line number of each row, ``(rows,)``.
         frame: The rows.
     """
@@ -42,9 +42,9 @@ class Rows:
         """Hand the rows that break a rule to ``bad_rows``.
 
         Args:
-            bad: Which rows do, ``(rows,)``.
-            rule: What must hold.
-            values: What is there instead, one entry a row.
+            bad: Mask of the rows that break it, ``(rows,)``.
+            rule: The rule, for messages.
+            values: Value found in each row.
             bad_rows: Refuses or counts them.
         """
         for row in np.flatnonzero(bad):
@@ -54,21 +54,21 @@ class Rows:
 def read_delimited(
     blocks: Iterable[Block], types: Types, bad_rows: BadRows, *, has_header: bool
 ) -> Iterator[Rows]:
-    """Parse a csv file: commas, no quotes, no missing cells.
+    """Parse a csv file that has commas, no quotes and no missing cells.
 
     Args:
-        blocks: The file.
+        blocks: Lines of the file.
         types: Integer or float type of each column.
-        bad_rows: What becomes of a row that is cut, too long, or holds something that is not of its
-            column's type.
-        has_header: Whether the first line names the columns, in any order; if not, they are those
-            of ``types``.
+        bad_rows: Refuses or counts rows that are truncated, too long, or hold a value that is not
+            of its column's type.
+        has_header: Whether the first line names the columns, in any order; without a header they
+            are those of ``types``.
 
     Yields:
         The rows of each block, columns in the order of ``types``.
 
     Raises:
-        InputError: If there is no row, or the header lacks a column or has one more.
+        InputError: If there are no rows, or the header lacks, repeats or adds a column.
     """
     header = list(types)
     is_empty = True
@@ -91,12 +91,12 @@ def read_delimited(
             frame = pl.concat([f for _, f in parts]) if parts else pl.DataFrame(schema=dict(types))
             yield Rows(source, lines, frame.select(list(types)))
     if is_empty:
-        raise InputError(f"{source} has a header and no rows: the file is not whole")
+        raise InputError(f"{source} has a header but no rows. Download it again, or regenerate it.")
 
 
 def _check_header(source: str, first: str, types: Types) -> list[str]:
     if not first:
-        raise InputError(f"{source} starts with an empty line: a header is expected")
+        raise InputError(f"{source} must start with a header, got an empty line. Delete that line.")
     header = first.split(",")
     if missing := [name for name in types if name not in header]:
         raise InputError(
@@ -104,16 +104,16 @@ def _check_header(source: str, first: str, types: Types) -> list[str]:
             f"{format_names(header)}"
         )
     if unknown := [name for name in header if name not in types]:
-        raise InputError(f"{source} has an unknown column {format_names(unknown)}: remove it")
+        raise InputError(f"{source} has an unknown column {format_names(unknown)}. Delete it.")
     if twice := find_duplicates(header):
-        raise InputError(f"{source} names the column {format_names(twice)} twice")
+        raise InputError(f"{source} names the column {format_names(twice)} twice. Delete one.")
     return header
 
 
 def _parse(
     source: str, line: int, data: bytes, types: Types, bad_rows: BadRows
 ) -> Iterator[tuple[int, pl.DataFrame]]:
-    """Parse lines; where that fails, halve them until the bad ones stand alone."""
+    """Parse lines; if that fails, bisect them until each bad line stands alone."""
     count = data.count(b"\n")
     frame = _parse_whole(data, count, types)
     if frame is not None:
@@ -141,13 +141,13 @@ def _parse_whole(data: bytes, count: int, types: Types) -> pl.DataFrame | None:
 
 
 def _explain(data: bytes, types: Types) -> tuple[str, str]:
-    """Return the rule that a line breaks, and what is there instead."""
+    """Return the rule that a line breaks, and the value found."""
     text = data.decode(errors="replace").rstrip("\r\n")
     cells = text.split(",") if text else []
     if len(cells) != len(types):
-        return f"expected {len(types)} values (the row is cut or malformed)", str(len(cells))
+        return f"expected {len(types)} values (the row is truncated or malformed)", str(len(cells))
     for (name, dtype), cell in zip(types.items(), cells, strict=True):
-        # The reader skips blanks before a number, a cast does not.
+        # The reader skips leading blanks, a cast does not.
         if pl.Series([cell.lstrip(" \t")]).cast(dtype, strict=False).null_count():
             kind = "an integer" if dtype.is_integer() else "a number"
             return f"column {name!r}: expected {kind}", repr(cell[:40])

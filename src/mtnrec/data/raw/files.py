@@ -1,4 +1,4 @@
-"""Raw files: finding them, and estimating what they become."""
+"""Raw files: finding them, and estimating their prepared size."""
 
 import gzip
 import shutil
@@ -12,23 +12,23 @@ from rich.filesize import decimal
 from mtnrec.checks import InputError
 from mtnrec.data.raw.limits import READ_BYTES, refuse_damage
 
-_DEEPEST = 3  # folders below raw_dir that are searched
-_ZIP_RATIO = 4  # of text in a zip within a zip; only to estimate
+_DEEPEST = 3  # levels of folders searched below raw_dir
+_ZIP_RATIO = 4  # assumed for a zip within a zip
 
 
 def require_raw_dir(raw_dir: str | Path | None, origin: str) -> Path:
     """Return the folder of the raw files.
 
     Args:
-        raw_dir: As the user gave it.
-        origin: Where the files come from.
+        raw_dir: Value of ``data.raw_dir``.
+        origin: Where to download the files, for the message.
 
     Raises:
-        InputError: If it is not given.
+        InputError: If ``raw_dir`` is None.
     """
     if raw_dir is None:
         raise InputError(
-            "data.raw_dir is not given: name the folder of the raw files, "
+            "data.raw_dir is not given. Set it to the folder of the raw files, "
             f"`data.raw_dir=DIR`. {origin}"
         )
     return Path(raw_dir)
@@ -38,7 +38,7 @@ def list_files(raw_dir: Path) -> dict[str, list[Path]]:
     """Return the files in a folder and three levels below it, by lower-case name.
 
     Raises:
-        InputError: If there is no such folder.
+        InputError: If the folder does not exist.
     """
     if not raw_dir.is_dir():
         raise InputError(f"data.raw_dir must be a folder with the raw files, got {raw_dir}")
@@ -54,19 +54,19 @@ def find_one(files: dict[str, list[Path]], names: Sequence[str]) -> Path | None:
     """Return the one file that has one of these names, or None.
 
     Raises:
-        InputError: If there are several.
+        InputError: If several files do.
     """
     found = [path for name in names for path in files.get(name, [])]
     if len(found) > 1:
         raise InputError(
             f"{found[0].parent} and below hold {' or '.join(names)} {len(found)} times: "
-            f"{', '.join(map(str, found))}; leave one, or name its own folder in data.raw_dir"
+            f"{', '.join(map(str, found))}. Delete all but one, or set data.raw_dir to its folder."
         )
     return found[0] if found else None
 
 
 def text_bytes(path: Path) -> int:
-    """Estimate how much text a raw file holds: what its first mebibyte of text is compressed to."""
+    """Estimate the bytes of text in a raw file; of gzip, from its first mebibyte of text."""
     size = path.stat().st_size
     with refuse_damage(str(path)):
         if path.suffix.lower() == ".zip":
@@ -84,15 +84,15 @@ def text_bytes(path: Path) -> int:
 
 
 def check_disk_space(sources: Sequence[Path], directory: Path, prepared_share: float) -> None:
-    """Say what is read and about how much is written, before hours of work.
+    """Print the raw and estimated prepared size, and check the disk, before hours of work.
 
     Args:
         sources: The raw files.
-        directory: The prepared data set.
-        prepared_share: Prepared bytes for each byte of text.
+        directory: Folder of the prepared data set.
+        prepared_share: Prepared bytes per byte of text.
 
     Raises:
-        InputError: If the disk of ``directory`` has less room than that.
+        InputError: If the disk of ``directory`` has less free space.
     """
     existing = next(path for path in directory.resolve().parents if path.is_dir())
     free = shutil.disk_usage(existing).free
@@ -101,7 +101,7 @@ def check_disk_space(sources: Sequence[Path], directory: Path, prepared_share: f
     summary = f"about {decimal(needed)} in {directory} ({decimal(free)} are free there)"
     if needed > free:
         raise InputError(
-            f"{size} of raw files become {summary}: free some space, or choose another data.dir"
+            f"{size} of raw files become {summary}. Free some space, or choose another data.dir."
         )
     get_console().print(
         f"{size} of raw files become {summary}", markup=False, highlight=False, soft_wrap=True

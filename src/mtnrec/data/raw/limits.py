@@ -1,4 +1,4 @@
-"""Limits on what raw files claim of themselves, and the messages for damaged ones."""
+"""Limits on the sizes that raw files claim, and error messages for damaged files."""
 
 import gzip
 import lzma
@@ -14,39 +14,38 @@ from typing import IO, cast
 from mtnrec.checks import InputError
 
 READ_BYTES = 1 << 20
-LARGEST_RATIO = 200  # of bytes to those that they are compressed to; a log has about 10
+LARGEST_RATIO = 200  # of uncompressed to compressed bytes; a log has about 10
 
 
 @contextmanager
 def refuse_damage(source: str) -> Iterator[None]:
-    """Say of a file or an archive that cannot be read that it is damaged."""
+    """Turn an error from reading a damaged file or archive into one that names it."""
+    remedy = "Download it again, or regenerate it."
     try:
         yield
     except InputError:
         raise
     except RuntimeError as error:
         if "password" not in str(error):
-            raise InputError(f"{source} is damaged ({error}): fetch or make it again") from error
-        raise InputError(f"{source} is encrypted: unpack it yourself") from error
-    # The modules for archives raise any of these on bytes that no archiver wrote.
+            raise InputError(f"{source} is damaged ({error}). {remedy}") from error
+        raise InputError(f"{source} is encrypted. Unpack it yourself.") from error
+    # The archive modules raise any of these on malformed bytes.
     except (
         *(EOFError, ValueError, LookupError, OverflowError, struct.error, gzip.BadGzipFile),
         *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
     ) as error:
-        raise InputError(
-            f"{source} is truncated or damaged ({error}): fetch or make it again"
-        ) from error
+        raise InputError(f"{source} is truncated or damaged ({error}). {remedy}") from error
     except OSError as error:
-        raise InputError(f"{source} cannot be read ({error}): fetch or make it again") from error
+        raise InputError(f"{source} cannot be read ({error}). {remedy}") from error
 
 
 class BoundedStream:
-    """A stream that is refused beyond a number of bytes.
+    """A stream that raises an error beyond a number of bytes.
 
     Args:
-        stream: What is read.
-        left: How many bytes may still come; may be set anew.
-        refusal: What is said of more.
+        stream: The stream to read.
+        left: Bytes that may still be read; may be reset.
+        refusal: First part of the error message.
     """
 
     def __init__(self, stream: IO[bytes], left: float, refusal: str) -> None:
@@ -58,19 +57,17 @@ class BoundedStream:
         """Read up to ``size`` bytes.
 
         Raises:
-            InputError: If they are too many.
+            InputError: If the stream exceeds its limit.
         """
         chunk = self._stream.read(size)
         self.left -= len(chunk)
         if self.left < 0:
-            raise InputError(
-                f"{self._refusal}: this archive is not what it should be; fetch it again"
-            )
+            raise InputError(f"{self._refusal}: it is corrupt or malicious. Download it again.")
         return chunk
 
 
 def inflated(file: IO[bytes], path: Path) -> BoundedStream:
-    """Return the content of a gzip file, which may be ``LARGEST_RATIO`` times as long."""
+    """Decompress a gzip file as a stream of at most ``LARGEST_RATIO`` times its size."""
     most = max(READ_BYTES, LARGEST_RATIO * path.stat().st_size)
     stream = cast(IO[bytes], gzip.GzipFile(fileobj=file))
     return BoundedStream(

@@ -20,7 +20,7 @@ from mtnrec.data.raw.limits import READ_BYTES, refuse_damage
 
 
 class ReadProgress:
-    """A progress bar of the bytes that are read from raw files, with rows and the time left."""
+    """Progress bar of the bytes read from raw files, with row count and time left."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -42,13 +42,13 @@ class ReadProgress:
 
     @contextmanager
     def open(self, path: Path) -> Iterator[IO[bytes]]:
-        """Open a file whose bytes count."""
+        """Open a file and show the progress of reading it."""
         self._rows = 0
         self._task = self._progress.add_task(path.name, total=path.stat().st_size, rows=0)
         with refuse_damage(str(path)):
             raw = path.open("rb", buffering=0)
         with raw as file:
-            # Buffered here, since the bar moves at each read.
+            # Buffered here, since each read updates the bar.
             metered = cast(io.RawIOBase, self._progress.wrap_file(file, task_id=self._task))
             yield io.BufferedReader(metered, READ_BYTES)
         self._progress.update(self._task, completed=path.stat().st_size)
@@ -58,7 +58,7 @@ class ReadProgress:
         self._progress.console.print(what, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, rows: int) -> None:
-        """Count rows of the file that is open."""
+        """Add to the row count of the open file."""
         self._rows += rows
         if self._task is not None:
             self._progress.update(self._task, rows=self._rows)

@@ -1,7 +1,7 @@
-"""Read tables of any columns: csv, csv.gz, Parquet, folders of Parquet parts, and frames in memory.
+"""Read tables with any columns: csv, csv.gz, Parquet, folders of Parquet parts, frames in memory.
 
 A csv file has a header, commas, and quotes where a cell holds a comma, a quote or a line break. All
-its cells are text. An empty cell is missing, and so is an empty text or NaN in Parquet.
+its cells are text. Empty cells are missing, as are empty texts and NaN in Parquet.
 """
 
 import csv
@@ -34,7 +34,7 @@ from mtnrec.resources import memory_bytes
 from mtnrec.schema import MOST_COLUMNS
 
 _ROWS_PER_CHUNK = 1 << 16  # of Parquet
-_BYTES_PER_VALUE = 16  # of a text, at least
+_BYTES_PER_VALUE = 16  # at least, for a text
 _UNREADABLE = (pl.Binary, pl.Object, pl.Time, pl.Duration)
 
 Booleans = npt.NDArray[np.bool_]
@@ -43,14 +43,14 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a source.
+    """Rows of a source.
 
     Args:
-        frame: Their cells; a missing one is null.
+        frame: Cells of the rows; missing ones are null.
         path: The file, or a description of the frame.
         unit: ``line`` in a csv file, otherwise ``row``; both count from 1.
-        numbers: The line or row of each, ``(rows,)``.
-        first: How many rows of the source come before these.
+        numbers: Line or row number of each, ``(rows,)``.
+        first: Number of earlier rows in the source.
     """
 
     frame: pl.DataFrame
@@ -87,7 +87,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def identity(self) -> list[list[str | int]]:
-        """What identifies the content, as JSON; the manifest keeps it."""
+        """JSON that identifies the content, stored in the manifest."""
 
     @abstractmethod
     def chunks(
@@ -95,16 +95,16 @@ class Source(ABC):
     ) -> Iterator[Chunk]:
         """Read some columns of all rows, in order and in bounded memory.
 
-        Rows of a csv file with too few or too many cells go to ``bad_rows``. Columns of Parquet
-        files and frames may hold lists where ``lists`` names them.
+        Rows of a csv file with too few or too many cells go to ``bad_rows``. In Parquet files and
+        frames, the columns named in ``lists`` may hold lists.
 
         Raises:
-            InputError: If a file is damaged or truncated, a column is of a type that cannot be
-                read, or there are no rows.
+            InputError: If a file is damaged or truncated, a column has an unsupported type, or
+                there are no rows.
         """
 
     def require_columns(self, key: str, names: list[str]) -> None:
-        """Refuse names that are not columns; ``key`` is the setting that has them."""
+        """Refuse names that are not columns; ``key`` is the setting that lists them."""
         if missing := [name for name in names if name not in self.columns]:
             raise InputError(
                 f"{self.path} lacks the column {format_names(missing)} of {key}; it has "
@@ -120,7 +120,7 @@ class FileSource(Source):
         path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, or a folder of ``.parquet`` files.
 
     Raises:
-        InputError: If it cannot be read, or a column is named twice or not at all.
+        InputError: If it cannot be read, or a column name is repeated or empty.
     """
 
     path: Path
@@ -135,12 +135,12 @@ class FileSource(Source):
             if differing := sorted(set(header) ^ set(self.columns)):
                 raise InputError(
                     f"{file} and {self._files[0].name} differ in the columns "
-                    f"{format_names(differing)}: the parts of a folder have the same columns"
+                    f"{format_names(differing)}; the parts of a folder must have the same columns"
                 )
 
     @property
     def identity(self) -> list[list[str | int]]:
-        """Name and bytes of each file."""
+        """Name and size of each file."""
         return [[file.name, file.stat().st_size] for file in self._files]
 
     def chunks(
@@ -160,18 +160,18 @@ class FileSource(Source):
 
 
 class FrameSource(Source):
-    """A table in memory, read as a Parquet file with the same columns is.
+    """A table in memory, read like a Parquet file with the same columns.
 
-    The constructor takes the rows over as Arrow arrays, which copies them only where the frame
-    holds them in another form (texts of pandas, for example), and hashes them.
+    The constructor imports the rows as Arrow arrays and hashes them. It copies only columns that
+    the frame stores in another form (for example pandas texts).
 
     Args:
         key: The setting that holds it, for example ``data.train``.
-        frame: The frame; an index of pandas is left out.
+        frame: The frame; a pandas index is ignored.
 
     Raises:
-        InputError: If it has no rows, a column is named twice or not at all, or Arrow or polars
-            lack the type of a column.
+        InputError: If it has no rows, a column name is repeated or empty, or Arrow or polars does
+            not support the type of a column.
     """
 
     path: str
@@ -187,11 +187,11 @@ class FrameSource(Source):
 
     @property
     def identity(self) -> list[list[str | int]]:
-        """SHA-256 of names, types and values, however the rows lie in memory."""
+        """SHA-256 of names, types and values, independent of the memory layout."""
         return [["sha256", self._sha256]]
 
     def _to_arrow(self, frame: ArrowStream) -> pa.Table:
-        pandas = sys.modules.get("pandas")  # no frame of pandas exists before its import
+        pandas = sys.modules.get("pandas")  # absent unless pandas was imported
         if pandas is not None and isinstance(frame, pandas.DataFrame):
             names = ["" if pandas.isna(label) is True else str(label) for label in frame.columns]
             _check_names(self.path, names)
@@ -212,7 +212,7 @@ class FrameSource(Source):
 
 
 def open_source(key: str, table: str | Path | ArrowStream) -> Source:
-    """Open a table that the setting ``key`` names or holds.
+    """Open the table, a path or a frame, of the setting ``key``.
 
     Raises:
         InputError: If it cannot be read.
@@ -221,7 +221,7 @@ def open_source(key: str, table: str | Path | ArrowStream) -> Source:
 
 
 def is_frame(table: object) -> TypeGuard[ArrowStream]:
-    """Tell a frame from a path.
+    """Return whether a table is a frame rather than a path.
 
     >>> is_frame(pl.DataFrame({"click": [0, 1]})), is_frame("clicks.csv")
     (True, False)
@@ -230,7 +230,7 @@ def is_frame(table: object) -> TypeGuard[ArrowStream]:
 
 
 def check_table(key: str, table: object) -> None:
-    """Refuse anything but a path or a frame; nothing is read.
+    """Refuse anything but a path or a frame, without reading it.
 
     >>> check_table("data.train", {"click": [0, 1]})
     Traceback (most recent call last):
@@ -255,7 +255,7 @@ def _files(key: str, path: Path) -> list[Path]:
         if not parts:
             raise InputError(f"{key}: the folder {path} has no .parquet files directly in it")
         if others := [part.name for part in parts if not part.is_file()]:
-            raise InputError(f"{key}: {path} holds {format_names(others)}, which are no files")
+            raise InputError(f"{key}: {path} holds {format_names(others)}, which are not files")
         return parts
     if not path.is_file():
         raise InputError(f"{key}: {path} is missing")
@@ -269,10 +269,10 @@ def _files(key: str, path: Path) -> list[Path]:
 
 @contextmanager
 def readable(path: object) -> Iterator[None]:
-    """Turn what a damaged file raises into an error that names it."""
+    """Turn an error from reading a damaged file into one that names it."""
     try:
         yield
-    # A panic of polars is no Exception.
+    # A polars panic is not an Exception.
     except (
         PolarsError,
         PanicException,
@@ -283,13 +283,13 @@ def readable(path: object) -> Iterator[None]:
     ) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"{path} cannot be read ({reason}): it is damaged, cut short or of another format"
+            f"{path} cannot be read ({reason}): it is damaged, truncated or in another format"
         ) from error
 
 
 @contextmanager
 def _representable(path: str) -> Iterator[None]:
-    """Turn errors of a frame that Arrow or polars cannot represent into one that names it."""
+    """Turn an error from a frame that Arrow or polars cannot represent into one that names it."""
     try:
         yield
     except InputError:
@@ -306,7 +306,7 @@ def _representable(path: str) -> Iterator[None]:
 
 
 class _HashStream(io.RawIOBase):
-    """Hashes what is written to it."""
+    """Stream that hashes its input."""
 
     def __init__(self) -> None:
         self.sha256 = hashlib.sha256()
@@ -322,8 +322,8 @@ class _HashStream(io.RawIOBase):
 def _hash_content(frame: pl.DataFrame) -> str:
     """Return the SHA-256 of the columns, each as an Arrow IPC stream of one batch.
 
-    Categories are hashed as the texts that they stand for. ``take`` makes new arrays, in which the
-    bytes of missing cells and those before and after a slice are zero.
+    Categories are hashed as their texts. ``take`` copies the arrays, which zeroes the bytes of
+    missing cells and those outside a slice.
     """
     stream = _HashStream()
     rows = pa.array(np.arange(frame.height))
@@ -352,24 +352,24 @@ def _check_names(path: Path | str, names: list[str]) -> None:
         raise _too_wide(path)
     if "" in names:
         raise InputError(
-            f"{path}: column {names.index('') + 1} has no name. Name or remove it (pandas writes "
-            "its index as such a column to csv; index=False leaves it out)."
+            f"{path}: column {names.index('') + 1} has no name. Name or delete it (pandas writes "
+            "its index to csv as such a column, unless index=False)."
         )
     if twice := find_duplicates(names):
-        raise InputError(f"{path} names the column {format_names(twice)} twice: rename one")
+        raise InputError(f"{path} names the column {format_names(twice)} twice. Rename one.")
 
 
 def _csv_header(path: Path) -> list[str]:
     first = _lines(next(_blocks(path)))[0]
     if not first:
-        raise InputError(f"{path} starts with an empty line: a header is expected")
+        raise InputError(f"{path} must start with a header, got an empty line. Delete that line.")
     if first.count(",") >= MOST_COLUMNS:
         raise _too_wide(path)
     return next(csv.reader([first.removeprefix("\ufeff")], strict=True))
 
 
 def _too_wide(path: Path | str) -> InputError:
-    return InputError(f"{path} has more than {MOST_COLUMNS:,} columns: leave some out")
+    return InputError(f"{path} has more than {MOST_COLUMNS:,} columns. Leave some out.")
 
 
 def _missing_to_null(frame: pl.DataFrame) -> pl.DataFrame:
@@ -403,22 +403,22 @@ def _check_types(path: Path | str, schema: pl.Schema, lists: Sequence[str]) -> N
         nested = dtype.is_nested() and not (name in lists and isinstance(dtype, pl.List))
         if nested or dtype in _UNREADABLE:
             raise InputError(
-                f"{path}: the column {name!r} is of type {dtype}: leave it out with "
-                "data.exclude, or turn it into numbers or texts"
+                f"{path}: the column {name!r} is of type {dtype}. Leave it out with "
+                "data.exclude, or turn it into numbers or texts."
             )
 
 
 def check_row_groups(name: object, file: Any) -> None:
     """Refuse a Parquet file whose row groups exceed the memory: each is decoded as a whole.
 
-    A run of equal values takes a few bytes, however long it is.
+    On disk, a run of equal values takes a few bytes at any length.
 
     Args:
-        name: Of the file, for messages.
-        file: Its path or content.
+        name: Name of the file, for messages.
+        file: Path or content of the file.
 
     Raises:
-        InputError: If the largest takes more than half of the memory.
+        InputError: If the largest row group takes more than half of the memory.
     """
     metadata = pq.read_metadata(file)
     values = [
@@ -428,8 +428,8 @@ def check_row_groups(name: object, file: Any) -> None:
     needed, memory = _BYTES_PER_VALUE * max(values, default=0), memory_bytes()
     if not 0 <= needed <= memory // 2:
         raise InputError(
-            f"{name} has a row group of {max(values):,} values, about {decimal(needed)}, and the "
-            f"memory is {decimal(memory)}: write it in smaller row groups"
+            f"{name} has a row group of {max(values):,} values, about {decimal(needed)}, but the "
+            f"memory is {decimal(memory)}. Write it in smaller row groups."
         )
 
 
@@ -438,7 +438,7 @@ def _read_csv(path: Path, columns: list[str], bad_rows: BadRows) -> Iterator[_Ro
     with readable(path):
         for numbers, widths, make_frame in _split_csv(path, header):
             bad = widths != len(header)
-            rule = f"expected {len(header)} values (the row is cut or malformed)"
+            rule = f"expected {len(header)} values (the row is truncated or malformed)"
             for row in np.flatnonzero(bad):
                 bad_rows.add(f"{path}, line {numbers[row]}", rule, str(widths[row]))
             yield "line", numbers[~bad], make_frame(~bad).select(columns)
@@ -451,7 +451,7 @@ def _blocks(path: Path) -> Iterator[Block]:
 
 
 def _lines(block: Block) -> pl.Series:
-    """Split a block into its lines, without their ends."""
+    """Split a block into lines without line ends."""
     try:
         text = block.data.decode()
     except UnicodeDecodeError as error:
@@ -464,10 +464,10 @@ _Lines = tuple[Integers, Integers, Callable[[Booleans], pl.DataFrame]]
 
 
 def _split_csv(path: Path, header: list[str]) -> Iterator[_Lines]:
-    """Split lines into cells: for each row its first line, its width, and how to make a frame.
+    """Split lines into cells: first line and width of each row, and a function to make a frame.
 
-    Polars' csv reader fills a row that is too short with nulls, hence this one. From the first
-    quote on, rows are split by the csv module, which is several times slower.
+    Polars' csv reader would pad short rows with nulls. From the first quote on, rows are split by
+    the csv module, which is several times slower.
     """
     blocks = _blocks(path)
     for block in blocks:
@@ -491,7 +491,7 @@ def _split_csv(path: Path, header: list[str]) -> Iterator[_Lines]:
         yield numbers, widths, make_frame
 
 
-_Row = tuple[int, int, list[str]]  # its first line, its width and, if that is the header's, cells
+_Row = tuple[int, int, list[str]]  # first line, width, and the cells if the width is the header's
 
 
 def _split_quoted(lines: Iterator[str], line: int, header: list[str]) -> Iterator[_Lines]:
@@ -523,7 +523,7 @@ def _split_quoted(lines: Iterator[str], line: int, header: list[str]) -> Iterato
 
 
 def _in_blocks(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
-    """Put rows together up to the size of a block of lines."""
+    """Group rows into parts of about ``BLOCK_BYTES``."""
     part: list[_Row] = []
     size = 0
     for row in rows:

@@ -1,9 +1,9 @@
-"""Ali-CCP's lines: columns, and a list of triples ``field 0x02 feature id 0x03 value``.
+"""Parser of Ali-CCP's lines: columns, and a list of triples ``field 0x02 feature id 0x03 value``.
 
-A list joins its triples by the byte 0x01; the fields come in runs in any order. A line of the
+The byte 0x01 joins the triples of a list; the fields come in runs in any order. A line of the
 skeleton is ``sample_id,click,conversion,common_index,feature_num,list``, a line of the common
-features ``common_index,feature_num,list``. Every byte is looked at once, by a function that numba
-compiles, so that threads parse side by side.
+features ``common_index,feature_num,list``. A function compiled by numba reads every byte once,
+without the GIL, so that threads parse in parallel.
 """
 
 import re
@@ -17,22 +17,21 @@ from numba import njit
 
 from mtnrec.data.raw.blocks import count_lines
 
-MISSING = -1  # the id of a field that a line lacks; ids are not negative
+MISSING = -1  # id of a field that a line lacks; ids are not negative
 
 _COMMA, _NEWLINE, _RETURN, _POINT, _MINUS, _ZERO = b",\n\r.-0"
 _NEXT, _ID, _VALUE = 1, 2, 3
-_ZERO_BYTE, _TEN = np.uint64(_ZERO), np.uint64(10)  # numba makes a float of uint64 and int64
+_ZERO_BYTE, _TEN = np.uint64(_ZERO), np.uint64(10)  # numba turns uint64 with int64 into a float
 _TABLE_BITS = 8
-_MULTIPLIER = 0x9E3779B97F4A7C15  # 2 ** 64 over the golden ratio: spreads names over the table
+_MULTIPLIER = 0x9E3779B97F4A7C15  # 2 ** 64 over the golden ratio: Fibonacci hashing
 _LARGEST_ID = 2**31 - 1
-_LONGEST_NAME = 8  # bytes; a longer name is of no field that can be selected
+_LONGEST_NAME = 8  # bytes; no field that can be selected has a longer name
 _INDEX_DIGITS = 16
-_MOST_DIGITS = (
-    15  # such a number is exact in float64, and its quotient by a power of ten rounds once
-)
+# Such a number is exact in float64, and its quotient by a power of ten rounds once.
+_MOST_DIGITS = 15
 _POWERS = 10.0 ** np.arange(_MOST_DIGITS + 1)
 
-# What may be wrong with a line, by the code that the parser gives it.
+# Rules that a line may break, by the parser's error code.
 RULES = (
     "",
     "expected sample_id,click,conversion,common_index,feature_num,list",
@@ -64,13 +63,13 @@ _COLUMN_RULES = (_SKELETON_COLUMNS, _COMMON_COLUMNS)
 
 @dataclass(frozen=True)
 class Selection:
-    """Which fields of a file are read, and as what; a field may be in several lists.
+    """Fields to read from a file; a field may be in several lists.
 
     Args:
         ids: Fields of which one id is kept, the ``S`` columns of ``Lines.ids``.
         values: Fields of which one value is kept, the ``V`` columns of ``Lines.values``.
         bags: Fields of which all triples are kept.
-        first: Fields of which the first triple counts; of the others the last does.
+        first: Fields whose first triple counts; for the others, the last does.
     """
 
     ids: Sequence[str] = ()
@@ -79,7 +78,7 @@ class Selection:
     first: Collection[str] = ()
 
     def table(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-        """Return a hash table: names as integers, and their columns in the three lists or -1."""
+        """Return a hash table: names as integers, and their columns in the three lists, or -1."""
         size = 1 << _TABLE_BITS
         names, columns = np.zeros(size, np.uint64), np.full((size, 3), -1)
         for kind, fields in enumerate((self.ids, self.values, self.bags)):
@@ -94,7 +93,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Lines:
-    """The content of a block of lines.
+    """Parsed content of a block of lines.
 
     Args:
         labels: Click and conversion, ``(rows, 2)``; zeros for common features.
@@ -102,8 +101,8 @@ class Lines:
         ids: ``(rows, S)``, ``MISSING`` where a line lacks the field.
         values: float64 ``(rows, V)``, NaN where a line lacks the field.
         bags: For each field of ``Selection.bags``: lengths ``(rows,)``, ids and weights.
-        error: For each line 0, or the rule of ``RULES`` that it breaks.
-        where: Where in the block what breaks it begins.
+        error: 0 for each good line; for others the index in ``RULES`` of the broken rule.
+        where: Offset in the block at which the error begins.
     """
 
     labels: npt.NDArray[np.uint8]
@@ -148,14 +147,14 @@ def parse_lines(block: bytes, selection: Selection, *, skeleton: bool) -> Lines:
         lines.where,
     )
     for column in range(len(selection.bags)):
-        of_field = token_columns[:found] == column
-        lengths = np.bincount(token_rows[:found][of_field], minlength=rows)
-        lines.bags.append((lengths, token_ids[:found][of_field], token_weights[:found][of_field]))
+        is_field = token_columns[:found] == column
+        lengths = np.bincount(token_rows[:found][is_field], minlength=rows)
+        lines.bags.append((lengths, token_ids[:found][is_field], token_weights[:found][is_field]))
     return lines
 
 
 def describe_error(block: bytes, lines: Lines, row: int) -> tuple[str, str]:
-    """Return the rule that a line breaks, and what stands there instead."""
+    """Return the rule that a line breaks, and the value found."""
     start = int(lines.where[row])
     line = block[start : block.find(b"\n", start)]
     cell = line if lines.error[row] in _COLUMN_RULES else re.split(rb"[\x01-\x03,]", line)[0]
@@ -235,7 +234,7 @@ def _skip_digits(data: Any, at: Any) -> Any:
 
 @njit(nogil=True, cache=True)
 def _parse_labels(data: Any, at: Any, labels: Any) -> Any:
-    """Read ``sample_id,click,conversion,``; return an error and where it or the next column is."""
+    """Parse ``sample_id,click,conversion,``; return an error and its (or the next) offset."""
     end = _skip_digits(data, at)
     if data[end] == _NEWLINE:
         return _SKELETON_COLUMNS, at
@@ -287,7 +286,7 @@ def _parse_number(data: Any, at: Any, skeleton: Any) -> Any:
 
 @njit(nogil=True, cache=True)
 def _find(names: Any, name: Any) -> Any:
-    """Return the place of a name in the table, or of an empty entry."""
+    """Return the slot of a name in the hash table, or an empty slot."""
     place = np.int64((name * np.uint64(_MULTIPLIER)) >> np.uint64(64 - _TABLE_BITS))
     while names[place] != name and names[place] != 0:
         place = (place + 1) % len(names)
@@ -296,9 +295,9 @@ def _find(names: Any, name: Any) -> Any:
 
 @njit(nogil=True, cache=True)
 def _parse_decimal(data: Any, at: Any) -> Any:
-    """Return the end of a decimal number, its digits as an integer and how many are decimals.
+    """Return a decimal number's end, its digits as an integer, and its number of decimals.
 
-    The decimals are -1 where there is no number, or one with too many digits.
+    The number of decimals is -1 if the number is absent or has too many digits.
     """
     negative = data[at] == _MINUS
     if negative:
@@ -336,7 +335,7 @@ def _parse_list(  # noqa: C901
     token_weights: Any,
     tokens: Any,
 ) -> Any:
-    """Read triples to the line's end; return an error, where, ``number`` less triples, tokens."""
+    """Parse triples to the line's end; return error, offset, ``number`` minus triples, tokens."""
     last, place = np.uint64(0), 0
     while True:
         start = at
