@@ -352,7 +352,7 @@ def test_a_failed_preparation_keeps_the_earlier_one(directory, raw_dir):
 def test_the_raw_folder_is_no_place_for_the_prepared_set(raw_dir):
     before = sorted(raw_dir.iterdir())
 
-    with pytest.raises(InputError, match="exists and is no prepared data set: choose"):
+    with pytest.raises(InputError, match="exists but is not a prepared data set"):
         make(raw_dir, raw_dir).prepare()
 
     assert sorted(raw_dir.iterdir()) == before

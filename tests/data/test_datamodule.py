@@ -401,7 +401,7 @@ def test_damage_is_found_by_checksum_unless_told_otherwise(directory, write_tiny
 
     build(directory, verify=False).prepare_data()
 
-    with pytest.raises(InputError, match=f"{path} has SHA-256 .* prepare the data set again"):
+    with pytest.raises(InputError, match=f"{path} has SHA-256 .* Prepare the data set again"):
         build(directory).prepare_data()
 
 
@@ -410,7 +410,7 @@ def test_a_file_cut_short_is_found_without_checksums(directory, write_tiny):
     path = directory / "train" / "numerical.npy"
     path.write_bytes(path.read_bytes()[:-1])
 
-    with pytest.raises(InputError, match=r"numerical\.npy has \d+ bytes, its header says"):
+    with pytest.raises(InputError, match=r"numerical\.npy has \d+ bytes, but its header says"):
         build(directory, verify=False).prepare_data()
 
 

@@ -320,7 +320,7 @@ def test_preparing_again_replaces_a_log_of_other_settings(tmp_path):
 def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
 
-    with pytest.raises(InputError, match="is no prepared data set: choose another data"):
+    with pytest.raises(InputError, match=r"is not a prepared data set\. Choose another data"):
         Synthetic(**SETTINGS, dir=tmp_path).prepare_data()
 
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -547,7 +547,7 @@ BAD_TABLES = {
     "constant": (
         "city,click\n" + "a,1\n" * 9,
         {},
-        "the label click is 1 in all 7 training rows: there is nothing to learn",
+        "the label click is 1 in all 7 training rows, so there is nothing to learn",
     ),
     "blank column": (
         "city,price,click\na,,1\nb,,0\n",

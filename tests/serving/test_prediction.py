@@ -344,7 +344,7 @@ def with_vocabulary_size(path, content):
         (with_card(vocabularies={"shop": torch.zeros(9)}), "what it says of its model is not who"),
         (with_card(vocabularies={"shop": torch.zeros(9, dtype=torch.uint8)}), "cannot be read"),
         (with_card(format_version=torch.zeros(2)), "has format version tensor"),
-        (with_card(manifest="[" * 100_000), "is no schema of a prepared data set"),
+        (with_card(manifest="[" * 100_000), "is not the schema of a prepared data set"),
         (with_card(network={"_target_": "torch.nn.Linear"}), "Linear cannot be made as it says"),
         (with_vocabulary_size, "the vocabulary of '.*' is damaged"),
         (truncate, "is damaged or no checkpoint"),

@@ -1,4 +1,4 @@
-"""Names and dtypes of the arrays of a prepared data set."""
+"""Names and dtypes of a prepared data set's arrays."""
 
 from typing import Any
 
@@ -23,13 +23,13 @@ _REQUIRED = ("categorical", "numerical", "labels")
 
 
 def required_arrays(schema: Schema) -> list[str]:
-    """Return the stems of the arrays that each split must have."""
+    """Return the stems of the arrays required in each split."""
     bags = [bag_stem(field.name, part) for field in schema.multivalued for part in BAG_DTYPES]
     return [*_REQUIRED, *(["bag"] if bags else []), *bags]
 
 
 def bag_stem(field: str, part: str) -> str:
-    """Return the name of an array of a multi-valued field; ``part`` is a key of ``BAG_DTYPES``.
+    """Return the stem of a multi-valued field's array; ``part`` is a key of ``BAG_DTYPES``.
 
     >>> bag_stem("210", "tokens")
     'bags/210/tokens'
@@ -38,5 +38,5 @@ def bag_stem(field: str, part: str) -> str:
 
 
 def array_dtype(stem: str) -> np.dtype[Any]:
-    """Return the type of the numbers in ``<split>/<stem>.npy``."""
+    """Return the dtype of ``<split>/<stem>.npy``."""
     return BAG_DTYPES[stem.rpartition("/")[2]] if stem.startswith("bags/") else DTYPES[stem]

@@ -14,13 +14,13 @@ from mtnrec.data.prepared.layout import BAG_DTYPES, DTYPES, bag_stem
 from mtnrec.schema import CategoricalField, Schema
 
 FORMAT_VERSION = 2
-LARGEST_NUMBER = float(np.finfo(np.float32).max)  # of a numerical feature
+LARGEST_NUMBER = float(np.finfo(np.float32).max)  # in a numerical feature
 SCHEMA_FILE = "schema.json"
 _LONGEST_SCHEMA = 1 << 24  # bytes
 
 
 class NotPreparedError(InputError):
-    """There is no prepared data set in a folder."""
+    """A folder holds no prepared data set."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,16 @@ class Manifest:
     """The content of ``schema.json``.
 
     Args:
-        source: Name of the data set, ``aliexpress_nl`` say.
-        parameters: The settings that it was prepared with; equal settings, equal bytes.
+        source: Name of the data set, for example ``aliexpress_nl``.
+        parameters: Settings of the preparation; equal settings give equal bytes.
         schema: Fields and labels.
-        rows: Rows of each split.
-        positives: Rows with label 1, for each split and label.
-        missing: Rows without a value, for each split and feature that lacks some.
-        transforms: What was done to a numerical feature: a missing value became ``fill``, then
-            ``(value - shift) / scale`` was stored; features that are stored as they are have none.
-        report: What the preparation counted, dropped rows say.
-        checksums: SHA-256 of each file, by its path in the folder.
+        rows: Number of rows per split.
+        positives: Number of rows with label 1, per split and label.
+        missing: Number of rows without a value, per split and feature that lacks some.
+        transforms: Transform per numerical feature: a missing value became ``fill``, then
+            ``(value - shift) / scale`` was stored; features stored unchanged have no entry.
+        report: Counts of the preparation, for example of dropped rows.
+        checksums: SHA-256 per file, by its path in the folder.
     """
 
     source: str
@@ -51,7 +51,7 @@ class Manifest:
     checksums: dict[str, str]
 
     def to_json(self) -> str:
-        """Serialise; equal manifests give equal text."""
+        """Serialise to JSON; equal manifests give equal text."""
         content = {"format_version": FORMAT_VERSION, **asdict(self)}
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
@@ -60,20 +60,22 @@ class Manifest:
         """Parse and check ``text``, the content of ``path``.
 
         Raises:
-            InputError: If it is no JSON, of another format version, lacks an entry, or one is not
-                what it should be: a size that is no count, a file outside of the folder.
+            InputError: If it is not JSON, has a different format version, lacks an entry, or has an
+                invalid one, for example a negative size or a file outside the folder.
         """
-        remedy = "prepare the data set again with `python -m mtnrec.prepare`"
+        remedy = "Prepare the data set again with `python -m mtnrec.prepare`."
         try:
-            content = json.loads(text, object_pairs_hook=_without_twins)
+            content = json.loads(text, object_pairs_hook=_refuse_duplicates)
             json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
             version = content.pop("format_version")
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{path} is no schema of a prepared data set: {remedy}") from error
+            raise InputError(
+                f"{path} is not the schema of a prepared data set. {remedy}"
+            ) from error
         if version != FORMAT_VERSION:
             raise InputError(
-                f"{path} has format version {version!r}, this version of mtnrec reads "
-                f"{FORMAT_VERSION}: {remedy}"
+                f"{path} has format version {version!r}, but this version of mtnrec reads "
+                f"{FORMAT_VERSION}. {remedy}"
             )
         try:
             schema = content.pop("schema")
@@ -88,7 +90,7 @@ class Manifest:
             )
             manifest._check()
         except (KeyError, TypeError, AttributeError, InputError) as error:
-            raise InputError(f"{path} is damaged ({error}): {remedy}") from error
+            raise InputError(f"{path} is damaged ({error}). {remedy}") from error
         return manifest
 
     def _check(self) -> None:
@@ -104,10 +106,10 @@ class Manifest:
             and self.checksums.keys() <= self._files(),
         }
         if wrong := [name for name, right in holds.items() if not right]:
-            raise InputError(f"{', '.join(wrong)} cannot be what a preparation wrote")
+            raise InputError(f"no preparation can have written its {', '.join(wrong)}")
 
     def _files(self) -> set[str]:
-        """The files that a folder may hold beside the schema."""
+        """Return the files that a folder may hold in addition to the schema."""
         schema = self.schema
         fields = (*schema.categorical, *schema.multivalued)
         bags = [bag_stem(field.name, part) for field in schema.multivalued for part in BAG_DTYPES]
@@ -116,11 +118,11 @@ class Manifest:
 
     @property
     def checksum(self) -> str:
-        """SHA-256 of the manifest and, through the checksums in it, of the whole data set."""
+        """SHA-256 of the manifest and, through its checksums, of the whole data set."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("a key occurs twice")
@@ -152,13 +154,16 @@ def read_schema(path: Path) -> bytes:
     """Read ``schema.json``.
 
     Raises:
-        InputError: If it cannot be read, or is too long for a schema.
+        InputError: If it cannot be read, or is too long to be a schema.
     """
     try:
         with path.open("rb") as file:
             text = file.read(_LONGEST_SCHEMA + 1)
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error}): prepare the data set again") from error
+        raise InputError(f"{path} cannot be read ({error}). Prepare the data set again.") from error
     if len(text) > _LONGEST_SCHEMA:
-        raise InputError(f"{path} has more than {_LONGEST_SCHEMA:,} bytes and is no schema")
+        raise InputError(
+            f"{path} has more than {_LONGEST_SCHEMA:,} bytes, so it is not a schema. "
+            "Prepare the data set again."
+        )
     return text

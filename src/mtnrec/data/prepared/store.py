@@ -9,12 +9,12 @@
     <split>/labels.npy              uint8   (rows, T)
     <split>/group.npy               int64   (rows,), where the data has a search or user id
     <split>/probabilities.npy       float64 (rows, T), true P(label = 1); synthetic data only
-    <split>/bag.npy                 int32   (rows, M): which bag of each multi-valued field
+    <split>/bag.npy                 int32   (rows, M): index of the bag, per multi-valued field
     <split>/bags/<field>/offsets.npy int64  (bags + 1,): bag b holds the tokens [offsets[b],
     <split>/bags/<field>/tokens.npy int32   (tokens,)    offsets[b + 1])
     <split>/bags/<field>/weights.npy float32 (tokens,)
 
-The rows that share a user share that user's bags, so that a history is stored once.
+Rows of one user share the user's bags, so that a history is stored once.
 """
 
 import math
@@ -37,15 +37,15 @@ from mtnrec.data.prepared.manifest import (
 from mtnrec.resources import memory_bytes
 from mtnrec.schema import Schema
 
-_BYTES_PER_ROW = 8  # of memory that a training takes: its number and its place in the order
+_BYTES_PER_ROW = 8  # of memory in training: the row's number and its place in the order
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 def open_prepared(directory: Path) -> tuple[Manifest, dict[str, Arrays]]:
-    """Memory-map a prepared data set; touches headers only, whatever the number of rows.
+    """Memory-map a prepared data set, reading only headers.
 
-    The folder and its files may be links; what the schema lists lies under it by name.
+    The folder and its files may be links; the schema lists files by their path in the folder.
 
     Returns:
         The manifest, and for each split its arrays by name.
@@ -53,7 +53,7 @@ def open_prepared(directory: Path) -> tuple[Manifest, dict[str, Arrays]]:
     Raises:
         NotPreparedError: If the folder or its schema does not exist.
         InputError: If a file is missing, truncated, or not the array that the schema describes, or
-            if there are more rows than the memory can number.
+            there are too many rows to number in memory.
     """
     path = directory / SCHEMA_FILE
     if not path.is_file():
@@ -69,7 +69,7 @@ def open_prepared(directory: Path) -> tuple[Manifest, dict[str, Arrays]]:
     for split, found in arrays.items():
         for stem in required_arrays(manifest.schema):
             if stem not in found:
-                raise InputError(f"{path} lists no {split}/{stem}.npy: prepare the data set again")
+                raise InputError(f"{path} lists no {split}/{stem}.npy. Prepare the data set again.")
         for field in manifest.schema.multivalued:
             _check_bags(directory / split / "bags" / field.name, found, field.name)
     return manifest, arrays
@@ -79,8 +79,8 @@ def _check_rows(path: Path, most: int) -> None:
     memory = memory_bytes()
     if _BYTES_PER_ROW * most > memory:
         raise InputError(
-            f"{path} says {most:,} rows, which take {_BYTES_PER_ROW} bytes of memory each, and it "
-            f"is {memory:,} bytes: prepare fewer rows"
+            f"{path} says {most:,} rows, which take {_BYTES_PER_ROW} bytes of memory each, but the "
+            f"memory is {memory:,} bytes. Prepare fewer rows."
         )
 
 
@@ -88,15 +88,15 @@ def _check_bags(folder: Path, arrays: Arrays, field: str) -> None:
     offsets, tokens, weights = (arrays[bag_stem(field, part)] for part in BAG_DTYPES)
     if not len(offsets) or not len(tokens) == len(weights) == offsets[-1]:
         raise InputError(
-            f"{folder}: offsets, tokens and weights differ in length: prepare the data set again"
+            f"{folder}: offsets, tokens and weights differ in length. Prepare the data set again."
         )
 
 
 def open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...]) -> npt.NDArray[Any]:
-    """Map an array after a check of its header and its size; a length that is None may be any."""
-    remedy = "prepare the data set again"
-    if not path.is_file():  # a pipe would wait for ever
-        raise InputError(f"{path} is missing: {remedy}")
+    """Memory-map an array after checking its header and size; a length of None matches any."""
+    remedy = "Prepare the data set again."
+    if not path.is_file():  # opening a pipe would block
+        raise InputError(f"{path} is missing. {remedy}")
     try:
         with path.open("rb") as file:
             np.lib.format.read_magic(file)
@@ -104,7 +104,7 @@ def open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...]) 
             offset = file.tell()
     # numpy evaluates the header as a Python literal, so a damaged one raises any of these.
     except (OSError, ValueError, TypeError, SyntaxError, TokenError, RecursionError) as error:
-        raise InputError(f"{path} is no npy file ({error}): {remedy}") from error
+        raise InputError(f"{path} is not an npy file ({error}). {remedy}") from error
     if len(shape) == len(found_shape):
         shape = tuple(
             found if length is None else length
@@ -113,25 +113,25 @@ def open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...]) 
     if (found_shape, found_dtype, by_column) != (shape, dtype, False):
         order = " by column" if by_column else ""
         raise InputError(
-            f"{path} holds {found_dtype} {found_shape}{order}, its schema says {dtype} {shape}: "
-            f"{remedy}"
+            f"{path} holds {found_dtype} {found_shape}{order}, but its schema says {dtype} "
+            f"{shape}. {remedy}"
         )
     size, expected = path.stat().st_size, offset + math.prod(found_shape) * dtype.itemsize
     if size != expected:
-        raise InputError(f"{path} has {size} bytes, its header says {expected}: {remedy}")
-    if 0 in found_shape:  # nothing can be mapped there: no numerical features, say
+        raise InputError(f"{path} has {size} bytes, but its header says {expected}. {remedy}")
+    if 0 in found_shape:  # nothing to map, for example no numerical features
         return np.empty(found_shape, dtype)
     return np.memmap(path, dtype, mode="r", offset=offset, shape=found_shape)
 
 
 def expect_scattered_reads(arrays: Arrays) -> None:
-    """Tell the system that rows of mapped arrays are read here and there.
+    """Advise the system that rows of mapped arrays are read in random order.
 
-    It then reads the pages that are asked for, and not also their neighbours, which would be gone
-    again before they serve where the memory does not hold the file.
+    It then reads only the requested pages. Their neighbours would be evicted before use if the file
+    exceeds the memory.
     """
     for array in arrays.values():
-        base: Any = array.base  # numpy's stubs say that it is an array
+        base: Any = array.base  # numpy's stubs declare it an array
         if isinstance(base, mmap.mmap):
             base.madvise(mmap.MADV_RANDOM)
 

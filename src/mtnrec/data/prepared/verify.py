@@ -1,4 +1,4 @@
-"""Verification of a prepared data set: checksums, ranges and orders of all its files."""
+"""Verification of a prepared data set: checksums, value ranges and offsets of all files."""
 
 import hashlib
 import json
@@ -17,24 +17,24 @@ from mtnrec.data.prepared.manifest import Manifest
 from mtnrec.data.prepared.store import Arrays, open_prepared
 from mtnrec.schema import Schema
 
-_CLOCK_TICK = 2_000_000_000  # ns; that of the coarsest file systems
+_SETTLED_SECONDS = 2.0  # the coarsest timestamps of a file system
 _ROWS_PER_CHECK = 1 << 16
 
 
 def verify_prepared(directory: Path, manifest: Manifest) -> None:
-    """Read every file once: its SHA-256 is the manifest's, its values are those of the schema.
+    """Check every file: its SHA-256 against the manifest, its values against the schema.
 
     Raises:
-        InputError: If a file differs or is missing, or a value is out of its range.
+        InputError: If a file differs or is missing, or a value is out of range.
     """
     for name, expected in manifest.checksums.items():
         path = directory / name
         if not path.is_file():
-            raise InputError(f"{path} is missing: prepare the data set again")
+            raise InputError(f"{path} is missing. Prepare the data set again.")
         if (found := sha256(path)) != expected:
             raise InputError(
-                f"{path} has SHA-256 {found[:12]}…, its schema says {expected[:12]}…: it was "
-                "changed or damaged after it was prepared; prepare the data set again"
+                f"{path} has SHA-256 {found[:12]}…, but its schema says {expected[:12]}…: it was "
+                "changed or damaged after it was prepared. Prepare the data set again."
             )
     for split, arrays in open_prepared(directory)[1].items():
         for stem, most in _largest_values(arrays, manifest.schema).items():
@@ -44,7 +44,7 @@ def verify_prepared(directory: Path, manifest: Manifest) -> None:
 
 
 def _largest_values(arrays: Arrays, schema: Schema) -> dict[str, Sequence[int]]:
-    """Return the largest value of each column of the arrays that hold indices or labels."""
+    """Return the largest valid values, by column, of the arrays that hold indices or labels."""
     largest: dict[str, Sequence[int]] = {
         "categorical": [field.vocabulary_size - 1 for field in schema.categorical],
         "labels": [1] * len(schema.labels),
@@ -58,15 +58,15 @@ def _largest_values(arrays: Arrays, schema: Schema) -> dict[str, Sequence[int]]:
 
 
 def _check_range(path: Path, array: npt.NDArray[Any], most: npt.NDArray[np.int64]) -> None:
-    unsigned = np.dtype(f"u{array.dtype.itemsize}")  # in which a negative value is a large one
+    unsigned = np.dtype(f"u{array.dtype.itemsize}")  # in which negative values become large ones
     columns = array.reshape(-1, len(most)) if len(most) else array
     for start in range(0, len(columns), _ROWS_PER_CHECK):
         chunk = np.asarray(columns[start : start + _ROWS_PER_CHECK]).view(unsigned)
         if (beyond := chunk.max(axis=0) > most).any():
             column = int(beyond.argmax())
             raise InputError(
-                f"{path} has a value in column {column + 1} that is not from 0 to {most[column]}: "
-                "prepare the data set again"
+                f"{path} has a value in column {column + 1} that is not from 0 to {most[column]}. "
+                "Prepare the data set again."
             )
 
 
@@ -75,44 +75,40 @@ def _check_order(folder: Path, arrays: Arrays, field: str) -> None:
     for start in range(0, len(offsets), _ROWS_PER_CHECK):
         chunk = np.asarray(offsets[start : start + _ROWS_PER_CHECK + 1])
         if (np.diff(chunk, prepend=0 if start == 0 else chunk[0]) < 0).any() or offsets[0] != 0:
-            raise InputError(f"{folder}: offsets do not ascend from 0: prepare the data set again")
+            raise InputError(f"{folder}: offsets do not ascend from 0. Prepare the data set again.")
 
 
 def verify_once(directory: Path, manifest: Manifest) -> None:
-    """Do what :func:`verify_prepared` does, unless the files are those that passed it before.
+    """Verify a prepared data set, unless its files are unchanged since they last passed.
 
-    ``.<folder>.verified``, beside the folder, is a hash of what the system says of the files: their
-    sizes, inodes and times of change, which every write moves.
+    ``.<folder>.verified``, next to the folder, is a note of the last check: a hash of the manifest
+    and of the files' sizes, inodes, and modification and change times. A note younger than 2 s is
+    ignored, since a file system may give two quick changes the same time.
     """
     directory = directory.resolve()
     note = directory.with_name(f".{directory.name}.verified")
-    started = time.time_ns()
-    state, last_change = _state(directory, manifest)
+    state = _state(directory, manifest)
     with suppress(OSError):
-        if note.is_file() and note.read_bytes() == state.encode():
+        is_settled = note.is_file() and time.time() - note.stat().st_mtime >= _SETTLED_SECONDS
+        if is_settled and note.read_bytes() == state.encode():
             return
     verify_prepared(directory, manifest)
-    # A file that changes twice within a tick of the clock shows it once.
-    if last_change < started - _CLOCK_TICK:
-        with suppress(OSError):  # a folder that only others may write to: verified every time
-            note.unlink(missing_ok=True)  # a pipe would wait for ever
-            note.write_text(state, encoding="utf-8")
+    with suppress(OSError):  # without write permission, every call verifies
+        note.unlink(missing_ok=True)  # writing to a pipe would block
+        note.write_text(state, encoding="utf-8")
 
 
-def _state(directory: Path, manifest: Manifest) -> tuple[str, int]:
-    """Return a hash of what the system says of the files, and the last change of one, in ns."""
-    found, last_change = {}, 0
+def _state(directory: Path, manifest: Manifest) -> str:
+    found = {}
     for name in manifest.checksums:
-        with suppress(OSError):  # verify_prepared says what is missing
+        with suppress(OSError):  # verify_prepared reports missing files
             file = (directory / name).stat()
             found[name] = (file.st_size, file.st_ino, file.st_mtime_ns, file.st_ctime_ns)
-            last_change = max(last_change, file.st_ctime_ns)
-    text = json.dumps([manifest.checksum, found])
-    return hashlib.sha256(text.encode()).hexdigest(), last_change
+    return hashlib.sha256(json.dumps([manifest.checksum, found]).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal.
+    """Return the hexadecimal SHA-256 of a file.
 
     Raises:
         InputError: If it cannot be read.
@@ -121,4 +117,4 @@ def sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error}): prepare the data set again") from error
+        raise InputError(f"{path} cannot be read ({error}). Prepare the data set again.") from error

@@ -1,4 +1,4 @@
-"""Vocabularies: raw value to index, index 0 for a missing, rare or unseen value."""
+"""Vocabularies: raw value to index; index 0 stands for a missing, rare or unseen value."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ Integers = npt.NDArray[np.int32]
 
 
 class ValueCounts:
-    """How many training rows hold each value of an integer field."""
+    """Number of training rows per value of an integer field."""
 
     def __init__(self) -> None:
         self._values: Integers = np.empty(0, np.int32)
@@ -29,23 +29,23 @@ class ValueCounts:
         """Count the values of a chunk.
 
         Args:
-            column: ``(n,)``.
-            rows: Training rows that each entry of ``column`` stands for, ``(n,)``; one if None.
+            column: Values, ``(n,)``.
+            rows: Number of training rows per entry of ``column``, ``(n,)``; one if None.
         """
         if rows is None:
             column, rows = np.unique(column, return_counts=True)
         self._pending.append((column, rows.astype(np.int64, copy=False)))
         self._pending_size += len(column)
-        # Merging costs as much as all that was seen, so it waits until as much is pending.
+        # A merge costs as much as all values so far, so it waits until as many are pending.
         if self._pending_size > max(_SMALLEST_MERGE, len(self._values)):
             self._merge()
 
     def vocabulary(self, *, min_count: int = 1, missing: int | None = None) -> "Vocabulary":
-        """Return the values that at least ``min_count`` rows hold.
+        """Return the vocabulary of the values in at least ``min_count`` rows.
 
         Args:
-            min_count: At least 1.
-            missing: A value that stands for none; None if every integer is a value.
+            min_count: Number of rows, at least 1.
+            missing: Value that marks a missing one; None if every integer is a value.
         """
         self._merge()
         keep = self._counts >= min_count
@@ -74,10 +74,10 @@ def _sum_by_value(
 
 
 class Vocabulary:
-    """The values of one integer field that have an index, 1 for the smallest.
+    """Indices of the values of one integer field, 1 for the smallest.
 
     Args:
-        values: Ascending, ``(n,)``.
+        values: Values with an index, ascending, ``(n,)``.
     """
 
     def __init__(self, values: Integers) -> None:
@@ -86,17 +86,17 @@ class Vocabulary:
         span = int(values[-1]) - self._lowest + 2 if len(values) else 1
         self._table: Integers | None = None
         if span <= min(_LARGEST_TABLE, max(64 * len(values), 1 << 16)):
-            # One look-up an entry; values below and above fall on its ends, which hold 0.
+            # One look-up per entry; values out of range are clipped to the ends, which hold 0.
             self._table = np.zeros(span, np.int32)
             self._table[values.astype(np.int64) - self._lowest] = np.arange(1, len(values) + 1)
 
     @property
     def size(self) -> int:
-        """Number of indices, 0 included."""
+        """Number of indices, including 0."""
         return len(self.values) + 1
 
     def encode(self, column: Integers) -> Integers:
-        """Turn raw values ``(rows,)`` into indices.
+        """Map raw values ``(rows,)`` to indices.
 
         >>> Vocabulary(np.array([10, 30], np.int32)).encode(np.array([10, 20, 30], np.int32))
         array([1, 0, 2], dtype=int32)
@@ -109,26 +109,26 @@ class Vocabulary:
         return np.where(self.values[position] == column, position + 1, 0).astype(np.int32)
 
     def write(self, folder: Path, name: str) -> CategoricalField:
-        """Write ``vocabulary/<name>.parquet``, the columns ``value`` and ``index``."""
+        """Write ``vocabulary/<name>.parquet`` with the columns ``value`` and ``index``."""
         return _write(folder, name, pl.Series(self.values))
 
 
 class TextCounts:
-    """How many training rows hold each text of a field."""
+    """Number of training rows per text of a field."""
 
     def __init__(self) -> None:
         self._counts = pl.DataFrame(schema={"value": pl.String, "rows": pl.Int64})
         self._pending: list[pl.DataFrame] = []
 
     def update(self, column: pl.Series) -> None:
-        """Count the texts of a chunk; nulls are none."""
+        """Count the texts of a chunk, ignoring nulls."""
         values = column.drop_nulls().alias("value").to_frame()
         self._pending.append(values.group_by("value").agg(rows=pl.len().cast(pl.Int64)))
         if sum(map(len, self._pending)) > max(_SMALLEST_MERGE, len(self._counts)):
             self._merge()
 
     def vocabulary(self, *, min_count: int = 1) -> "TextVocabulary":
-        """Return the texts that at least ``min_count`` rows hold."""
+        """Return the vocabulary of the texts in at least ``min_count`` rows."""
         self._merge()
         return TextVocabulary(self._counts.filter(pl.col("rows") >= min_count)["value"].sort())
 
@@ -139,10 +139,10 @@ class TextCounts:
 
 
 class TextVocabulary:
-    """The texts of one field that have an index, 1 for the first in the order of their bytes.
+    """Indices of the texts of one field, 1 for the first in byte order.
 
     Args:
-        values: Ascending.
+        values: Texts with an index, ascending.
     """
 
     def __init__(self, values: pl.Series) -> None:
@@ -150,11 +150,11 @@ class TextVocabulary:
 
     @property
     def size(self) -> int:
-        """Number of indices, 0 included."""
+        """Number of indices, including 0."""
         return len(self.values) + 1
 
     def encode(self, column: pl.Series) -> Integers:
-        """Turn texts ``(rows,)`` into indices; null is 0.
+        """Map texts ``(rows,)`` to indices; null is 0.
 
         >>> TextVocabulary(pl.Series(["a", "c"])).encode(pl.Series(["c", "b", None])).tolist()
         [2, 0, 0]
@@ -166,7 +166,7 @@ class TextVocabulary:
         return np.where(known.to_numpy(), position.to_numpy() + 1, 0).astype(np.int32)
 
     def write(self, folder: Path, name: str) -> CategoricalField:
-        """Write ``vocabulary/<name>.parquet``, the columns ``value`` and ``index``."""
+        """Write ``vocabulary/<name>.parquet`` with the columns ``value`` and ``index``."""
         return _write(folder, name, self.values)
 
 
@@ -186,9 +186,9 @@ def encode_in_place(
     *,
     threads: int = 1,
 ) -> tuple[CategoricalField, ...]:
-    """Replace the raw values that ``writer`` holds by indices, and write the vocabularies.
+    """Replace the raw values in ``writer`` with indices, and write the vocabularies.
 
-    The raw values go through the array itself, so that a log is parsed once and memory does not
+    The array itself first holds the raw values, so that a log is parsed once and memory does not
     grow with its rows.
     """
     writer.close_arrays()

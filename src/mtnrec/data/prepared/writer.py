@@ -1,4 +1,4 @@
-"""Writing a prepared data set: chunk by chunk, whole or not at all."""
+"""Atomic writing of a prepared data set, chunk by chunk."""
 
 import errno
 import fcntl
@@ -23,15 +23,15 @@ from mtnrec.data.prepared.verify import sha256, verify_prepared
 from mtnrec.schema import Schema
 
 _LOCK_FILE = ".lock"
-_BYTES_PER_CHUNK = 1 << 20  # stays in the cache while its columns are taken one by one
+_BYTES_PER_CHUNK = 1 << 20  # stays in the CPU cache while its columns are processed one by one
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Writer:
-    """Writes a prepared data set chunk by chunk; made by :func:`write_prepared`.
+    """Writer of a prepared data set, chunk by chunk; created by :func:`write_prepared`.
 
-    Arrays go through plain files, not maps: mapped pages count as memory of the process, and a full
-    disk would end it without an error.
+    It uses plain files rather than memory maps: mapped pages count as memory of the process, and a
+    full disk would kill it without an error.
     """
 
     def __init__(self, directory: Path, splits: tuple[str, ...]) -> None:
@@ -39,12 +39,12 @@ class Writer:
         self._splits = splits
         self._files: dict[str, IO[bytes]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._starts: dict[str, int] = {}  # where the rows begin, in bytes
+        self._starts: dict[str, int] = {}  # offset of the first row, in bytes
         self._positives: dict[str, Any] = {}
         self.missing: dict[str, Counter[str]] = {split: Counter() for split in splits}
 
     def append(self, split: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Append rows to a split: arrays of equal length, named as in the module's table."""
+        """Append rows to a split: arrays of equal length, by stem as in ``store``."""
         for stem, array in arrays.items():
             self._append(f"{split}/{stem}.npy", array, array_dtype(stem))
         if "labels" in arrays:
@@ -59,7 +59,7 @@ class Writer:
         tokens: npt.NDArray[np.int32],
         weights: npt.NDArray[np.float32],
     ) -> None:
-        """Append bags of a multi-valued field: the length of each, and all their tokens in turn."""
+        """Append bags of a multi-valued field: the length of each, and all their tokens."""
         stems = {part: bag_stem(field, part) for part in BAG_DTYPES}
         name = f"{split}/{stems['tokens']}.npy"
         start = self._shapes[name][0] if name in self._shapes else 0
@@ -91,7 +91,7 @@ class Writer:
         np.lib.format.write_array_header_1_0(self._files[name], header)
 
     def close_arrays(self) -> None:
-        """Finish the arrays; they can be rewritten from now on."""
+        """Finish the arrays, so that they can be rewritten."""
         for name, file in self._files.items():
             file.seek(0)
             self._write_header(name, array_dtype(name.removesuffix(".npy").partition("/")[2]))
@@ -99,17 +99,17 @@ class Writer:
         self._files.clear()
 
     def abandon_arrays(self) -> None:
-        """Close the arrays that are not finished, as they are."""
+        """Close unfinished arrays as they are."""
         for file in self._files.values():
-            with suppress(OSError):  # a full disk does not take what is still buffered
+            with suppress(OSError):  # a full disk cannot take the buffered rest
                 file.close()
 
     def has(self, split: str, stem: str) -> bool:
-        """Say whether an array was written."""
+        """Return whether an array was written."""
         return f"{split}/{stem}.npy" in self._shapes
 
     def chunks(self, split: str, stem: str) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """Read a finished array in bounded memory: first row and rows of each chunk."""
+        """Read a finished array in bounded memory: first row number and rows of each chunk."""
         shape = self._shapes[f"{split}/{stem}.npy"]
         for start, stop in _windows(shape, array_dtype(stem)):
             yield start, self._read(split, stem, start, stop)
@@ -122,7 +122,7 @@ class Writer:
         *,
         threads: int = 1,
     ) -> None:
-        """Replace the rows of a finished array by what ``change`` makes of them, chunk by chunk."""
+        """Apply ``change`` to the rows of a finished array, chunk by chunk."""
         dtype, name = array_dtype(stem), f"{split}/{stem}.npy"
 
         def rewrite(window: tuple[int, int]) -> None:
@@ -136,7 +136,7 @@ class Writer:
             list(pool.map(rewrite, _windows(self._shapes[name], dtype)))
 
     def permute(self, split: str, order: npt.NDArray[np.int64]) -> None:
-        """Put the rows of a split's finished arrays into another order, ``(rows,)``."""
+        """Reorder the rows of a split's finished arrays by ``order``, ``(rows,)``."""
         for stem in DTYPES:
             if not self.has(split, stem):
                 continue
@@ -146,8 +146,9 @@ class Writer:
             with path.open("rb") as source, permuted.open("wb") as file:
                 file.write(source.read(self._starts[name]))
                 for start, stop in _windows(shape, array_dtype(stem)):
-                    rows = open_array(path, array_dtype(stem), shape)  # a map of its own each time:
-                    file.write(rows[order[start:stop]].data)  # its pages are given back
+                    # A new map for each chunk, so that its pages are released.
+                    rows = open_array(path, array_dtype(stem), shape)
+                    file.write(rows[order[start:stop]].data)
             permuted.replace(path)
 
     def _read(self, split: str, stem: str, start: int, stop: int) -> npt.NDArray[Any]:
@@ -167,10 +168,10 @@ class Writer:
         report: dict[str, int],
         transforms: dict[str, dict[str, float]] | None = None,
     ) -> Manifest:
-        """Write the schema: rows, positives and checksums of what was written.
+        """Write the schema, with rows, positives and checksums of the written arrays.
 
         Raises:
-            InputError: If a label has one value only in the training rows.
+            InputError: If a label is constant in the training rows.
         """
         self.close_arrays()
         rows, positives = {}, {}
@@ -181,8 +182,8 @@ class Writer:
         for label, count in positives["train"].items():
             if count in (0, rows["train"]):
                 raise InputError(
-                    f"the label {label} is {int(count > 0)} in all {rows['train']} training rows: "
-                    "there is nothing to learn; check the label, or give more rows"
+                    f"the label {label} is {int(count > 0)} in all {rows['train']} training rows, "
+                    "so there is nothing to learn. Check the label, or choose more rows."
                 )
         files = sorted(
             path for path in self.directory.rglob("*") if path.is_file() and path.name != _LOCK_FILE
@@ -208,7 +209,7 @@ class Writer:
 
 
 def _windows(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[tuple[int, int]]:
-    """Cut the rows of an array into pieces of bounded size."""
+    """Split the rows of an array into windows of bounded size."""
     step = max(1, _BYTES_PER_CHUNK // max(1, math.prod(shape[1:]) * dtype.itemsize))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
@@ -216,27 +217,26 @@ def _windows(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[tuple[int
 
 @contextmanager
 def write_prepared(directory: Path, splits: tuple[str, ...]) -> Iterator[Writer]:
-    """Write a prepared data set, whole or not at all.
+    """Write a prepared data set atomically.
 
-    The files grow in a hidden folder beside ``directory`` that takes its place at the end. An
-    earlier prepared data set in ``directory`` stays until then; whatever else is there is refused.
-    What an earlier preparation left there when it was killed is removed.
+    The files are written to a hidden folder next to ``directory``, which replaces it at the end. An
+    earlier prepared data set in ``directory`` stays until then; anything else there is refused.
+    Hidden folders of killed preparations are removed.
 
     Raises:
-        InputError: If ``directory`` holds something that is no prepared data set, or the disk is
-            full.
+        InputError: If ``directory`` holds anything but a prepared data set, or the disk is full.
     """
-    directory = directory.resolve()  # a link stays: what it points to is replaced
+    directory = directory.resolve()  # a link stays, and its target is replaced
     if directory.exists() and not (directory / SCHEMA_FILE).is_file():
         if not directory.is_dir() or any(directory.iterdir()):
             raise InputError(
-                f"{directory} exists and is no prepared data set: choose another data.dir"
+                f"{directory} exists but is not a prepared data set. Choose another data.dir."
             )
         directory.rmdir()
     if foreign := _foreign_files(directory):
         raise InputError(
-            f"{directory} holds {foreign[0].name}, which is no part of a prepared data set and "
-            "would be lost: choose another data.dir"
+            f"{directory} holds {foreign[0].name}, which is not part of a prepared data set and "
+            "would be lost. Choose another data.dir."
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
     _remove_remains(directory)
@@ -244,7 +244,7 @@ def write_prepared(directory: Path, splits: tuple[str, ...]) -> Iterator[Writer]
     writer = Writer(temporary, splits)
     try:
         with (temporary / _LOCK_FILE).open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it however the process ends
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it however the process ends
             yield writer
             (temporary / _LOCK_FILE).unlink()
             _put_in_place(temporary, directory)
@@ -252,8 +252,8 @@ def write_prepared(directory: Path, splits: tuple[str, ...]) -> Iterator[Writer]
         if error.errno not in _NO_SPACE:
             raise
         raise InputError(
-            f"the disk of {directory} is full ({error.strerror}): free some space, or choose "
-            "another data.dir; nothing was kept"
+            f"the disk of {directory} is full ({error.strerror}), and nothing was kept. Free some "
+            "space, or choose another data.dir."
         ) from error
     finally:
         writer.abandon_arrays()
@@ -264,7 +264,7 @@ def _remove_remains(directory: Path) -> None:
     """Remove the hidden folders of preparations that were killed."""
     for lock in directory.parent.glob(f".{directory.name}-*/{_LOCK_FILE}"):
         with suppress(OSError), lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by a living preparation
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its preparation runs
             shutil.rmtree(lock.parent)
 
 
@@ -280,7 +280,7 @@ def _foreign_files(directory: Path) -> list[Path]:
 
 
 def _put_in_place(temporary: Path, directory: Path) -> None:
-    temporary.chmod(0o755)  # mkdtemp makes a folder that only its owner can read
+    temporary.chmod(0o755)  # mkdtemp lets only the owner read it
     try:
         temporary.rename(directory)
     except OSError:
@@ -289,7 +289,7 @@ def _put_in_place(temporary: Path, directory: Path) -> None:
     else:
         return
     new, old = ((path / SCHEMA_FILE).read_bytes() for path in (temporary, directory))
-    if new == old and _is_whole(directory):  # a second process prepared the same meanwhile
+    if new == old and _is_intact(directory):  # another process prepared the same data set meanwhile
         return
     retired = temporary.with_name(f"{temporary.name}-old")
     directory.rename(retired)
@@ -297,7 +297,7 @@ def _put_in_place(temporary: Path, directory: Path) -> None:
     shutil.rmtree(retired)
 
 
-def _is_whole(directory: Path) -> bool:
+def _is_intact(directory: Path) -> bool:
     try:
         manifest, _ = open_prepared(directory)
         verify_prepared(directory, manifest)
