@@ -190,7 +190,7 @@ CHANGES = {
     "the file is empty": (lambda text: "", r"train\.csv is empty\. Download"),
     "there is only a header": (
         lambda text: text[: text.index("\n") + 1],
-        r"train\.csv has a header and no rows",
+        r"train\.csv has a header but no rows",
     ),
     "a line is blank": (
         lambda text: text.replace("\n", "\n\n", 2).replace("\n\n", "\n", 1),
