@@ -378,7 +378,7 @@ def test_a_label_that_is_constant_in_train_is_refused(raw_dir, prepared, tmp_pat
         ([COMMON], "holds neither sample_train.tar.gz nor common_features_train.csv"),
         (
             [COMMON, SKELETON],
-            "nor common_features_train.csv and sample_skeleton_train.csv. The raw",
+            "nor common_features_train.csv and sample_skeleton_train.csv. Download",
         ),
         (["sample_skeleton_test.csv"], "holds neither sample_test.tar.gz nor sample_skeleton_test"),
     ],
@@ -415,7 +415,7 @@ def test_an_archive_beside_its_files_is_refused(raw_dir, prepared, tmp_path):
     folder = copy_with(raw_dir, tmp_path / "raw", "", None)
     (folder / "sample_train.tar.gz").write_bytes(b"")
 
-    with pytest.raises(InputError, match=r"both sample_train\.tar\.gz and files that it holds"):
+    with pytest.raises(InputError, match=r"both sample_train\.tar\.gz and files from it"):
         prepared(folder)
 
 
@@ -469,13 +469,13 @@ def test_a_bad_archive_is_refused(raw_dir, prepared, tmp_path, damage, message):
         (["preset=atim"], "data.preset must be one of aitm, rechub; got 'atim'"),
         (["fields=[204]"], "data.fields must be fields of Ali-CCP .*, got '204'"),
         (["fields=101"], "data.fields must be a list of fields, got 101"),
-        (["fields=[101,101]"], "data.fields names a field twice: 101, 101"),
+        (["fields=[101,101]"], "data.fields must name each field once, got 101, 101"),
         (["values=[x]"], "data.values must be fields of Ali-CCP .*, got 'x'"),
         (["min_count=0"], "data.min_count must be an integer >= 1, got 0"),
         (["min_count={205:0}"], "data.min_count must be an integer >= 1, got 0"),
-        (["min_count={210:3}"], "data.min_count names 210, which data.fields does not"),
+        (["min_count={210:3}"], "data.min_count must name fields of data.fields, got 210"),
         (["tokens=some"], "data.tokens must be one of last, first, all; got 'some'"),
-        (["tokens={205:all}"], "data.tokens is all for field 205, which has one value a row"),
+        (["tokens={205:all}"], "data.tokens must be last or first for field 205, .*, got all"),
         (["scaling=log"], "data.scaling must be one of minmax, none; got 'log'"),
         (["on_error=ignore"], "data.on_error must be one of refuse, skip; got 'ignore'"),
         (["threads=0"], "data.threads must be an integer from 1 to 1024, got 0"),
@@ -511,7 +511,7 @@ def test_where_every_common_line_is_skipped_nothing_is_left(raw_dir, prepared, t
 
 @pytest.mark.parametrize("overrides", [["preset=null"], ["fields=[]"]])
 def test_preparing_needs_a_field(overrides, raw_dir, prepared):
-    message = r"data\.preset must be one of aitm, rechub, or data\.fields name a field"
+    message = r"data\.preset must be one of aitm, rechub unless data\.fields or data\.values names"
     with pytest.raises(InputError, match=message):
         prepared(raw_dir, *overrides)
 

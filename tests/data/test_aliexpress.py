@@ -272,7 +272,7 @@ def test_a_conversion_without_a_click_is_refused(directory, raw_dir, monkeypatch
 
     message = (
         rf"train\.csv, line {line}: a conversion needs a click "
-        r"\(data\.conversion_without_click=drop drops .* got \[0 1\]"
+        r"\(set data\.conversion_without_click=drop to drop .* got \[0 1\]"
     )
     with pytest.raises(InputError, match=message):
         make(directory, raw_dir).prepare()
@@ -557,7 +557,7 @@ def test_a_bad_zip_is_refused_and_leaves_nothing(forms, directory, form, damage,
 def test_a_log_in_two_forms_is_refused(forms, directory):
     (forms["csv"] / "aliexpress_nl_datasets.zip").write_bytes(b"")
 
-    message = r"several forms \(aliexpress_nl_datasets\.zip, nl_user_train\.csv\): leave one"
+    message = r"several forms \(aliexpress_nl_datasets\.zip, nl_user_train\.csv\)\. Delete all"
     with pytest.raises(InputError, match=message):
         make(directory, forms["csv"]).prepare()
 

@@ -492,8 +492,8 @@ def test_noise_that_comes_after_the_set_up_is_refused(make):
         ({"splits": ["dev"]}, r"noise\.splits must be one of train, val, test; got 'dev'"),
         (
             {"splits": []},
-            r"noise\.splits must be a list of at least one of train, val, test, got \[\]; "
-            r"noise\.proportion=0 switches the noise off",
+            r"noise\.splits must be a list of at least one of train, val, test, got \[\]\. "
+            r"Set noise\.proportion=0 to switch the noise off",
         ),
         ({"splits": "train"}, r"noise\.splits must be a list .*, got 'train'"),
         ({"seed": -1}, r"noise\.seed must be an integer >= 0, got -1"),

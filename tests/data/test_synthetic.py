@@ -300,7 +300,7 @@ def test_an_earlier_log_of_other_settings_is_refused_and_stays(tmp_path):
     other = Synthetic(**SETTINGS | {"dir": tmp_path / "log", "rank": 4, "click_rate": 0.1})
 
     message = (
-        f"{tmp_path / 'log'} holds a synthetic data set of other settings "
+        f"{tmp_path / 'log'} holds a synthetic data set with different settings "
         r"\(click_rate, rank\)\. Choose another data\.dir, or prepare it again"
     )
     with pytest.raises(InputError, match=message):

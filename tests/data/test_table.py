@@ -420,8 +420,11 @@ BAD_ROWS = [
     ("a,1 5,1", "line 9, column 'price': expected a number, got '1 5'"),
     ("a,inf,1", "line 9, column 'price': a number must be finite in 32 bits, got 'inf'"),
     ("a,-1e39,1", "line 9, column 'price': a number must be finite in 32 bits, got '-1e39'"),
-    ("a,,1", r"line 9, column 'price': a number is missing \(data.fill=NUMBER .* got nothing"),
-    ("a,NaN,1", r"line 9, column 'price': a number is missing .* got 'NaN'"),
+    (
+        "a,,1",
+        r"line 9, column 'price': a number must be given \(set data.fill=NUMBER .* got nothing",
+    ),
+    ("a,NaN,1", r"line 9, column 'price': a number must be given .* got 'NaN'"),
 ]
 
 
@@ -488,7 +491,7 @@ def test_a_conversion_without_a_click_is_refused_or_dropped(prepared, frame, dir
 
     message = (
         r"line 7, column 'conversion': a conversion needs a click "
-        r"\(data.conversion_without_click=drop drops and counts such rows\), got '1'"
+        r"\(set data.conversion_without_click=drop to drop and count it\), got '1'"
     )
     with pytest.raises(InputError, match=message):
         prepared(frame)
@@ -542,7 +545,7 @@ BAD_TABLES = {
     "nothing left": (
         WRONG,
         {"exclude": ["city", "price"]},
-        "rows.csv has no column that is left to be a feature",
+        "rows.csv must have at least one feature column, got none",
     ),
     "constant": (
         "city,click\n" + "a,1\n" * 9,
@@ -552,17 +555,17 @@ BAD_TABLES = {
     "blank column": (
         "city,price,click\na,,1\nb,,0\n",
         {},
-        "the column 'price' has no value in any row: leave it out with data.exclude",
+        "the column 'price' must have a value in some row, got none. Set data.exclude",
     ),
     "dates": (
         "city,day,click\na,2020-01-01,1\nb,2020-01-02,0\n",
         {},
-        "the column 'day' holds dates: leave it out with data.exclude, name it in data.time",
+        "the kind of the column 'day' cannot be inferred, got dates. Set data.exclude .* data.time",
     ),
     "no times": (
         WRONG,
         {"time": "city", "split": "time"},
-        "the column 'city' of data.time holds neither numbers nor dates",
+        "data.time must be a column of numbers or dates, got 'city'",
     ),
     "slash": ("a/b,click\nx,1\ny,0\n", {}, "the categorical column 'a/b' cannot name the file"),
     "dot": (".a,click\nx,1\ny,0\n", {}, "the categorical column '.a' cannot .* rename it"),
@@ -649,13 +652,19 @@ def test_parts_and_files_with_other_columns_are_refused(directory, tmp_path, fra
         ({"group": 1.5}, r"data.group must name columns, .* got \[1.5\]"),
         ({"labels": ["click"]}, "a funnel has two labels"),
         ({"labels": [], "funnel": False}, "independent labels are at least one"),
-        ({"labels": ["a", "a"]}, "'a' is in data.labels and in data.labels: a column has one part"),
-        ({"numerical": ["click"]}, "'click' is in data.labels and in data.numerical"),
-        ({"categorical": ["u"], "group": "u"}, "'u' is in data.categorical and in data.group"),
-        ({"split": "grouped"}, "data.split=grouped needs data.group=COLUMN"),
-        ({"split": "time"}, "data.split=time needs data.time=COLUMN"),
+        ({"labels": ["a", "a"]}, "'a' must have one role, got data.labels and data.labels"),
+        (
+            {"numerical": ["click"]},
+            "'click' must have one role, got data.labels and data.numerical",
+        ),
+        (
+            {"categorical": ["u"], "group": "u"},
+            "'u' must have one role, got data.categorical and data.group",
+        ),
+        ({"split": "grouped"}, "data.split=grouped needs a column. Set data.group=COLUMN"),
+        ({"split": "time"}, "data.split=time needs a column. Set data.time=COLUMN"),
         ({"split": "last"}, "data.split must be one of random, grouped, time; got 'last'"),
-        ({"test_share": 0}, "data.test_share must be above 0"),
+        ({"test_share": 0}, "data.test_share must be above 0, got 0"),
         ({"test_share": 1}, r"data.test_share must be a number in \[0, 1\), got 1"),
         ({"test_seed": -1}, "data.test_seed must be an integer >= 0, got -1"),
         ({"min_count": 0}, "data.min_count must be an integer >= 1, got 0"),
@@ -673,7 +682,7 @@ def test_settings_out_of_range_are_refused(changes, message):
 
 
 def test_without_a_table_the_remedy_is_named(directory):
-    with pytest.raises(InputError, match=r"data.train and data.labels are needed: .*`data.train="):
+    with pytest.raises(InputError, match=r"data.train and data.labels must be given.*`data.train="):
         table(directory, None).prepare()
     with pytest.raises(NotPreparedError, match=r"prepare data=table data.name=table data.train="):
         table(directory, None).prepare_data()
@@ -701,13 +710,13 @@ def test_a_prepared_table_of_other_settings_or_files_is_refused(directory, tmp_p
     table(directory, path).prepare_data()
 
     message = (
-        rf"{directory} holds a table data set of other settings \(min_count\)\. Choose another "
-        r"data\.dir"
+        rf"{directory} holds a table data set with different settings \(min_count\)\. Choose "
+        r"another data\.dir"
     )
     with pytest.raises(InputError, match=message):
         table(directory, path, min_count=2).prepare_data()
     write(frame[:-1], path)
-    with pytest.raises(InputError, match=r"other settings \(train\)"):
+    with pytest.raises(InputError, match=r"different settings \(train\)"):
         table(directory, path).prepare_data()
 
 

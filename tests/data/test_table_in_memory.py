@@ -282,7 +282,7 @@ def test_a_changed_frame_of_the_same_size_is_refused(tmp_path):
     assert (folder / "schema.json").stat() == before
     frame.loc[17, "many"] += 1
 
-    message = rf"{folder} holds a table data set of other settings \(train\)\. Choose another"
+    message = rf"{folder} holds a table data set with different settings \(train\)\. Choose another"
     with pytest.raises(InputError, match=message):
         Table(train=frame, **settings).prepare_data()
     Table(train=frame, **settings).prepare()
@@ -401,7 +401,7 @@ BAD_FRAMES = {
     ),
     "only missing": (
         pl.DataFrame({"x": [None, None], "click": [0, 1]}),
-        "the frame of data.train: the column 'x' has no value in any row",
+        "the frame of data.train: the column 'x' must have a value in some row, got none",
     ),
 }
 

@@ -1,8 +1,8 @@
 """Ali-CCP click and conversion logs (X. Ma et al., SIGIR 2018).
 
-The skeleton has a line for each impression, with its labels, its own features and the index of a
-line of common features, which describes the user and is shared by about 58 impressions. See
-:mod:`mtnrec.data.raw.triples` for the lines.
+The skeleton has one line per impression, with its labels, its own features and the index of a line
+of common features, which describe the user and are shared by about 58 impressions. See
+:mod:`mtnrec.data.raw.triples` for the line format.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,8 +36,8 @@ _SPLITS = ("train", "test")
 # YAML and Hydra read 109_14 as the integer 10914.
 _BY_NUMBER = {field.replace("_", ""): field for field in COMMON_FIELDS + SKELETON_FIELDS}
 _PROFILE = ("121", "122", "124", "125", "126", "127", "128", "129")
-# To estimate the disk that is needed: text of an impression with its share of common features, and
-# what all tokens of all multi-valued fields add to a prepared one.
+# To estimate the disk space needed: text per impression with its share of common features, and what
+# all tokens of all multi-valued fields add to a prepared row.
 _TEXT_BYTES_PER_ROW, _BAG_BYTES_PER_ROW = 450, 250
 
 
@@ -74,13 +74,13 @@ _FREE = _Preset(fields=(), values=(), min_count=1, tokens="last", scaling="none"
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class AliCcp(DataModule):
-    """Ali-CCP, with the fields of a published preparation or of one's own.
+    """Ali-CCP with the fields of a published preparation or a custom choice.
 
-    Preset ``aitm`` takes the 18 fields of AITM (D. Xi et al., KDD 2021) and the values that occur
-    in 12 training rows or more. Preset ``rechub`` takes the 23 fields and 8 values of torch-rechub
-    and 10 rows; unlike the original, whose scalers saw validation and test rows, values are scaled
-    by the range of the training rows. The keys after ``preset`` replace its choices; without a
-    preset, ``fields`` or ``values`` must be given. All of them matter to ``prepare`` alone.
+    Preset ``aitm`` keeps the 18 fields of AITM (D. Xi et al., KDD 2021) and ids that occur in at
+    least 12 training rows. Preset ``rechub`` keeps the 23 fields and 8 values of torch-rechub and
+    ids in at least 10 rows; values are scaled by the range of the training rows, whereas the
+    original's scalers saw validation and test rows. The keys after ``preset`` override its choices;
+    without a preset, ``fields`` or ``values`` must be given. All of them affect only ``prepare``.
 
     The user id (field 101) becomes the group; rows without one are grouped by their common line and
     have a negative group. Conversions without a click are dropped and counted.
@@ -89,19 +89,19 @@ class AliCcp(DataModule):
         raw_dir: Folder with ``sample_train.tar.gz`` and ``sample_test.tar.gz``, or with the four
             files in them; only ``prepare`` needs it.
         preset: ``aitm``, ``rechub`` or None.
-        fields: Fields whose ids are features, ``["101", "205", "109_14"]`` say.
+        fields: Fields whose ids are features, e.g. ``["101", "205", "109_14"]``.
         values: Fields whose value is a numerical feature, 0 where a row lacks it.
-        min_count: Training rows that an id must occur in (a token of a bag: times that it must
-            occur in them); one number, or one for each field.
-        tokens: What is kept of a field: its ``last`` or ``first`` triple or, of the multi-valued
-            fields, ``all``; one word, or one for each field.
-        scaling: ``minmax``, by the training rows, or ``none``.
+        min_count: Minimum number of training rows with an id, or of occurrences in them of a bag
+            token; one number, or one per field.
+        tokens: Triples of a field to keep: the ``last`` or ``first`` or, for multi-valued fields,
+            ``all``; one word, or one per field.
+        scaling: ``minmax``, by the range of the training rows, or ``none``.
         on_error: ``refuse`` a line that breaks the format, or ``skip`` and count such lines.
-        threads: Threads that parse; None for as many as there are cores. The result is the same.
+        threads: Number of parsing threads; None for one per core. The result is the same.
     """
 
     origin: ClassVar[str] = (
-        "The raw logs are Tianchi data set 408 (https://tianchi.aliyun.com/dataset/408): "
+        "Download Tianchi data set 408 (https://tianchi.aliyun.com/dataset/408): "
         "sample_train.tar.gz and sample_test.tar.gz."
     )
 
@@ -140,8 +140,8 @@ class AliCcp(DataModule):
             check_choice("data.tokens", choice, ["last", "first", "all"])
             if choice == "all" and isinstance(self.tokens, dict) and name not in MULTI_VALUED:
                 raise InputError(
-                    f"data.tokens is all for field {name}, which has one value a row; the "
-                    f"multi-valued fields are {', '.join(MULTI_VALUED)}"
+                    f"data.tokens must be last or first for field {name}, which has one value per "
+                    f"row, got all. Multi-valued fields are {', '.join(MULTI_VALUED)}."
                 )
         self._bags = [n for n in fields if tokens[n] == "all" and n in MULTI_VALUED]
         self._ids = [name for name in fields if name not in self._bags]
@@ -153,7 +153,7 @@ class AliCcp(DataModule):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What determines the prepared data set, apart from the raw files."""
+        """Settings that determine the prepared data set, apart from the raw files."""
         return {
             "preset": self.preset,
             "fields": self._ids,
@@ -168,8 +168,8 @@ class AliCcp(DataModule):
     def prepare(self) -> Manifest:
         """Read the raw files once, in bounded memory, and write the prepared data set.
 
-        Memory holds the common features (some 100 bytes a line) and the vocabularies, whatever the
-        number of rows.
+        Memory holds the common features (about 100 bytes per line) and the vocabularies, regardless
+        of the number of rows.
 
         Raises:
             InputError: If ``raw_dir`` is not given or lacks a file, the disk is too small, or a
@@ -178,7 +178,8 @@ class AliCcp(DataModule):
         raw_dir = require_raw_dir(self.raw_dir, self.origin)
         if not self._ids and not self._bags and not self._values:
             raise InputError(
-                f"data.preset must be one of {', '.join(PRESETS)}, or data.fields name a field"
+                f"data.preset must be one of {', '.join(PRESETS)} unless data.fields or "
+                "data.values names a field, got none. Choose a preset, or set data.fields."
             )
         parts = {split: _find(raw_dir, split) for split in _SPLITS}
         sources = [path for found in parts.values() for path in found]
@@ -202,7 +203,7 @@ class AliCcp(DataModule):
             for bad in bad_rows.values():
                 bad.warn()
             report = {name: n for log in logs.values() for name, n in log.finish().items()}
-            meter.log("Replacing ids by indices, and summing the files up")
+            meter.log("Replacing ids with indices and computing checksums")
             if self._scaled:
                 meter.log(
                     "Values are scaled by the range of the training rows alone; test values may "
@@ -234,7 +235,7 @@ class AliCcp(DataModule):
     def _encode(
         self, writer: Writer, train: Log, threads: int
     ) -> tuple[Schema, dict[str, dict[str, float]]]:
-        """Turn what is raw in the arrays into indices and scaled values."""
+        """Replace raw ids and values in the arrays with indices and scaled values."""
         vocabularies = [
             train.counts[name].vocabulary(min_count=self._min_count[name], missing=MISSING)
             for name in self._ids
@@ -266,7 +267,7 @@ class AliCcp(DataModule):
 
 
 def _names(key: str, given: Sequence[Any]) -> list[str]:
-    """Check a list of field names."""
+    """Return a list of field names after checking it."""
     if not isinstance(given, list | tuple):
         raise InputError(f"{key} must be a list of fields, got {given!r}")
     names = [_BY_NUMBER.get(str(name), str(name)) for name in given]
@@ -276,30 +277,30 @@ def _names(key: str, given: Sequence[Any]) -> list[str]:
                 f"{key} must be fields of Ali-CCP ({', '.join(_BY_NUMBER.values())}), got {name!r}"
             )
     if len(set(names)) < len(names):
-        raise InputError(f"{key} names a field twice: {', '.join(names)}")
+        raise InputError(f"{key} must name each field once, got {', '.join(names)}")
     return names
 
 
 def _by_field(key: str, given: Any, default: Any, fields: Sequence[str]) -> dict[str, Any]:
-    """Spread a setting over fields: one value for all of them, or a mapping that names some."""
+    """Expand a setting, one value or a mapping for some fields, to a value per field."""
     if not isinstance(given, dict):
         return dict.fromkeys(fields, default if given is None else given)
     named = dict(zip(_names(key, list(given)), given.values(), strict=True))
     if unknown := [name for name in named if name not in fields]:
-        raise InputError(f"{key} names {', '.join(unknown)}, which data.fields does not")
+        raise InputError(f"{key} must name fields of data.fields, got {', '.join(unknown)}")
     return dict.fromkeys(fields, default) | named
 
 
 def _find(raw_dir: Path, split: str) -> list[Path]:
-    """Return the archive of a split, or its two files, common features first."""
+    """Return a split's archive, or its two files with the common features first."""
     files = list_files(raw_dir)
     archive = find_one(files, [f"sample_{split}.tar.gz"])
     plain = [find_one(files, [name]) for name in _members(split)]
     missing = [name for name, path in zip(_members(split), plain, strict=True) if path is None]
     if archive is not None and len(missing) < len(plain):
         raise InputError(
-            f"{raw_dir} holds both {archive.name} and files that it holds: leave one, or name its "
-            "own folder in data.raw_dir"
+            f"{raw_dir} must not hold both {archive.name} and files from it. Delete one of them, "
+            "or set data.raw_dir to a folder with one."
         )
     if archive is not None:
         return [archive]

@@ -1,9 +1,10 @@
-"""AliExpress search logs (P. Li et al., CIKM 2020), one data set a country.
+"""AliExpress search logs (P. Li et al., CIKM 2020), one data set per country.
 
 As published, a split is a user file (search id, 7 categorical, 23 numerical and 2 categorical
 features) and an item file (search id, 47 features, label), comma-separated, without a header. They
-are joined on the search id, inside a split only: ids restart in the test files. MTReclib shares the
-joined rows as ``train.csv`` and ``test.csv`` with a header; the columns have its names here too.
+are joined on the search id, within a split only, because ids restart in the test files. MTReclib
+shares the joined rows as ``train.csv`` and ``test.csv``; the column names here are those of its
+header.
 """
 
 import tempfile
@@ -25,7 +26,7 @@ from mtnrec.data.raw.progress import ReadProgress
 from mtnrec.schema import Schema
 
 _SPLITS = ("train", "test")
-_PREPARED_BYTES_PER_TEXT_BYTE = 1.2  # to estimate the disk that is needed
+_PREPARED_BYTES_PER_TEXT_BYTE = 1.2  # to estimate the disk space needed
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -37,18 +38,18 @@ class AliExpress(DataModule):
 
     Args:
         name: Name of the data set; ``aliexpress_<country>`` if empty.
-        country: ``nl``, ``es``, ``fr``, ``us`` or ``ru``: the names of the raw files begin with it.
+        country: ``nl``, ``es``, ``fr``, ``us`` or ``ru``, the prefix of the raw file names.
         raw_dir: Folder with ``aliexpress_CC_datasets.zip``, or the four zips in it, or the four csv
             files in them, or MTReclib's ``train.csv`` and ``test.csv`` (or ``.csv.gz``); all give
             the same prepared arrays. Only ``prepare`` needs it.
-        conversion_without_click: ``refuse`` such a row, or ``drop`` and count it; only MTReclib's
-            form can have one.
+        conversion_without_click: ``refuse`` a conversion without a click, or ``drop`` and count it;
+            only MTReclib's files can contain one.
         on_error: ``refuse`` a row that breaks the format, or ``skip`` and count such rows.
     """
 
     origin: ClassVar[str] = (
-        "The raw logs are Tianchi data set 74690 (https://tianchi.aliyun.com/dataset/74690); the "
-        "train.csv and test.csv that MTReclib shares are read as they are."
+        "Download Tianchi data set 74690 (https://tianchi.aliyun.com/dataset/74690), or MTReclib's "
+        "train.csv and test.csv, which are read as they are."
     )
 
     name: str = ""
@@ -68,13 +69,13 @@ class AliExpress(DataModule):
     def prepare(self) -> Manifest:
         """Read the raw files once, in bounded memory, and write the prepared data set.
 
-        Memory holds 16 bytes a search and 4 bytes a row.
+        Memory holds 16 bytes per search and 4 bytes per row.
 
         Raises:
             InputError: If ``raw_dir`` is not given or lacks a file, the disk is too small, or a
                 file breaks the format.
         """
-        # Here, since training a prepared set needs no polars, whose import takes 0.1 s.
+        # Imported here: training needs no polars, whose import takes 0.1 s.
         from mtnrec.data.preparation.aliexpress import CATEGORICAL, LABELS, NUMERICAL, Join
         from mtnrec.data.prepared.vocabulary import encode_in_place
 
@@ -98,7 +99,7 @@ class AliExpress(DataModule):
                         searches = join.read_searches(split, blocks, features)
                     with files.blocks(f"item_{split}", meter) as blocks:
                         join.join(split, searches, blocks)
-            meter.log("Replacing ids by indices, and summing the files up")
+            meter.log("Replacing ids with indices and computing checksums")
             vocabularies = [values.vocabulary() for values in join.counts]
             fields = encode_in_place(writer, _SPLITS, CATEGORICAL, vocabularies)
             return writer.finish(
@@ -114,12 +115,12 @@ class AliExpress(DataModule):
 
 @dataclass(frozen=True)
 class _Files:
-    """The raw files of a country.
+    """Raw files of a country.
 
     Args:
-        country: First letters of their names.
+        country: Prefix of the file names.
         paths: ``train.csv`` and ``test.csv``; or the outer zip; or four files, zip or csv.
-        is_joined: Whether they are of MTReclib's form.
+        is_joined: Whether they are MTReclib's joined files.
     """
 
     country: str
@@ -128,14 +129,14 @@ class _Files:
 
     @contextmanager
     def blocks(self, part: str, meter: ReadProgress) -> Iterator[Iterator[Block]]:
-        """Open ``train`` or ``test``, or ``user_train`` and the like."""
+        """Open ``train`` or ``test`` of joined files, else ``user_train`` etc."""
         with ExitStack() as stack:
             if self.is_joined:
                 path = next(path for path in self.paths if path.name.lower().startswith(part))
                 yield read_blocks(stack.enter_context(open_plain(path, meter)), str(path))
                 return
             stem = f"{self.country}_{part}"
-            path = self.paths[0] if len(self.paths) == 1 else self._path_of(stem)
+            path = self.paths[0] if len(self.paths) == 1 else self._part_path(stem)
             stream, source = stack.enter_context(meter.open(path)), str(path)
             if len(self.paths) == 1:
                 members = [f"{self.country}_{name}.zip" for name in _PARTS]
@@ -148,7 +149,7 @@ class _Files:
                 source = f"{source}:{stem}.csv"
             yield read_blocks(stream, source)
 
-    def _path_of(self, stem: str) -> Path:
+    def _part_path(self, stem: str) -> Path:
         return next(path for path in self.paths if path.name.lower().startswith(stem))
 
 
@@ -156,19 +157,19 @@ _PARTS = tuple(f"{table}_{split}" for split in _SPLITS for table in ("user", "it
 
 
 def _find(raw_dir: Path, country: str) -> _Files:
-    """Find one of the four forms by the names of its files.
+    """Find the raw files, in any of their four forms, by name.
 
     Raises:
-        InputError: If there is none, one is incomplete, or there are several.
+        InputError: If no form is found, one is incomplete, or there are several.
     """
     files = list_files(raw_dir)
-    beside = {
+    top_level = {
         name: [path for path in paths if path.parent == raw_dir] for name, paths in files.items()
     }
     outer = find_one(files, [f"aliexpress_{country}_datasets.zip"])
     stems = [f"{country}_{part}" for part in _PARTS]
     parts = {stem: find_one(files, [f"{stem}.csv", f"{stem}.zip"]) for stem in stems}
-    joined = {split: find_one(beside, [f"{split}.csv", f"{split}.csv.gz"]) for split in _SPLITS}
+    joined = {split: find_one(top_level, [f"{split}.csv", f"{split}.csv.gz"]) for split in _SPLITS}
     forms = [
         ([outer], False),
         ([parts[stem] for stem in stems], False),
@@ -178,13 +179,13 @@ def _find(raw_dir: Path, country: str) -> _Files:
     if not found:
         raise InputError(
             f"{raw_dir} holds none of aliexpress_{country}_datasets.zip, {stems[0]}.zip or .csv "
-            f"and its like, train.csv and test.csv. {AliExpress.origin}"
+            f"and the three other parts, or train.csv and test.csv. {AliExpress.origin}"
         )
     if len(found) > 1:
         names = [next(path.name for path in form if path) for form, _ in found]
         raise InputError(
-            f"{raw_dir} holds the log in several forms ({', '.join(names)}): leave one, or name "
-            "its own folder in data.raw_dir"
+            f"{raw_dir} must hold the log in one form, got several forms ({', '.join(names)}). "
+            "Delete all but one, or set data.raw_dir to a folder with one."
         )
     paths, is_joined = found[0]
     wanted = _SPLITS if is_joined else stems

@@ -1,4 +1,4 @@
-"""Batches: from row numbers to the rows."""
+"""Batches of rows, gathered by row number."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +19,14 @@ Rows = npt.NDArray[np.integer[Any]]
 
 
 class RowGatherer(Dataset[Batch]):
-    """Turns positions into a batch, by one ``take`` on each array.
+    """Gathers a batch by position, with one ``take`` per array.
 
     Args:
         arrays: Arrays of a prepared split, of equal length.
-        rows: The rows of those arrays that belong here, ``(rows,)``.
+        rows: Row numbers of the split in those arrays, ``(rows,)``.
         schema: The fields.
-        change: Changes a batch in place, given its rows of those arrays.
-        readers: Threads that take a batch's rows together, where these come from the disk.
+        change: Changes a batch in place, given its row numbers in those arrays.
+        readers: Threads that read the rows of a batch in parallel, if they come from disk.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RowGatherer(Dataset[Batch]):
         array = self._arrays[stem]
         if self._pool is None:
             return torch.from_numpy(array.take(rows, axis=0))
-        # numpy lets go of the interpreter while it copies, so that the reads overlap.
+        # numpy releases the GIL while it copies, so that the reads overlap.
         parts = np.array_split(rows, self._readers)
         taken = self._pool.map(lambda part: array.take(part, axis=0), parts)
         return torch.from_numpy(np.concatenate(list(taken)))
@@ -74,7 +74,7 @@ class RowGatherer(Dataset[Batch]):
 
 
 def gather_bags(arrays: Arrays, field: str, bags: npt.NDArray[np.int32]) -> Bags:
-    """Collect some bags of a split's multi-valued field; ``bags`` are their numbers, ``(n,)``."""
+    """Gather bags of a multi-valued field by their numbers ``bags``, ``(n,)``."""
     offsets, tokens, weights = (arrays[bag_stem(field, part)] for part in BAG_DTYPES)
     starts = offsets[bags]
     lengths = offsets[bags + 1] - starts

@@ -1,4 +1,4 @@
-"""The LightningDataModule of every prepared data set: splits, batches, counts."""
+"""LightningDataModule of every prepared data set: splits, batches, counts."""
 
 import logging
 import os
@@ -35,32 +35,33 @@ from mtnrec.data.samplers import (
 from mtnrec.resources import memory_bytes
 from mtnrec.schema import Schema
 
-_READERS = 32  # reads under way at a time; more of them bring little
-_SHARE_OF_THE_MEMORY = 0.75  # of which a split's pages can be kept; the rest is the process's own
+_READERS = 32  # concurrent reads; more bring little
+_MEMORY_SHARE = 0.75  # for cached pages of a split; the rest is for the process itself
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class DataModule(L.LightningDataModule, ABC):
-    """Feeds the splits of a prepared data set; a subclass knows how to prepare one.
+    """Feeds the splits of a prepared data set; a subclass prepares one.
 
     A share of the training rows is the validation set: drawn at random (paper, section 3.1), or
     whole groups (users, searches) drawn at random, or the last rows.
 
-    The attribute ``noise``, set before ``setup``, replaces features of the batches; None does not.
+    The attribute ``noise``, set before ``setup``, replaces features of the batches; None replaces
+    nothing.
 
     Args:
         name: Name of the data set, as in the config group ``data``.
-        dir: Folder of the prepared data set. None stands for the folder that the YAML file names
-            (usually ``name``) in ``$MTNREC_DATA`` or, if that is not set, in ``data``.
-        batch_size: Rows of a batch in each process.
-        validation_share: Share of the training rows that validate, in (0, 1).
+        dir: Folder of the prepared data set. None for the folder that the YAML file names (usually
+            ``name``) in ``$MTNREC_DATA`` or, if that is not set, in ``data``.
+        batch_size: Rows per batch in each process.
+        validation_share: Share of the training rows used for validation, in (0, 1).
         validation_split: ``random``, ``grouped`` or ``last``.
-        split_seed: Seed of that draw.
+        split_seed: Seed of the random validation split.
         seed: Seed of the order of the training rows, which is a function of (seed, epoch, rank).
         verify: Whether to compare every file with its checksum before training, which reads all
-            bytes; once, and again where a file has changed since.
+            bytes; done once, and again if a file has changed since.
     """
 
     origin: ClassVar[str] = ""
@@ -81,7 +82,9 @@ class DataModule(L.LightningDataModule, ABC):
             "data.validation_share", self.validation_share, minimum=0, maximum=1, open_maximum=True
         )
         if self.validation_share == 0:
-            raise InputError("data.validation_share must be above 0: validation chooses the epoch")
+            raise InputError(
+                "data.validation_share must be above 0, got 0. Validation chooses the epoch."
+            )
         check_choice("data.validation_split", self.validation_split, ["random", "grouped", "last"])
         check_integer("data.split_seed", self.split_seed, minimum=0)
         check_integer("data.seed", self.seed, minimum=0)
@@ -95,16 +98,16 @@ class DataModule(L.LightningDataModule, ABC):
         self._original: DataModule | None = None
 
     def copy_for_run(self, seed: int) -> "DataModule":
-        """Return one of the same folder, not set up, with another seed of the row order."""
+        """Return a copy with the same folder, not set up, and another seed of the row order."""
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
         copied.seed, copied.noise, copied._arrays = seed, None, None
-        copied._original = self  # whose folder may be deleted with it
+        copied._original = self  # kept alive, since a temporary folder is deleted with it
         return copied
 
     @property
     def _folder_name(self) -> str:
-        """Name of the default folder; mirrors ``dir`` of the YAML file."""
+        """Name of the default folder; mirrors ``dir`` in the YAML file."""
         return self.name
 
     @property
@@ -114,14 +117,14 @@ class DataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def prepare(self) -> Manifest:
-        """Make the prepared data set from its raw files."""
+        """Write the prepared data set from its raw files."""
 
     def prepare_data(self) -> None:
-        """Check that the prepared data set is there and whole.
+        """Check that the prepared data set exists and is intact.
 
         Raises:
-            InputError: If it is missing (the message says where it comes from and which command
-                prepares it) or damaged.
+            InputError: If it is missing (the message names its origin and the command that prepares
+                it) or damaged.
         """
         manifest, _ = self._open_prepared()
         if self.verify and not self._verified:
@@ -136,7 +139,7 @@ class DataModule(L.LightningDataModule, ABC):
             raise NotPreparedError("\n".join(filter(None, lines))) from error
 
     def find_checksum(self) -> str | None:
-        """Return the checksum of the prepared data set; None if there is none."""
+        """Return the checksum of the prepared data set; None if it is not prepared."""
         try:
             return open_prepared(self.folder)[0].checksum
         except NotPreparedError:
@@ -154,8 +157,9 @@ class DataModule(L.LightningDataModule, ABC):
         validates = self._validates(rows["train"], arrays["train"].get("group"))
         if not 0 < np.count_nonzero(validates) < rows["train"] or not rows["test"]:
             raise InputError(
-                f"{self.dir} has {rows['train']} training and {rows['test']} test rows: too few to "
-                f"train, validate on a share of {self.validation_share} and test"
+                f"{self.dir} must have enough rows to train, validate on a share of "
+                f"{self.validation_share} and test, got {rows['train']} training and "
+                f"{rows['test']} test rows"
             )
         self._rows: dict[str, Rows] = {
             "train": np.flatnonzero(~validates).astype(row_dtype(rows["train"])),
@@ -167,12 +171,13 @@ class DataModule(L.LightningDataModule, ABC):
         self._arrays = {"train": arrays["train"], "val": arrays["train"], "test": arrays["test"]}
 
     def _validates(self, rows: int, group: npt.NDArray[np.int64] | None) -> npt.NDArray[np.bool_]:
-        """Say of each training row whether it validates."""
+        """Return which training rows are validation rows."""
         rng = np.random.default_rng(self.split_seed)
         if self.validation_split == "grouped":
             if group is None:
                 raise InputError(
-                    f"{self.dir} has no groups: choose data.validation_split=random or last"
+                    f"{self.dir} must have groups for data.validation_split=grouped, got none. "
+                    "Choose random or last."
                 )
             groups, member = np.unique(group, return_inverse=True)
             drawn = rng.permutation(len(groups)) < round(self.validation_share * len(groups))
@@ -187,35 +192,35 @@ class DataModule(L.LightningDataModule, ABC):
 
     @property
     def schema(self) -> Schema:
-        """Fields and labels; known after ``setup``."""
+        """Fields and labels; available after ``setup``."""
         return self.manifest.schema
 
     @property
     def split_rows(self) -> dict[str, int]:
-        """Rows of train, val and test; known after ``setup``."""
+        """Number of rows of train, val and test; available after ``setup``."""
         return {split: len(rows) for split, rows in self._rows.items()}
 
     @property
     def row_numbers(self) -> dict[str, Rows]:
-        """Where the rows of train, val and test stand in their file; known after ``setup``."""
+        """Row numbers of train, val and test in their files; available after ``setup``."""
         return self._rows
 
     def column(self, split: str, stem: str) -> npt.NDArray[Any] | None:
-        """One array of a split (``labels``, say), in the order of evaluation; None if absent.
+        """Return one array of a split (e.g. ``labels``) in evaluation order; None if absent.
 
-        It is as prepared: noise acts on batches only.
+        The array is as prepared: noise affects batches only.
         """
         arrays, rows = self.stored(split)
         array = arrays.get(stem)
         return None if array is None else np.asarray(array).take(rows, axis=0)
 
     def split_labels(self, split: str) -> npt.NDArray[np.uint8]:
-        """The labels of a split, ``(rows, T)``, in the order of evaluation."""
+        """Return the labels of a split, ``(rows, T)``, in evaluation order."""
         arrays, rows = self.stored(split)
         return np.asarray(arrays["labels"]).take(rows, axis=0)
 
     def stored(self, split: str) -> tuple[Arrays, Rows]:
-        """The arrays that hold a split, and which of their rows are its own."""
+        """Return the arrays that hold a split, and the row numbers of the split in them."""
         if self._arrays is None:
             raise RuntimeError("call setup() first")
         return self._arrays[split], self._rows[split]
@@ -224,7 +229,9 @@ class DataModule(L.LightningDataModule, ABC):
         rank, world_size = self._rank_and_world_size()
         rows = len(self._rows["train"])
         if rows < world_size:
-            raise InputError(f"{rows} training rows cannot feed {world_size} processes")
+            raise InputError(
+                f"each process must have a training row, got {rows} rows for {world_size} processes"
+            )
         sampler = TrainSampler(rows, self.batch_size, self.seed, rank, world_size)
         return self._loader("train", sampler, TrainLoader)
 
@@ -249,25 +256,25 @@ class DataModule(L.LightningDataModule, ABC):
         arrays, rows = self.stored(split)
         readers = 1
         if split == "train" and self._exceeds_memory(arrays):
-            # Maps of its own, since validation reads the same file in order.
+            # Separate maps, since validation reads the same file in order.
             arrays = open_prepared(self.folder)[1]["train"]
             expect_scattered_reads(arrays)
             readers = _READERS
         return loader(
             RowGatherer(arrays, rows, self.schema, change, readers),
-            batch_size=None,  # the sampler's items are batches, each gathered by one index
+            batch_size=None,  # the sampler yields whole batches of row positions
             sampler=sampler,
             pin_memory=self._feeds_a_gpu(),
-            generator=torch.Generator(),  # or it would draw from the global stream
+            generator=torch.Generator(),  # else it would draw from the global generator
         )
 
     def _exceeds_memory(self, arrays: Arrays) -> bool:
         size, memory = sum(array.nbytes for array in arrays.values()), memory_bytes()
-        if size <= _SHARE_OF_THE_MEMORY * memory:
+        if size <= _MEMORY_SHARE * memory:
             return False
         _logger.info(
-            "the training rows of %s (%.1f GB) are read from the disk all along, since the memory "
-            "(%.1f GB) does not hold them",
+            "the training rows of %s (%.1f GB) do not fit in memory (%.1f GB) and are read from "
+            "disk throughout",
             self.dir,
             size / 1e9,
             memory / 1e9,
@@ -277,7 +284,7 @@ class DataModule(L.LightningDataModule, ABC):
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int
     ) -> Batch:
-        # Lightning would wait here for the GPU to finish the step before.
+        # Lightning's own version would wait for the GPU to finish the previous step.
         return batch.to(device, non_blocking=device.type == "cuda")
 
     def _feeds_a_gpu(self) -> bool:
@@ -291,21 +298,21 @@ class DataModule(L.LightningDataModule, ABC):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class SelfPreparing(DataModule):
-    """A data set that training prepares where its folder is absent or empty."""
+    """Data set that training prepares if its folder is missing or empty."""
 
     @property
     @abstractmethod
     def parameters(self) -> dict[str, Any]:
-        """What determines the prepared bytes; the manifest keeps it."""
+        """Settings that determine the prepared bytes; stored in the manifest."""
 
     def _how_to_prepare(self) -> str:
         return "Call prepare_data() first."
 
     def prepare_data(self) -> None:
-        """Prepare the data set if its folder is absent or empty.
+        """Prepare the data set if its folder is missing or empty.
 
         Raises:
-            InputError: If the folder holds a data set of other settings.
+            InputError: If the folder was prepared with different settings.
         """
         directory = self.folder
         if not (directory / SCHEMA_FILE).is_file():
@@ -315,7 +322,7 @@ class SelfPreparing(DataModule):
         if found != wanted:
             differing = sorted(name for name, value in wanted.items() if found.get(name) != value)
             raise InputError(
-                f"{directory} holds a {self.name} data set of other settings "
+                f"{directory} holds a {self.name} data set with different settings "
                 f"({', '.join(differing)}). Choose another data.dir, or prepare it again with "
                 "these settings (`python -m mtnrec.prepare`, or `prepare()` in Python)."
             )

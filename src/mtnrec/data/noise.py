@@ -1,13 +1,14 @@
 """Feature noise: some features of some rows get another valid value (paper, section 3.1).
 
-A hash decides, so that nothing is drawn in turn or stored: a row of a prepared file has the same
-noise in every batch, epoch, process, run and model, and whether it trains or validates. The hash is
-SplitMix64 (Steele, Lea and Flood, *Fast splittable pseudorandom number generators*, 2014, with
-Stafford's mixer 13) as a tree of generators: the seed and the file make a state, whose output
-number ``row`` is the row's state; output 0 of that decides about the row and output ``1 + column``
-about a feature, and is in turn the state that the new value is drawn from (of a bag: whose output
-``position`` is the state of that token's draw). Columns are numbered: categorical fields,
-multi-valued fields, numerical features.
+A hash decides, so that no draw depends on another and nothing is stored: a row of a prepared file
+has the same noise in every batch, epoch, process, run and model, in training and in validation. The
+hash is SplitMix64 (Steele, Lea and Flood, *Fast splittable pseudorandom number generators*, 2014,
+with Stafford's mixer 13) as a tree of generators. The seed and the file give a state whose output
+number ``row`` is the state of the row. Output 0 of the row's state decides whether the row is
+noisy. Output ``1 + column`` decides whether the feature is replaced, and is the state from which
+the new value is drawn (for a bag, its output ``position`` is the state from which that token is
+drawn). Columns are numbered in the order categorical fields, multi-valued fields, numerical
+features.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from mtnrec.schema import CategoricalField, Schema
 
 _FILES = {"train": 0, "val": 0, "test": 1}  # the validation rows are rows of the training file
 _SAMPLED_ROWS = 1 << 16
-_LISTED_TICKETS = 1 << 23  # 32 MiB; the holders of more are searched for, which is slower
+_LISTED_TICKETS = 1 << 23  # 32 MiB; beyond, holders are found by a slower search
 _ROWS_PER_HASH = 1 << 14  # a chunk's hashes stay in the processor's cache
 _ROWS_PER_COUNT = 1 << 17
 _BAGS_PER_COUNT = 1 << 12
@@ -55,30 +56,30 @@ def splitmix64(states: Bits, numbers: Integers) -> Bits:
 
 
 def is_below(bits: Bits, share: float) -> Mask:
-    """Say where ``bits`` are in the lowest ``share`` of their range: none for 0, all for 1."""
+    """Return whether ``bits`` are in the lowest ``share`` of their range: none for 0, all for 1."""
     return bits >> 1 < round(share * 2**63)  # 2**64 would not fit
 
 
 def scale(bits: Bits, limits: Integers) -> Integers:
     """Map bits evenly to ``0 … limit - 1``.
 
-    The probability of an integer is ``1 / limit`` up to ``2**-53``.
+    The probability of an integer is ``1 / limit`` to within ``2**-53``.
     """
     return ((bits >> 11) * 2.0**-53 * limits).astype(np.int64)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Noise:
-    """Replaces features of a batch by other valid values of their columns.
+    """Replaces features of a batch with other valid values of their columns.
 
-    A bag is one feature: all its tokens are replaced, its length and weights stay. A feature that
-    has no other value, and an empty bag, stay as they are; a missing value may become any.
+    A bag is one feature: all its tokens are replaced, and its length and weights stay. A feature
+    without another value and an empty bag are unchanged; a missing value may become any valid one.
 
     Args:
-        proportion: Share of the rows that are noisy, in [0, 1]. The rows that are noisy at a
-            smaller proportion are noisy at a larger one too.
+        proportion: Share of noisy rows, in [0, 1]. Rows that are noisy at a smaller proportion are
+            noisy at a larger one too.
         feature_probability: Probability that a feature of a noisy row is replaced, in [0, 1].
-        sampling: ``uniform``, each other value of the vocabulary alike, or ``empirical``, by the
+        sampling: ``uniform`` over the other values of the vocabulary, or ``empirical``, by their
             counts in the training file. A numerical feature's values are the distinct ones among at
             most 65,536 evenly spaced training rows, which bounds the time and memory of the set-up.
         splits: Which of train, val and test have noisy rows.
@@ -99,7 +100,7 @@ class Noise:
         if not isinstance(splits, list | tuple) or not splits:
             raise InputError(
                 f"noise.splits must be a list of at least one of {', '.join(_FILES)}, got "
-                f"{splits!r}; noise.proportion=0 switches the noise off"
+                f"{splits!r}. Set noise.proportion=0 to switch the noise off."
             )
         for split in splits:
             check_choice("noise.splits", split, list(_FILES))
@@ -135,15 +136,15 @@ class Noise:
         )
 
     def masks(self, split: str, rows: Integers) -> tuple[Integers, Mask]:
-        """Say what is replaced.
+        """Return which rows are noisy and which of their features are replaced.
 
         Args:
             split: ``train``, ``val`` or ``test``.
-            rows: Where its rows stand in the prepared file, ``(rows,)``.
+            rows: Row numbers in the prepared file, ``(rows,)``.
 
         Returns:
-            The positions in ``rows`` of the noisy ones, ``(noisy,)``, and which features of each
-            are replaced, ``(noisy, F + M + N)``.
+            Positions in ``rows`` of the noisy rows, ``(noisy,)``, and a mask of their replaced
+            features, ``(noisy, F + M + N)``.
         """
         noisy, bits = self._hash(split, rows)
         return noisy, is_below(bits, self.feature_probability)
@@ -153,7 +154,7 @@ class Noise:
 
         Args:
             split: ``train``, ``val`` or ``test``.
-            rows: Where its rows stand in the prepared file, ``(B,)``.
+            rows: Row numbers in the prepared file, ``(B,)``.
             batch: The ``B`` rows.
         """
         noisy, bits = self._hash(split, rows)
@@ -170,21 +171,21 @@ class Noise:
             states = bits[:, columns][row, column]
             values[features] = alternatives.draw(column, values[features], states)
         for bag in range(bags):
-            of_bag = replaced[:, fields + bag]
-            states = bits[of_bag, fields + bag]
-            self._replace_tokens(batch.bags[bag], bag, noisy[of_bag], states)
+            has_noise = replaced[:, fields + bag]
+            states = bits[has_noise, fields + bag]
+            self._replace_tokens(batch.bags[bag], bag, noisy[has_noise], states)
 
     def record(self, rows: Mapping[str, npt.NDArray[np.integer[Any]]]) -> dict[str, Any]:
-        """Return the settings and what they make of a data set; costs a hash of each noisy feature.
+        """Return the settings and their effect on a data set; this hashes each noisy feature.
 
         Args:
-            rows: Where the rows of each split stand in the prepared file.
+            rows: Row numbers of each split in the prepared file.
 
         Returns:
             The settings, the ``noisy_rows`` and ``replaced_features`` of each noisy split, and the
-            ``checksum``: SHA-256 over, for each split in turn, its name and, for each noisy row,
-            its number (int64, little endian) and the bits of its replaced features. Without noise
-            it is None.
+            ``checksum``: SHA-256 over the name of each split and, for each of its noisy rows, the
+            row number (int64, little-endian) and the bits of its replaced features; None without
+            noise.
         """
         splits = [split for split in _FILES if split in self.splits]
         noisy_rows, replaced_features = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
@@ -205,9 +206,9 @@ class Noise:
         }
 
     def _hash(self, split: str, rows: Integers) -> tuple[Integers, Bits]:
-        """Return the noisy positions, and the bits that decide about their features."""
+        """Return the noisy positions, and the bits that decide which of their features change."""
         if self._schema is None:
-            raise RuntimeError("call learn() first: set the noise before DataModule.setup()")
+            raise RuntimeError("call learn() first, or set the noise before DataModule.setup()")
         schema = self._schema
         columns = len(schema.categorical) + len(schema.multivalued) + len(schema.numerical)
         if not self.proportion or split not in self.splits:
@@ -228,22 +229,22 @@ class Noise:
 
 
 class _Alternatives:
-    """The values that may stand in some columns.
+    """Valid values of some columns, to draw from.
 
-    A value holds as many tickets as it is often, or one, and the tickets of all columns are
-    numbered through.
+    A value holds one ticket, or as many as it has occurrences; tickets are numbered across all
+    columns.
 
     Args:
         values: The distinct values of each column.
-        counts: How often each of them is; None for one ticket each.
+        counts: Occurrences of each value; None for one ticket each.
     """
 
     def __init__(self, values: list[Values], counts: list[Integers] | None) -> None:
-        # The last value is no column's: a column without values draws it, and does not take it.
-        behind = np.zeros(1, values[0].dtype if values else np.int32)
-        self._values = np.concatenate([*values, behind])
-        self._holders: Values | None = None  # of each ticket, the number of its value
-        self._ends: Integers | None = None  # of each value's tickets
+        # The last value belongs to no column: a column without values draws it and discards it.
+        extra = np.zeros(1, values[0].dtype if values else np.int32)
+        self._values = np.concatenate([*values, extra])
+        self._holders: Values | None = None  # value number of each ticket
+        self._ends: Integers | None = None  # end of each value's tickets
         sizes = [len(column) for column in values]
         if counts is not None:
             sizes = [int(column.sum()) for column in counts]
@@ -255,14 +256,14 @@ class _Alternatives:
         self._first = self._tickets.cumsum() - self._tickets
 
     def draw(self, columns: Integers, originals: Values, states: Bits) -> Values:
-        """Draw another value for each original; one without another stays.
+        """Draw another value for each original, which stays if there is no other.
 
-        A draw that hits the original is made again among the tickets of all other values, which
-        makes the probability of each other value its share of those tickets.
+        A draw that hits the original is repeated among the tickets of all other values, so that the
+        probability of each other value is its share of those tickets.
 
         Args:
-            columns: Column of each, ``(n,)``.
-            originals: ``(n,)``.
+            columns: Column of each original, ``(n,)``.
+            originals: Current values, ``(n,)``.
             states: Seeds of the draws, ``(n,)``.
         """
         tickets, first = self._tickets[columns], self._first[columns]
@@ -277,11 +278,11 @@ class _Alternatives:
         return values
 
     def _value(self, tickets: Integers) -> Values:
-        """Return the values that hold some tickets."""
+        """Return the value that holds each ticket."""
         return self._values[self._number(tickets)]
 
     def _number(self, tickets: Integers) -> Integers:
-        """Return which values hold some tickets."""
+        """Return the number of the value that holds each ticket."""
         if self._ends is None:  # one ticket each
             return tickets
         if self._holders is None:
@@ -289,7 +290,7 @@ class _Alternatives:
         return self._holders[tickets]
 
     def _span(self, tickets: Integers) -> tuple[Integers, Integers]:
-        """Return, of the values that hold some tickets, the first ticket and the next value's."""
+        """Return the start and end of the ticket range that contains each ticket."""
         numbers = self._number(tickets)
         if self._ends is None:
             return numbers, numbers + 1
@@ -297,13 +298,13 @@ class _Alternatives:
 
 
 def _nonzero(mask: Mask) -> tuple[Integers, Integers]:
-    """Return what ``mask.nonzero()`` does, several times faster on two axes."""
+    """Return ``mask.nonzero()`` of a two-dimensional mask, several times faster."""
     row, column = np.divmod(np.flatnonzero(mask), mask.shape[1])
     return row, column
 
 
 def _valid(fields: tuple[CategoricalField, ...]) -> list[Values]:
-    # Index 0, missing or unseen, is no value.
+    # Index 0, missing or unseen, is not a valid value.
     return [np.arange(1, field.vocabulary_size, dtype=np.int32) for field in fields]
 
 
@@ -317,7 +318,7 @@ def _count(fields: tuple[CategoricalField, ...], values: Values) -> list[Integer
 
 
 def _count_tokens(field: CategoricalField, arrays: Arrays, column: int) -> Integers:
-    """Count the valid tokens of a multi-valued field, a bag once for each row that has it."""
+    """Count the valid tokens of a multi-valued field, a bag once per row that has it."""
     offsets, tokens = (arrays[bag_stem(field.name, part)] for part in ("offsets", "tokens"))
     rows = np.zeros(len(offsets) - 1, np.int64)
     for chunk in _chunks(arrays["bag"][:, column], _ROWS_PER_COUNT):

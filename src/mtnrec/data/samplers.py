@@ -1,4 +1,4 @@
-"""The order in which rows are read, by rank, and where a run continues in it."""
+"""Row order per rank, and the position from which a run resumes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +11,12 @@ from mtnrec.data.batches import Rows
 
 
 def row_dtype(rows: int) -> type[np.integer[Any]]:
-    """Return the narrower type that numbers so many rows: each epoch's order holds all of them."""
+    """Return the smallest integer dtype that can index ``rows`` rows (an epoch stores them all)."""
     return np.int32 if rows < 1 << 31 else np.int64
 
 
 def permutation(rng: np.random.Generator, rows: int) -> Rows:
-    """Draw what ``rng.permutation(rows)`` does, in half the memory."""
+    """Return ``rng.permutation(rows)`` in half the memory."""
     order = np.arange(rows, dtype=row_dtype(rows))
     rng.shuffle(order)
     return order
@@ -26,10 +26,10 @@ class TrainSampler(Sampler[Rows]):
     """Random batches of one rank; their order is a function of (seed, epoch, rank).
 
     Each global batch of ``batch_size * world_size`` rows is dealt to the ranks in turn. All ranks
-    get equally many rows, so that the mean of their gradients is the gradient of the global mean;
-    for that the last ``rows % world_size`` rows of an epoch's order are left out.
+    get the same number of rows, so that the mean of their gradients is the gradient of the global
+    mean; this leaves out the last ``rows % world_size`` rows of an epoch's order.
 
-    After ``load_state_dict`` the epoch that the state is of goes on where it was.
+    After ``load_state_dict`` the saved epoch resumes where it stopped.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
@@ -39,11 +39,11 @@ class TrainSampler(Sampler[Rows]):
         self._seed = seed
         self._rank, self._world_size = rank, world_size
         self._epoch = 0
-        self._batches = 0  # that the epoch has given
-        self._done = (0, 0)  # an epoch, and its batches that are not to be given again
+        self._batches = 0  # yielded in this epoch
+        self._done = (0, 0)  # the epoch to resume, and its batches to skip
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order; Lightning calls it at the start of each epoch."""
+        """Set the epoch, hence the order; Lightning calls it at the start of each epoch."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[Rows]:
@@ -61,7 +61,7 @@ class TrainSampler(Sampler[Rows]):
         return order[start : min(start + self._global_batch, self._rows)]
 
     def batch_rows(self, epoch: int, batch: int, rank: int | None = None) -> Rows:
-        """Return a batch of an epoch once more: a rank's, or those of all ranks together."""
+        """Return the rows of a batch of an epoch: one rank's, or those of all ranks."""
         rows = self._deal(self._order(epoch), batch)
         return rows if rank is None else rows[rank :: self._world_size]
 
@@ -76,7 +76,7 @@ class TrainSampler(Sampler[Rows]):
 
 
 class TrainLoader(DataLoader[Batch]):
-    """A loader whose place in an epoch Lightning keeps in each checkpoint of a training."""
+    """Loader whose position in the epoch Lightning saves in each training checkpoint."""
 
     sampler: TrainSampler
 
@@ -88,12 +88,12 @@ class TrainLoader(DataLoader[Batch]):
 
 
 class EvaluationSampler(Sampler[Rows]):
-    """Every row once and in order: each rank has a run of the batches that one process has.
+    """Every row once and in order; each rank gets contiguous batches.
 
-    The rows of rank 0, then those of rank 1 and so on are those of one process in its order, so
-    that what is measured on all of them is the same to the last bit. All ranks get equally many
-    batches (the last ones may be empty), since a rank that evaluates longer than the others would
-    wait for them for ever.
+    The rows of rank 0, rank 1 and so on, concatenated, are in the order of a single process, so
+    that metrics over all of them are the same to the last bit. All ranks get the same number of
+    batches (the last ones may be empty), since a rank with more would wait for the others for
+    ever.
     """
 
     def __init__(self, rows: int, batch_size: int, rank: int, world_size: int) -> None:

@@ -1,16 +1,16 @@
 """A click log with known probabilities, drawn from a planted low-rank funnel.
 
-Each categorical value and each numerical feature has a vector in ``R^K`` (``K`` is ``rank``). A
-user's and an item's vectors add up to ``u`` and ``v``, and ``h = (u + v, u * v)`` is all that the
-labels depend on::
+Each categorical value and each numerical feature has a vector in ``R^K`` (``K`` is ``rank``). The
+vectors of a user add up to ``u``, those of an item to ``v``, and the labels depend only on
+``h = (u + v, u * v)``::
 
     P(click)               = sigmoid(b_1 + c_1 <w_1, h>)
     P(conversion | click)  = sigmoid(b_2 + c_2 <w_2, h>)
 
 ``w_1`` and ``w_2`` are unit vectors with inner product ``task_correlation`` and squared length
-``interaction`` on ``u * v``; ``c`` is the standard deviation of the logits, and ``b`` fits the
-rates. Both probabilities are kept beside the labels, so that the AUC of the best possible scores
-(the Bayes AUC) is known for each task.
+``interaction`` on ``u * v``; ``c`` is the standard deviation of the logits, and ``b`` is fitted to
+the rates. Both probabilities are stored with the labels, so that the AUC of the best possible
+scores (the Bayes AUC) is known for each task.
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.schema import Schema
 
 _SEARCHES_PER_CHUNK = 8192
-_CALIBRATION_CHUNK = 2**32 - 1  # a chunk that no log reaches
+_CALIBRATION_CHUNK = 2**32 - 1  # a chunk number that no log reaches
 _SPLITS = ("train", "test")
 _UNSCALED_SIZE = 100
 _VOCABULARY_SIZES = (1, 4, 7, 2, 21, 7, 50, 8, 7, 2, 2, 2, 2, 2, 2, 2)  # as in AliExpress
@@ -50,20 +50,20 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Synthetic(SelfPreparing):
-    """A synthetic funnel log; prepares itself when its folder is absent.
+    """Synthetic funnel log that prepares itself if its folder is missing.
 
     Rows come in searches: the rows of one search share their user fields. The last searches are
     the test split.
 
     Args:
         rows: Rows of the log, test rows included.
-        rows_per_search: Rows that share a user.
-        test_share: Share of the searches that test, in (0, 1).
-        vocabulary_sizes: Values of each categorical field, user fields first.
-        vocabulary_scale: Factor in (0, 1] on the sizes above 100; none falls below 100 by it.
-        user_fields: How many of the categorical fields describe the user.
-        numerical_features: Numerical features, user features first.
-        user_numerical_features: How many of them describe the user.
+        rows_per_search: Rows per search; they share a user.
+        test_share: Share of the searches in the test split, in (0, 1).
+        vocabulary_sizes: Number of values of each categorical field, user fields first.
+        vocabulary_scale: Factor in (0, 1] on sizes above 100, which stay at least 100.
+        user_fields: Number of categorical fields that describe the user.
+        numerical_features: Number of numerical features, user features first.
+        user_numerical_features: Number of numerical features that describe the user.
         skew: Value ``k`` of a field has a probability proportional to ``(k + 1) ** -skew``.
         rank: ``K``, the dimension of the planted vectors.
         click_rate: Mean of P(click), in (0, 1).
@@ -71,8 +71,8 @@ class Synthetic(SelfPreparing):
         click_spread: Standard deviation of the click logits.
         conversion_spread: Standard deviation of the conversion logits.
         task_correlation: Inner product of the two task vectors, in [0, 1].
-        interaction: Share of the logits' variance that comes from products of user and item.
-        generator_seed: Seed of the log, apart from the seed of the training.
+        interaction: Share of the logit variance that comes from products of user and item.
+        generator_seed: Seed of the log, independent of the training seed.
     """
 
     name: str = "synthetic"
@@ -132,13 +132,13 @@ class Synthetic(SelfPreparing):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What determines the log."""
+        """Settings that determine the log."""
         keys = [key for key in Synthetic.__annotations__ if key != "name"]
         return {key: getattr(self, key) for key in keys}
 
     def prepare(self) -> Manifest:
         """Generate the log and write it as a prepared data set."""
-        # Here, since training a prepared set needs no polars, whose import takes 0.1 s.
+        # Imported here: training needs no polars, whose import takes 0.1 s.
         from mtnrec.data.prepared.vocabulary import ValueCounts, encode_in_place
 
         searches = -(-self.rows // self.rows_per_search)
@@ -194,10 +194,10 @@ class Synthetic(SelfPreparing):
         for column, size in enumerate(self.sizes):
             weights = np.arange(1, size + 1) ** -float(self.skew)
             cumulative = np.cumsum(weights / weights.sum())
-            of_user = column < self.user_fields
-            draws = rng.random(searches if of_user else len(group))
+            is_user = column < self.user_fields
+            draws = rng.random(searches if is_user else len(group))
             values = np.searchsorted(cumulative, draws).clip(max=size - 1)
-            categorical[:, column] = values[group] if of_user else values
+            categorical[:, column] = values[group] if is_user else values
         numerical = np.empty((len(group), self.numerical_features))
         users = self.user_numerical_features
         numerical[:, :users] = _draw_numerical(rng, searches, users)[group]
@@ -212,7 +212,7 @@ class Synthetic(SelfPreparing):
 
 
 class _Funnel:
-    """The planted vectors, calibrated on a sample of their own."""
+    """Planted vectors, calibrated on a separate sample."""
 
     def __init__(self, log: Synthetic) -> None:
         rng = np.random.default_rng([log.generator_seed, 0])
@@ -239,7 +239,7 @@ class _Funnel:
         self._biases = [click_bias, _fit_bias(conversion, clicks, log.conversion_rate)]
 
     def logits(self, categorical: Integers, numerical: Floats) -> Floats:
-        """Logits of click and of conversion given click, ``(2, rows)``."""
+        """Return the logits of click and of conversion given click, ``(2, rows)``."""
         return (self._scores(categorical, numerical) * self._slopes + self._biases).T
 
     def _scores(self, categorical: Integers, numerical: Floats) -> Floats:
@@ -248,7 +248,7 @@ class _Funnel:
 
     def _latent(self, categorical: Integers, numerical: Floats) -> Floats:
         user, item = self._sides(categorical, numerical)
-        # Centred, so that their product is an interaction and not one more sum.
+        # Centred, so that their product is a pure interaction.
         product = (user - self._user_mean) * (item - self._item_mean)
         return np.concatenate([user + item, product], axis=1)
 
@@ -268,12 +268,12 @@ def _task_vectors(rng: np.random.Generator, rank: int, correlation: float) -> Fl
 
 
 def _positive(deviation: Floats) -> Floats:
-    # A log whose features are all constant has no spread to divide by.
+    # Constant features have no spread to divide by.
     return np.where(deviation > 0, deviation, 1.0)
 
 
 def _draw_numerical(rng: np.random.Generator, rows: int, columns: int) -> Floats:
-    # In [0, 1], many zeros, 6 decimals: the look of AliExpress.
+    # In [0, 1], many zeros, 6 decimals, as in AliExpress.
     values = rng.random((rows, columns)) ** 2
     values[rng.random((rows, columns)) < 0.2] = 0
     return values.round(6)
@@ -284,7 +284,7 @@ def _sigmoid(logits: Floats) -> Floats:
 
 
 def _fit_bias(slopes: Floats, weights: Floats, rate: float) -> float:
-    """Bisect for the bias at which the weighted mean of the probabilities is ``rate``."""
+    """Bisect for the bias at which the weighted mean probability is ``rate``."""
     low, high = -60.0, 60.0
     for _ in range(80):
         middle = (low + high) / 2

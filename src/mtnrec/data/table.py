@@ -1,8 +1,8 @@
-"""A table of one's own: any csv or Parquet file with a column for each feature and label.
+"""A custom table: any csv or Parquet file with a column per feature and label.
 
-The file is read three times, in bounded memory: for the kind of each column and the split; for the
-vocabularies and means of the training rows; and to write. What grows with the data are the
-vocabularies, 9 bytes a row to draw a random split and 17 to sort by time.
+The file is read three times, in bounded memory: to find the kind of each column and the split; to
+fit the vocabularies and means to the training rows; and to write. Only the vocabularies grow with
+the data, and 9 bytes per row to draw a random split and 17 to sort by time.
 """
 
 import tempfile
@@ -61,53 +61,55 @@ _INFERRED = {
     "number": ("numerical", "number"),
 }
 _NEEDS_CLICK = (
-    "a conversion needs a click (data.conversion_without_click=drop drops and counts such rows)"
+    "a conversion needs a click (set data.conversion_without_click=drop to drop and count it)"
 )
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Table(SelfPreparing):
-    """A table of one's own; training prepares it where its folder is absent.
+    """A custom table; training prepares it if its folder is missing.
 
-    A column that ``categorical`` and ``numerical`` do not name gets its kind from the cells of
-    ``train``: text and booleans are categorical, integers with at most 100 distinct values too,
-    other numbers are numerical; dates are refused. If both are given, other columns are left out.
-    Labels, group, time and excluded columns are never features.
+    The kind of a column that ``categorical`` and ``numerical`` do not name is inferred from
+    ``train``: text, booleans and integers with at most 100 distinct values are categorical, other
+    numbers are numerical; dates are refused. If both are given, other columns are left out. Labels,
+    group, time and excluded columns are never features.
 
-    Categorical values are texts (an integer is its digits), numbered in the order of their bytes;
-    a missing one has index 0, as a rare or unseen one.
+    Categorical values are strings (an integer is its digits), numbered in byte order; missing, rare
+    and unseen values have index 0.
 
     Args:
-        dir: Folder of the prepared data set. If None, that of a table in memory is a temporary
-            folder that is deleted with this object; other processes and copies of this object make
-            their own.
+        dir: Folder of the prepared data set. If None, a table in memory uses a temporary
+            folder that is deleted with this object; other processes and copies of this object
+            create their own.
         train: ``.csv``, ``.csv.gz`` or ``.parquet`` file, a folder of ``.parquet`` files, or a
             table in memory: a frame of pandas (without its index), polars, pyarrow or any library
-            with the Arrow PyCapsule stream interface. If None, training takes what ``dir`` holds,
-            whatever the other settings.
-        test: The test rows, likewise; if None, ``split`` takes them from ``train``.
-        labels: Columns of 0 and 1 or true and false; none may be missing.
-        funnel: Whether the second label needs the first (click, conversion).
-        categorical: Categorical columns; None if they are to be inferred.
-        numerical: Numerical columns; None if they are to be inferred.
+            with the Arrow PyCapsule stream interface. If None, training uses what ``dir`` holds,
+            regardless of the other settings.
+        test: Table of the test rows, as for ``train``; if None, ``split`` takes them from
+            ``train``.
+        labels: Columns of 0 and 1 or true and false, without missing values.
+        funnel: Whether the second label requires the first (click, conversion).
+        categorical: Categorical columns; None to infer them.
+        numerical: Numerical columns; None to infer them.
         exclude: Columns to leave out.
         group: Column of the user or search. Integers are kept, other values are numbered.
         time: Column of numbers or dates (``YYYY-MM-DD``, ``YYYY-MM-DD HH:MM:SS``); the rows of each
-            split are stored in its order, so that ``validation_split=last`` validates on the latest
+            split are sorted by it, so that ``validation_split=last`` validates on the latest
             training rows.
         split: ``random``, ``grouped`` (whole groups drawn at random) or ``time`` (the last rows).
-        test_share: Share of the rows (of the groups) that test, in (0, 1).
-        test_seed: Seed of the draw.
-        fill: Stored for a missing number: a value, or ``mean``, that of the training rows; None
-            refuses one.
+        test_share: Share of the rows (or groups) in the test split, in (0, 1).
+        test_seed: Seed of the random test split.
+        fill: Replacement for missing numbers: a value, or ``mean`` for that of the training rows;
+            None refuses missing numbers.
         standardise: Whether to store ``(value - mean) / deviation``, both of the filled training
-            rows; a constant is divided by 1.
-        min_count: Training rows that a categorical value must occur in to have an index.
-        conversion_without_click: Under ``funnel``, ``refuse`` such a row, or ``drop`` and count it.
+            rows; a constant column is divided by 1.
+        min_count: Minimum number of training rows with a categorical value to give it an index.
+        conversion_without_click: ``refuse`` a conversion without a click under ``funnel``, or
+            ``drop`` and count it.
         on_error: ``refuse`` a row that breaks a rule, or ``skip`` and count it.
     """
 
-    origin: ClassVar[str] = "It is made from a table of yours."
+    origin: ClassVar[str] = "It is made from your own table."
 
     name: str = "table"
     train: str | Path | ArrowStream | None = None
@@ -144,7 +146,9 @@ class Table(SelfPreparing):
         check_choice("data.split", self.split, ["random", "grouped", "time"])
         check_number("data.test_share", self.test_share, minimum=0, maximum=1, open_maximum=True)
         if self.test_share == 0:
-            raise InputError("data.test_share must be above 0: name a data.test otherwise")
+            raise InputError(
+                "data.test_share must be above 0, got 0. Set data.test to use a separate table."
+            )
         check_integer("data.test_seed", self.test_seed, minimum=0)
         check_integer("data.min_count", self.min_count, minimum=1)
         if self.fill not in (None, "mean"):
@@ -160,7 +164,7 @@ class Table(SelfPreparing):
                 check_table(f"data.{key}", getattr(self, key))
 
     def _choose_folder(self) -> None:
-        """Make a temporary folder for a table in memory, unless ``dir`` is given."""
+        """Create a temporary folder for a table in memory, unless ``dir`` is given."""
         in_memory = is_frame(self.train) or is_frame(self.test)
         self._is_temporary = in_memory and self.dir is None
         if self._is_temporary:
@@ -183,19 +187,19 @@ class Table(SelfPreparing):
             for name in names:
                 if name in roles:
                     raise InputError(
-                        f"the column {name!r} is in {roles[name]} and in {key}: a column has one "
-                        "part to play"
+                        f"the column {name!r} must have one role, got {roles[name]} and {key}. "
+                        "Delete it from one of them."
                     )
                 roles[name] = key
         if self.labels is not None:
-            Schema((), (), tuple(self.labels), self.funnel)  # refuses a wrong number of labels
+            Schema((), (), tuple(self.labels), self.funnel)  # raises on a wrong number of labels
         needed = {"grouped": "group", "time": "time"}.get(self.split)
         if self.test is None and needed is not None and getattr(self, needed) is None:
-            raise InputError(f"data.split={self.split} needs data.{needed}=COLUMN")
+            raise InputError(f"data.split={self.split} needs a column. Set data.{needed}=COLUMN.")
 
     @property
     def named(self) -> dict[str, list[str]]:
-        """The columns that each setting names."""
+        """Columns that each setting names."""
         named = {f"data.{key}": getattr(self, key) or [] for key in _LISTS}
         for key in ("group", "time"):
             if getattr(self, key) is not None:
@@ -212,9 +216,9 @@ class Table(SelfPreparing):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The settings, and what identifies each table: files by names and bytes, frames by hash.
+        """Settings, and the identity of each table: names and sizes of files, hashes of frames.
 
-        The hash is that of the last time that the frames were read, which is for ``prepare``.
+        A hash dates from the last time that ``prepare`` read the frames.
         """
         settings = {key: getattr(self, key) for key in Table.__annotations__ if key not in _OTHER}
         if self._identities is not None:
@@ -223,14 +227,14 @@ class Table(SelfPreparing):
 
     def setup(self, stage: str | None = None) -> None:
         if self._is_temporary and self._arrays is None:
-            self.prepare_data()  # Lightning calls it on one process of a machine alone
+            self.prepare_data()  # Lightning calls it in only one process per machine
         super().setup(stage)
 
     def prepare_data(self) -> None:
-        """Prepare ``train`` if the folder is absent or empty; without it, take what is there.
+        """Prepare ``train`` if the folder is missing or empty; without ``train``, use the folder.
 
         Raises:
-            InputError: If the folder holds a data set of other settings or tables.
+            InputError: If the folder was prepared with different settings or tables.
         """
         if self.train is None:
             super(SelfPreparing, self).prepare_data()
@@ -254,8 +258,8 @@ class Table(SelfPreparing):
     def _open(self) -> dict[str, Source]:
         if self.train is None or self.labels is None:
             raise InputError(
-                "data.train and data.labels are needed: name the table and its columns of 0 and "
-                "1, `data.train=FILE data.labels=[COLUMN,COLUMN]`"
+                "data.train and data.labels must be given. Set them to the table and its columns "
+                "of 0 and 1, `data.train=FILE data.labels=[COLUMN,COLUMN]`."
             )
         sources = {"train": open_source("data.train", self.train)}
         if self.test is not None:
@@ -265,7 +269,7 @@ class Table(SelfPreparing):
                 if key != "data.exclude" or source is sources["train"]:
                     source.require_columns(key, names)
         if any(isinstance(source, FrameSource) for source in sources.values()):
-            # Kept, since to read a frame again takes its time, and a stream has no second reading.
+            # Cached: reading a frame again is slow, and a stream cannot be read twice.
             self._identities = {split: source.identity for split, source in sources.items()}
         return sources
 
@@ -279,7 +283,7 @@ def _names(key: str, names: Any) -> list[str]:
 
 
 class _Plan(NamedTuple):
-    """What becomes of the columns, and which rows of ``train`` test."""
+    """Kinds of the columns, and which rows of ``train`` are test rows."""
 
     categorical: list[str]
     numerical: list[str]
@@ -289,7 +293,7 @@ class _Plan(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Rows that keep every rule, features not yet encoded; a missing number is NaN."""
+    """Valid rows, whose features are not yet encoded; missing numbers are NaN."""
 
     categorical: list[pl.Series]
     numerical: Floats
@@ -300,7 +304,7 @@ class _Rows(NamedTuple):
 
 
 class _Transforms(NamedTuple):
-    """A missing number becomes ``fill``, then ``(value - shift) / scale`` is stored; ``(N,)``."""
+    """Missing numbers become ``fill``, then ``(value - shift) / scale`` is stored; ``(N,)``."""
 
     fill: Floats
     shift: Floats
@@ -308,7 +312,7 @@ class _Transforms(NamedTuple):
 
 
 class _Preparation:
-    """The three readings of a table."""
+    """The three passes over a table."""
 
     def __init__(
         self, table: Table, sources: dict[str, Source], writer: Writer, progress: Progress
@@ -351,16 +355,16 @@ class _Preparation:
         }
 
     def _chunks(
-        self, what: str, split: str, columns: list[str], bad_rows: BadRows
+        self, action: str, split: str, columns: list[str], bad_rows: BadRows
     ) -> Iterator[Chunk]:
         source = self._sources[split]
-        bar = self._progress.add_task(f"{what} {source.name}:", total=None)
+        bar = self._progress.add_task(f"{action} {source.name}:", total=None)
         for chunk in source.chunks(columns, bad_rows):
             yield chunk
             self._progress.advance(bar, chunk.frame.height)
 
     def _plan(self) -> _Plan:
-        """Read for the kind of each column and the split."""
+        """Read to find the kind of each column and draw the split."""
         table, path = self._table, self._sources["train"].path
         features = self._features()
         for source in self._sources.values():
@@ -370,7 +374,7 @@ class _Preparation:
         rows = 0
         for split in self._sources if table.group is not None else ("train",):
             names = list(profiles) if split == "train" else self._groups()
-            for chunk in self._chunks("looking at", split, names, BadRows(table.on_error)):
+            for chunk in self._chunks("inspecting", split, names, BadRows(table.on_error)):
                 for name in names:
                     profiles[name].update(chunk.frame[name])
                 for name in self._groups():
@@ -378,7 +382,7 @@ class _Preparation:
                 rows += chunk.frame.height if split == "train" else 0
         if table.time is not None and profiles[table.time].kind not in _TIMES:
             raise InputError(
-                f"{path}: the column {table.time!r} of data.time holds neither numbers nor dates"
+                f"{path}: data.time must be a column of numbers or dates, got {table.time!r}"
             )
         reasons = {name: _kind(path, name, profiles[name], table) for name in features}
         categorical, numerical = (
@@ -386,21 +390,21 @@ class _Preparation:
             for kind in ("categorical", "numerical")
         )
         for name in categorical:
-            CategoricalField(name, 1)  # refuses what cannot name a file
+            CategoricalField(name, 1)  # raises on a name that is not a valid file name
         self._show(reasons, rows)
         kinds = {name: profiles[name].kind for name in self._keys()}
         vocabulary = groups.vocabulary()
         return _Plan(categorical, numerical, kinds, vocabulary, self._draw(rows, kinds, vocabulary))
 
     def _features(self) -> list[str]:
-        """The columns that are named as features, and those that may turn out to be one."""
+        """Return the columns named as features, and those whose kind is to be inferred."""
         table, source = self._table, self._sources["train"]
         given = [*(table.categorical or []), *(table.numerical or [])]
         if table.categorical is None or table.numerical is None:
             named = {name for names in table.named.values() for name in names}
             given += [name for name in source.columns if name not in named]
         if not given:
-            raise InputError(f"{source.path} has no column that is left to be a feature")
+            raise InputError(f"{source.path} must have at least one feature column, got none")
         return given
 
     def _groups(self) -> list[str]:
@@ -410,7 +414,7 @@ class _Preparation:
         return [*self._groups(), *([] if self._table.time is None else [self._table.time])]
 
     def _show(self, reasons: dict[str, tuple[str, str]], rows: int) -> None:
-        """Print what each column is taken for."""
+        """Print the kind of each column and the reason."""
         table = self._table
         shown = rich.table.Table("column", "kind", "why", box=box.SIMPLE_HEAD, padding=0)
         for key, names in table.named.items():
@@ -430,7 +434,7 @@ class _Preparation:
     def _draw(
         self, rows: int, kinds: dict[str, str], groups: TextVocabulary
     ) -> Callable[[Chunk], Booleans]:
-        """Draw the test rows of ``train``."""
+        """Return a function that marks the test rows of a chunk of ``train``."""
         table = self._table
         if table.test is not None:
             return lambda chunk: np.zeros(chunk.frame.height, np.bool_)
@@ -438,7 +442,7 @@ class _Preparation:
         if table.split == "grouped":
             count = groups.size - 1
             drawn = rng.permutation(count) < round(table.test_share * count)
-            tests = np.concatenate([[False], drawn])  # index 0: without a group, refused later
+            tests = np.concatenate([[False], drawn])  # index 0: no group, refused later
             group = str(table.group)
             return lambda chunk: tests[groups.encode(to_text(chunk.frame[group]))]
         order = rng.permutation(rows) if table.split == "random" else self._latest_first(kinds)
@@ -450,12 +454,12 @@ class _Preparation:
         time, bad_rows = str(self._table.time), BadRows(self._table.on_error)
         times = [
             to_times(chunk.frame[time], kinds[time]).fill_null(0).to_numpy()
-            for chunk in self._chunks("ordering", "train", [time], bad_rows)
+            for chunk in self._chunks("sorting", "train", [time], bad_rows)
         ]
         return np.concatenate(times).argsort(kind="stable")[::-1]
 
     def _fit(self, plan: _Plan) -> tuple[list[TextVocabulary], _Transforms]:
-        """Read for the vocabularies and means of the training rows."""
+        """Read to fit the vocabularies and means to the training rows."""
         table = self._table
         counts = [TextCounts() for _ in plan.categorical]
         moments = Moments(len(plan.numerical))
@@ -478,7 +482,7 @@ class _Preparation:
     def _write(
         self, plan: _Plan, vocabularies: list[TextVocabulary], transforms: _Transforms
     ) -> dict[str, int]:
-        """Read to write; return what was counted."""
+        """Read and write the rows; return the counts."""
         report: dict[str, int] = {}
         times: dict[str, list[npt.NDArray[Any]]] = {split: [] for split in _SPLITS}
         for source in self._sources:
@@ -518,9 +522,9 @@ class _Preparation:
             counted[f"{source}_conversions_without_click"] = orphans
         return counted
 
-    def _rows(self, what: str, source: str, plan: _Plan, bad_rows: BadRows) -> Iterator[_Rows]:
+    def _rows(self, action: str, source: str, plan: _Plan, bad_rows: BadRows) -> Iterator[_Rows]:
         columns = [*plan.categorical, *plan.numerical, *self._labels, *self._keys()]
-        for chunk in self._chunks(what, source, columns, bad_rows):
+        for chunk in self._chunks(action, source, columns, bad_rows):
             rules = _Rules(chunk, bad_rows)
             labels = [rules.read_label(name) for name in self._labels]
             numerical = [
@@ -556,7 +560,7 @@ class _Preparation:
             else:
                 read = pl.Series(plan.groups.encode(to_text(column)), dtype=pl.Int64)
                 read = read.set(column.is_null(), None)
-            rule = "a group must be given, an integer of at most 64 bits or anything else"
+            rule = "a group must be given and, if it is an integer, fit in 64 bits"
             arrays["group"] = rules.read(name, read, rule)
         if self._table.time is None:
             return arrays, np.zeros(chunk.frame.height)
@@ -566,7 +570,7 @@ class _Preparation:
 
 
 class _Rules:
-    """Reads the columns of a chunk, and marks the rows that break a rule."""
+    """Reads the columns of a chunk and marks the rows that break a rule."""
 
     def __init__(self, chunk: Chunk, bad_rows: BadRows) -> None:
         self._chunk = chunk
@@ -582,7 +586,7 @@ class _Rules:
         self.broken |= broken
 
     def read(self, name: str, read: pl.Series, rule: str) -> npt.NDArray[Any]:
-        """Demand that no cell is null."""
+        """Return a column as an array after requiring that no cell is null."""
         self.require(name, read.is_not_null().to_numpy(), rule)
         return read.fill_null(0).to_numpy()
 
@@ -591,37 +595,39 @@ class _Rules:
         return self.read(name, read, "a label must be 0 or 1 (or false, true)")
 
     def read_number(self, name: str, *, required: bool) -> Floats:
-        """Read a feature; NaN where it is missing."""
+        """Read a numerical feature; missing numbers are NaN."""
         raw = self._chunk.frame[name]
         read = to_numbers(raw)
         self.require(name, (read.is_not_null() | raw.is_null()).to_numpy(), "expected a number")
         values = read.fill_null(np.nan).to_numpy()
         self.require(name, ~(np.abs(values) > LARGEST_NUMBER), "a number must be finite in 32 bits")
         if required:
-            rule = "a number is missing (data.fill=NUMBER or data.fill=mean fills such cells)"
+            rule = "a number must be given (set data.fill=NUMBER or data.fill=mean to fill it in)"
             self.require(name, ~np.isnan(values), rule)
         return values
 
 
 def _side_by_side(columns: list[npt.NDArray[Any]], keep: Booleans) -> npt.NDArray[Any]:
-    """Make an array of the kept rows of columns, of which there may be none."""
+    """Stack the kept rows of columns; there may be no columns."""
     empty = np.empty((np.count_nonzero(keep), 0), np.int32)
     return np.column_stack([empty, *(column[keep] for column in columns)])
 
 
 def _kind(path: Path | str, name: str, profile: Profile, table: Table) -> tuple[str, str]:
-    """Return what a feature is taken for, and why."""
+    """Return the kind of a feature and the reason."""
     if profile.kind == "empty":
         raise InputError(
-            f"{path}: the column {name!r} has no value in any row: leave it out with data.exclude"
+            f"{path}: the column {name!r} must have a value in some row, got none. Set "
+            "data.exclude to leave it out."
         )
     for kind in ("categorical", "numerical"):
         if name in (getattr(table, kind) or []):
             return kind, "given"
     if profile.kind == "date":
         raise InputError(
-            f"{path}: the column {name!r} holds dates: leave it out with data.exclude, name it in "
-            "data.time or data.categorical, or turn it into numbers"
+            f"{path}: the kind of the column {name!r} cannot be inferred, got dates. Set "
+            "data.exclude to leave it out, name it in data.time or data.categorical, or convert it "
+            "to numbers."
         )
     if profile.kind == "integer" and profile.distinct is not None:
         return "categorical", f"{profile.distinct} distinct integers"

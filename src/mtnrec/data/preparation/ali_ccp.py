@@ -1,4 +1,4 @@
-"""Joining Ali-CCP's skeleton with its common features."""
+"""Join Ali-CCP's skeleton with its common features."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,13 +28,13 @@ Bags = tuple[Integers, npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 
 class Columns:
-    """Which column of the prepared arrays comes from which file.
+    """Assignment of the prepared columns to the raw files.
 
     Args:
         ids: Fields of the categorical columns.
         values: Fields of the numerical columns.
         bags: Multi-valued fields whose tokens are all kept.
-        first: Fields of which the first triple counts, not the last.
+        first: Fields whose first triple counts, not the last.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Columns:
             )
             for fields in (COMMON_FIELDS, SKELETON_FIELDS)
         )
-        if USER not in self.common.ids:  # it is the group in any case
+        if USER not in self.common.ids:  # always needed as the group
             self.common = replace(self.common, ids=[*self.common.ids, USER])
         joined = [*self.common.ids, *self.skeleton.ids]
         self.id_order = [joined.index(name) for name in ids]
@@ -65,14 +65,14 @@ class Joined:
     """Impressions of a block, joined with their common features.
 
     Args:
-        arrays: Their rows, with raw ids and values.
-        place: Common line of each row, ``(rows,)``.
-        bags: Their own bags, one entry for each field.
-        missing: Rows that lack each field.
-        counts: Of training rows, the ids of each field of their own and their numbers.
-        lines: Lines of the block.
-        orphans: Conversions without a click, which are dropped.
-        errors: Row, rule and what is found, of each line that breaks a rule.
+        arrays: The joined rows, with raw ids and values.
+        place: Position of the common line of each row, ``(rows,)``.
+        bags: Bags of the skeleton, one entry per field.
+        missing: Number of rows that lack each field.
+        counts: Ids of each skeleton field and their counts, for training rows only.
+        lines: Number of lines in the block.
+        orphans: Number of conversions without a click, which are dropped.
+        errors: Row, rule and value found, for each line that breaks a rule.
     """
 
     arrays: Arrays
@@ -91,25 +91,25 @@ def _errors(block: Block, lines: Lines) -> list[tuple[int, str, str]]:
 
 
 def _kept(bags: Bags, keep: Flags) -> Bags:
-    """Return the bags of the rows that are kept."""
+    """Return the bags of the kept rows."""
     lengths, tokens, weights = bags
     if keep.all():
         return bags
-    of_kept = np.repeat(keep, lengths)
-    return lengths[keep], tokens[of_kept], weights[of_kept]
+    is_kept = np.repeat(keep, lengths)
+    return lengths[keep], tokens[is_kept], weights[is_kept]
 
 
 class Log:
-    """One split: its common features in memory, its rows on their way to the disk.
+    """One split: common features in memory, rows streamed to disk.
 
     The rows hold raw ids and values until the vocabularies and scales are known.
 
     Args:
         split: ``train`` or ``test``.
-        columns: What is kept.
-        writer: Where it goes.
+        columns: Columns to keep.
+        writer: Receives the rows.
         meter: Counts the lines.
-        bad_rows: What becomes of a line that breaks the format.
+        bad_rows: Policy for lines that break the format.
     """
 
     def __init__(
@@ -124,11 +124,11 @@ class Log:
         self._rows = self._orphans = 0
 
     def parse_common(self, block: Block) -> Lines:
-        """Parse lines of common features; for any thread."""
+        """Parse lines of common features; thread-safe."""
         return parse_lines(block.data, self._columns.common, skeleton=False)
 
     def read_common(self, parsed: Iterator[tuple[Block, Lines]]) -> None:
-        """Keep the common features, and write their bags.
+        """Keep the common features in memory and write their bags.
 
         Raises:
             InputError: If two lines have the same index.
@@ -149,15 +149,15 @@ class Log:
         self._common_rows = np.zeros(len(self._index), np.int64)
         self._order = self._index.argsort(kind="stable")
         self._sorted = self._index[self._order]
-        lines_of = np.concatenate(line)
+        line_numbers = np.concatenate(line)
         for place in np.flatnonzero(self._sorted[1:] == self._sorted[:-1]):
-            first, second = lines_of[self._order[place : place + 2]].tolist()
+            first, second = line_numbers[self._order[place : place + 2]].tolist()
             rule = f"a common index must occur once (line {first} has it too)"
             where = f"{block.source}, line {second}"
             self._bad_rows.add(where, rule, f"{self._sorted[place]:016x}")
 
     def join(self, block: Block) -> "Joined":
-        """Parse impressions and join them with their common features; for any thread."""
+        """Parse impressions and join them with their common features; thread-safe."""
         columns = self._columns
         lines = parse_lines(block.data, columns.skeleton, skeleton=True)
         place, known = self._look_up(lines.index)
@@ -210,8 +210,8 @@ class Log:
             self._writer.missing[self._split].update(part.missing)
             if columns.bags:
                 own = self._rows + np.arange(len(part.place))
-                of_field = [part.place if f in COMMON_FIELDS else own for f in columns.bags]
-                part.arrays["bag"] = np.stack(of_field, axis=1)
+                bag_columns = [part.place if f in COMMON_FIELDS else own for f in columns.bags]
+                part.arrays["bag"] = np.stack(bag_columns, axis=1)
             self._writer.append(self._split, part.arrays)
             for name, bags in zip(columns.skeleton.bags, part.bags, strict=True):
                 self._append_bags(name, bags)
@@ -225,7 +225,7 @@ class Log:
             self._meter.advance(part.lines)
 
     def _count_rows(self, place: Integers) -> None:
-        # The impressions of a block share few common lines, which lie together.
+        # The impressions of a block share few common lines, which lie close together.
         first = place.min(initial=len(self._common_rows))
         rows = np.bincount(place - first)
         self._common_rows[first : first + len(rows)] += rows
@@ -235,10 +235,10 @@ class Log:
             self._bad_rows.add(f"{block.source}, line {block.first_line + row}", rule, found)
 
     def _look_up(self, index: npt.NDArray[np.uint64]) -> tuple[Integers, Flags]:
-        """Return the common line of each row, and whether there is one."""
+        """Return the common line of each row, and whether it exists."""
         if not len(self._sorted):  # every common line was skipped
             return np.zeros(len(index), np.int64), np.zeros(len(index), np.bool_)
-        # Rows come in runs of the same index: one search a run.
+        # Equal indices are contiguous: search once per run of them.
         starts = np.flatnonzero(np.r_[True, index[1:] != index[:-1]])
         lengths = np.diff(np.r_[starts, len(index)])
         found = np.searchsorted(self._sorted, index[starts]).clip(max=len(self._sorted) - 1)
@@ -254,7 +254,7 @@ class Log:
             self._writer.missing[self._split][name] += int((lengths == 0).sum())
 
     def finish(self) -> dict[str, int]:
-        """Count what was known only at the end; return the counts of the report."""
+        """Complete the counts and return those for the report."""
         for name, lengths in self._bag_lengths.items():
             empty = np.concatenate(lengths) == 0
             self._writer.missing[self._split][name] += int(self._common_rows[empty].sum())
@@ -272,8 +272,8 @@ class Log:
     def count_tokens(self, name: str) -> ValueCounts:
         """Count how often each token of a multi-valued field occurs in the joined rows."""
         counts = ValueCounts()
-        of_common = name in COMMON_FIELDS
-        offsets = np.cumsum([0, *np.concatenate(self._bag_lengths[name])]) if of_common else None
+        is_common = name in COMMON_FIELDS
+        offsets = np.cumsum([0, *np.concatenate(self._bag_lengths[name])]) if is_common else None
         for start, tokens in self._writer.chunks(self._split, bag_stem(name, "tokens")):
             if offsets is None:
                 counts.update(tokens)

@@ -1,4 +1,4 @@
-"""Joining AliExpress's item files with its user files."""
+"""Join AliExpress's item files with its user files."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ NUMERICAL = tuple(f"numerical_{i}" for i in range(1, 64))
 LABELS = ("click", "conversion")
 
 _USER_CATEGORICAL, _USER_NUMERICAL = 9, 23
-_ITEM_CATEGORICAL_COLUMNS = (19, 34, 35, 36, 40, 41, 42)  # of the item file, from 1
+_ITEM_CATEGORICAL_COLUMNS = (19, 34, 35, 36, 40, 41, 42)  # in the item file, counted from 1
 
 
 def _user_types() -> dict[str, Any]:
@@ -60,11 +60,11 @@ _USER_ROW = np.dtype(
 
 
 class Searches:
-    """The user file of a split: ids in memory, features in an unnamed file.
+    """User file of a split: ids in memory, features in a temporary file.
 
     Args:
         ids: Search ids in the order of the file.
-        file: A ``_USER_ROW`` for each.
+        file: One ``_USER_ROW`` per search.
     """
 
     def __init__(self, ids: npt.NDArray[np.int64], file: IO[bytes]) -> None:
@@ -87,19 +87,19 @@ class Searches:
         """Return the features of user rows."""
         if not len(user):
             return np.empty(0, _USER_ROW)
-        # A map of its own each time, so that the pages are given back.
+        # Mapped on every call, so that the pages are released.
         return np.memmap(self._file, _USER_ROW, mode="r")[user]
 
 
 @dataclass
 class Join:
-    """Joins the files of each split, and appends their rows with raw ids.
+    """Joins the files of each split and appends their rows with raw ids.
 
     Args:
-        writer: Where the rows go.
-        meter: Counts them.
+        writer: Receives the rows.
+        meter: Counts the rows.
         drops_orphans: Whether conversions without a click are dropped.
-        bad_rows: For each split, what becomes of a row that breaks the format.
+        bad_rows: Policy per split for rows that break the format.
     """
 
     writer: Writer
@@ -119,8 +119,8 @@ class Join:
             orphan = ~bad & (labels[:, 1] > labels[:, 0])
             if not self.drops_orphans:
                 rule = (
-                    "a conversion needs a click (data.conversion_without_click=drop drops and "
-                    "counts such rows)"
+                    "a conversion needs a click (set data.conversion_without_click=drop to drop "
+                    "and count it)"
                 )
                 rows.refuse(orphan, rule, labels, bad_rows)
             else:
@@ -138,13 +138,13 @@ class Join:
         self._report[f"{split}_conversions_without_click"] = orphans
 
     def read_searches(self, split: str, blocks: Iterator[Block], file: IO[bytes]) -> Searches:
-        """Read a user file; its features go to ``file``."""
+        """Read a user file and write its features to ``file``."""
         bad_rows = self.bad_rows[split]
         ids = [np.empty(0, np.int64)]
         types = _user_types()
         for rows in read_delimited(blocks, types, bad_rows, has_header=False):
-            none = np.zeros(rows.frame.height, np.bool_)
-            numerical, infinite = _float32(rows, NUMERICAL[:_USER_NUMERICAL], none, bad_rows)
+            bad = np.zeros(rows.frame.height, np.bool_)
+            numerical, infinite = _float32(rows, NUMERICAL[:_USER_NUMERICAL], bad, bad_rows)
             users = np.empty(len(numerical), _USER_ROW)
             users["numerical"] = numerical
             users["categorical"] = rows.frame.select(CATEGORICAL[:_USER_CATEGORICAL]).to_numpy()
@@ -155,8 +155,8 @@ class Join:
         return Searches(np.concatenate(ids), file)
 
     def join(self, split: str, searches: Searches, blocks: Iterator[Block]) -> None:
-        """Append the rows of an item file, each with the user of its search."""
-        bad_rows, lonely, last, in_order = self.bad_rows[split], 0, -1, True
+        """Append the rows of an item file, each joined with the user of its search."""
+        bad_rows, unmatched, last, in_order = self.bad_rows[split], 0, -1, True
         order: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)]
         for rows in read_delimited(blocks, _item_types(), bad_rows, has_header=False):
             label = rows.frame["label"].to_numpy()
@@ -167,7 +167,7 @@ class Join:
             ids = rows.frame["search_id"].to_numpy()
             good = np.flatnonzero(~(bad | infinite))
             item, user = searches.match(ids[good])
-            lonely += len(good) - len(np.unique(item))
+            unmatched += len(good) - len(np.unique(item))
             item = good[item]
             users = searches.rows(user)
             categorical = rows.frame.select(CATEGORICAL[_USER_CATEGORICAL:]).to_numpy()
@@ -187,7 +187,7 @@ class Join:
         if not in_order:
             self.writer.close_arrays()
             self.writer.permute(split, np.concatenate(order).argsort(kind="stable"))
-        self._report[f"{split}_items_without_search"] = lonely
+        self._report[f"{split}_items_without_search"] = unmatched
         self._report[f"{split}_searches_without_item"] = int((~searches.found).sum())
 
     def _append(self, split: str, arrays: Arrays) -> None:
@@ -197,7 +197,7 @@ class Join:
                 values.update(arrays["categorical"][:, column])
 
     def report(self) -> dict[str, int]:
-        """Return what was counted, and warn of rows that were skipped."""
+        """Return the counts, and warn about skipped rows."""
         for bad in self.bad_rows.values():
             bad.warn()
         skipped = {f"{split}_rows_skipped": bad.count for split, bad in self.bad_rows.items()}
@@ -207,9 +207,9 @@ class Join:
 def _float32(
     rows: Rows, names: tuple[str, ...], refused: npt.NDArray[np.bool_], bad_rows: BadRows
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Return numerical features, and which rows are refused because one is not finite.
+    """Return numerical features and the rows refused because one is not finite.
 
-    Rows that were refused before are not refused once more.
+    Rows in ``refused`` are not refused again.
     """
     values = rows.frame.select(names).to_numpy()
     with np.errstate(over="ignore"):
