@@ -1,4 +1,4 @@
-"""What passes between data, network and metrics."""
+"""Types passed between data, network and metrics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass
 class Bags:
-    """The bags of one multi-valued field, one a row.
+    """Bags of one multi-valued field, one per row.
 
     An exported model takes them padded to ``K`` tokens instead, ``tokens`` and ``weights`` of shape
-    ``(B, K)``: what has weight 0 counts for nothing, and ``offsets`` is not looked at.
+    ``(B, K)``: tokens with weight 0 do not count, and ``offsets`` is ignored.
 
     Args:
         tokens: Vocabulary indices, bag after bag, int32 ``(tokens,)``.
-        weights: float32 ``(tokens,)``.
+        weights: Weight of each token, float32 ``(tokens,)``.
         offsets: Where each bag starts, and the end of the last, int32 ``(B + 1,)``.
     """
 
@@ -32,7 +32,7 @@ class Batch:
 
     Args:
         categorical: Vocabulary indices, int32 ``(B, F)``.
-        numerical: float32 ``(B, N)``.
+        numerical: Numerical features, float32 ``(B, N)``.
         labels: Zeros and ones, float32 ``(B, T)``; None where the rows are only scored.
         group: Search or user id, int64 ``(B,)``; None where the data has none.
         bags: The ``M`` multi-valued fields.
@@ -66,12 +66,12 @@ class Batch:
 
 
 class LogProbabilities(NamedTuple):
-    """What a network says of each label, in log space.
+    """Log-probabilities that a network predicts for each label.
 
     Args:
         positive: ``log P(label = 1)``, ``(B, T)``.
-        negative: ``log P(label = 0)``, ``(B, T)``; kept beside ``positive`` because it cannot be
-            had from it without cancellation.
+        negative: ``log P(label = 0)``, ``(B, T)``; stored as well because computing it from
+            ``positive`` suffers from cancellation.
     """
 
     positive: Tensor

@@ -1,4 +1,4 @@
-"""What data and model share: fields, labels and their sizes."""
+"""Fields, labels and their sizes, shared by data and model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ from mtnrec.checks import InputError, check_flag, check_integer, format_names
 
 MOST_COLUMNS = 10_000
 _MOST_INDICES = 1 << 31
-_LONGEST_NAME = 200  # bytes; a file name has 255
+_LONGEST_NAME = 200  # bytes; a file name may have 255
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,11 @@ class CategoricalField:
 
     Args:
         name: Column name, which also names the file of its vocabulary.
-        vocabulary_size: Number of indices, which are of 32 bits; index 0 stands for a missing or
+        vocabulary_size: Number of indices, which have 32 bits; index 0 stands for a missing or
             unseen value.
 
     Raises:
-        InputError: If it cannot name a file, or the size is none.
+        InputError: If the name is not a valid file name or the size is out of range.
     """
 
     name: str
@@ -38,10 +38,10 @@ class CategoricalField:
 
 @dataclass(frozen=True)
 class Task:
-    """Something that is measured: a label on some rows.
+    """Prediction task: a label on all or some rows.
 
     Args:
-        name: ``ctr`` say; the first half of its metrics' names.
+        name: Name, e.g. ``ctr``, the first half of its metrics' names.
         label: Column of the label.
         given: Column of the label that is 1 on the task's rows; None if all rows count.
     """
@@ -61,8 +61,8 @@ def _check_file_name(name: Any) -> None:
         or len(name.encode()) > _LONGEST_NAME
     ):
         raise InputError(
-            f"the categorical column {str(name)[:80]!r} cannot name the file of its vocabulary: "
-            f"rename it (no slash, no leading dot, at most {_LONGEST_NAME} bytes)"
+            f"the categorical column {str(name)[:80]!r} must be a valid name for its vocabulary "
+            f"file (no slash, no leading dot, at most {_LONGEST_NAME} bytes). Rename it."
         )
 
 
@@ -78,7 +78,7 @@ class Schema:
         numerical: Names of the ``N`` numerical features.
         labels: Names of the labels, one tower each.
         funnel: Whether the two labels are a funnel (click, then conversion, ``z <= y``). Without a
-            funnel the labels are independent and each is a task of its own.
+            funnel the labels are independent and each is its own task.
         multivalued: The ``M`` multi-valued fields: a row has a bag of weighted tokens in each.
     """
 
@@ -94,21 +94,21 @@ class Schema:
         for names in ([*fields, *self.numerical], self.labels):
             if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
                 raise InputError(
-                    f"features and labels must have names of their own, got {format_names(names)}"
+                    f"features and labels must have unique names, got {format_names(names)}"
                 )
             if len(names) > MOST_COLUMNS:
                 raise InputError(
-                    f"features and labels are at most {MOST_COLUMNS:,} each, got {len(names):,}"
+                    f"features and labels must be at most {MOST_COLUMNS:,} each, got {len(names):,}"
                 )
         if not self.labels or (self.funnel and len(self.labels) != 2):
             raise InputError(
-                "a funnel has two labels (click, conversion) and independent labels are at least "
-                f"one, got {list(self.labels)} with funnel={self.funnel}"
+                "a funnel must have two labels (click, conversion), and independent labels must be "
+                f"at least one, got {list(self.labels)} with funnel={self.funnel}"
             )
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """What is measured.
+        """Tasks that are measured.
 
         >>> funnel = Schema((), ("price",), ("click", "conversion"), funnel=True)
         >>> [task.name for task in funnel.tasks]
@@ -121,7 +121,7 @@ class Schema:
         return tuple(Task(label, column) for column, label in enumerate(self.labels))
 
     def definition(self, task: Task) -> str:
-        """Say which label a task predicts on which rows.
+        """Describe which label a task predicts on which rows.
 
         >>> Schema((), ("price",), ("click", "conversion"), funnel=True).definition(FUNNEL_TASKS[1])
         'conversion where click = 1'

@@ -232,7 +232,7 @@ def test_a_bad_value_is_refused_with_rule_and_value(key, value, message, mmoe_co
         ("tower_widths", 64, "model.tower_widths must be a list of at least one width"),
         ("tower_widths", [64, 0], "model.tower_widths must be an integer >= 1, got 0"),
         ("embedding_dim", -1, "model.embedding_dim must be an integer >= 1, got -1"),
-        ("embedding_dim", {"price": 4}, "model.embedding_dim needs a default"),
+        ("embedding_dim", {"price": 4}, "model.embedding_dim must have a default"),
         ("experts", 0, "model.experts must be an integer from 1 to 10000, got 0"),
         ("batch_norm", 1, "model.batch_norm must be true or false, got 1"),
     ],

@@ -567,8 +567,8 @@ BAD_TABLES = {
         {"time": "city", "split": "time"},
         "data.time must be a column of numbers or dates, got 'city'",
     ),
-    "slash": ("a/b,click\nx,1\ny,0\n", {}, "the categorical column 'a/b' cannot name the file"),
-    "dot": (".a,click\nx,1\ny,0\n", {}, "the categorical column '.a' cannot .* rename it"),
+    "slash": ("a/b,click\nx,1\ny,0\n", {}, "the categorical column 'a/b' must be a valid name"),
+    "dot": (".a,click\nx,1\ny,0\n", {}, "the categorical column '.a' must be .* Rename it"),
     "open quote": (
         'city,click\na,1\n"b,0\nc,1\n',
         {},
@@ -650,8 +650,8 @@ def test_parts_and_files_with_other_columns_are_refused(directory, tmp_path, fra
         ({"labels": "click"}, r"data.labels must name columns, `data.labels=\[COLUMN,COLUMN\]`"),
         ({"exclude": [True]}, r"data.exclude must name columns, .* got \[True\]"),
         ({"group": 1.5}, r"data.group must name columns, .* got \[1.5\]"),
-        ({"labels": ["click"]}, "a funnel has two labels"),
-        ({"labels": [], "funnel": False}, "independent labels are at least one"),
+        ({"labels": ["click"]}, "a funnel must have two labels"),
+        ({"labels": [], "funnel": False}, "independent labels must be at least one"),
         ({"labels": ["a", "a"]}, "'a' must have one role, got data.labels and data.labels"),
         (
             {"numerical": ["click"]},

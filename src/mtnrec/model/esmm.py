@@ -20,18 +20,18 @@ class ESMM(nn.Module):
 
     Args:
         schema: Fields and labels of the data, which must be a funnel.
-        embedding_dim: ``D``, or one by field as in
+        embedding_dim: ``D``, or a width per field as in
             :class:`~mtnrec.model.feature_input.FeatureInput`.
-        bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
+        bag_mode: ``mean`` or ``sum`` of a multi-valued field's weighted tokens.
         embedding_init: ``joint`` or ``per_field``, as in
             :class:`~mtnrec.model.feature_input.FeatureInput`.
-        tower_widths: Outputs of each tower's hidden layers; they hold the widths of what other
-            models call bottom and tower.
-        dropout: In [0, 1); the paper uses 0.
-        batch_norm: The paper uses none.
+        tower_widths: Output widths of each tower's hidden layers, which comprise the bottom and
+            tower of other models.
+        dropout: Dropout probability in [0, 1); the paper uses 0.
+        batch_norm: Whether to use batch norm; the paper does not.
 
     Raises:
-        InputError: If the labels are no funnel.
+        InputError: If the labels are not a funnel.
     """
 
     supports_cuda_graphs = True
@@ -50,9 +50,8 @@ class ESMM(nn.Module):
         super().__init__()
         if not schema.funnel:
             raise InputError(
-                f"ESMM needs a funnel of two labels, click and conversion; the labels "
-                f"{', '.join(schema.labels)} are independent: choose model=shared_bottom or "
-                "model=mmoe"
+                "ESMM needs a funnel of two labels, click and conversion, got the independent "
+                f"labels {', '.join(schema.labels)}. Choose model=shared_bottom or model=mmoe."
             )
         check_sizes(dropout=dropout, batch_norm=batch_norm, tower_widths=tower_widths)
         self.input = FeatureInput(schema, embedding_dim, bag_mode, embedding_init)
@@ -76,5 +75,5 @@ class ESMM(nn.Module):
         return self.towers.by_depth()
 
     def shared_layers(self) -> list[list[nn.Linear]]:
-        """Return nothing: only the embeddings are shared."""
+        """Return an empty list: only the embeddings are shared."""
         return []

@@ -18,20 +18,20 @@ from mtnrec.checks import (
 )
 from mtnrec.schema import Schema
 
-_WIDEST_RUN = 32  # columns; beyond, the zeros beside the diagonal cost more than a product
+_WIDEST_RUN = 32  # columns; beyond, zeros off the diagonal cost more than a product
 
 
 class BlockPlan(NamedTuple):
-    """How the columns of a first layer meet the features.
+    """Assignment of the columns of a first layer to the features.
 
     Args:
         small: Fields whose one-hot vector is at most as wide as their embedding.
         large: The other fields.
-        joined: Runs of neighbouring small fields, whose blocks are one product.
-        blocks: Columns of the layer that meet each run, each large field, each bag and the
-            numerical features, in this order.
+        joined: Runs of adjacent small fields, each run computed as one product.
+        blocks: Columns of the layer for each run, each large field, each bag and the numerical
+            features, in this order.
         one_hot_starts: First column of each small field's one-hot vector.
-        one_hot_width: Of all of them side by side.
+        one_hot_width: Total width of the one-hot vectors.
     """
 
     small: list[int]
@@ -62,33 +62,33 @@ def plan_blocks(sizes: Sequence[int], widths: Sequence[int]) -> BlockPlan:
     ends = list(itertools.accumulate(widths, initial=0))
     blocks = [slice(start, end) for start, end in itertools.pairwise(ends)]
     joined = _join(small, sizes)
-    of_runs = [slice(blocks[run[0]].start, blocks[run[-1]].stop) for run in joined]
+    run_blocks = [slice(blocks[run[0]].start, blocks[run[-1]].stop) for run in joined]
     starts = list(itertools.accumulate((sizes[field] for field in small), initial=0))
     width = starts.pop()
-    ordered = [*of_runs, *(blocks[field] for field in large), *blocks[len(sizes) :]]
+    ordered = [*run_blocks, *(blocks[field] for field in large), *blocks[len(sizes) :]]
     return BlockPlan(small, large, joined, ordered, starts, width)
 
 
 class FeatureInput(nn.Module):
-    """The features of a batch, one dense row each, as MTReclib lays them out.
+    """Dense feature rows of a batch, laid out as in MTReclib.
 
     Every categorical field looks up a ``D``-wide vector, every multi-valued field sums or averages
-    the vectors of its tokens with their weights (an empty bag gives zeros), and all numerical
-    features pass through one linear map to one more. The vectors side by side are the row.
+    the vectors of its tokens with their weights (an empty bag gives zeros), and one linear map
+    turns all numerical features into one more vector. A row is the concatenation of these vectors.
 
     Args:
         schema: The fields.
-        embedding_dim: ``D``; one for all, or one for each field that it names and, for the other
-            fields and the numerical features, a ``default``.
+        embedding_dim: ``D``: one width for all fields, or a width per named field and a ``default``
+            for the other fields and the numerical features.
         bag_mode: ``mean``, the weighted mean of the tokens' vectors, or ``sum``.
-        embedding_init: Xavier's uniform distribution for the vectors, with bounds as for ``joint``,
+        embedding_init: Bounds of Xavier's uniform distribution for the vectors: ``joint``, those of
             one table of all fields (``sqrt(6 / (N + D))``, ``N`` the values of all fields), as in
-            MTReclib, whose settings the paper uses; or ``per_field``, a table for each
-            (``sqrt(6 / (N_f + D))``), where the vectors of a field of few values start up to a
+            MTReclib, whose settings the paper uses; or ``per_field``, those of a table per field
+            (``sqrt(6 / (N_f + D))``), so that the vectors of a field with few values start up to a
             hundred times larger.
 
-    Row 0 of each table, which stands for missing and unseen values, starts at zero: it is rare in
-    training or does not occur at all, so a random start would add noise to every row that has it.
+    Row 0 of each table, which stands for missing and unseen values, starts at zero: it is rare or
+    absent in training, so a random start would add noise to every row that has it.
     MTReclib has no such row.
     """
 
@@ -104,7 +104,7 @@ class FeatureInput(nn.Module):
         check_choice("model.bag_mode", bag_mode, ["mean", "sum"])
         check_choice("model.embedding_init", embedding_init, ["joint", "per_field"])
         if not schema.categorical and not schema.multivalued and not schema.numerical:
-            raise InputError("the data set has no features: a model needs at least one")
+            raise InputError("the data set must have at least one feature, got none")
         self.tables, self.bag_tables = (
             nn.ModuleList(nn.Embedding(f.vocabulary_size, widths[f.name]) for f in fields)
             for fields in (schema.categorical, schema.multivalued)
@@ -133,15 +133,15 @@ class FeatureInput(nn.Module):
     def make_gradients(self, *, sparse: bool) -> None:
         """Choose sparse or dense gradients for the tables whose rows are looked up.
 
-        They are those with more rows than columns, and those of multi-valued fields. A sparse
-        gradient holds the rows that the batch has; not every optimiser takes one.
+        These are the tables with more rows than columns and those of multi-valued fields. A sparse
+        gradient holds only the rows in the batch; not every optimiser supports one.
         """
         large = [_embeddings(self.tables)[field] for field in self._plan.large]
         for table in [*large, *_embeddings(self.bag_tables)]:
             table.sparse = sparse
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the rows, ``(B, (F + M + 1) * D)``, and one ``D`` less without numericals."""
+        """Return the rows, ``(B, (F + M + 1) * D)``; one ``D`` less without numerical features."""
         columns = batch.categorical.unbind(dim=1)
         tables = _embeddings(self.tables)
         vectors = [table(column) for table, column in zip(tables, columns, strict=True)]
@@ -151,19 +151,19 @@ class FeatureInput(nn.Module):
         return torch.cat(vectors, dim=1)
 
     def first_layers(self, batch: Batch, *groups: Sequence[nn.Linear]) -> list[Tensor]:
-        """Return ``layer(self(batch))`` for each layer, without making the wide rows.
+        """Return ``layer(self(batch))`` for each layer, without building the wide rows.
 
-        With ``E_f`` the table of a field and ``W_f`` the columns of a layer that it meets, the
-        field's share of the output is ``onehot @ (E_f W_f^T)``. For a small vocabulary that product
-        is far narrower than ``D`` columns, and its table is made once a batch. Likewise the map of
-        the numerical features folds into the layer. Fields with a large vocabulary look up their
-        vectors as usual. All shares are one matrix product; parameters, function and gradients are
-        those of the wide rows up to rounding. An export makes the wide rows: of one row at a time,
-        which is how models are served, folding would be most of the work.
+        With ``E_f`` the table of a field and ``W_f`` its columns of a layer, the field's share of
+        the output is ``onehot @ (E_f W_f^T)``. For a small vocabulary that product is far narrower
+        than ``D`` columns, and its table is computed once per batch. Likewise the map of the
+        numerical features folds into the layer. Fields with a large vocabulary look up their
+        vectors as usual. All shares are one matrix product; parameters, function and gradients
+        equal those of the wide rows up to rounding. An exported model builds the wide rows: models
+        are served one row at a time, where folding would be most of the work.
 
         Args:
             batch: ``B`` rows.
-            groups: Linear layers alike, with ``out_features`` of this module as their inputs.
+            groups: Linear layers of equal shape, whose inputs are this module's outputs.
 
         Returns:
             The outputs of each group of ``E`` layers, ``(E, B, O)``.
@@ -178,25 +178,24 @@ class FeatureInput(nn.Module):
         ]
 
     def first_layer(self, batch: Batch, layer: nn.Linear) -> Tensor:
-        """Return ``layer(self(batch))``, ``(B, O)``, as :meth:`first_layers` does."""
+        """Return ``layer(self(batch))``, ``(B, O)``, computed as in :meth:`first_layers`."""
         if torch.compiler.is_exporting():
             return layer(self(batch))
         return self._columns(batch) @ self._fold([layer])[0].T
 
     def _columns(self, batch: Batch) -> Tensor:
-        """Return what the folded layers are applied to, ``(B, C)``; the last column is ones."""
+        """Return the input of the folded layers, ``(B, C)``; the last column is ones."""
         columns = [self._one_hot(batch)] if self._plan.small else []
         columns += [self._table(field)(batch.categorical[:, field]) for field in self._plan.large]
         columns += self._bag_vectors(batch)
         if self.numerical is not None:
             columns.append(batch.numerical)
-        # For the bias: as one more column it costs neither a pass over the outputs nor one over
-        # their gradients.
+        # A column for the bias saves a pass over the outputs and one over their gradients.
         columns.append(columns[0].new_ones(len(batch), 1))
         return torch.cat(columns, dim=1)
 
     def _fold(self, layers: Sequence[nn.Linear]) -> Tensor:
-        """Return the layers for :meth:`_columns`, ``(E, O, C)``."""
+        """Return the folded weights, which multiply :meth:`_columns`, ``(E, O, C)``."""
         maps: list[Tensor | None] = [
             torch.block_diag(*(self._table(field).weight.T for field in run))
             for run in self._plan.joined
@@ -205,7 +204,7 @@ class FeatureInput(nn.Module):
         if self.numerical is not None:
             maps.append(torch.cat([self.numerical.weight, self.numerical.bias[:, None]], dim=1))
         weights = [layer.weight for layer in layers]
-        if weights[0].device.type != "cpu":  # many small products would wait for their start
+        if weights[0].device.type != "cpu":  # launching many small products would dominate
             weights = [torch.cat(weights)]
         folded: Tensor = BlockProducts.apply(  # type: ignore[no-untyped-call]
             self._plan.blocks, len(weights), *weights, *maps
@@ -213,15 +212,15 @@ class FeatureInput(nn.Module):
         folded = folded.view(len(layers), -1, folded.shape[2])
         bias = torch.stack([layer.bias for layer in layers]).unsqueeze(2)
         if self.numerical is not None:
-            folded, of_numerical = folded.split([folded.shape[2] - 1, 1], dim=2)
-            bias = bias + of_numerical
+            folded, numerical_bias = folded.split([folded.shape[2] - 1, 1], dim=2)
+            bias = bias + numerical_bias
         return torch.cat([folded, bias], dim=2)
 
     def _table(self, field: int) -> nn.Embedding:
         return _embeddings(self.tables)[field]
 
     def _one_hot(self, batch: Batch) -> Tensor:
-        """Return the small fields as ones among zeros, ``(B, sum of their vocabularies)``."""
+        """Return the one-hot vectors of the small fields, ``(B, sum of their vocabularies)``."""
         small = batch.categorical.index_select(1, self.get_buffer("_small_fields"))
         positions = small + self.get_buffer("_one_hot_starts")
         dtype = _embeddings(self.tables)[0].weight.dtype
@@ -231,7 +230,7 @@ class FeatureInput(nn.Module):
         return zeros.scatter_(1, positions, 1)
 
     def _bag_vectors(self, batch: Batch) -> list[Tensor]:
-        """Return a vector ``(B, D)`` for each multi-valued field."""
+        """Return the vectors of each multi-valued field, ``(B, D)``."""
         return [
             self._bag_vector(table, bags)
             for table, bags in zip(_embeddings(self.bag_tables), batch.bags, strict=True)
@@ -245,11 +244,11 @@ class FeatureInput(nn.Module):
             lengths = bags.offsets.diff()
             row = torch.repeat_interleave(lengths)
             totals = weights.new_zeros(len(lengths)).index_add(0, row, weights)
-            # Where all weights are zero the sum is zero too, whatever it is divided by.
+            # Where all weights are zero the sum is zero too, whatever the divisor.
             weights = weights / totals.where(totals != 0, 1)[row]
         tokens, vectors = bags.tokens, table.weight
         if table.sparse and torch.is_grad_enabled():
-            # A row of gradient for each token would take more than a dense gradient does.
+            # A gradient row per token would take more memory than a dense gradient.
             present, tokens = tokens.unique(return_inverse=True)
             vectors = table(present)
         return F.embedding_bag(
@@ -270,11 +269,11 @@ class FeatureInput(nn.Module):
 
 
 class BlockProducts(torch.autograd.Function):
-    """``W[:, block] @ M`` for each of ``E`` matrices alike and each block of their columns.
+    """``W[:, block] @ M`` for each of ``E`` equally shaped matrices and each block of columns.
 
     All products and the gradient of each ``W`` are written once and in place: the first layers of
-    MMoE's experts are the largest tensors of a step, and to join them, cut them and join their
-    gradients took a fifth of it.
+    MMoE's experts are the largest tensors of a step, and concatenating them, splitting them and
+    concatenating their gradients took a fifth of it.
     """
 
     @staticmethod
@@ -282,8 +281,8 @@ class BlockProducts(torch.autograd.Function):
         """Return the products, ``(E, O, sum of the columns of M)``.
 
         Args:
-            ctx: Of autograd.
-            blocks: Columns of ``W`` that each ``M`` meets.
+            ctx: Autograd context.
+            blocks: Columns of ``W`` that each ``M`` multiplies.
             count: ``E``.
             tensors: ``E`` matrices ``W``, ``(O, I)``, and an ``M`` for each block; None is the
                 identity.
@@ -309,29 +308,31 @@ class BlockProducts(torch.autograd.Function):
         """Return the gradients of each ``W`` and ``M`` that needs one."""
         weights, maps = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         needed = ctx.needs_input_grad[2:]
-        of_weights = [
+        weight_grads = [
             torch.empty_like(w) if n else None
             for w, n in zip(weights, needed[: ctx.count], strict=True)
         ]
         # Transposed, since a product with few columns takes twice as long as one with few rows.
-        of_maps = [
+        map_grads = [
             m.new_zeros(m.shape[::-1]).T if n else None
             for m, n in zip(maps, needed[ctx.count :], strict=True)
         ]
-        for weight, gradient, of_weight in zip(weights, gradients[0], of_weights, strict=True):
+        for weight, gradient, weight_grad in zip(weights, gradients[0], weight_grads, strict=True):
             parts = gradient.split(ctx.widths, 1)
-            for block, matrix, part, of_map in zip(ctx.blocks, maps, parts, of_maps, strict=True):
-                if of_weight is not None and matrix is None:
-                    of_weight[:, block] = part
-                elif of_weight is not None:
-                    torch.mm(part, matrix.T, out=of_weight[:, block])
-                if of_map is not None:
-                    of_map.T.addmm_(part.T, weight[:, block])
-        return (None, None, *of_weights, *of_maps)
+            for block, matrix, part, map_grad in zip(
+                ctx.blocks, maps, parts, map_grads, strict=True
+            ):
+                if weight_grad is not None and matrix is None:
+                    weight_grad[:, block] = part
+                elif weight_grad is not None:
+                    torch.mm(part, matrix.T, out=weight_grad[:, block])
+                if map_grad is not None:
+                    map_grad.T.addmm_(part.T, weight[:, block])
+        return (None, None, *weight_grads, *map_grads)
 
 
 def _widths(schema: Schema, embedding_dim: int | Mapping[Any, int]) -> tuple[dict[str, int], int]:
-    """Return the width of the vectors of each field, and that of what no key names."""
+    """Return the vector width of each field, and the default width."""
     names = [field.name for field in (*schema.categorical, *schema.multivalued)]
     if not isinstance(embedding_dim, Mapping):
         check_integer("model.embedding_dim", embedding_dim, minimum=1)
@@ -346,23 +347,23 @@ def _widths(schema: Schema, embedding_dim: int | Mapping[Any, int]) -> tuple[dic
         check_integer(f"model.embedding_dim.{name}", width, minimum=1)
     if "default" not in widths:
         raise InputError(
-            "model.embedding_dim needs a default for what it does not name, as in "
-            f"{{default: 128, 101: 16}}; got {widths}"
+            f"model.embedding_dim must have a default for unnamed fields, got {widths}. Set it, "
+            "as in {default: 128, 101: 16}."
         )
     default = widths.pop("default")
     if unknown := [name for name in widths if name not in names]:
         raise InputError(
-            f"model.embedding_dim names {format_names(unknown)}; the fields of the data are "
-            f"{', '.join(names) or 'none'}"
+            f"model.embedding_dim must name fields of the data ({', '.join(names) or 'none'}), got "
+            f"{format_names(unknown)}"
         )
     return dict.fromkeys(names, default) | widths, default
 
 
 def _join(fields: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """Cut fields into runs of neighbours whose vocabularies are small together.
+    """Group fields into runs of adjacent ones whose joint vocabulary is small.
 
-    One product with the tables of a run along a diagonal takes less time than a product for each,
-    whose matrices are a few columns wide.
+    One product with the block-diagonal tables of a run is faster than one per table, whose matrices
+    are only a few columns wide.
     """
     runs: list[list[int]] = []
     for field in fields:

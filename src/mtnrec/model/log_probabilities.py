@@ -8,15 +8,15 @@ from mtnrec.batch import LogProbabilities
 
 
 def label_log_probabilities(logits: Tensor) -> LogProbabilities:
-    """Read the logits of the towers, ``(T, B, 1)``, as the log-odds of their own labels."""
+    """Convert tower logits, ``(T, B, 1)``, the log-odds of the labels, to log-probabilities."""
     joined = _at_least_float32(logits.squeeze(-1).T)
     return LogProbabilities(_log_sigmoid(joined), _log_sigmoid(-joined))
 
 
 def funnel_log_probabilities(click_logit: Tensor, conversion_logit: Tensor) -> LogProbabilities:
-    """Read two logits ``(B, 1)`` as a funnel: ``P(y) = s(a)``, ``P(z) = s(a) s(b)`` (ESMM).
+    """Convert two logits ``(B, 1)`` to a funnel: ``P(y) = s(a)``, ``P(z) = s(a) s(b)`` (ESMM).
 
-    At any logit the values have an error of 2 eps at most, and the gradients one of 64.
+    At any logit the error is at most 2 eps for the values and 64 eps for the gradients.
 
     >>> click, conversion = torch.tensor([[60.0]]), torch.tensor([[-60.0]])
     >>> funnel_log_probabilities(click, conversion).positive
@@ -40,13 +40,13 @@ def funnel_log_probabilities(click_logit: Tensor, conversion_logit: Tensor) -> L
 
 
 def _sigmoid(logits: Tensor) -> Tensor:
-    # The gradient of torch's, s(x) (1 - s(x)), cancels where s(x) is near 1.
+    # The gradient of torch's sigmoid, s(x) (1 - s(x)), cancels where s(x) is near 1.
     return torch.where(logits > 0, 1 - (-logits).sigmoid(), logits.sigmoid())
 
 
 def _log_sigmoid(logits: Tensor) -> Tensor:
     if torch.compiler.is_exporting():
-        return -F.softplus(-logits)  # ONNX has it; its logarithm of a sigmoid is -inf below -104
+        return -F.softplus(-logits)  # in ONNX, whose log of a sigmoid is -inf below -104
     return F.logsigmoid(logits)
 
 

@@ -1,4 +1,4 @@
-"""The loss: cross entropies of the labels."""
+"""Cross-entropy loss of the labels."""
 
 from torch import Tensor
 

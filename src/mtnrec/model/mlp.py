@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons, one or several of equal widths side by side."""
+"""Multi-layer perceptrons, one or several of equal widths in parallel."""
 
 import itertools
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class MLP(nn.Sequential):
     Args:
         in_features: Columns of the input.
         widths: Outputs of each linear layer.
-        dropout: Probability that an output is dropped while training, in [0, 1).
+        dropout: Probability that an output is dropped in training, in [0, 1).
         batch_norm: Whether a batch norm follows each linear layer.
         head: Whether one more linear layer follows, with a single output (a logit).
     """
@@ -40,7 +40,7 @@ class MLP(nn.Sequential):
             layers.append(nn.Linear(inputs, outputs))
             if batch_norm:
                 layers.append(nn.BatchNorm1d(outputs))
-            layers.append(nn.ReLU(inplace=True))  # no layer before it needs its output
+            layers.append(nn.ReLU(inplace=True))  # backward needs no pre-activation
             if dropout:
                 layers.append(nn.Dropout(dropout))
         if head:
@@ -49,29 +49,29 @@ class MLP(nn.Sequential):
         self.out_features = 1 if head else sizes[-1]
 
     def after_first_layer(self, hidden: Tensor) -> Tensor:
-        """Apply all that follows the first linear layer to its output."""
+        """Apply all layers after the first linear layer to its output."""
         for layer in itertools.islice(self, 1, None):
             hidden = layer(hidden)
         return hidden
 
     def linear_layers(self) -> list[nn.Linear]:
-        """Return the linear layers, from the input on."""
+        """Return the linear layers in order."""
         return [layer for layer in self if isinstance(layer, nn.Linear)]
 
 
 class ParallelMLPs(nn.ModuleList):
-    """MLPs alike that stand side by side, computed together: the towers of the tasks, or experts.
+    """MLPs of equal shape, computed together: the towers of the tasks, or the experts.
 
-    Their layers of one depth are one batched matrix product; the parameters are those of separate
+    Their layers at each depth are one batched matrix product; the parameters are those of separate
     MLPs.
 
     Args:
         count: Number of MLPs.
-        in_features: Columns of the input of each.
+        in_features: Columns of the input of each MLP.
         widths: Outputs of each linear layer.
-        dropout: In [0, 1).
+        dropout: Dropout probability in [0, 1).
         batch_norm: Whether a batch norm follows each linear layer.
-        head: Whether each ends in a logit.
+        head: Whether each MLP ends in a logit.
     """
 
     def __init__(
@@ -94,53 +94,53 @@ class ParallelMLPs(nn.ModuleList):
         return [mlp for mlp in self if isinstance(mlp, MLP)]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Apply each MLP to an input of its own, ``(E, B, I)``; returns ``(E, B, O)``."""
+        """Apply each MLP to its own input, ``(E, B, I)``; return ``(E, B, O)``."""
         return self._apply_from(0, inputs)
 
     def after_first_layer(self, hidden: Tensor) -> Tensor:
-        """Apply what follows the first linear layers to their outputs, ``(E, B, O)``."""
+        """Apply all layers after the first linear layers to their outputs, ``(E, B, O)``."""
         return self._apply_from(1, hidden)
 
     def first_layers(self) -> list[nn.Linear]:
-        """Return the first linear layer of each."""
+        """Return the first linear layer of each MLP."""
         return self.by_depth()[0]
 
     def _apply_from(self, start: int, hidden: Tensor) -> Tensor:
         mlps = [list(mlp)[start:] for mlp in self.mlps()]
-        for alike in zip(*mlps, strict=True):
-            hidden = _apply_together(alike, hidden)
+        for modules in zip(*mlps, strict=True):
+            hidden = _apply_together(modules, hidden)
         return hidden
 
     def by_depth(self) -> list[list[nn.Linear]]:
-        """Return the linear layers, one list for each depth."""
+        """Return the linear layers, one list per depth."""
         return [
             list(depth) for depth in zip(*(mlp.linear_layers() for mlp in self.mlps()), strict=True)
         ]
 
 
-def _apply_together(alike: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+def _apply_together(modules: Sequence[nn.Module], hidden: Tensor) -> Tensor:
     """Apply modules of one kind, each to its own slice of ``(E, B, I)``."""
-    if isinstance(alike[0], nn.Linear):
-        weights = torch.stack([layer.get_parameter("weight") for layer in alike])
-        biases = torch.stack([layer.get_parameter("bias") for layer in alike])
+    if isinstance(modules[0], nn.Linear):
+        weights = torch.stack([layer.get_parameter("weight") for layer in modules])
+        biases = torch.stack([layer.get_parameter("bias") for layer in modules])
         return _products(hidden, weights, biases)
-    if isinstance(alike[0], nn.BatchNorm1d):
-        slices = zip(alike, hidden.unbind(), strict=True)
+    if isinstance(modules[0], nn.BatchNorm1d):
+        slices = zip(modules, hidden.unbind(), strict=True)
         return torch.stack([norm(part) for norm, part in slices])
-    return alike[0](hidden)  # ReLU and dropout act on each element alone
+    return modules[0](hidden)  # ReLU and dropout act elementwise
 
 
 def _products(hidden: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
-    """Return the outputs of ``E`` linear layers, ``(E, B, O)``, of inputs ``(E, B, I)``."""
+    """Return the outputs of ``E`` linear layers, ``(E, B, O)``, for inputs ``(E, B, I)``."""
     return torch.baddbmm(biases.unsqueeze(1), hidden, weights.transpose(1, 2))
 
 
 def check_sizes(*, dropout: float, batch_norm: bool, **widths: Sequence[int]) -> None:
-    """Check the keys that all networks have; ``widths`` by the name of their key.
+    """Check the keys common to all networks; ``widths`` by key name.
 
     Raises:
-        InputError: If a list of widths is empty, a width is below 1, or ``dropout`` is no
-            probability below 1.
+        InputError: If a list of widths is empty, a width is below 1, or ``dropout`` is not
+            a probability below 1.
     """
     check_number("model.dropout", dropout, minimum=0, maximum=1, open_maximum=True)
     check_flag("model.batch_norm", batch_norm)

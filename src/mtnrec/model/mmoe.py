@@ -17,22 +17,22 @@ _MOST_EXPERTS = 10_000
 
 
 class MMoE(nn.Module):
-    """Shared experts; each tower's input is their mean, weighted by a softmax gate of its own.
+    """Shared experts; each tower's input is their mean, weighted by its own softmax gate.
 
     On a funnel the towers are CTR and CTCVR; CVR is their quotient (paper, eq. 1).
 
     Args:
-        schema: Fields and labels of the data; one gate and one tower a label.
-        embedding_dim: ``D``, or one by field as in
+        schema: Fields and labels of the data; one gate and one tower per label.
+        embedding_dim: ``D``, or a width per field as in
             :class:`~mtnrec.model.feature_input.FeatureInput`.
-        bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
+        bag_mode: ``mean`` or ``sum`` of a multi-valued field's weighted tokens.
         embedding_init: ``joint`` or ``per_field``, as in
             :class:`~mtnrec.model.feature_input.FeatureInput`.
-        experts: ``E``.
-        expert_widths: Outputs of each expert's layers.
-        tower_widths: Outputs of each tower's hidden layers.
-        dropout: In [0, 1); the paper uses 0.
-        batch_norm: The paper uses none.
+        experts: Number of experts, ``E``.
+        expert_widths: Output widths of each expert's layers.
+        tower_widths: Output widths of each tower's hidden layers.
+        dropout: Dropout probability in [0, 1); the paper uses 0.
+        batch_norm: Whether to use batch norm; the paper does not.
     """
 
     supports_cuda_graphs = True
@@ -63,7 +63,7 @@ class MMoE(nn.Module):
         self.experts = ParallelMLPs(
             experts, width, expert_widths, dropout=dropout, batch_norm=batch_norm
         )
-        self.expert_outputs = nn.Identity()  # for a forward hook to see their outputs
+        self.expert_outputs = nn.Identity()  # for forward hooks on the outputs
         self.gates = nn.ModuleList(nn.Linear(width, experts) for _ in schema.labels)
         self.towers = ParallelMLPs(
             len(schema.labels),

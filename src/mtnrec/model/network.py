@@ -1,4 +1,4 @@
-"""The network: what every model offers, and building one that fits in memory."""
+"""Interface of every model, and construction of one that fits in memory."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -14,9 +14,9 @@ from mtnrec.resources import memory_bytes
 
 @runtime_checkable
 class Network(Protocol):
-    """What training, MTN and export rely on; a model is an ``nn.Module`` with these methods.
+    """Interface for training, MTN and export; a model is an ``nn.Module`` with these methods.
 
-    It is built from the schema and the keys of its YAML file. Two more attributes are optional:
+    It is built from the schema and the keys of its YAML file. Two attributes are optional:
     ``supports_cuda_graphs`` (see :mod:`mtnrec.training.cuda_graph`) and ``expert_outputs``, an
     ``nn.Identity`` that the outputs ``(B, E, O)`` of its experts pass through (see
     :mod:`mtnrec.training.expert_distances`).
@@ -31,12 +31,12 @@ class Network(Protocol):
         ...
 
     def shared_layers(self) -> list[list[nn.Linear]]:
-        """Return, for each depth, the layers side by side below the towers; empty without any."""
+        """Return the parallel layers at each depth below the towers; empty without any."""
         ...
 
 
 def require_network(module: object) -> None:
-    """Refuse what is not a network.
+    """Check that a module is a network.
 
     Raises:
         InputError: If a method is missing.
@@ -45,27 +45,32 @@ def require_network(module: object) -> None:
         methods = ("task_layers", "shared_layers")
         missing = [f"{name}()" for name in methods if not hasattr(module, name)]
         raise InputError(
-            f"a model must have task_layers() and shared_layers(), and {type(module).__name__} "
-            f"lacks {' and '.join(missing)}. Add them: lists of its linear layers by depth, or []"
+            f"a model must have task_layers() and shared_layers(), got {type(module).__name__} "
+            f"without {' and '.join(missing)}. Add them: they return lists of the model's linear "
+            "layers by depth, or []."
         )
 
 
 def build_network(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a network, first without memory; training takes three to four times its weights.
+    """Build a network after checking on the meta device that its weights fit in memory.
+
+    Training takes three to four times the memory of the weights.
 
     Args:
         build: Calls the constructor.
 
     Raises:
-        InputError: If the weights alone exceed the memory, or the keywords are not the network's.
+        InputError: If the weights alone exceed the memory, or a keyword is unknown or missing.
     """
-    remedy = "choose smaller widths, or data with smaller vocabularies"
+    remedy = "Choose smaller widths, or data with smaller vocabularies."
     try:
         with torch.device("meta"):
             sketch = build()
     except (RuntimeError, TypeError) as error:
         if "overflow" in str(error).lower():
-            raise InputError(f"the weights are more than any memory holds: {remedy}") from error
+            raise InputError(
+                f"the weights must fit in memory, got too many to count. {remedy}"
+            ) from error
         if "keyword argument" in str(error) or "keyword-only argument" in str(error):
             raise InputError(f"model: {error}") from error
         raise
@@ -73,6 +78,6 @@ def build_network(build: Callable[[], nn.Module]) -> nn.Module:
     needed, memory = sum(w.numel() * w.element_size() for w in weights), memory_bytes()
     if needed > memory:
         raise InputError(
-            f"the weights take {needed:,} bytes and the memory is {memory:,} bytes: {remedy}"
+            f"the weights must fit in memory ({memory:,} bytes), got {needed:,} bytes. {remedy}"
         )
     return build()

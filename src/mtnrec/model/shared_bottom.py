@@ -1,4 +1,4 @@
-"""Shared-bottom (R. Caruana, Multitask Learning, 1997): one bottom network, one tower a label."""
+"""Shared-bottom (R. Caruana, Multitask Learning, 1997): one bottom network, one tower per label."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,16 +18,16 @@ class SharedBottom(nn.Module):
     On a funnel the towers are CTR and CTCVR; CVR is their quotient (paper, eq. 1).
 
     Args:
-        schema: Fields and labels of the data; one tower a label.
-        embedding_dim: ``D``, or one by field as in
+        schema: Fields and labels of the data; one tower per label.
+        embedding_dim: ``D``, or a width per field as in
             :class:`~mtnrec.model.feature_input.FeatureInput`.
-        bag_mode: ``mean`` or ``sum``: what becomes of a multi-valued field's weighted tokens.
+        bag_mode: ``mean`` or ``sum`` of a multi-valued field's weighted tokens.
         embedding_init: ``joint`` or ``per_field``, as in
             :class:`~mtnrec.model.feature_input.FeatureInput`.
-        bottom_widths: Outputs of the bottom's layers.
-        tower_widths: Outputs of each tower's hidden layers.
-        dropout: In [0, 1); the paper uses 0.
-        batch_norm: The paper uses none.
+        bottom_widths: Output widths of the bottom's layers.
+        tower_widths: Output widths of each tower's hidden layers.
+        dropout: Dropout probability in [0, 1); the paper uses 0.
+        batch_norm: Whether to use batch norm; the paper does not.
     """
 
     supports_cuda_graphs = True
@@ -75,5 +75,5 @@ class SharedBottom(nn.Module):
         return self.towers.by_depth()
 
     def shared_layers(self) -> list[list[nn.Linear]]:
-        """Return nothing: the bottom is one network, so no layers stand side by side."""
+        """Return an empty list: the bottom is one network, without parallel layers."""
         return []

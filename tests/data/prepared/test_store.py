@@ -414,19 +414,19 @@ ABSURD = {
     ),
     "an absolute path": ("checksums", lambda e: e["checksums"].update({"/etc/passwd": "0"})),
     "a field upwards": (
-        "cannot name the file of its vocabulary",
+        "must be a valid name for its vocabulary file",
         lambda e: e["schema"]["categorical"][0].update(name="../shop"),
     ),
     "a field twice": (
-        "must have names of their own",
+        "must have unique names",
         lambda e: e["schema"]["categorical"][0].update(name="brand"),
     ),
     "a number as label": (
-        "must have names of their own",
+        "must have unique names",
         lambda e: e["schema"].update(labels=[1, "click"]),
     ),
     "countless labels": (
-        "are at most 10,000 each, got 20,000",
+        "must be at most 10,000 each, got 20,000",
         lambda e: e["schema"].update(labels=[str(n) for n in range(20_000)], funnel=False),
     ),
     "funnel": ("funnel must be true or false", lambda e: e["schema"].update(funnel=2)),
