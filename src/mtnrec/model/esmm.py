@@ -16,7 +16,7 @@ from mtnrec.schema import Schema
 class ESMM(nn.Module):
     """Shared embeddings, a CTR tower and a CVR tower; ``pCTCVR = pCTR * pCVR``.
 
-    CVR has no loss of its own: both losses are over all impressions.
+    CVR has no separate loss: both losses are over all impressions.
 
     Args:
         schema: Fields and labels of the data, which must be a funnel.
