@@ -60,8 +60,8 @@ def test_every_metric_of_every_record_is_in_the_results(runs, reported):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["runs=nowhere"], "there is no folder nowhere"),
-        (["runs=.", "out=report"], "there is no finished run"),
+        (["runs=nowhere"], "nowhere is not a folder"),
+        (["runs=.", "out=report"], ". has no finished run"),
     ],
 )
 def test_a_folder_without_runs_is_refused(overrides, message, report):
@@ -70,7 +70,7 @@ def test_a_folder_without_runs_is_refused(overrides, message, report):
 
 
 def test_an_unknown_metric_is_refused_before_anything_is_written(runs, report, tmp_path):
-    with pytest.raises(SystemExit, match="no run has the metric test/auk: choose of test/auc"):
+    with pytest.raises(SystemExit, match=r"no run has the metric test/auk\. Choose one of"):
         report(f"runs={runs}", f"out={tmp_path / 'report'}", "metric=auk")
 
     assert not (tmp_path / "report").exists()

@@ -102,16 +102,17 @@ def test_the_page_stands_alone_and_holds_every_figure(root, tmp_path):
 def test_the_page_says_what_is_missing_and_what_came_out(root, tmp_path):
     page = Page(make_page(root, tmp_path / "report"))
 
-    assert "1 of the runs that were begun have no result" in page.text
+    assert "1 started run without a result" in page.text
     assert "unlucky : ValueError: no <luck> at all" in page.text
     # CVR is better at both proportions; the other tasks are equal.
-    assert "better than the baseline's in 2 of 6 comparisons: 2 of them with p < 0.05" in page.text
+    assert "the baseline's in 2 of 6 comparisons (2 significant at p < 0.05, " in page.text
+    assert "It is equal or worse in 4 (0 significant at p < 0.05, 0 after Holm's" in page.text
     assert "MTN on ali_ccp" in page.text
     for said in (
-        "Our test AUCs beside the paper's",
+        "Our test AUCs compared with the paper's",
         "2.13.0",
         "data.batch_size",
-        "What the runs cost",
+        "Costs of the runs",
     ):
         assert said in page.text
 
@@ -174,4 +175,4 @@ def test_without_pairs_the_summary_claims_nothing(tmp_path, write_run):
 
     (sentence,) = summarise([comparisons(read_runs(tmp_path).results)])
 
-    assert sentence.startswith("No run with MTN has a run of the same seed without MTN")
+    assert sentence.startswith("No run with MTN has a baseline run with the same seed")

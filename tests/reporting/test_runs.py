@@ -34,7 +34,7 @@ def test_runs_are_found_at_any_depth_and_sorted_by_name(tmp_path, write_run):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"there is no folder .*nowhere: give the one"):
+    with pytest.raises(InputError, match=r"nowhere is not a folder\. Choose the one"):
         read_runs(tmp_path / "nowhere")
 
 
@@ -98,7 +98,7 @@ def test_unfinished_runs_are_named_with_the_first_line_of_their_error(tmp_path, 
     assert found == {
         "broken": "failed; its failure.json cannot be read",
         "failed": "InputError: lam must be >= 0",
-        "running": "has not ended",
+        "running": "has not finished",
     }
 
 

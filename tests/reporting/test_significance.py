@@ -94,7 +94,7 @@ def test_pairs_with_an_undefined_metric_are_dropped_and_counted():
 
 @pytest.mark.parametrize("treated", [[0.1, 0.2], [[0.1]], 0.1])
 def test_values_that_cannot_be_paired_are_refused(treated):
-    with pytest.raises(InputError, match="two vectors of one length, got shapes"):
+    with pytest.raises(InputError, match="two vectors of equal length, got shapes"):
         compare([0.1], treated)
 
 

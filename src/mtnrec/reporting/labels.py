@@ -1,4 +1,4 @@
-"""Names of data sets, models and variants of MTN, with the settings that tell them apart."""
+"""Labels of data sets, models and MTN variants, with the settings that distinguish them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 from mtnrec.run.identity import flatten
 from mtnrec.run.record import RunRecord
 
-_MODEL_NAMES = {"SharedBottom": "Shared-bottom"}  # the paper's, where they are not the class's
+_MODEL_NAMES = {"SharedBottom": "Shared-bottom"}  # the paper's, where they differ from the class
 
 
 class Labels(NamedTuple):
-    """What a run is called.
+    """Labels of a run.
 
     Args:
         data: Data set.
         model: Model.
-        variant: What it has that its baseline has not, ``+MTN``; empty for a baseline.
+        variant: Treatment that its baseline lacks, e.g. ``+MTN``; empty for a baseline.
     """
 
     data: str
@@ -27,7 +27,7 @@ class Labels(NamedTuple):
 def label_runs(records: Sequence[RunRecord]) -> list[Labels]:
     """Return the labels of each run.
 
-    A label is a name and, where runs of one name differ, the settings that differ, as in
+    A label is a name and, where runs with that name differ, the settings that differ, e.g.
     ``MMoE (optimizer.lr=0.01)`` or ``+MTN (target=shared)``.
     """
     models = _model_labels(records)
@@ -40,8 +40,8 @@ def _data_labels(records: Sequence[RunRecord]) -> list[str]:
     parameters = [dict(flatten(record.data["parameters"])) for record in records]
     labels = _labels(names, names, parameters)
     checksums = [{"checksum": record.data["checksum"][:8]} for record in records]
-    told = {(label, part["checksum"]) for label, part in zip(labels, checksums, strict=True)}
-    if len(told) == len(set(labels)):
+    pairs = {(label, part["checksum"]) for label, part in zip(labels, checksums, strict=True)}
+    if len(pairs) == len(set(labels)):
         return labels
     return _labels(names, names, checksums)
 
@@ -50,7 +50,7 @@ def _model_labels(records: Sequence[RunRecord]) -> list[str]:
     arms = [record.identity.baseline_settings for record in records]
     classes = [arm["model._target_"].rpartition(".")[2] for arm in arms]
     names = [_MODEL_NAMES.get(name, name) for name in classes]
-    # Settings that go with the data set or the proportion of noise have columns of their own.
+    # Data set and noise have columns of their own: name only what differs within them.
     groups = [
         (name, arm["checksum"], arm["noise.proportion"])
         for name, arm in zip(names, arms, strict=True)
@@ -69,7 +69,7 @@ def _variant_labels(models: Sequence[str], records: Sequence[RunRecord]) -> list
         for record in records
     ]
     names = ["+".join(group.upper() for group in r.identity.treatments) for r in records]
-    # The baseline has no settings of MTN, so it would make every one of them tell.
+    # Compared with their baseline, which has no MTN settings, variants would differ in all.
     groups = [(r.identity.baseline, name) for r, name in zip(records, names, strict=True)]
     labels = _labels(models, groups, settings)
     return [
@@ -85,11 +85,11 @@ def _labels(
     members: dict[Any, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault((names[index], group), []).append(index)
-    telling: dict[str, set[str]] = {name: set() for name in names}
+    differing: dict[str, set[str]] = {name: set() for name in names}
     for (name, _), indices in members.items():
-        telling[name] |= _differing([settings[index] for index in indices])
+        differing[name] |= _differing([settings[index] for index in indices])
     return [
-        _label(name, {key: setting[key] for key in sorted(telling[name] & setting.keys())})
+        _label(name, {key: setting[key] for key in sorted(differing[name] & setting.keys())})
         for name, setting in zip(names, settings, strict=True)
     ]
 
@@ -105,10 +105,10 @@ def _label(name: str, settings: Mapping[str, Any]) -> str:
 
 
 def as_text(value: Any) -> str:
-    """Write a setting as the command line does."""
+    """Format a setting as on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def text_or_none(settings: Mapping[str, Any], key: str) -> str | None:
-    """Write a setting as the command line does; None if there is none."""
+    """Format a setting as on the command line; None if it is not set."""
     return as_text(settings[key]) if key in settings else None

@@ -23,13 +23,13 @@ from mtnrec.reporting.table.appendix import (
 )
 from mtnrec.reporting.table.render import Table, to_html
 
-_PIXELS_PER_POINT = 96 / 72 * 1.3  # the text of a figure is set for print, 8 points high
+_PIXELS_PER_POINT = 96 / 72 * 1.3  # figure text is 8 points, sized for print
 _PROTOCOL = (
-    "A share of the training rows validates; the monitored validation metric chooses the epoch and "
-    "stops the training; the test rows are read once, by the weights of that epoch. AUCs are "
-    "exact, over all rows of a split, ties counted half. CTR and CTCVR are measured on all rows, "
-    "CVR on the clicked ones. Runs are compared in pairs of the same seed, the same split and the "
-    "same noise; the settings below hold the rest."
+    "A share of the training rows is held out for validation. The monitored validation metric "
+    "selects the epoch and stops training early; the weights of that epoch are evaluated once on "
+    "the test rows. AUCs are exact, over all rows of a split, with ties counted as one half. CTR "
+    "and CTCVR are measured on all rows, CVR on the clicked rows. Runs are paired by seed, split "
+    "and noise. All other settings are listed below."
 )
 
 
@@ -63,15 +63,15 @@ def write_page(
     tables: Sequence[Table],
     figures: Sequence[WrittenFigure],
 ) -> None:
-    """Write a page that any browser opens offline: style and figures are in the file.
+    """Write a page with embedded style and figures, which any browser opens offline.
 
     Args:
-        path: The file.
+        path: File of the page.
         runs: Finished runs.
         left_out: Runs without a result.
-        cells: What :func:`mtnrec.reporting.table.scores.comparisons` returns, by table.
+        cells: Output of :func:`mtnrec.reporting.table.scores.comparisons`, by table.
         tables: Scores and differences.
-        figures: Written figures; their svg is shown.
+        figures: Written figures; their SVG is embedded.
     """
     settings = runs.settings
     environment = Environment(
@@ -99,26 +99,26 @@ def write_page(
 
 
 def summarise(cells: Sequence[pd.DataFrame]) -> Iterator[str]:
-    """Say in words what the comparisons of each table came to.
+    """Yield sentences that sum up the comparisons of all tables.
 
     Args:
-        cells: What :func:`mtnrec.reporting.table.scores.comparisons` returns, by table.
+        cells: Output of :func:`mtnrec.reporting.table.scores.comparisons`, by table.
     """
     compared = pd.concat([table[table["pairs"] > 0] for table in cells])
     if compared.empty:
-        yield "No run with MTN has a run of the same seed without MTN to be compared with."
+        yield "No run with MTN has a baseline run with the same seed to be compared with."
         return
     better = compared["improved"]
     yield (
-        f"With MTN the metric is better than the baseline's in {better.sum()} of {len(compared)} "
-        f"comparisons: {_significant(compared[better])}. It is not better in {(~better).sum()}: "
-        f"{_significant(compared[~better])}."
+        f"The mean with MTN is better than the baseline's in {better.sum()} of {len(compared)} "
+        f"comparisons ({_significant(compared[better])}). It is equal or worse in "
+        f"{(~better).sum()} ({_significant(compared[~better])})."
     )
 
 
 def _significant(cells: pd.DataFrame) -> str:
     plain, corrected = ((cells[key] < 0.05).sum() for key in ("p_value", "holm_p"))
-    return f"{plain} of them with p < 0.05, {corrected} after Holm's correction"
+    return f"{plain} significant at p < 0.05, {corrected} after Holm's correction"
 
 
 def _sections(
@@ -128,13 +128,13 @@ def _sections(
     figures: Sequence[WrittenFigure],
 ) -> Iterator[_Section]:
     yield _Section("Results", tables=_rendered(tables))
-    beside = [found for table in cells for found in deviation_tables(table)]
-    if beside:
-        yield _Section("Published numbers", tables=_rendered(beside))
-    for kind, said in KINDS.items():
-        images = [_image(figure) for figure in figures if figure.kind == kind]
+    published = [found for table in cells for found in deviation_tables(table)]
+    if published:
+        yield _Section("Published numbers", tables=_rendered(published))
+    for name, kind in KINDS.items():
+        images = [_image(figure) for figure in figures if figure.kind == name]
         if images:
-            yield _Section(said.title, images=images)
+            yield _Section(kind.title, images=images)
     yield _Section("Cost", tables=_rendered([cost_table(runs)]))
     how = [data_table(runs), *settings_tables(runs), version_table(runs)]
     yield _Section("Protocol", (_PROTOCOL,), _rendered(how))

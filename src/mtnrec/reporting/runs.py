@@ -1,6 +1,6 @@
-"""Finished runs, and tables of them: one row a run, a metric, an epoch or a bin.
+"""Finished runs as tables: one row per run, metric, epoch or bin.
 
-The columns ``data``, ``model``, ``variant`` and ``noise`` together tell every two arms apart.
+The columns ``data``, ``model``, ``variant`` and ``noise`` together identify an arm.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +33,7 @@ class Run:
     """A finished run.
 
     Args:
-        folder: Where it lies.
+        folder: Folder of the run.
         name: The folder, relative to the root that was read.
         record: Content of its ``result.json``.
     """
@@ -45,11 +45,11 @@ class Run:
 
 @dataclass(frozen=True)
 class UnfinishedRun:
-    """A folder whose run failed, or has not ended yet.
+    """A run that failed or has not finished.
 
     Args:
         name: The folder, relative to the root that was read.
-        reason: First line of the error; of a run without one, that it has not ended.
+        reason: First line of its error, or that it has not finished.
     """
 
     name: str
@@ -57,13 +57,13 @@ class UnfinishedRun:
 
 
 class Runs(Sequence[Run]):
-    """Finished runs, and tables of them, each computed once.
+    """Finished runs and their tables, each computed once.
 
     Args:
-        runs: In their order.
+        runs: Runs, in order.
 
     Raises:
-        InputError: If runs of the same data and noise settings saw different noise.
+        InputError: If runs with the same data and noise settings saw different noise.
     """
 
     def __init__(self, runs: Iterable[Run]) -> None:
@@ -85,10 +85,10 @@ class Runs(Sequence[Run]):
 
     @cached_property
     def settings(self) -> pd.DataFrame:
-        """One row a run: its arm, what tells the arms apart, how it was made and what it cost.
+        """One row per run: its arm, labels, settings and costs.
 
         ``data``, ``model`` and ``variant`` are the labels of
-        :func:`~mtnrec.reporting.labels.label_runs`. Without MTN its settings are empty.
+        :func:`~mtnrec.reporting.labels.label_runs`. MTN settings are empty without MTN.
         """
         labels = label_runs([run.record for run in self])
         rows = [
@@ -120,24 +120,24 @@ class Runs(Sequence[Run]):
 
     @cached_property
     def results(self) -> pd.DataFrame:
-        """One row for each run, split, task and metric; an undefined ``value`` is NaN.
+        """One row per run, split, task and metric; an undefined ``value`` is NaN.
 
-        ``rows`` and ``positives`` are those that the metric is of. There are no timings in it: a
-        sweep that was interrupted and resumed gives the same table.
+        ``rows`` and ``positives`` count what the metric is computed on. Timings are left out, so
+        that a sweep that was interrupted and resumed gives the same table.
         """
         columns = [*_ARM, *_MTN_NUMBERS, *_MTN_TEXTS, "best_epoch"]
         return self._spread(columns, [list(_metrics(run.record)) for run in self])
 
     @cached_property
     def costs(self) -> pd.DataFrame:
-        """One row a run: seconds, samples a second and peak memory."""
+        """One row per run: seconds, samples per second and peak memory."""
         costs = [name for name in self.settings.columns if name.startswith("seconds_")]
         costs += [name for name in self.settings.columns if name.endswith("_samples_per_second")]
         return self.settings[[*_ARM, *costs, "peak_memory_bytes"]]
 
     @cached_property
     def epochs(self) -> pd.DataFrame:
-        """One row for each run, epoch and value that was logged: ``name``, ``value``."""
+        """One row per run, epoch and logged value: ``name``, ``value``."""
         details = [
             [
                 {"epoch": entry["epoch"], "step": entry["step"], "name": name, "value": value}
@@ -151,7 +151,7 @@ class Runs(Sequence[Run]):
 
     @cached_property
     def bins(self) -> pd.DataFrame:
-        """One row for each run, task and bin of its calibration curve on the test set."""
+        """One row per run, task and bin of the calibration curve on the test set."""
         names = ["predicted", "observed", "rows"]
         rows = [
             (run.name, place.removeprefix("test/"), *values)
@@ -177,7 +177,7 @@ class Runs(Sequence[Run]):
                 path.replace(out / path.name)
 
     def _spread(self, columns: list[str], details: Sequence[list[dict[str, Any]]]) -> pd.DataFrame:
-        """Repeat the settings of each run before each of its details."""
+        """Return one row per detail: the settings of its run, then the detail."""
         settings = self.settings[columns]
         repeated = settings.loc[settings.index.repeat([len(rows) for rows in details])]
         below = pd.DataFrame([row for rows in details for row in rows])
@@ -187,15 +187,15 @@ class Runs(Sequence[Run]):
 def read_runs(root: str | Path) -> Runs:
     """Read every finished run below a folder, sorted by name.
 
-    Runs that differ in nothing but the folder count once.
+    Runs that differ only in their folder count once.
 
     Raises:
-        InputError: If there is no folder or no finished run, if a record cannot be read or lacks a
-            key, or if two runs of the same settings and seed came to different metrics.
+        InputError: If ``root`` is not a folder or has no finished run, if a record cannot be read
+            or lacks a key, or if two runs with the same settings and seed have different metrics.
     """
     root = Path(root)
     if not root.is_dir():
-        raise InputError(f"there is no folder {root}: give the one that holds the runs")
+        raise InputError(f"{root} is not a folder. Choose the one that holds the runs.")
     runs: dict[tuple[str, int], Run] = {}
     for path in sorted(root.rglob(RECORD_FILE), key=lambda path: _name(path, root)):
         run = Run(path.parent, _name(path, root), RunRecord.read(path))
@@ -203,18 +203,18 @@ def read_runs(root: str | Path) -> Runs:
         if other.record.metrics != run.record.metrics:
             raise InputError(
                 f"{other.name} and {run.name} in {root} have the same settings and seed "
-                f"{run.record.seed}, but different metrics: remove one of them"
+                f"{run.record.seed}, but different metrics. Delete one of them."
             )
     if not runs:
         raise InputError(
-            f"there is no finished run (result.json) below {root}: make some with `python -m "
-            f"mtnrec.train -m mtn.enabled=false,true 'seed=range(0,10)' hydra.sweep.dir={root}`"
+            f"{root} has no finished run (result.json) below it. Train some with `python -m "
+            f"mtnrec.train -m mtn.enabled=false,true 'seed=range(0,10)' hydra.sweep.dir={root}`."
         )
     return Runs(runs.values())
 
 
 def unfinished(root: Path) -> list[UnfinishedRun]:
-    """Return the folders below ``root`` whose run was started and did not finish, by name."""
+    """Return the runs below ``root`` that were started and did not finish, by name."""
     started = {path.parent for name in (FAILURE_FILE, RUNNING_FILE) for path in root.rglob(name)}
     return [
         UnfinishedRun(_name(folder / RECORD_FILE, root), _reason(folder))
@@ -231,7 +231,7 @@ def _reason(folder: Path) -> str:
     try:
         failure = read_json(folder / FAILURE_FILE)
         if failure is None:
-            return "has not ended"
+            return "has not finished"
         return f"{failure['error']}: {failure['message']}".splitlines()[0]
     except (ValueError, KeyError, TypeError):
         return f"failed; its {FAILURE_FILE} cannot be read"
@@ -246,7 +246,7 @@ def _check_masks(runs: Sequence[Run]) -> None:
         if other.record.noise["checksum"] != run.record.noise["checksum"]:
             raise InputError(
                 f"{other.name} and {run.name} have the same noise settings, but saw different "
-                "noise: they were made by different versions of mtnrec; run one of them again"
+                "noise, since different versions of mtnrec made them. Run one of them again."
             )
 
 

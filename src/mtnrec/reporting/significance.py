@@ -1,4 +1,4 @@
-"""Paired comparisons of two arms, the correction for many of them, and intervals of a mean."""
+"""Paired comparison of two arms, Holm's correction, and intervals of a mean."""
 
 import math
 from bisect import bisect_left
@@ -13,26 +13,26 @@ from mtnrec.checks import InputError
 
 _LEVEL = 0.05
 _POWER = 0.8
-_DIFFERENCE = 0.001  # of an AUC, that is worth seeing
-_PAIRS_FOR_WILCOXON = 6  # of five pairs no two-sided p-value is below 0.05
+_DIFFERENCE = 0.001  # smallest AUC difference worth detecting
+_PAIRS_FOR_WILCOXON = 6  # with five pairs no two-sided p-value is below 0.05
 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """What pairs of runs say of the difference that a treatment makes.
+    """Effect of a treatment, estimated from pairs of runs.
 
     Args:
-        pairs: Pairs of two numbers.
-        dropped: Pairs in which one value or both are NaN; they count nowhere else.
+        pairs: Number of complete pairs.
+        dropped: Pairs left out because a value is NaN.
         baseline_mean: Mean of the baseline; NaN without pairs.
         treated_mean: Mean with the treatment, over the same pairs.
         difference: Mean of ``treated - baseline``.
         deviation: Standard deviation of the differences; None below two pairs.
         low: Lower end of the 95 % t-interval of ``difference``; None below two pairs and where the
-            differences do not vary, since nothing can then be said of their spread.
-        high: Upper end of it.
-        p_value: Of the two-sided paired t-test; None as for ``low``.
-        wilcoxon_p: Of the two-sided signed-rank test; None below six pairs and where all
+            differences do not vary, since their spread is then unknown.
+        high: Upper end of the interval.
+        p_value: P-value of the two-sided paired t-test; None as for ``low``.
+        wilcoxon_p: P-value of the two-sided signed-rank test; None below six pairs and where all
             differences are zero.
     """
 
@@ -49,7 +49,7 @@ class PairedComparison:
 
     @property
     def seeds_needed(self) -> int | None:
-        """Pairs with which a difference of 0.001 would be seen; None as for ``low``."""
+        """Pairs needed to detect a difference of 0.001; None as for ``low``."""
         return seeds_needed(self.deviation) if self.deviation else None
 
 
@@ -69,7 +69,7 @@ def compare(baseline: ArrayLike, treated: ArrayLike) -> PairedComparison:
         treated: Values with the treatment, in the same order.
 
     Raises:
-        InputError: If the two are not vectors of one length.
+        InputError: If the two are not vectors of equal length.
 
     >>> found = compare([0.70, 0.72, 0.71], [0.71, 0.74, 0.72])
     >>> found.pairs, round(found.difference, 4), round(found.p_value, 4)
@@ -78,16 +78,16 @@ def compare(baseline: ArrayLike, treated: ArrayLike) -> PairedComparison:
     before, after = np.asarray(baseline, np.float64), np.asarray(treated, np.float64)
     if before.ndim != 1 or before.shape != after.shape:
         raise InputError(
-            f"paired values must be two vectors of one length, got shapes {before.shape} and "
+            f"paired values must be two vectors of equal length, got shapes {before.shape} and "
             f"{after.shape}"
         )
-    whole = ~(np.isnan(before) | np.isnan(after))
-    before, after = before[whole], after[whole]
+    complete = ~(np.isnan(before) | np.isnan(after))
+    before, after = before[complete], after[complete]
     pairs = len(before)
     if pairs == 0:
-        return PairedComparison(0, len(whole), math.nan, math.nan, math.nan)
+        return PairedComparison(0, len(complete), math.nan, math.nan, math.nan)
     differences = after - before
-    # Equal differences of rounded numbers differ in their last bits.
+    # Equal differences of rounded numbers may differ in their last bits.
     rounding = 4 * np.finfo(np.float64).eps * max(abs(before).max(), abs(after).max())
     deviation = float(differences.std(ddof=1)) if pairs > 1 else math.nan
     varies = deviation > rounding
@@ -96,7 +96,7 @@ def compare(baseline: ArrayLike, treated: ArrayLike) -> PairedComparison:
     t = difference / (deviation / math.sqrt(pairs)) if varies else math.nan
     return PairedComparison(
         pairs=pairs,
-        dropped=len(whole) - pairs,
+        dropped=len(complete) - pairs,
         baseline_mean=float(before.mean()),
         treated_mean=float(after.mean()),
         difference=difference,
@@ -111,12 +111,12 @@ def compare(baseline: ArrayLike, treated: ArrayLike) -> PairedComparison:
 def seeds_needed(
     deviation: float, *, difference: float = _DIFFERENCE, power: float = _POWER
 ) -> int:
-    """Return the pairs with which the paired t-test at 0.05 sees a difference, two-sided.
+    """Return the pairs that a two-sided paired t-test at 0.05 needs to detect a difference.
 
     Args:
         deviation: Standard deviation of the differences, above 0.
-        difference: Their true mean.
-        power: Probability with which it is to be seen.
+        difference: True mean of the differences.
+        power: Probability of detecting it.
 
     >>> seeds_needed(0.001)
     10
@@ -143,7 +143,7 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def stars(p_value: float | None) -> str:
-    """Return ``**`` for p < 0.01, ``*`` for p < 0.05, and nothing else, as in the paper.
+    """Return ``**`` for p < 0.01, ``*`` for p < 0.05, otherwise nothing, as in the paper.
 
     >>> stars(0.003), stars(0.01), stars(0.05), stars(None)
     ('**', '*', '', '')
@@ -156,10 +156,10 @@ def stars(p_value: float | None) -> str:
 def mean_interval(values: ArrayLike) -> Interval:
     """Return the mean over the first axis and its 95 % t-interval.
 
-    NaN counts as no value: curves of unlike length are padded with it.
+    NaN is ignored: curves of different lengths are padded with it.
 
     Args:
-        values: One row a run, shape ``(runs, ...)``.
+        values: One row per run, shape ``(runs, ...)``.
     """
     table = np.asarray(values, np.float64)
     counts = np.sum(~np.isnan(table), axis=0)
@@ -182,7 +182,7 @@ def _wilcoxon(differences: NDArray[np.float64], rounding: float) -> float | None
 
 
 def _power(pairs: int, effect: float) -> float:
-    # Of the noncentral t; scipy.stats.nct, which calls the same functions, is ten times slower.
+    # scipy.stats.nct calls the same functions of the noncentral t, but is ten times slower.
     critical = special.stdtrit(pairs - 1, 1 - _LEVEL / 2)
     below, above = special.nctdtr(pairs - 1, effect * math.sqrt(pairs), (-critical, critical))
-    return float(1 - above + np.nan_to_num(below))  # NaN where it is next to nothing
+    return float(1 - above + np.nan_to_num(below))  # NaN where it is negligible

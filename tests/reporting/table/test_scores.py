@@ -98,7 +98,7 @@ def test_two_runs_of_unlike_seeds_are_never_paired(write_arms, results):
     assert cells["mean"].notna().all()
     assert not cells["improved"].any()
     table = score_table(cells, "t")
-    assert "3 numbers with MTN are compared with nothing" in table.warnings[0]
+    assert "3 numbers with MTN are not compared with a baseline" in table.warnings[0]
     assert {cell.note for row in table.rows for cell in row.cells} == {"2 of 4 seeds"}
 
 
@@ -242,7 +242,7 @@ def test_the_validation_split_can_be_tabled(tmp_path, write_run, results):
 def test_an_unknown_metric_names_those_there_are(tmp_path, write_run, results):
     write_run(tmp_path, "a")
 
-    with pytest.raises(InputError, match=r"no run has the metric test/f1: choose of test/auc, "):
+    with pytest.raises(InputError, match=r"no run has the metric test/f1\. Choose one of test/auc"):
         comparisons(results(), metric="f1")
 
 
@@ -320,7 +320,7 @@ def test_a_variant_without_a_baseline_is_shown_and_not_compared(tmp_path, write_
     table = score_table(comparisons(results()), "t")
 
     assert [row.header for row in table.rows] == ["MMoE +MTN"]
-    assert "compared with nothing" in table.warnings[0]
+    assert "not compared with a baseline" in table.warnings[0]
 
 
 def test_all_variants_of_a_model_are_averaged_over_the_same_seeds(write_arms, results):

@@ -1,4 +1,4 @@
-"""Every figure of the report: which runs it shows, its file, title, caption and alternative."""
+"""Figures of the report: the runs that each shows, its file, title, caption and alt text."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,23 +17,23 @@ from mtnrec.reporting.figure.style import BASELINE, ordered, save
 from mtnrec.reporting.runs import Run, Runs
 
 MTN = "MTN"
-_MOST_ROWS = 5  # of panels, in one figure
-_MOST_VARIANTS = 8  # of the paired differences, in one figure
+_MOST_ROWS = 5  # rows of panels per figure
+_MOST_VARIANTS = 8  # variants per figure of paired differences
 _Drawn = tuple[str, tuple[str, ...], Figure | None]  # kind, parts of the name, figure
 _DISTANCE_TITLES = {"shared": "MTN on experts", "": "no MTN", "towers": "MTN on towers"}
-_INTERVAL = "the mean over the seeds and its 95 % interval (Student's t)"
-_MEDIAN = "the median over the seeds, and a band from the least to the largest value"
-_WHILE_ALL_TRAIN = "A curve ends with the epoch in which the first of its seeds stopped."
+_INTERVAL = "the mean over seeds with its 95 % confidence interval (Student's t)"
+_MEDIAN = "the median over seeds, with a band from the smallest to the largest value"
+_WHILE_ALL_TRAIN = "A curve ends at the epoch in which the first of its seeds stopped."
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is said of all figures of a kind.
+    """Texts shared by all figures of a kind.
 
     Args:
-        title: Without the name of the data set.
-        caption: What is drawn, with definitions.
-        alt: What is seen, for those who cannot.
+        title: Title without the name of the data set.
+        caption: Contents of the figure, with definitions.
+        alt: Description for readers who cannot see the figure.
     """
 
     title: str
@@ -43,13 +43,13 @@ class Kind:
 
 @dataclass(frozen=True)
 class WrittenFigure:
-    """A figure on the disk.
+    """A figure on disk.
 
     Args:
         kind: Key of ``KINDS``.
-        title: For a page.
-        caption: For a page or a paper.
-        alt: Alternative text of the image.
+        title: Title on a page.
+        caption: Caption on a page or in a paper.
+        alt: Alt text of the image.
         paths: The same figure in each format: pdf, svg, png.
     """
 
@@ -63,34 +63,36 @@ class WrittenFigure:
 KINDS = {
     "noise_curves": Kind(
         "AUC against noise",
-        f"Test AUC against the proportion of noisy rows: {_INTERVAL}. The intervals are of each "
-        "arm; those of the differences, which pair the seeds, are another figure.",
-        "Line charts of test AUC against noise, a row a model and a column a task.",
+        f"Test AUC against the proportion of noisy rows: {_INTERVAL}. The intervals are per arm; "
+        "those of the differences, paired by seed, are in another figure.",
+        "Line charts of test AUC against noise, one row per model and one column per task.",
     ),
     "paired_differences": Kind(
-        "Differences of paired runs",
+        "Differences between paired runs",
         "Test AUC with MTN minus without, for each seed that both arms have (circles), and "
-        f"{_INTERVAL}. Right of the line MTN is better.",
-        "Dot plots of the differences of test AUC, a row a model and noise, a column a task.",
+        f"{_INTERVAL}. Right of the line, the AUC is higher with MTN.",
+        "Dot plots of the differences in test AUC, one row per model and noise, one column per "
+        "task.",
     ),
     "lambda_curves": Kind(
         "AUC against lambda",
         f"Test and validation AUC against lambda: {_INTERVAL}. Dashed: the baseline without MTN, "
-        "its interval in grey. Lambda is chosen on validation; the test AUC is only shown.",
-        "Line charts of AUC against lambda on a log axis, beside the baseline's level.",
+        "its interval in grey. Lambda is chosen by the validation AUC; the test AUC is shown for "
+        "information only.",
+        "Line charts of AUC against lambda on a log axis, with the baseline's level.",
     ),
     "training_curves": Kind(
         "Training curves",
-        "Training loss (without the penalty) and validation AUCs over epochs, with MTN and "
-        f"without: {_INTERVAL}. {_WHILE_ALL_TRAIN} Marks above the axis: best epoch of each seed.",
+        "Training loss (without the penalty) and validation AUCs over epochs, with and without "
+        f"MTN: {_INTERVAL}. {_WHILE_ALL_TRAIN} Marks above the axis: best epoch of each seed.",
         "Line charts of training loss and validation AUCs over epochs.",
     ),
     "reliability": Kind(
         "Calibration",
-        "Observed over predicted rates on the test set, in bins of equal mass that pool all "
-        "seeds; log axes, the grey line is perfect calibration. Bins without positives have no "
-        "place on a log axis. Numbers: sum of predictions over sum of labels, 1 is calibrated.",
-        "Reliability diagrams with and without MTN, a column a task.",
+        "Observed against predicted rates on the test set, in bins of equal mass pooled over all "
+        "seeds, on log axes; the grey line is perfect calibration. Bins without positives cannot "
+        "be shown on a log axis. Numbers: sum of predictions over sum of labels; 1 is calibrated.",
+        "Reliability diagrams with and without MTN, one column per task.",
     ),
     "alphas": Kind(
         "Weights of the unfoldings",
@@ -99,33 +101,35 @@ KINDS = {
     ),
     "effective_ranks": Kind(
         "Effective ranks",
-        "Effective rank exp(H(s / sum s)) of the singular values s of each unfolding over "
-        f"epochs: {_INTERVAL}. {_WHILE_ALL_TRAIN}",
+        "Effective rank exp(H(s / sum s)) of each unfolding with singular values s over epochs: "
+        f"{_INTERVAL}. {_WHILE_ALL_TRAIN}",
         "Line charts of the effective rank of each layer's unfoldings over epochs, on a log axis.",
     ),
     "spectra": Kind(
         "Spectra at the best epoch",
         f"Singular values of each unfolding at each run's best epoch: {_MEDIAN}. Values below "
-        f"{training_figures.LEAST_SHOWN:g} of the largest are not shown.",
-        "Line charts of singular values on a log axis, a row a layer and a column an unfolding.",
+        f"{training_figures.LEAST_SHOWN:g} times the largest are not shown.",
+        "Line charts of singular values on a log axis, one row per layer and one column per "
+        "unfolding.",
     ),
     "spectra_over_epochs": Kind(
         "Spectra over epochs",
         "Singular values of each unfolding after each run's first, middle and last epoch: "
-        f"{_MEDIAN}. Values below {training_figures.LEAST_SHOWN:g} of the largest are not shown.",
+        f"{_MEDIAN}. Values below {training_figures.LEAST_SHOWN:g} times the largest are not "
+        "shown.",
         "Line charts of singular values at three epochs on a log axis.",
     ),
     "expert_distances": Kind(
-        "Distances of experts",
-        "Euclidean distance of two experts' outputs, mean over the test rows and the seeds, on "
-        "one colour scale. The order of experts means nothing across seeds: compare the levels.",
-        "Heat maps of the distances between experts: brighter is farther.",
+        "Distances between experts",
+        "Euclidean distance between two experts' outputs, averaged over test rows and seeds, on "
+        "one colour scale. Experts are not matched across seeds: compare levels, not pairs.",
+        "Heat maps of the distances between experts; brighter is farther apart.",
     ),
 }
 
 
 def write_figures(out: Path, runs: Runs) -> list[WrittenFigure]:
-    """Write every figure that the runs can fill, as pdf, svg and png.
+    """Write every figure that the runs have data for, as pdf, svg and png.
 
     The same runs give the same bytes.
     """
@@ -134,38 +138,38 @@ def write_figures(out: Path, runs: Runs) -> list[WrittenFigure]:
     for kind, parts, figure in drawn_figures(runs):
         if figure is None:
             continue
-        said, name = KINDS[kind], slug(kind, *parts)
+        texts, name = KINDS[kind], slug(kind, *parts)
         pages[name] += 1
         page = f"-{pages[name]}" if pages[name] > 1 else ""
-        title = ", ".join((said.title, *parts)) + page.replace("-", ", page ")
+        title = ", ".join((texts.title, *parts)) + page.replace("-", ", page ")
         paths = save(figure, out, name + page)
-        alt = f"{said.alt} {', '.join(parts)}."
-        written.append(WrittenFigure(kind, title, said.caption, alt, paths))
+        alt = f"{texts.alt} {', '.join(parts)}."
+        written.append(WrittenFigure(kind, title, texts.caption, alt, paths))
     return written
 
 
 def contrasts(settings: pd.DataFrame) -> pd.DataFrame:
-    """Return ``run``, ``row`` and ``line``: in each row of panels an MTN arm and its baseline.
+    """Return ``run``, ``row`` and ``line``: each row of panels has an MTN arm and its baseline.
 
-    A baseline stands in the row of each of its arms; one without arms in a row of its own.
+    A baseline is in the row of each of its arms; one without arms has its own row.
 
     Args:
-        settings: Rows of :attr:`Runs.settings` of one data set and model.
+        settings: Rows of :attr:`Runs.settings` for one data set and model.
     """
     parts = []
     settings = settings.sort_values(["lam", "variant", "seed"], kind="stable")
-    for noise, cell in settings.groupby("noise"):
-        without = cell[~cell["mtn"]].assign(line=BASELINE)
-        for variant, arm in cell[cell["mtn"]].groupby("variant", sort=False):
+    for noise, group in settings.groupby("noise"):
+        without = group[~group["mtn"]].assign(line=BASELINE)
+        for variant, arm in group[group["mtn"]].groupby("variant", sort=False):
             pair = pd.concat([without, arm.assign(line=MTN)])
             parts.append(pair.assign(row=f"{variant}, noise {noise:g}"))
-        if not cell["mtn"].any():
+        if not group["mtn"].any():
             parts.append(without.assign(row=f"noise {noise:g}"))
     return pd.concat(parts)[["run", "row", "line"]]
 
 
 def drawn_figures(runs: Runs) -> Iterator[_Drawn]:
-    """Yield every kind of figure for every data set, model and noise; None where it is empty."""
+    """Yield every kind of figure for every data set, model and noise; None without data."""
     results = ordered(runs.results)
     by = ["data", "model", "noise", "mtn", "lam", "variant", "seed"]
     settings = runs.settings.sort_values(by, kind="stable")
@@ -193,11 +197,11 @@ def drawn_figures(runs: Runs) -> Iterator[_Drawn]:
 
 def _figures_of_arrays(runs: Runs, settings: pd.DataFrame) -> Iterator[_Drawn]:
     by_name = {run.name: run for run in runs}
-    for (data, model, noise), cell in _groups(settings, "data", "model", "noise"):
+    for (data, model, noise), group in _groups(settings, "data", "model", "noise"):
         parts = _parts(data, model, noise)
         arms = {
             variant: [by_name[name] for name in arm["run"]]
-            for (variant,), arm in _groups(cell, "variant")
+            for (variant,), arm in _groups(group, "variant")
         }
         for matrices in _distances(arms):
             yield "expert_distances", parts, training_figures.expert_distances(matrices)
@@ -217,7 +221,7 @@ def _figures_of_arrays(runs: Runs, settings: pd.DataFrame) -> Iterator[_Drawn]:
 
 
 def _distances(arms: Mapping[str, Sequence[Run]]) -> Iterator[dict[str, list[np.ndarray]]]:
-    """Yield the panels of each page: MTN on the experts, no MTN, MTN on the towers."""
+    """Yield the panels of each page in order: MTN on experts, no MTN, MTN on towers."""
     found = {
         variant: [np.asarray(run.record.expert_distances) for run in arm]
         for variant, arm in arms.items()
@@ -230,7 +234,7 @@ def _distances(arms: Mapping[str, Sequence[Run]]) -> Iterator[dict[str, list[np.
     }
     order = sorted(found, key=lambda name: list(_DISTANCE_TITLES).index(places[name]))
     for page in _pages([name for name in order if name], _MOST_ROWS) if any(order) else [order]:
-        # The baseline stands on every page.
+        # Every page shows the baseline.
         yield {titles[name]: found[name] for name in order if name in page or not name}
 
 
@@ -239,7 +243,7 @@ def _target(arm: Sequence[Run]) -> str:
 
 
 def _spectrum_files(run: Run) -> dict[int, Path]:
-    """Return the files of a run's spectra by epoch, in order."""
+    """Return a run's spectrum files by epoch, in order."""
     files = {int(path.stem[6:]): path for path in run.folder.glob("spectra/epoch_*.npz")}
     return dict(sorted(files.items()))
 
@@ -267,7 +271,7 @@ def _spectrum(run: Run, path: Path, line: str) -> pd.DataFrame:
 
 
 def _groups(table: pd.DataFrame, *keys: str) -> Iterator[tuple[Any, pd.DataFrame]]:
-    """Yield the groups in the order in which they occur."""
+    """Yield the groups in order of first occurrence."""
     yield from table.groupby(list(keys), sort=False)
 
 

@@ -1,6 +1,6 @@
-"""Figures of results: AUC against noise and lambda, differences of pairs, calibration.
+"""Figures of results: AUC against noise and lambda, paired differences, calibration.
 
-Every function returns None if there is nothing of its kind in the rows.
+Functions that draw a figure return None if the rows hold no data for it.
 """
 
 import numpy as np
@@ -30,11 +30,12 @@ CALIBRATION_BINS = 20
 
 @styled
 def noise_curves(results: pd.DataFrame, *, y: str = "test AUC") -> Figure | None:
-    """Draw test AUC against noise: a row a model, a column a task (paper, Figure 1).
+    """Draw test AUC against noise: a row per model, a column per task (paper, Figure 1).
 
     Args:
-        results: Rows of :attr:`Runs.results` of one data set; variants with one noise are left out.
-        y: What the values are, if they were made something else.
+        results: Rows of :attr:`Runs.results` for one data set; variants with a single noise
+            proportion are left out.
+        y: Name of the values, if they were transformed.
     """
     table = _aucs(results, "test")
     table = table.assign(row=table["model"], x=table["noise"])
@@ -50,11 +51,11 @@ def noise_curves(results: pd.DataFrame, *, y: str = "test AUC") -> Figure | None
 
 @styled
 def lambda_curves(results: pd.DataFrame) -> Figure | None:
-    """Draw test and validation AUC against lambda, and the baseline's as a line with its band.
+    """Draw test and validation AUC against lambda, and the baseline as a line with a band.
 
     Args:
-        results: Rows of :attr:`Runs.results` of one data set, model and noise; those with lambda 0
-            are left out.
+        results: Rows of :attr:`Runs.results` for one data set, model and noise; those with lambda
+            0 are left out.
     """
     splits = {"test": "test AUC", "val": "validation AUC"}
     table = pd.concat([_aucs(results, split).assign(row=name) for split, name in splits.items()])
@@ -77,18 +78,18 @@ def lambda_curves(results: pd.DataFrame) -> Figure | None:
 
 @styled
 def paired_differences(results: pd.DataFrame) -> Figure | None:
-    """Draw MTN minus baseline, test AUC: a dot a seed, a diamond the mean with its interval.
+    """Draw test AUC with MTN minus baseline: a dot per seed, a diamond for mean and interval.
 
     Args:
-        results: Rows of :attr:`Runs.results` of one data set. Runs are paired by seed; a seed that
-            one of the two arms lacks is left out.
+        results: Rows of :attr:`Runs.results` for one data set. Runs are paired by seed; a seed
+            missing from either arm is left out.
     """
     pairs = differences(_aucs(results, "test"))
     if pairs.empty:
         return None
     variants, tasks = pairs["variant"].unique(), pairs["column"].unique()
-    labels = {variant: _cell_names(of_variant) for variant, of_variant in pairs.groupby("variant")}
-    heights = [len(labels[variant]) + 1 for variant in variants]  # and a line for the variant
+    labels = {variant: _groups(of_variant) for variant, of_variant in pairs.groupby("variant")}
+    heights = [len(labels[variant]) + 1 for variant in variants]  # plus a line for the variant
     figure, grid = panels(
         len(variants),
         len(tasks),
@@ -111,10 +112,10 @@ def paired_differences(results: pd.DataFrame) -> Figure | None:
 
 
 def differences(aucs: pd.DataFrame) -> pd.DataFrame:
-    """Return MTN minus baseline, ``difference``, of each seed that both arms have.
+    """Return MTN minus baseline, ``difference``, for each seed that both arms have.
 
     Args:
-        aucs: One metric of one split, a row a run and task.
+        aucs: One metric on one split, one row per run and task.
     """
     pair = ["baseline", "seed", "task"]
     without = aucs[~aucs["mtn"]][[*pair, "value"]]
@@ -125,11 +126,11 @@ def differences(aucs: pd.DataFrame) -> pd.DataFrame:
 
 @styled
 def reliability(bins: pd.DataFrame) -> Figure | None:
-    """Draw observed over predicted rates on the test set, both on log axes: a column a task.
+    """Draw observed against predicted rates on the test set, on log axes: a column per task.
 
     Args:
         bins: ``row``, ``line``, ``task``, ``run``, and ``predicted``, ``observed``, ``rows`` of
-            each bin of a run. The bins of all seeds are pooled by the rate they predict.
+            each bin of a run. The bins of all seeds are pooled by predicted rate.
     """
     positives = bins.groupby(["row", "line", "task"])["observed"].transform("max") > 0
     if not positives.any():
@@ -151,7 +152,7 @@ def reliability(bins: pd.DataFrame) -> Figure | None:
 
 
 def pooled(bins: pd.DataFrame, count: int = CALIBRATION_BINS) -> pd.DataFrame:
-    """Pool bins, in the order of what they predict, to ``count`` bins of nearly equal mass."""
+    """Pool bins, sorted by predicted rate, into ``count`` bins of nearly equal mass."""
     bins = bins.sort_values("predicted", kind="stable")
     middle = bins["rows"].cumsum() - bins["rows"] / 2
     group = (middle * count / bins["rows"].sum()).astype(int)
@@ -173,15 +174,15 @@ def _draw_level(axes: Axes, values: pd.Series) -> None:
         axes.axhspan(low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
-def _cell_names(pairs: pd.DataFrame) -> list[tuple[str, float]]:
+def _groups(pairs: pd.DataFrame) -> list[tuple[str, float]]:
     return list(dict.fromkeys(zip(pairs["model"], pairs["noise"], strict=True)))
 
 
 def _draw_differences(
-    axes: Axes, pairs: pd.DataFrame, cells: list[tuple[str, float]], *, named: bool
+    axes: Axes, pairs: pd.DataFrame, groups: list[tuple[str, float]], *, named: bool
 ) -> None:
     dots, mean_style = line_style(0), line_style(1)
-    for height, (model, noise) in enumerate(cells):
+    for height, (model, noise) in enumerate(groups):
         found = pairs[(pairs["model"] == model) & (pairs["noise"] == noise)]["difference"]
         mean, low, high = mean_interval(found.to_numpy())
         axes.plot(
@@ -199,12 +200,12 @@ def _draw_differences(
         )
     axes.axvline(0, color="0.55", linewidth=0.8, zorder=0)
     axes.locator_params("x", nbins=3)  # the numbers are long
-    for height in range(1, len(cells)):
-        if cells[height][0] != cells[height - 1][0]:
+    for height in range(1, len(groups)):
+        if groups[height][0] != groups[height - 1][0]:
             axes.axhline(height - 0.5, color="0.85", linewidth=0.6, zorder=0)
-    axes.set_ylim(len(cells) - 0.4, -0.6)
-    names = [f"{model}, noise {noise:g}" for model, noise in cells]
-    axes.set_yticks(range(len(cells)), names if named else [])
+    axes.set_ylim(len(groups) - 0.4, -0.6)
+    names = [f"{model}, noise {noise:g}" for model, noise in groups]
+    axes.set_yticks(range(len(groups)), names if named else [])
     axes.tick_params("y", length=0)
 
 

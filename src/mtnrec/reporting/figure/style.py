@@ -1,7 +1,7 @@
-"""How every figure looks and is written: lines and their intervals, panels, legends, files.
+"""Shared style of the figures: lines with intervals, panels, legends, files.
 
-Palette: Okabe and Ito, Color Universal Design (2008), which is told apart with every kind of colour
-vision. A line also has its own marker and dashes, so that no figure rests on colour alone.
+Palette: Okabe and Ito, Color Universal Design (2008), distinguishable with every kind of colour
+vision. Lines also differ in marker and dashes, so that no figure relies on colour alone.
 """
 
 import functools
@@ -29,9 +29,8 @@ Draw = Callable[[Axes, pd.DataFrame, str, Style], None]
 
 FORMATS = ("pdf", "svg", "png")
 BASELINE = "baseline"
-SEQUENTIAL = "cividis"  # even steps of lightness, in grey and for the colour-blind too
-INTERVAL = "mean with its 95 % interval over seeds (Student's t)"
-_ONE_COLUMN, _TWO_COLUMNS = 3.3, 7.0  # inches, of a page of two columns
+SEQUENTIAL = "cividis"  # perceptually uniform, also in grey and to the colour-blind
+_ONE_COLUMN, _TWO_COLUMNS = 3.3, 7.0  # inches, on a two-column page
 _COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ((0, (4, 2)), "-", (0, (6, 1, 1, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
@@ -52,14 +51,14 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "errorbar.capsize": 2,
-    "pdf.fonttype": 42,  # TrueType; publishers refuse Type 3, the default
-    "svg.hashsalt": "mtnrec",  # the same ids in each file
+    "pdf.fonttype": 42,  # TrueType; publishers reject Type 3, the default
+    "svg.hashsalt": "mtnrec",  # reproducible ids
     "savefig.dpi": 200,
 }
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Make a function draw in one style, and leave matplotlib's settings as they are."""
+    """Make a function draw in the shared style without changing matplotlib's settings."""
 
     @functools.wraps(draw)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -70,7 +69,7 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Return colour, marker and dashes of a figure's ``index``-th line; the baseline's is 0."""
+    """Return colour, marker and dashes of a figure's ``index``-th line; 0 is the baseline."""
     return {
         "color": _COLORS[index % len(_COLORS)],
         "marker": _MARKERS[index % len(_MARKERS)],
@@ -80,7 +79,7 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def task_title(task: str) -> str:
-    """Return a task's name as the paper writes it; other tasks keep theirs.
+    """Return the paper's name of a funnel task; other names are unchanged.
 
     >>> task_title("ctcvr"), task_title("buy_now")
     ('CTCVR', 'buy_now')
@@ -89,12 +88,12 @@ def task_title(task: str) -> str:
 
 
 def along_funnel(tasks: pd.Series) -> pd.Series:
-    """Return keys that sort tasks: those of the funnel first, in its order; others by name."""
+    """Return sort keys of tasks: funnel tasks first, in funnel order; others by name."""
     return tasks.map(lambda task: f"{(*TASKS, task).index(task)} {task}")
 
 
 def ordered(table: pd.DataFrame) -> pd.DataFrame:
-    """Sort results as they are drawn: baselines first, by model, lambda, noise and task."""
+    """Sort results in drawing order: baselines first, by model, lambda, noise and task."""
     by_task = table.sort_values("task", key=along_funnel, kind="stable")
     return by_task.sort_values(["data", "mtn", "model", "lam", "variant", "noise"], kind="stable")
 
@@ -102,13 +101,13 @@ def ordered(table: pd.DataFrame) -> pd.DataFrame:
 def panels(
     rows: int, columns: int, *, height: float = 1.6, **subplots: Any
 ) -> tuple[Figure, np.ndarray]:
-    """Return a figure as wide as a column of a page, or two, and its ``(rows, columns)`` axes.
+    """Return a figure one or two page columns wide, and its ``(rows, columns)`` axes.
 
     Args:
         rows: Number of rows.
-        columns: Number of columns; one is drawn as wide as a column of the page.
-        height: Of a row, in inches.
-        subplots: Keywords of `Figure.subplots`.
+        columns: Number of columns; a single one makes the figure one page column wide.
+        height: Height of a row in inches.
+        subplots: Keyword arguments of `Figure.subplots`.
     """
     width = _ONE_COLUMN if columns == 1 else _TWO_COLUMNS
     figure = Figure(figsize=(width, 0.45 + height * rows), layout="constrained")
@@ -118,11 +117,11 @@ def panels(
 def facets(
     table: pd.DataFrame, draw: Draw, *, x: str, y: str, **subplots: Any
 ) -> tuple[Figure, dict[tuple[str, str], Axes]]:
-    """Draw a panel for each ``row`` and ``column`` of a table, and in it each ``line``.
+    """Draw a panel per ``row`` and ``column`` of a table, with every ``line`` in it.
 
     Args:
-        table: ``row``, ``column``, ``line`` (names, drawn in the order in which they occur) and
-            what ``draw`` needs of a line.
+        table: ``row``, ``column``, ``line`` (names, drawn in order of first occurrence) and the
+            columns that ``draw`` needs.
         draw: Draws the rows of one line into a panel.
         x: Label of the horizontal axes.
         y: Label of the vertical axes.
@@ -138,7 +137,7 @@ def facets(
     for (row, column), axes in zip(itertools.product(rows, columns), grid.flat, strict=True):
         part = table[(table["row"] == row) & (table["column"] == column)]
         if part.empty:
-            axes.set_axis_off()  # the title of its column stays
+            axes.set_axis_off()  # keeps the column title
             continue
         for line in (line for line in lines if (part["line"] == line).any()):
             draw(axes, part[part["line"] == line], line, styles[line])
@@ -146,7 +145,7 @@ def facets(
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(column)
     for axes, row in zip(grid[:, 0], rows, strict=True):
-        # Names of rows are long: they stand above the panels, and above the names of the columns.
+        # Row names are long, so they are written above the panels and the column titles.
         row_title(axes, row, line=int(row == rows[0]))
         axes.set_ylabel(y)
     for axes in grid[-1]:
@@ -155,16 +154,15 @@ def facets(
 
 
 def intervals(line: pd.DataFrame) -> pd.DataFrame:
-    """Return ``mean``, ``low`` and ``high`` over the runs for each ``x``, NaN left out."""
+    """Return ``mean``, ``low`` and ``high`` over the runs for each ``x``, ignoring NaN."""
     table = line.pivot(index="x", columns="run", values="value")
     return pd.DataFrame(mean_interval(table.T)._asdict(), index=table.index)
 
 
 def points(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
-    """Draw the mean of each x with its interval as a bar.
+    """Draw the mean at each x with its interval as an error bar.
 
-    Lines stand beside one another by a few points, so that their bars do not hide each other; the
-    data stay what they are.
+    Lines are drawn a few points apart so that their bars do not overlap; the data do not change.
     """
     found = intervals(line)
     shift = 3 * len(axes.containers)
@@ -177,14 +175,14 @@ def points(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
         elinewidth=0.8,
         **style,
     )
-    # Matplotlib leaves what is drawn beside its data out of the limits.
+    # Matplotlib ignores shifted artists when it computes the limits.
     axes.update_datalim(np.column_stack([np.repeat(found.index, 3), found.to_numpy().ravel()]))
     axes.margins(x=0.05 + 0.03 * len(axes.containers))
     axes.autoscale_view()
 
 
 def curve(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
-    """Draw the mean of each x as a line and its interval as a band."""
+    """Draw the mean at each x as a line with its interval as a band."""
     found = intervals(line)
     axes.plot(found.index, found["mean"], label=name, **_marked(found, style))
     if found["low"].notna().any():
@@ -194,7 +192,7 @@ def curve(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
 
 
 def median(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
-    """Draw the median of each x as a line, and a band from the least to the largest value."""
+    """Draw the median at each x as a line, with a band from the smallest to the largest value."""
     values = line.groupby("x")["value"].agg(["median", "min", "max"])
     axes.plot(values.index, values["median"], label=name, **_marked(values, style))
     axes.fill_between(
@@ -203,7 +201,7 @@ def median(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
 
 
 def log_scale(axes: Axes, axis: str, low: float, high: float, unit: float = 1) -> None:
-    """Make the ``x`` or ``y`` axis logarithmic, with plain numbers of ``unit`` on it."""
+    """Make the ``x`` or ``y`` axis logarithmic, with plain numbers in multiples of ``unit``."""
     decades = np.log10(high / low)
     subs = (1, 2, 5) if decades < 1 else (1, 3) if decades < 2 else (1,)
     axes.set(**{f"{axis}scale": "log", f"{axis}lim": (low, high)})
@@ -214,8 +212,8 @@ def log_scale(axes: Axes, axis: str, low: float, high: float, unit: float = 1) -
 
 
 def row_title(axes: Axes, name: str, line: int = 0) -> None:
-    """Write the name of a row above its first panel and as far to the right as it goes."""
-    axes.set_title(" \n" * line + " ", loc="left")  # keeps the room; a long title widens the panel
+    """Write the name of a row above its first panel, beyond whose width it may extend."""
+    axes.set_title(" \n" * line + " ", loc="left")  # only space: a long one would widen the panel
     title = axes.annotate(
         name,
         (0, 1),
@@ -228,7 +226,7 @@ def row_title(axes: Axes, name: str, line: int = 0) -> None:
 
 
 def legend(figure: Figure) -> None:
-    """Put one legend above the panels, each label once, in the order of drawing."""
+    """Put one legend above the panels, with each label once, in drawing order."""
     handles: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -247,7 +245,7 @@ def _marked(values: pd.DataFrame, style: Style) -> dict[str, Any]:
 def save(figure: Figure, folder: Path, name: str) -> tuple[Path, ...]:
     """Write a figure in each format; the same figure gives the same bytes."""
     figure.draw_without_rendering()
-    figure.set_layout_engine(None)  # it has placed the panels; the formats share the places
+    figure.set_layout_engine(None)  # layout is done; all formats share it
     paths = []
     for suffix, date in zip(FORMATS, ("CreationDate", "Date", None), strict=True):
         path = folder / f"{name}.{suffix}"

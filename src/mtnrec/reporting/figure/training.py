@@ -1,7 +1,7 @@
-"""Figures of what happens in training: curves over epochs, spectra, alphas, distances of experts.
+"""Figures of training: curves over epochs, spectra, alphas, distances between experts.
 
-Every function takes the rows of one data set and one model, and returns None if there is nothing of
-its kind in them.
+Every function takes the rows of one data set and model, and returns None if they hold no data for
+its figure.
 """
 
 import textwrap
@@ -31,7 +31,7 @@ from mtnrec.reporting.figure.style import (
     task_title,
 )
 
-LEAST_SHOWN = 1e-6  # of the largest singular value: float32 tells nothing below
+LEAST_SHOWN = 1e-6  # relative to the largest singular value; float32 rounding hides less
 _MOST_COLUMNS = 3
 _UNFOLDINGS = {"task": 0, "expert": 0, "output": 1, "input": 2}  # order of their lines
 
@@ -54,7 +54,7 @@ def training_curves(epochs: pd.DataFrame) -> Figure | None:
 
 @styled
 def alphas(epochs: pd.DataFrame) -> Figure | None:
-    """Draw the weight of each unfolding: a row an arm, a column a layer.
+    """Draw the weight of each unfolding: a row per arm, a column per layer.
 
     Args:
         epochs: Rows of :attr:`Runs.epochs`, with the ``row`` of their run.
@@ -64,7 +64,7 @@ def alphas(epochs: pd.DataFrame) -> Figure | None:
 
 @styled
 def effective_ranks(epochs: pd.DataFrame) -> Figure | None:
-    """Draw the effective rank of each unfolding, on a log axis: a row an arm, a column a layer.
+    """Draw the effective rank of each unfolding on a log axis: a row per arm, a column per layer.
 
     Args:
         epochs: Rows of :attr:`Runs.epochs`, with the ``row`` of their run.
@@ -78,7 +78,7 @@ def effective_ranks(epochs: pd.DataFrame) -> Figure | None:
 
 @styled
 def spectra(values: pd.DataFrame) -> Figure | None:
-    """Draw the singular values of each unfolding: a row a layer, a column an unfolding.
+    """Draw the singular values of each unfolding: a row per layer, a column per unfolding.
 
     Args:
         values: ``row`` (layer), ``column`` (unfolding), ``line``, ``x`` (1 is the largest) and
@@ -100,10 +100,10 @@ def spectra(values: pd.DataFrame) -> Figure | None:
 
 @styled
 def expert_distances(matrices: Mapping[str, Sequence[np.ndarray]]) -> Figure | None:
-    """Draw the mean distance of each pair of experts, on one colour scale (paper, Figure 3).
+    """Draw the mean distance between two experts on one colour scale (paper, Figure 3).
 
     Args:
-        matrices: By the name of a panel, the ``(E, E)`` distances of each seed.
+        matrices: ``(E, E)`` distances of each seed, by panel name.
     """
     if not matrices:
         return None
@@ -139,13 +139,13 @@ def over_epochs(
     ylim: tuple[float, float] | None = None,
     **subplots: Any,
 ) -> Figure | None:
-    """Draw any logged values over the epochs that all seeds of an arm have trained.
+    """Draw logged values over the epochs that all seeds of an arm trained.
 
     Args:
         curves: Rows of :attr:`Runs.epochs`, with the ``row``, ``column`` and ``line`` of `facets`.
         draw: Draws one line.
         y: Label of the vertical axes.
-        ylim: Their limits.
+        ylim: Limits of the vertical axes.
         subplots: See `panels`.
     """
     if curves.empty:
@@ -162,7 +162,7 @@ def over_epochs(
 
 
 def _of_unfoldings(epochs: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """Return one quantity's rows: ``column`` is their layer, ``line`` their unfolding."""
+    """Return one quantity's rows, with the layer as ``column``, the unfolding as ``line``."""
     keys = {name: parse_layer_key(name) for name in epochs["name"].unique()}
     chosen = {name: key for name, key in keys.items() if key and key.quantity == quantity}
     curves = epochs[epochs["name"].isin(chosen)]

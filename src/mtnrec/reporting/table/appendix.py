@@ -1,4 +1,4 @@
-"""Tables of how runs were made: what they cost, their settings, data and versions."""
+"""Tables of the runs' costs, settings, data and versions, and of published numbers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,15 +19,15 @@ from mtnrec.reporting.table.render import Cell, Group, Row, Table
 from mtnrec.run.identity import flatten
 
 _EMPTY = "—"
-_MOST_VALUES = 12  # of a setting, in a cell
+_MOST_VALUES = 12  # values of a setting shown in a cell
 _GIB = 2**30
 
 
 def deviation_tables(cells: pd.DataFrame) -> Iterator[Table]:
-    """Lay the paper's numbers beside ours, and MTReclib's; no table where nothing matches.
+    """Yield tables that compare ours with the paper's and MTReclib's numbers, if any match.
 
     Args:
-        cells: What :func:`mtnrec.reporting.table.scores.comparisons` returns.
+        cells: Output of :func:`mtnrec.reporting.table.scores.comparisons`.
     """
     sources = (
         ("the paper's", paper_results(), (PAPER_PROTOCOL, TABLE_2_REMARK)),
@@ -45,12 +45,12 @@ def deviation_tables(cells: pd.DataFrame) -> Iterator[Table]:
             for row in deviations(cells, published).to_dict("records")
         )
         if rows:
-            title = f"Our test AUCs beside {whose}"
+            title = f"Our test AUCs compared with {whose}"
             yield Table(title, "Model", (Group("", columns),), rows, notes)
 
 
 def cost_table(runs: Runs) -> Table:
-    """Lay out what the runs of each arm cost on average, and the speed of MTN to its baseline's."""
+    """Return the mean costs of each arm, and the speed of MTN relative to its baseline."""
     costs = runs.costs
     arm = ["data", "model", "noise", "variant", "arm", "baseline"]
     means = costs.groupby(arm, sort=True, as_index=False).mean(numeric_only=True)
@@ -75,15 +75,15 @@ def cost_table(runs: Runs) -> Table:
         *("to baseline", "evaluated rows/s", "memory, GiB"),
     )
     notes = (
-        "Means over the runs, loading included, as the runs were made: those that shared a machine "
-        "slowed one another. To baseline: trained rows a second with MTN over those without. "
-        "Memory: the largest of the process so far, which earlier runs in it may have needed.",
+        "Means over the runs, including loading, as measured: runs that shared a machine slowed "
+        "each other down. To baseline: rows trained per second with MTN divided by those without. "
+        "Memory: peak of the process so far, which may stem from an earlier run in it.",
     )
-    return Table("What the runs cost", "Model", (Group("", columns),), tuple(rows), notes)
+    return Table("Costs of the runs", "Model", (Group("", columns),), tuple(rows), notes)
 
 
 def data_table(runs: Runs) -> Table:
-    """Lay out the data sets: rows, positives, checksums and suspected leaks."""
+    """Return the data sets' rows, positives, checksums and suspected leaks."""
     records = {run.record.data["checksum"]: run.record for run in runs}
     rows = []
     for checksum, record in records.items():
@@ -102,7 +102,7 @@ def data_table(runs: Runs) -> Table:
             )
         )
     columns = (
-        *("training rows", "validation rows", "test rows", "positives of the test rows"),
+        *("training rows", "validation rows", "test rows", "positives in the test rows"),
         *("suspected leaks", "checksum (SHA-256)"),
     )
     return Table("Data sets", "Name", (Group("", columns),), tuple(rows), is_text=True)
@@ -116,17 +116,17 @@ def settings_tables(runs: Runs) -> tuple[Table, Table]:
     shared = {key: found for key, found in values.items() if len(found) == 1}
     return (
         _two_columns("Settings that differ", "Key", "Values", differing),
-        _two_columns("Settings of all runs", "Key", "Value", shared),
+        _two_columns("Settings shared by all runs", "Key", "Value", shared),
     )
 
 
 def version_table(runs: Runs) -> Table:
-    """Lay out the versions that the runs were made with, and their threads."""
+    """Return the versions that the runs were made with, and their threads."""
     versions = [run.record.versions for run in runs]
     names = sorted({name for version in versions for name in version})
     found = {name: _values(versions, name) for name in names}
     threads = [{"threads": run.record.threads} for run in runs]
-    found["threads of a process"] = _values(threads, "threads")
+    found["threads per process"] = _values(threads, "threads")
     return _two_columns("Versions", "Package", "Version", found)
 
 

@@ -1,18 +1,18 @@
-"""Numbers that others published, as data, and how far ours are from them."""
+"""Published results as data, and the deviations of ours from them."""
 
 import pandas as pd
 
 PAPER_PROTOCOL = (
-    "Paper: mean of 10 runs; 20 % of the training rows validate; the epoch and the stop are chosen "
-    "by the validation CVR AUC: stopped when it decreased for 3 consecutive epochs."
+    "Paper: mean of 10 runs; 20 % of the training rows are held out for validation; the validation "
+    "CVR AUC selects the epoch and stops training when it has decreased for 3 consecutive epochs."
 )
 TABLE_2_REMARK = (
-    "The second table is scrambled in the copy of the paper that was read: the rows of ESMM and "
+    "Table 2 is scrambled in the copy of the paper that was read: the rows of ESMM and "
     "Shared-bottom were put back in order by position."
 )
 MTRECLIB_PROTOCOL = (
-    "README of MTReclib: mean of 5 runs with batch norm and dropout 0.2; the epoch is chosen on "
-    "the test set."
+    "README of MTReclib: mean of 5 runs with batch norm and dropout 0.2; the epoch is selected "
+    "on the test set."
 )
 DATA_NAMES = {
     "aliexpress_nl": "AliExpress NL",
@@ -26,7 +26,7 @@ MODELS = ("MMoE", "ESMM", "Shared-bottom")
 TASKS = ("ctr", "cvr", "ctcvr")
 
 _PLACE = ["data", "noise", "model", "mtn", "task"]
-# Section 3.3, and the variant that the tables are of (sections 2.2 and 2.3).
+# Section 3.3, and the variant used in the tables (sections 2.2 and 2.3).
 _PAPER_MTN = {
     "lam": 1e-5,
     "target": "towers",
@@ -35,7 +35,7 @@ _PAPER_MTN = {
     "layer_weighting": "mean",
     "coupling": "gradient",
 }
-# By column; each line is a model, without and with MTN.
+# Each model has two lines: without and with MTN.
 _TABLE_1_COLUMNS = [(data, 0.0) for data in (*list(DATA_NAMES)[:3], "ali_ccp")]
 _TABLE_1 = """
 .7258 .7934 .8616  .7281 .8313 .8901  .7061 .8310 .8751  .6187 .6739 .6521
@@ -62,7 +62,7 @@ PLE            .7292 .8591  .7273 .8913  .7276 .8805  .7138 .8675
 
 
 def paper_results() -> pd.DataFrame:
-    """Return the test AUCs of the paper's Tables 1 and 2, a row a number.
+    """Return the test AUCs of the paper's Tables 1 and 2, one row per number.
 
     Columns: ``data``, ``noise``, ``model``, ``mtn``, ``task``, ``auc`` and ``table``. See
     ``PAPER_PROTOCOL`` and ``TABLE_2_REMARK``.
@@ -90,7 +90,7 @@ def paper_results() -> pd.DataFrame:
 def mtreclib_results() -> pd.DataFrame:
     """Return the test AUCs of MTReclib's README; columns as in :func:`paper_results`.
 
-    They come from another protocol than the paper's: see ``MTRECLIB_PROTOCOL``.
+    Their protocol differs from the paper's: see ``MTRECLIB_PROTOCOL``.
     """
     columns = [
         (f"aliexpress_{country}", task)
@@ -106,10 +106,10 @@ def mtreclib_results() -> pd.DataFrame:
 
 
 def has_paper_settings(table: pd.DataFrame) -> pd.Series:
-    """Say of each row whether its settings of MTN are the paper's; not so without MTN.
+    """Return whether each row has the paper's MTN settings; False without MTN.
 
     Args:
-        table: Has a column for each setting of MTN.
+        table: Table with a column per MTN setting.
     """
     same = table["mtn"].copy()
     for key, value in _PAPER_MTN.items():
@@ -118,18 +118,18 @@ def has_paper_settings(table: pd.DataFrame) -> pd.Series:
 
 
 def deviations(cells: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
-    """Return how far test AUCs are from published ones, a row a number that both have.
+    """Return the deviations of test AUCs from published ones, one row per match.
 
-    Data sets and models are matched by name; MTN where lambda, target, layers, alphas, layer
+    Data sets and models are matched by name; MTN matches if lambda, target, layers, alphas, layer
     weighting and coupling are the paper's. Other choices (widths, optimiser) may differ.
 
     Args:
-        cells: What :func:`mtnrec.reporting.table.scores.comparisons` returns.
+        cells: Output of :func:`mtnrec.reporting.table.scores.comparisons`.
         published: :func:`paper_results` or :func:`mtreclib_results`.
 
     Returns:
         ``data``, ``noise``, ``model``, ``variant``, ``task``, ``published``, ``ours``,
-        ``deviation`` (ours less theirs) and ``seeds``; no row if nothing matches.
+        ``deviation`` (ours minus theirs) and ``seeds``; empty if nothing matches.
     """
     as_in_paper = ~cells["mtn"] | has_paper_settings(cells)
     chosen = cells[as_in_paper & (cells["metric"] == "auc") & (cells["split"] == "test")]
@@ -152,7 +152,7 @@ def deviations(cells: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
 
 
 def _name(label: str) -> str:
-    """Take the settings that tell runs apart off a label.
+    """Remove the settings from a label.
 
     >>> _name("MMoE (optimizer.lr=0.01)")
     'MMoE'

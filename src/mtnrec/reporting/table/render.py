@@ -1,4 +1,4 @@
-"""One kind of table, written as Markdown, LaTeX and HTML."""
+"""Tables rendered as Markdown, LaTeX and HTML."""
 
 import html
 import re
@@ -29,11 +29,11 @@ class Cell:
     """A cell of a table.
 
     Args:
-        text: What it says.
+        text: Text of the cell.
         bold: Whether it is better than its baseline.
-        stars: ``*`` or ``**`` of the p-value.
-        holm_stars: The same of the corrected p-value; shown as daggers.
-        note: What the reader of the number must know, as ``8 of 10 seeds``.
+        stars: ``*`` or ``**`` for the p-value.
+        holm_stars: The same for the corrected p-value; shown as daggers.
+        note: Caveat for the reader, e.g. ``8 of 10 seeds``.
     """
 
     text: str
@@ -53,7 +53,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """A row; ``starts`` where a line parts it from the row above."""
+    """A row; ``starts`` if a rule separates it from the row above."""
 
     header: str
     cells: tuple[Cell, ...]
@@ -65,13 +65,13 @@ class Table:
     """A table to be rendered.
 
     Args:
-        title: One line.
-        stub: Header of the rows' headers.
+        title: One-line title.
+        stub: Header of the first column.
         groups: Columns.
-        rows: As many cells each as the groups have columns.
+        rows: Rows with one cell per column.
         notes: Sentences that explain the marks.
-        warnings: Sentences on what the numbers cannot carry.
-        is_text: Whether the cells are words, not numbers, and so begin at the left.
+        warnings: Sentences on the limits of the numbers.
+        is_text: Whether the cells are words, not numbers, and so are aligned left.
     """
 
     title: str
@@ -103,7 +103,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """Render a table as a LaTeX float; it needs the package booktabs."""
+    """Render a table as a LaTeX float, which needs the package booktabs."""
     columns = [column for group in table.groups for column in group.columns]
     caption = [f"{table.title}.", *table.notes, *(f"Warning: {text}" for text in table.warnings)]
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(' '.join(caption))}}}"]
@@ -132,7 +132,7 @@ def to_latex(table: Table) -> str:
 
 
 def to_html(table: Table) -> str:
-    """Render a table as an HTML figure, with classes for a style sheet and no style of its own."""
+    """Render a table as an HTML figure with classes for a style sheet and no inline style."""
     stub = _tag("th", html.escape(table.stub), scope="col")
     columns = [column for group in table.groups for column in group.columns]
     headers = [_tag("th", html.escape(text), scope="col") for text in columns]
@@ -172,7 +172,7 @@ def to_html(table: Table) -> str:
 
 
 def write_tables(out: Path, tables: Sequence[Table]) -> None:
-    """Write each table as md, tex and html; its file is named after its title."""
+    """Write each table as md, tex and html, in files named after its title."""
     out.mkdir(parents=True, exist_ok=True)
     formats = {"md": to_markdown, "tex": to_latex, "html": to_html}
     for table in tables:
@@ -207,6 +207,6 @@ def _latex(text: str) -> str:
 
 
 def _tag(name: str, content: str, **attributes: Any) -> str:
-    """Write an element; its content and attributes are escaped already."""
+    """Return an HTML element; content and attributes must already be escaped."""
     written = "".join(f' {key.rstrip("_")}="{value}"' for key, value in attributes.items())
     return f"<{name}{written}>{content}</{name}>"

@@ -1,6 +1,6 @@
 """Tables as in the paper: models in pairs, with and without MTN, by data set or by noise.
 
-``comparisons`` does the statistics and returns one row a cell; ``score_table`` and
+``comparisons`` does the statistics and returns one row per cell; ``score_table`` and
 ``difference_table`` lay them out; :mod:`mtnrec.reporting.table.render` writes them.
 """
 
@@ -28,14 +28,14 @@ _EMPTY = "—"
 
 
 def split_by_table(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the results that belong in one table each, by title.
+    """Return the results of each table, by title.
 
-    Runs without noise make one table, the noisy ones a table for each data set. Where a model was
-    trained with several variants of MTN these tables hold the paper's alone, and all of them have
-    a table of their own.
+    Runs without noise make one table, runs with noise one per data set. Where a model was trained
+    with several variants of MTN, these tables hold only the paper's, and all its variants have
+    another table.
 
     Args:
-        results: What :attr:`Runs.results` holds.
+        results: Rows of :attr:`Runs.results`.
     """
     place = ["model", "data", "noise"]
     variants = results[results["mtn"]].groupby(place)["variant"].nunique().rename("variants")
@@ -51,22 +51,22 @@ def split_by_table(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def comparisons(results: pd.DataFrame, *, metric: str = "auc", split: str = "test") -> pd.DataFrame:
-    """Return one row for each arm and task of a table, in the table's order.
+    """Return one row per arm and task of a table, in the table's order.
 
     Runs are paired by seed: a model's baseline and all its MTN variants, under the same data and
-    noise, are averaged over the ``seeds`` that each of them has with a defined metric, of
-    ``all_seeds`` that any has. Without such a seed each is averaged over its own and compared with
-    nothing. Holm's correction is over the rows that are returned.
+    noise, are averaged over the ``seeds`` for which each of them has a defined metric, out of the
+    ``all_seeds`` that any has. Without a common seed, each is averaged over its own seeds and not
+    compared. Holm's correction covers the returned rows.
 
     Args:
         results: Rows of :attr:`Runs.results`.
-        metric: Its ``metric``.
-        split: Its ``split``.
+        metric: Metric to compare.
+        split: Split to compare.
 
     Returns:
-        The settings of the arm, ``mean``, ``seeds``, ``all_seeds``, and, of MTN arms that have a
+        The settings of the arm, ``mean``, ``seeds``, ``all_seeds``, and, for MTN arms with a
         baseline, the fields of :class:`~mtnrec.reporting.significance.PairedComparison`,
-        ``holm_p``, ``seeds_needed`` and ``improved``; what is undefined is NaN.
+        ``holm_p``, ``seeds_needed`` and ``improved``; undefined values are NaN.
 
     Raises:
         InputError: If no run has the metric.
@@ -76,7 +76,8 @@ def comparisons(results: pd.DataFrame, *, metric: str = "auc", split: str = "tes
         found = sorted(
             {f"{s}/{m}" for s, m in zip(results["split"], results["metric"], strict=True)}
         )
-        raise InputError(f"no run has the metric {split}/{metric}: choose of {', '.join(found)}")
+        choices = ", ".join(found)
+        raise InputError(f"no run has the metric {split}/{metric}. Choose one of {choices}.")
     blocks = chosen.groupby(["model", "data", "noise", "task"], sort=False)
     cells = pd.DataFrame([row for _, block in blocks for row in _block_rows(block)])
     cells["improved"] = METRICS[metric].improves(cells["mean"], cells["baseline_mean"])
@@ -87,10 +88,10 @@ def comparisons(results: pd.DataFrame, *, metric: str = "auc", split: str = "tes
 
 
 def score_table(cells: pd.DataFrame, title: str) -> Table:
-    """Lay comparisons out as in the paper: models in pairs, tasks under data sets or noise.
+    """Lay out comparisons as in the paper: models in pairs, tasks under data sets or noise.
 
     Args:
-        cells: What :func:`comparisons` returns.
+        cells: Output of :func:`comparisons`.
         title: Title of the table.
     """
     groups = _groups(cells)
@@ -126,10 +127,10 @@ def score_table(cells: pd.DataFrame, title: str) -> Table:
 
 
 def difference_table(cells: pd.DataFrame, title: str) -> Table:
-    """Lay out what each comparison rests on, a row a comparison.
+    """Lay out the statistics of each comparison, one row per comparison.
 
     Args:
-        cells: What :func:`comparisons` returns.
+        cells: Output of :func:`comparisons`.
         title: Title of the table.
     """
     columns = (
@@ -162,11 +163,10 @@ def difference_table(cells: pd.DataFrame, title: str) -> Table:
         groups=(Group("", columns),),
         rows=tuple(rows),
         notes=(
-            "Difference: MTN less baseline, the mean over pairs of runs of the same seed, with its "
-            "t-interval; p: two-sided paired t-test; Holm p: corrected for the comparisons of the "
-            "table; Wilcoxon p: signed-rank test, from six pairs on.",
-            "Seeds for 0.001: pairs with which a difference of 0.001 would be seen (power 0.8, "
-            "level 0.05).",
+            "Difference: MTN minus baseline, the mean over pairs of runs with the same seed, with "
+            "its t-interval; p: two-sided paired t-test; Holm p: corrected for all comparisons in "
+            "the table; Wilcoxon p: two-sided signed-rank test, for six pairs or more.",
+            "Seeds for 0.001: pairs needed to detect a 0.001 difference (power 0.8, level 0.05).",
         ),
         warnings=_warnings(cells),
     )
@@ -220,7 +220,7 @@ def _ordered(labels: Iterable[str], known: Iterable[str]) -> list[str]:
 
 
 def _groups(cells: pd.DataFrame) -> list[tuple[str, float, str, list[str]]]:
-    """Return data, noise, header and tasks of each group of columns."""
+    """Return data, noise, header and tasks of each column group."""
     places = cells[["data", "noise"]].drop_duplicates()
     ordered = sorted(
         places.itertuples(index=False, name=None),
@@ -237,7 +237,7 @@ def _groups(cells: pd.DataFrame) -> list[tuple[str, float, str, list[str]]]:
 
 
 def _variant_names(cells: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """Return what each model's variants are called: ``+MTN`` where the table has only one."""
+    """Return the names of each model's variants: ``+MTN`` where the table has only one."""
     found = cells[["model", "variant"]].drop_duplicates()
     several = found[found["variant"] != ""].groupby("model")["variant"].count()
     return {
@@ -272,13 +272,13 @@ def _notes(cells: pd.DataFrame) -> tuple[str, ...]:
         notes.append(
             "Bold: better than the baseline, by the digits shown. * p < 0.05, ** p < 0.01: "
             "two-sided paired t-test against the baseline over the same seeds; a starred number "
-            "that is not bold is no better. "
-            f"† and ‡: the same two levels after Holm's correction for the {tests} tests of the "
+            "that is not bold differs significantly but is not better. "
+            f"† and ‡: the same two levels after Holm's correction for the {tests} tests in the "
             "table."
         )
     if (cells["seeds"] < cells["all_seeds"]).any():
         notes.append(
-            "Where seeds are missing, a model's rows are averaged over the seeds that all have."
+            "Where seeds are missing, a model's rows are averaged over the seeds they all have."
         )
     return tuple(notes)
 
@@ -289,14 +289,14 @@ def _warnings(cells: pd.DataFrame) -> tuple[str, ...]:
     few = compared[compared["pairs"] < _FEW_PAIRS]
     if len(few):
         found.append(
-            f"Fewer than five pairs of runs in {len(few)} of {len(compared)} comparisons (the "
-            f"fewest: {few['pairs'].min():.0f}): the tests say little."
+            f"Fewer than five pairs of runs in {len(few)} of {len(compared)} comparisons (minimum "
+            f"{few['pairs'].min():.0f}): the tests have little power."
         )
     alone = cells[cells["mtn"] & (cells["pairs"] == 0) & cells["mean"].notna()]
     if len(alone):
         found.append(
-            f"{len(alone)} numbers with MTN are compared with nothing: no run of the same seed "
-            "without MTN has a value."
+            f"{len(alone)} numbers with MTN are not compared with a baseline: no run without MTN "
+            "has a value for the same seed."
         )
     return tuple(found)
 
