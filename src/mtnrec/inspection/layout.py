@@ -1,4 +1,4 @@
-"""The report of a prepared data set, laid out as text."""
+"""Text report on a prepared data set."""
 
 import io
 import json
@@ -19,14 +19,14 @@ from mtnrec.inspection.statistics import SLICES, Changes, SplitStatistics
 from mtnrec.schema import Schema
 
 _WIDTH = 80
-_STRONGEST = 3  # features of a task that are shown though no suspected leaks
+_STRONGEST = 3  # features shown per task, even if none is suspected
 _NOTHING = "-"
 
 Statistics = Mapping[str, SplitStatistics]
 
 
 class _Part(NamedTuple):
-    """A table of the report, with a line above it and lines below it."""
+    """A table of the report, with a title above it and notes below it."""
 
     title: str
     table: Table
@@ -34,18 +34,18 @@ class _Part(NamedTuple):
 
 
 def check_destination(out: Path, directory: Path) -> None:
-    """Refuse a report that cannot be a file, or would be no part of the prepared data set.
+    """Refuse a report path that is a folder or lies inside the prepared data set.
 
     Args:
-        out: Where the report is to be written.
+        out: Path of the report.
         directory: Folder of the prepared data set.
     """
     if out.is_dir():
-        raise InputError(f"out={out} is a folder: name a file")
+        raise InputError(f"out must be a file, got the folder {out}. Choose another path.")
     if out.resolve().is_relative_to(directory.resolve()):
         raise InputError(
-            f"out={out} is inside the prepared data set, which holds no other files: choose a "
-            "file elsewhere"
+            "out must lie outside the prepared data set, which holds no other files, got "
+            f"{out}. Choose a file elsewhere."
         )
 
 
@@ -56,17 +56,17 @@ def render_summary(
     leaks: LeakCheck,
     changes: Mapping[str, Changes],
 ) -> str:
-    """Return the report: lines of at most 80 characters, unless names are long.
+    """Return the report in lines of at most 80 characters, unless names are long.
 
     Args:
         directory: Folder of the prepared data set.
-        manifest: Its manifest.
-        statistics: Of each split.
-        leaks: What each feature predicts alone.
-        changes: What noise changes, for each noisy split.
+        manifest: Manifest of the data set.
+        statistics: Statistics of each split.
+        leaks: AUC of each feature alone.
+        changes: Changes that noise makes, by noisy split.
     """
     schema = manifest.schema
-    # The manifest has them in the order of the alphabet.
+    # The manifest sorts the splits by name.
     statistics = {s: statistics[s] for s in sorted(statistics, key=lambda s: (s != "train", s))}
     parts = [
         *_labels(schema, statistics),
@@ -101,7 +101,7 @@ def _origin(directory: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _table(*headers: str, names: int = 1) -> Table:
-    """Make a table without rows; its first ``names`` columns are text, the others numbers."""
+    """Return an empty table; its first ``names`` columns are text, the others numbers."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for column, header in enumerate(headers):
         table.add_column(header, justify="left" if column < names else "right", no_wrap=True)
@@ -129,7 +129,7 @@ def _labels(schema: Schema, statistics: Statistics) -> Iterator[_Part]:
             percents = (f"{100 * part / all_:.3g}" if all_ else _NOTHING for part, all_ in slices)
             drift.add_row(split, name, *percents)
     yield _Part("Labels", rates)
-    yield _Part("Drift: rates in %, in each tenth of a split in the order of its file", drift)
+    yield _Part("Drift: rate in % in each tenth of a split, in file order", drift)
 
 
 def _fields(manifest: Manifest, statistics: Statistics) -> Iterator[_Part]:
@@ -157,11 +157,11 @@ def _categorical(manifest: Manifest, statistics: Statistics) -> _Part:
             shares.append(_share(found.zeros[column] - missing, found.rows))
         table.add_row(field.name, f"{field.vocabulary_size:,}", *shares)
     return _Part(
-        "Categorical fields: shares of the rows with index 0",
+        "Categorical fields: share of rows with index 0",
         table,
         (
-            "others: rare values, and values that no training row holds",
-            "vocabulary: indices, index 0 included",
+            "others: rare values, and values not in the training rows",
+            "vocabulary: indices, including index 0",
         ),
     )
 
@@ -178,9 +178,9 @@ def _multivalued(schema: Schema, statistics: Statistics) -> _Part:
             cells.append(_share(found.zero_tokens[column], tokens))
         table.add_row(field.name, f"{field.vocabulary_size:,}", *cells)
     return _Part(
-        "Multi-valued fields: empty rows, tokens a row, share of the tokens with index 0",
+        "Multi-valued fields: empty rows, tokens per row, share of tokens with index 0",
         table,
-        ("vocabulary: indices, index 0 (rare values, and values not in training) included",),
+        ("vocabulary: indices, including index 0 (rare values, values not in training)",),
     )
 
 
@@ -193,7 +193,7 @@ def _numerical(manifest: Manifest, statistics: Statistics) -> _Part:
             values = (found.minimum[column], found.mean[column], found.maximum[column])
             cells += [f"{value:.4g}" if found.rows else _NOTHING for value in values]
         table.add_row(name, *cells)
-    return _Part("Numerical features, as they are stored", table)
+    return _Part("Numerical features, as stored", table)
 
 
 def _transforms(manifest: Manifest) -> _Part:
@@ -201,7 +201,7 @@ def _transforms(manifest: Manifest) -> _Part:
     for name, transform in manifest.transforms.items():
         cells = (transform.get(key) for key in ("fill", "shift", "scale"))
         table.add_row(name, *(_NOTHING if cell is None else f"{cell:.6g}" for cell in cells))
-    title = "Transforms: a missing value became fill, and (value - shift) / scale is stored"
+    title = "Transforms: missing values become fill, then (value - shift) / scale is stored"
     return _Part(title, table)
 
 
@@ -210,7 +210,7 @@ def _alone(schema: Schema, leaks: LeakCheck) -> _Part:
     for task in schema.tasks:
         found = leaks.aucs[task.name]
         if found is None:
-            table.add_row(schema.definition(task), f"not judged: a class of under {FEWEST} rows")
+            table.add_row(schema.definition(task), f"not judged: a class has under {FEWEST} rows")
             continue
         suspected = sum(value > THRESHOLD for value in found.values())
         strongest = sorted(found, key=found.__getitem__, reverse=True)
@@ -218,8 +218,8 @@ def _alone(schema: Schema, leaks: LeakCheck) -> _Part:
             table.add_row(schema.definition(task), feature, f"{found[feature]:.4f}")
     findings = tuple(f"Suspected leak: {leak}" for leak in leaks.leaks)
     note = f"learnt on one half of {leaks.rows:,} training rows, measured on the other"
-    nothing = (f"No feature that was judged has an AUC above {THRESHOLD} alone.",)
-    return _Part("What features predict alone", table, (note, *(findings or nothing)))
+    nothing = (f"No judged feature alone has an AUC above {THRESHOLD}.",)
+    return _Part("AUC of each feature alone", table, (note, *(findings or nothing)))
 
 
 def _noise(changes: Mapping[str, Changes]) -> _Part:
@@ -228,8 +228,6 @@ def _noise(changes: Mapping[str, Changes]) -> _Part:
     for feature in next(iter(changes.values())).features:
         shares = [_share(change.features[feature], change.rows) for change in changes.values()]
         table.add_row(feature, *shares)
-    looked_at = ", ".join(f"{change.rows:,} rows of {split}" for split, change in changes.items())
-    note = f"counted on {looked_at}; a feature without another value stays as it is"
-    return _Part(
-        "Noise: shares of the rows, and of each feature's cells, that change", table, (note,)
-    )
+    compared = ", ".join(f"{change.rows:,} rows of {split}" for split, change in changes.items())
+    note = f"counted on {compared}; a feature with a single value does not change"
+    return _Part("Noise: share of rows, and of each feature's values, that change", table, (note,))

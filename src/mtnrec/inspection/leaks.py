@@ -1,18 +1,18 @@
 """Suspected leaks: features that alone predict a label almost without error.
 
-The value of such a feature is often known only after the label, so that no model has it when it
-ranks. Each feature is judged by the AUC of the scores that it gives alone, learnt on one half of a
-sample of the training rows and measured on the other:
+Such a feature is often known only after the label, and so not available when a model ranks. Each
+feature is judged by the AUC of its own scores, learnt on one half of a sample of the training rows
+and measured on the other:
 
-* a numerical feature by its values, upwards or downwards, or by the label rates of 64 of its
-  quantiles, where a value that many rows share (a filled one, say) is judged by itself;
-* a categorical field by the label rate of each index; index 0 shows a leak by absence;
-* a multi-valued field by the mean of its tokens' label rates; an empty bag has a rate of its own.
+* a numerical feature by its values, ascending or descending, or by the label rates of 64 quantile
+  bins, where a value that many rows share (e.g. a fill value) has its own bin;
+* a categorical field by the label rate of each index; index 0 reveals a leak by absence;
+* a multi-valued field by the mean of its tokens' label rates; an empty bag has its own rate.
 
-What the first half did not hold has the rate of all its rows. Every other row belongs to it (of a
+Values not in the first half get the rate of all its rows. The first half is every other row (in a
 sample of a larger set: every other run of rows) or, where rows have groups (users, searches), every
-other group: a value that merely names a group is not mistaken for a leak because it was learnt by
-heart.
+other group, so that a value that merely identifies a group is not mistaken for a leak because it
+was memorised.
 """
 
 import logging
@@ -33,7 +33,7 @@ from mtnrec.schema import CategoricalField, Schema, Task
 THRESHOLD = 0.99
 FEWEST = 20
 _SAMPLE = 1 << 18
-_RUN = 1 << 6  # rows that lie together: single ones would be a page of the disk each
+_RUN = 1 << 6  # contiguous rows; single rows would each read a disk page
 _QUANTILES = 64
 _BAGS_PER_PIECE = 1 << 13
 
@@ -48,10 +48,10 @@ class Leak:
     """A feature that alone predicts the label of a task.
 
     Args:
-        feature: Its name.
+        feature: Name of the feature.
         task: Name of the task.
         definition: The task in words.
-        auc: Of the feature alone.
+        auc: AUC of the feature alone.
     """
 
     feature: str
@@ -68,12 +68,12 @@ class Leak:
 
 @dataclass(frozen=True)
 class LeakCheck:
-    """What each feature predicts alone.
+    """AUC of each feature alone, and the suspected leaks.
 
     Args:
         rows: Training rows in the sample, both halves.
-        aucs: For each task, the AUC of each feature; None for a task that is not judged, because
-            the second half has fewer than 20 of its positives or of its negatives.
+        aucs: AUC of each feature, by task; None for a task that is not judged because the second
+            half has fewer than 20 positives or fewer than 20 negatives.
         leaks: The features with an AUC above 0.99.
     """
 
@@ -93,7 +93,7 @@ class LeakCheck:
 
 
 class _Outcome(NamedTuple):
-    """Which rows of a half a task is measured on, and which of them are positive, ``(n,)``."""
+    """Rows of a half that a task is measured on, and the positive ones; masks, ``(n,)``."""
 
     measured: npt.NDArray[np.bool_]
     positive: npt.NDArray[np.bool_]
@@ -112,7 +112,7 @@ class _Outcome(NamedTuple):
         return min(positives, int(np.count_nonzero(self.measured)) - positives) >= FEWEST
 
 
-# Of each judged task, on the rows that are learnt from and on those that are scored.
+# For each judged task: on the half that is learnt from, and on the half that is scored.
 Outcomes = list[tuple[_Outcome, _Outcome]]
 
 
@@ -121,7 +121,7 @@ def check_leaks(arrays: Arrays, rows: Rows, schema: Schema) -> LeakCheck:
 
     Args:
         arrays: Arrays of the training split.
-        rows: Those of its rows that train.
+        rows: Indices of the rows used for training.
         schema: Features and tasks.
     """
     rows, run = _sample(rows)
@@ -148,7 +148,7 @@ def check_leaks(arrays: Arrays, rows: Rows, schema: Schema) -> LeakCheck:
 
 
 def _sample(rows: Rows) -> tuple[Rows, Integers]:
-    """Return the rows to look at, and the number of the run that each belongs to."""
+    """Return the sampled rows, and the number of the run that each belongs to."""
     if len(rows) <= _SAMPLE:
         return rows, np.arange(len(rows))
     runs = _SAMPLE // _RUN
@@ -166,7 +166,7 @@ def _halve(rows: Rows, run: Integers, group: npt.NDArray[np.int64] | None) -> tu
 def _feature_aucs(
     arrays: Arrays, schema: Schema, halves: tuple[Rows, Rows], outcomes: Outcomes
 ) -> Iterator[tuple[str, list[float]]]:
-    """Yield the name of each feature and its AUCs, one for each judged task."""
+    """Yield the name of each feature and its AUCs, one per judged task."""
     learnt, scored = (arrays["categorical"][rows] for rows in halves)
     for column, field in enumerate(schema.categorical):
         indices = learnt[:, column], scored[:, column]
@@ -187,7 +187,7 @@ def _index_aucs(learnt: Integers, scored: Integers, size: int, outcomes: Outcome
 
 
 def _index_auc(scores: Floats, indices: Integers, outcome: _Outcome) -> float:
-    """Return the AUC where the rows with index ``k`` have the score ``scores[k]``."""
+    """Return the AUC if rows with index ``k`` have the score ``scores[k]``."""
     size = len(scores)
     measured, positives = (np.bincount(indices[rows], minlength=size) for rows in outcome)
     found = measured > 0
@@ -196,7 +196,7 @@ def _index_auc(scores: Floats, indices: Integers, outcome: _Outcome) -> float:
 
 
 def _value_auc(ascending: npt.NDArray[np.floating[Any]], outcome: _Outcome) -> float:
-    # All negatives between two positives are one entry: as exact as one a row, and much faster.
+    # Negatives between two positives share one entry: exact, and much faster than one per row.
     edges = np.unique(ascending[outcome.positive])
     return _index_auc(np.arange(2.0 * len(edges) + 1), _places(edges, ascending), outcome)
 
@@ -204,7 +204,7 @@ def _value_auc(ascending: npt.NDArray[np.floating[Any]], outcome: _Outcome) -> f
 def _places(
     edges: npt.NDArray[np.floating[Any]], ascending: npt.NDArray[np.floating[Any]]
 ) -> Integers:
-    """Number the places of ascending values: odd on an edge, even between two edges."""
+    """Return the bin of each ascending value: odd on an edge, even between two edges."""
     bounds = [ascending.searchsorted(edges, side=side) for side in ("left", "right")]
     lengths = np.diff(np.stack(bounds, axis=1).ravel(), prepend=0, append=len(ascending))
     return np.arange(len(lengths)).repeat(lengths)
@@ -264,9 +264,9 @@ def _bag_aucs(
 def _tokens(
     arrays: Arrays, column: int, field: CategoricalField, rows: Rows
 ) -> Iterator[tuple[slice, Integers, Integers]]:
-    """Yield some rows, their tokens, and which of these rows each token belongs to.
+    """Yield a slice of rows, their tokens, and each token's row within the slice.
 
-    An empty bag has one token of its own, ``vocabulary_size``.
+    An empty bag has a single token, ``vocabulary_size``.
     """
     for start in range(0, len(rows), _BAGS_PER_PIECE):
         piece = slice(start, start + _BAGS_PER_PIECE)

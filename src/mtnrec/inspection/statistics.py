@@ -1,4 +1,4 @@
-"""What a prepared split holds, counted in one read and in bounded memory."""
+"""Statistics of a prepared split, counted in one pass and in bounded memory."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,17 +27,17 @@ class SplitStatistics:
     """Counts of one split.
 
     Args:
-        rows: Its rows.
-        task_rows: Rows that each task is measured on, for each tenth of the split in the order of
-            its file, ``(10, tasks)``.
-        task_positives: The positives among them.
-        zeros: Rows with index 0 in each categorical field, ``(F,)``: missing, rare or unseen.
-        minimum: Of each numerical feature as it is stored, ``(N,)``; NaN without rows.
-        mean: Likewise.
-        maximum: Likewise.
-        empty_bags: Rows with an empty bag in each multi-valued field, ``(M,)``.
-        tokens: Tokens of all rows; a bag counts once for each row that has it.
-        zero_tokens: Those among them with index 0.
+        rows: Number of rows.
+        task_rows: Rows that each task is measured on, per tenth of the split in file order,
+            ``(10, tasks)``.
+        task_positives: Positives among ``task_rows``.
+        zeros: Rows with index 0 (missing, rare or unseen) per categorical field, ``(F,)``.
+        minimum: Minimum of each numerical feature as stored, ``(N,)``; NaN without rows.
+        mean: Mean, likewise.
+        maximum: Maximum, likewise.
+        empty_bags: Rows with an empty bag per multi-valued field, ``(M,)``.
+        tokens: Tokens of all rows; a bag counts once per row that has it.
+        zero_tokens: Tokens with index 0.
     """
 
     rows: int
@@ -54,12 +54,12 @@ class SplitStatistics:
 
 @dataclass(frozen=True)
 class Changes:
-    """What noise changes in a split.
+    """Changes that noise makes to a split.
 
     Args:
-        rows: Rows that were looked at.
-        noisy_rows: Those among them in which a feature changes.
-        features: For each feature, in how many of them it changes.
+        rows: Rows compared.
+        noisy_rows: Rows in which a feature changes.
+        features: Rows in which each feature changes.
     """
 
     rows: int
@@ -70,13 +70,13 @@ class Changes:
 def count_changes(
     arrays: Arrays, rows: Rows, schema: Schema, change: Callable[[Rows, Batch], None]
 ) -> Changes:
-    """Compare at most 262,144 evenly spaced rows with what noise makes of them.
+    """Count what noise changes in at most 262,144 evenly spaced rows.
 
     Args:
         arrays: Arrays that hold the split.
-        rows: Those of their rows that belong to it.
+        rows: Indices of the split's rows in them.
         schema: Features.
-        change: Puts the noise into a batch.
+        change: Applies the noise to a batch.
     """
     count = min(_SAMPLE, len(rows))
     rows = rows[np.arange(count) * len(rows) // max(1, count)]
@@ -95,7 +95,7 @@ def count_changes(
 
 
 def _compare(clean: Batch, noisy: Batch) -> npt.NDArray[np.bool_]:
-    """Say which features of each row differ, ``(rows, F + M + N)``."""
+    """Return whether each feature of each row differs, ``(rows, F + M + N)``."""
     bags = []
     for before, after in zip(clean.bags, noisy.bags, strict=True):
         row = np.arange(len(clean)).repeat(before.offsets.diff().numpy())
@@ -112,14 +112,14 @@ def _compare(clean: Batch, noisy: Batch) -> npt.NDArray[np.bool_]:
 
 
 def task_rows(task: Task, labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Say which of the rows of ``labels``, ``(n, T)``, a task is measured on."""
+    """Return whether a task is measured on each row of ``labels``, ``(n, T)``."""
     return np.ones(len(labels), np.bool_) if task.given is None else labels[:, task.given] == 1
 
 
 def count_split(arrays: Arrays, schema: Schema) -> SplitStatistics:
-    """Read every array of a split once, and the labels.
+    """Return the statistics of a split.
 
-    Keeps a few megabytes, and 24 bytes for each bag of one multi-valued field at a time.
+    Uses a few megabytes, and 24 bytes per bag of one multi-valued field at a time.
     """
     labels = arrays["labels"]
     task_rows, task_positives = _count_labels(labels, schema)
@@ -143,12 +143,12 @@ def count_split(arrays: Arrays, schema: Schema) -> SplitStatistics:
 def _pieces(
     array: npt.NDArray[Any], first: int = 0, last: int | None = None
 ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Read rows ``[first, last)`` in bounded memory: the number of its first row, and a piece."""
+    """Yield rows ``[first, last)`` in pieces, each after the number of its first row."""
     last = len(array) if last is None else last
     for start in range(first, last, _ROWS_PER_PIECE):
         piece = slice(start, min(start + _ROWS_PER_PIECE, last))
         if isinstance(array, np.memmap):
-            # A map of its own each time: its pages are given back.
+            # A new map for each piece, so that the pages of the last one are released.
             path, offset, shape = str(array.filename), array.offset, array.shape
             array = np.memmap(path, array.dtype, mode="r", offset=offset, shape=shape)
         yield start, array[piece]
@@ -188,7 +188,7 @@ def _summarise(numerical: npt.NDArray[np.float32]) -> tuple[Floats, Floats, Floa
 
 
 def _count_tokens(arrays: Arrays, column: int, field: str) -> tuple[int, int, int]:
-    """Return empty bags, tokens and tokens with index 0 of one field, over the rows."""
+    """Return empty bags, tokens and tokens with index 0 of one field, counted over rows."""
     offsets, tokens = (arrays[bag_stem(field, part)] for part in ("offsets", "tokens"))
     lengths = np.diff(offsets)
     rows_of_bag = np.zeros(len(lengths), np.int64)
