@@ -45,7 +45,7 @@ def make(file):
 def test_values_that_are_not_those_of_the_field_are_refused(value):
     index = pl.Series(range(1, len(value) + 1))
 
-    with pytest.raises(InputError, match=r"the vocabulary of 'shop' is damaged: expected 3 int"):
+    with pytest.raises(InputError, match=r"the vocabulary of 'shop' is damaged: it must hold 3"):
         make(file_of({"value": value, "index": index}))
 
 

@@ -157,7 +157,7 @@ def test_what_gives_other_probabilities_is_not_written(train, tmp_path, monkeypa
     right = scorer.score_batch
     monkeypatch.setattr(scorer, "score_batch", lambda batch: right(batch) * 1.001)
 
-    with pytest.raises(RuntimeError, match=r"other probabilities than the checkpoint .* 1.0e-03"):
+    with pytest.raises(RuntimeError, match=r"must give the checkpoint's probabilities, .* 1.0e-03"):
         serving.export(scorer, "onnx", tmp_path / "model.onnx")
 
     assert list(tmp_path.iterdir()) == []

@@ -216,12 +216,12 @@ def test_the_raw_csv_of_aliexpress_is_scored(train, predict, prepare, write_alie
         (lambda rows: rows.drop(columns="brand"), "the rows lack the column 'brand', which the"),
         (
             lambda rows: rows.assign(age=["old"] + ["1"] * 89),
-            "row 0, column 'age': expected a number that is finite in 32 bits, got 'old'",
+            "row 0, column 'age': a number must be finite in 32 bits, got 'old'",
         ),
-        (lambda rows: rows.assign(age=[1.0] * 89 + [1e39]), "row 89, column 'age': expected"),
+        (lambda rows: rows.assign(age=[1.0] * 89 + [1e39]), "row 89, column 'age': a number must"),
         (
             lambda rows: rows.assign(age=[1.0] * 11 + [None] * 79),
-            "row 11, column 'age': a number is missing, and the model's data had none",
+            "row 11, column 'age': a number is missing, but the model's data had none",
         ),
     ],
 )
@@ -246,7 +246,7 @@ def test_a_table_that_does_not_fit_leaves_no_file(shop, predict, tmp_path):
     run, rows, _ = shop
     rows.assign(age=["1"] * 50 + ["old"] * 40).to_csv(tmp_path / "rows.csv", index=False)
 
-    with pytest.raises(SystemExit, match=r"rows.csv, line 52, column 'age': expected a number"):
+    with pytest.raises(SystemExit, match=r"rows.csv, line 52, column 'age': a number must"):
         predict(
             f"checkpoint={checkpoint_of(run)}",
             f"table={tmp_path}/rows.csv",
@@ -259,7 +259,7 @@ def test_a_table_that_does_not_fit_leaves_no_file(shop, predict, tmp_path):
 def test_a_set_with_other_vocabularies_is_refused(shop, predict, prepare, tmp_path):
     run, _, data = shop
     other = [*data[:-1], f"data.dir={tmp_path}/other"]
-    for change, what in (([], "other vocabularies"), (["data.fill=0"], "other fields or scales")):
+    for change, what in (([], "vocabularies"), (["data.fill=0"], "fields and scales")):
         shutil.rmtree(tmp_path / "other", ignore_errors=True)
         path = data[1].removeprefix("data.train=")
         frame = pd.read_csv(path, dtype=str)  # pandas 2 would round the numbers
@@ -269,7 +269,7 @@ def test_a_set_with_other_vocabularies_is_refused(shop, predict, prepare, tmp_pa
         keys = [*other, f"data.train={tmp_path}/train.csv", *change]
         prepare(*keys)
 
-        with pytest.raises(SystemExit, match=f"has {what} than the data set that the model was"):
+        with pytest.raises(SystemExit, match=f"must have the {what} of the data set that the"):
             predict(f"checkpoint={checkpoint_of(run)}", *keys, f"out={tmp_path}/s.parquet")
 
 
@@ -384,7 +384,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_runs_no_code(
         (["table=rows.csv"], "table: rows.csv is missing"),
         (["table=small.csv"], "small.csv lacks the column 'age', 'price', 'shop'|lacks the column"),
         (["table=whole.csv", "keep=[name]"], "lacks the column 'name' of keep"),
-        (["table=whole.csv", "keep=[ctr]"], "keep names 'ctr', which the scores are called"),
+        (["table=whole.csv", "keep=[ctr]"], "keep must not name columns of the scores, got 'ctr'"),
         (["table=whole.csv", "device=abacus"], "device='abacus' cannot be used"),
     ],
 )

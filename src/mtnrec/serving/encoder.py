@@ -1,4 +1,4 @@
-"""Raw values as a trained model takes them."""
+"""Encoding of raw values as inputs of a trained model."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,25 +20,25 @@ _INT32 = np.iinfo(np.int32)
 
 
 class Encoder:
-    """Turns raw values into indices and numbers, as the preparation of a data set did.
+    """Turns raw values into indices and numbers, as the preparation of the data set did.
 
-    A value that the training rows did not have, or too rarely, has index 0, as a missing one. A
-    multi-valued field is a column of lists; a column of lists named after it and ``_weights`` holds
-    the weights of the values, which are 1 without it.
+    Values that are missing, or rare or absent in the training rows, have index 0. A multi-valued
+    field is a column of lists; the optional column of lists ``<field>_weights`` holds the weights
+    of its values, which default to 1.
 
     Args:
         schema: The fields.
-        vocabularies: By field, the raw values in the order of their indices, the first of which
-            is 1; integers or texts.
+        vocabularies: By field, the raw values (integers or texts) in the order of their indices,
+            which start at 1.
         transforms: By numerical feature: a missing value becomes ``fill``, then ``(value - shift) /
             scale``.
 
     Raises:
-        InputError: If a vocabulary is not of its field.
+        InputError: If a vocabulary does not match its field.
 
     Attributes:
-        unseen: By field, how many values had no index so far.
-        missing: By field, how many cells had no value so far.
+        unseen: By field, number of values without an index so far.
+        missing: By field, number of cells without a value so far.
     """
 
     def __init__(
@@ -64,25 +64,25 @@ class Encoder:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that a table needs."""
+        """Columns that a table must have."""
         return [*self.missing]
 
     @property
     def lists(self) -> list[str]:
-        """The columns that are, or may be, lists."""
+        """Columns that hold lists, including the optional columns of weights."""
         names = [field.name for field in self._schema.multivalued]
         return [*names, *map(_weight_column, names)]
 
     def encode(self, frame: pl.DataFrame, place: Callable[[int], str]) -> Batch:
-        """Return the rows of a frame, without labels; columns that are no features are ignored.
+        """Return the rows of a frame without labels; columns that are not features are ignored.
 
         Args:
             frame: Has :attr:`columns`; a missing cell is null.
-            place: Says where a row of it stands, for messages.
+            place: Describes the place of a row in error messages.
 
         Raises:
-            InputError: If a column is missing, a number is none, or one is missing and the model's
-                data had no such cell.
+            InputError: If a column is missing, a value is not a number, or a number is missing
+                although the model's data had none missing.
         """
         if lacking := [name for name in self.columns if name not in frame.columns]:
             raise InputError(
@@ -103,15 +103,15 @@ class Encoder:
     def _indices(self, name: str, column: pl.Series) -> Integers:
         if name not in self._vocabularies:
             raise InputError(
-                f"the data set that the model was trained on has no vocabulary of {name!r}: its "
-                "raw values cannot be scored, only its prepared rows"
+                f"the data set that the model was trained on has no vocabulary for {name!r}, so "
+                "its raw values cannot be scored. Choose prepared rows with data=NAME."
             )
         vocabulary = self._vocabularies[name]
         absent = column.is_null().to_numpy()
         if isinstance(vocabulary, TextVocabulary):
             indices = vocabulary.encode(to_text(column))
         else:
-            # By way of text, since 2.5 as an integer would be 2.
+            # Through text, since casting 2.5 to an integer would give 2.
             whole = to_text(column).cast(pl.Int64, strict=False)
             known = whole.is_between(_INT32.min, _INT32.max).fill_null(value=False).to_numpy()
             values = whole.fill_null(0).to_numpy()
@@ -130,8 +130,8 @@ class Encoder:
         if absent.any():
             if "fill" not in transform:
                 raise InputError(
-                    f"{place(int(absent.argmax()))}, column {name!r}: a number is missing, and the "
-                    "model's data had none: fill it in before"
+                    f"{place(int(absent.argmax()))}, column {name!r}: a number is missing, but the "
+                    "model's data had none missing. Set a value before scoring."
                 )
             self.missing[name] += int(np.count_nonzero(absent))
         parts = {"fill": np.nan, "shift": 0.0, "scale": 1.0} | dict(transform)
@@ -142,15 +142,15 @@ class Encoder:
         lengths = lists.list.len().fill_null(0)
         tokens = self._indices(name, lists.explode().drop_nulls())
         if len(tokens) != lengths.sum():
-            raise InputError(f"column {name!r}: a list holds a missing value: leave it out")
+            raise InputError(f"column {name!r}: a list must not hold missing values. Delete them.")
         self.missing[name] += int((lengths == 0).sum())
         weights = np.ones(len(tokens), np.float32)
         if (given := _weight_column(name)) in frame.columns:
-            of_tokens = _as_lists(given, frame[given])
-            if not of_tokens.list.len().fill_null(0).equals(lengths):
-                row = int((of_tokens.list.len().fill_null(0) != lengths).arg_max() or 0)
+            weight_lists = _as_lists(given, frame[given])
+            if not weight_lists.list.len().fill_null(0).equals(lengths):
+                row = int((weight_lists.list.len().fill_null(0) != lengths).arg_max() or 0)
                 raise InputError(f"{place(row)}: the lists {name!r} and {given!r} differ in length")
-            values = of_tokens.explode().drop_nulls()
+            values = weight_lists.explode().drop_nulls()
             weights = _read_numbers(given, values, lambda _: "a list").astype(np.float32)
         offsets = np.concatenate([[0], lengths.to_numpy().cumsum()]).astype(np.int32)
         return Bags(*map(torch.from_numpy, (tokens, weights, offsets)))
@@ -169,14 +169,14 @@ def _as_lists(name: str, column: pl.Series) -> pl.Series:
 
 
 def _read_numbers(name: str, column: pl.Series, place: Callable[[int], str]) -> Floats:
-    """Read a column; NaN where a cell is missing."""
+    """Return a column as numbers; NaN where a cell is missing."""
     read = to_numbers(column)
     values = read.fill_null(np.nan).to_numpy()
     wrong = (read.is_null() & column.is_not_null()).to_numpy() | (np.abs(values) > LARGEST_NUMBER)
     if wrong.any():
         row = int(wrong.argmax())
         raise InputError(
-            f"{place(row)}, column {name!r}: expected a number that is finite in 32 bits, got "
+            f"{place(row)}, column {name!r}: a number must be finite in 32 bits, got "
             f"{column[row]!r}"
         )
     return values
@@ -191,16 +191,17 @@ def _check_vocabulary(field: CategoricalField, values: pl.Series) -> None:
         or not ascends
     ):
         raise InputError(
-            f"the vocabulary of {field.name!r} is damaged: expected {field.vocabulary_size - 1} "
-            "integers or texts in ascending order; prepare the data set again"
+            f"the vocabulary of {field.name!r} is damaged: it must hold "
+            f"{field.vocabulary_size - 1} integers or texts in ascending order. Prepare the data "
+            "set again."
         )
 
 
 def read_vocabularies(files: Mapping[str, Any]) -> dict[str, pl.Series]:
-    """Read ``vocabulary/<field>.parquet``, the content of the files by field.
+    """Read vocabularies from open ``vocabulary/<field>.parquet`` files, by field.
 
     Raises:
-        InputError: If one is damaged, or the memory does not hold it.
+        InputError: If one is damaged or too large for memory.
     """
     vocabularies = {}
     for name, file in files.items():

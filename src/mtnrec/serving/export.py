@@ -1,4 +1,4 @@
-"""A trained model as a file that serving systems run: ONNX, or a program of torch.export."""
+"""Export of a trained model for serving systems: ONNX, or a program of torch.export."""
 
 import io
 import warnings
@@ -20,19 +20,19 @@ from mtnrec.schema import Schema
 from mtnrec.serving.scorer import Scorer
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
-_TOLERANCE = 1e-4  # of a probability, relative; the logarithms of rare ones lose digits in float32
-_SMALLEST = 1e-6  # probability; an absolute difference below it
+_TOLERANCE = 1e-4  # relative, of a probability; float32 logarithms of rare ones lose digits
+_SMALLEST = 1e-6  # probability below which differences are absolute
 _BATCHES = (1, 2, 77, 1000)  # rows
-_LARGEST = 2**31 - 1  # of a dimension: torch 2.7 refuses one without an end
+_LARGEST = 2**31 - 1  # size of a dimension; torch 2.7 rejects unbounded ones
 
 Run = Callable[[dict[str, npt.NDArray[Any]]], list[npt.NDArray[Any]]]
 
 
 class ServedModel(nn.Module):
-    """The network of a checkpoint with arrays for inputs and probabilities for outputs.
+    """A checkpoint's network that maps arrays to probabilities.
 
     Args:
-        network: In evaluation mode.
+        network: Network in evaluation mode.
         schema: The fields and tasks.
     """
 
@@ -47,22 +47,22 @@ class ServedModel(nn.Module):
         Args:
             categorical: Vocabulary indices, int32 ``(B, F)``.
             numerical: float32 ``(B, N)``, transformed as the training data was.
-            bags: Of each multi-valued field in turn, tokens, int32 ``(B, K)``, and their weights,
-                float32 ``(B, K)``; 0 where a row has fewer than ``K``.
+            bags: For each multi-valued field in turn, its tokens, int32 ``(B, K)``, and their
+                weights, float32 ``(B, K)``, which are 0 where a row has fewer than ``K`` tokens.
         """
         output = self.network(_to_batch(categorical, numerical, *bags))
         return tuple(task_probabilities(self._schema, output.positive))
 
 
 class Exported(NamedTuple):
-    """What was written.
+    """Summary of an exported file.
 
     Args:
-        inputs: Names of the inputs, with their shapes.
+        inputs: Types and shapes of the inputs, by name.
         outputs: Names of the outputs.
-        size: Bytes of the file.
+        size: Size of the file in bytes.
         difference: Largest relative difference of a probability from the checkpoint's.
-        rows: Random rows that it was held against.
+        rows: Random rows on which the two were compared.
     """
 
     inputs: dict[str, str]
@@ -73,16 +73,16 @@ class Exported(NamedTuple):
 
 
 def export(scorer: Scorer, form: str, out: Path) -> Exported:
-    """Write a model, and hold it against the checkpoint on random batches of several sizes.
+    """Write a model after comparing it with the checkpoint on random batches of several sizes.
 
     Args:
         scorer: The model, on the CPU.
         form: ``onnx`` or ``torch_export``.
-        out: The file; whole or not at all.
+        out: File, written atomically.
 
     Raises:
-        InputError: If the packages that write this format are not installed.
-        RuntimeError: If what was written gives other probabilities.
+        InputError: If a package that the format needs is not installed.
+        RuntimeError: If the exported model gives different probabilities.
     """
     schema = scorer.manifest.schema
     generator = np.random.default_rng(0)
@@ -98,8 +98,8 @@ def export(scorer: Scorer, form: str, out: Path) -> Exported:
         run = (_runner_of_onnx if form == "onnx" else _runner_of_program)(content)
     except ImportError as error:
         raise InputError(
-            f"format={form} needs {error.name}, which is not installed: pip install "
-            "'mtnrec[export]'"
+            f"format={form} needs {error.name}, which is not installed. Install it with pip "
+            "install 'mtnrec[export]'."
         ) from error
     difference, rows = 0.0, 0
     for inputs in (_random_inputs(schema, size, generator) for size in _BATCHES):
@@ -111,8 +111,8 @@ def export(scorer: Scorer, form: str, out: Path) -> Exported:
         rows += len(expected)
     if not difference < _TOLERANCE:
         raise RuntimeError(
-            f"the {form} file gives other probabilities than the checkpoint (relative difference "
-            f"{difference:.1e} on random rows): nothing was written"
+            f"the {form} file must give the checkpoint's probabilities, got a relative difference "
+            f"of {difference:.1e} on random rows. Nothing was written."
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, content)
@@ -120,7 +120,7 @@ def export(scorer: Scorer, form: str, out: Path) -> Exported:
 
 
 def _shapes(schema: Schema) -> dict[str, str]:
-    """Return the inputs, with their types and shapes."""
+    """Return types and shapes of the inputs, by name."""
     shapes = {
         "categorical": f"int32 (rows, {len(schema.categorical)})",
         "numerical": f"float32 (rows, {len(schema.numerical)})",
@@ -158,7 +158,7 @@ def _random_inputs(
 
 
 def _to_batch(categorical: Tensor, numerical: Tensor, *bags: Tensor) -> Batch:
-    """Make a batch of the inputs of an exported model."""
+    """Make a batch from an exported model's inputs."""
     none = categorical.new_empty(0)
     fields = zip(bags[::2], bags[1::2], strict=True)
     return Batch(categorical, numerical, bags=tuple(Bags(*parts, none) for parts in fields))
@@ -179,7 +179,7 @@ def _as_onnx(
     tasks: list[str],
 ) -> bytes:
     with warnings.catch_warnings():
-        # Of torch's own exporter, and of the name that it gives a dimension twice.
+        # Warnings about torch's own exporter, and about its duplicate dimension names.
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec")
         warnings.filterwarnings("ignore", message=".*# The axis name")
         program = torch.onnx.export(
@@ -191,7 +191,7 @@ def _as_onnx(
             dynamo=True,
             verbose=False,
         )
-    assert program is not None  # it is None only where it was written to a file
+    assert program is not None  # None only if written to a file
     content: bytes = program.model_proto.SerializeToString()
     return content
 

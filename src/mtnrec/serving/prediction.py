@@ -1,4 +1,4 @@
-"""Scores of many rows, from a prepared data set or a table to a Parquet file."""
+"""Scoring of many rows, from a prepared data set or a table to a Parquet file."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,7 +22,7 @@ from mtnrec.serving.scorer import Scorer, shifted
 
 
 class Means(NamedTuple):
-    """What a prediction gave in all: the rows, and the mean probability of each task."""
+    """Number of scored rows, and the mean probability of each task."""
 
     rows: int
     probabilities: dict[str, float]
@@ -32,13 +32,13 @@ class PreparedRows:
     """The rows of a prepared data set.
 
     Args:
-        scorer: Its model must have been trained on a set with the same fields and vocabularies.
+        scorer: Scorer of a model trained on a set with the same fields and vocabularies.
         directory: Folder of the prepared data set.
         split: ``train`` or ``test``.
         batch_size: Rows scored at a time.
 
     Raises:
-        InputError: If the indices in the set do not mean to the model what they mean there.
+        InputError: If indices or scales of the set differ from those the model was trained with.
     """
 
     def __init__(self, scorer: Scorer, directory: Path, split: str, batch_size: int) -> None:
@@ -46,16 +46,16 @@ class PreparedRows:
         check_choice("split", split, sorted(arrays))
         known = scorer.manifest
         if manifest.schema != known.schema or manifest.transforms != known.transforms:
-            what = "other fields or scales"
-        elif _of_vocabularies(manifest.checksums) != _of_vocabularies(known.checksums):
-            what = "other vocabularies"
+            what = "fields and scales"
+        elif _vocabulary_checksums(manifest.checksums) != _vocabulary_checksums(known.checksums):
+            what = "vocabularies"
         else:
             what = None
         if what is not None:
             raise InputError(
-                f"{directory} has {what} than the data set that the model was trained on "
-                f"({known.source}): score raw values with table=FILE, or prepare the set with the "
-                "same training rows"
+                f"{directory} must have the {what} of the data set that the model was trained on "
+                f"({known.source}), got different ones. Choose table=FILE to score raw values, or "
+                "prepare the set with the same training rows."
             )
         self.total: int | None = manifest.rows[split]
         self._gather = RowGatherer(arrays[split], np.arange(self.total), manifest.schema)
@@ -76,9 +76,9 @@ class TableRows:
 
     Args:
         scorer: The model.
-        path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, or a folder of ``.parquet`` files; other
-            columns than the model's are ignored.
-        keep: Columns that go to the scores unchanged, an id say.
+        path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, or a folder of ``.parquet`` files;
+            columns that the model does not need are ignored.
+        keep: Columns copied to the scores unchanged, e.g. an id.
         batch_size: Rows scored at a time.
     """
 
@@ -88,7 +88,9 @@ class TableRows:
         self._source.require_columns("the model", scorer.encoder.columns)
         self._source.require_columns("keep", keep)
         if taken := [name for name in keep if name in scorer.tasks]:
-            raise InputError(f"keep names {format_names(taken)}, which the scores are called")
+            raise InputError(
+                f"keep must not name columns of the scores, got {format_names(taken)}. Rename them."
+            )
         self._keep, self._scorer, self._batch_size = keep, scorer, batch_size
 
     def __iter__(self) -> Iterator[pa.Table]:
@@ -102,9 +104,9 @@ class TableRows:
 
 
 def write_scores(scorer: Scorer, rows: PreparedRows | TableRows, out: Path) -> Means:
-    """Write a row of probabilities for each row, in their order; whole or not at all.
+    """Write a row of probabilities per row, in order and atomically.
 
-    Memory does not grow with the rows.
+    Memory does not grow with the number of rows.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("scoring {task.completed:,} rows"), BarColumn(), TimeElapsedColumn())
@@ -125,12 +127,12 @@ def write_scores(scorer: Scorer, rows: PreparedRows | TableRows, out: Path) -> M
 
 
 def means_table(scorer: Scorer, means: Means) -> rich.table.Table:
-    """Lay out the mean of each task, and the values that the model did not know."""
+    """Lay out the mean of each task, and the number of values unknown to the model."""
     unseen = {name: count for name, count in scorer.encoder.unseen.items() if count}
     shown = ", ".join(f"{name} {count:,}" for name, count in unseen.items()) or "none"
     table = rich.table.Table(
         title=f"{means.rows:,} rows",
-        caption=f"values that the training rows did not have, scored as missing: {shown}",
+        caption=f"values not in the training rows, scored as missing: {shown}",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("task")
@@ -140,5 +142,5 @@ def means_table(scorer: Scorer, means: Means) -> rich.table.Table:
     return table
 
 
-def _of_vocabularies(checksums: dict[str, str]) -> dict[str, str]:
+def _vocabulary_checksums(checksums: dict[str, str]) -> dict[str, str]:
     return {name: sum_ for name, sum_ in checksums.items() if name.startswith("vocabulary/")}

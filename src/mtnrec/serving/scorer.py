@@ -23,10 +23,10 @@ class Scorer:
     """The model of a checkpoint, with the vocabularies that it was trained with.
 
     Args:
-        network: In evaluation mode.
-        manifest: Of the prepared data set that it was trained on.
-        encoder: Of raw values.
-        device: Where it computes.
+        network: Network in evaluation mode.
+        manifest: Manifest of the prepared data set that it was trained on.
+        encoder: Encoder of raw values.
+        device: Device of the network.
 
     Attributes:
         tasks: Names of the tasks, ``ctr``, ``cvr`` and ``ctcvr`` on a funnel.
@@ -44,8 +44,8 @@ class Scorer:
     def score(self, frame: pd.DataFrame, batch_size: int = 8192) -> pd.DataFrame:
         """Return the probability of each task for rows of raw values.
 
-        Values that the training rows did not have count as missing; ``unseen`` of
-        ``encoder`` says how many there were, field by field.
+        Values not in the training rows count as missing; ``encoder.unseen`` counts them per
+        field.
 
         Args:
             frame: A column for each field and feature of the data set, in any order; others are
@@ -56,7 +56,7 @@ class Scorer:
             A column for each task, with the index of ``frame``.
 
         Raises:
-            InputError: If a column is missing or holds what is none of its values.
+            InputError: If a column is missing or holds invalid values.
         """
         check_integer("batch_size", batch_size, minimum=1)
         needed = {*self.encoder.columns, *self.encoder.lists}
@@ -71,8 +71,8 @@ class Scorer:
         """Return the probabilities of the tasks, ``(rows, tasks)``.
 
         Args:
-            frame: As :meth:`~mtnrec.serving.encoder.Encoder.encode` takes it.
-            place: Says where a row of it stands, for messages.
+            frame: Input of :meth:`~mtnrec.serving.encoder.Encoder.encode`.
+            place: Describes the place of a row in error messages.
             batch_size: Rows computed at a time.
         """
         parts = []
@@ -86,11 +86,11 @@ class Scorer:
     def score_batch(self, batch: Batch, place: Callable[[int], str] = "row {}".format) -> Tensor:
         """Return the probabilities of the tasks, ``(B, tasks)``, on the CPU.
 
-        CVR is ``pCTCVR / pCTR``, 1 where a model without that order gives more.
+        CVR is ``pCTCVR / pCTR``, capped at 1 for models in which pCTCVR can exceed pCTR.
 
         Args:
-            batch: Rows; labels are not looked at.
-            place: Says where a row of it stands, for messages.
+            batch: Rows; labels are ignored.
+            place: Describes the place of a row in error messages.
 
         Raises:
             InputError: If a probability is not finite.
@@ -102,14 +102,14 @@ class Scorer:
             first = int(finite.int().argmin())
             raise InputError(
                 f"{place(first)} has no finite probability: its numbers are not finite, or so "
-                "large that float32 overflows, or the weights of the checkpoint are not finite: "
-                "repair the row, or name another checkpoint"
+                "large that float32 overflows, or the checkpoint's weights are not finite. Correct "
+                "the row, or choose another checkpoint."
             )
         return scores
 
 
 def shifted(place: Callable[[int], str], start: int) -> Callable[[int], str]:
-    """Return what says where the rows of a part stand that begins at row ``start``."""
+    """Return ``place`` for the rows of a slice that begins at row ``start``."""
     return lambda row: place(start + row)
 
 
@@ -118,10 +118,10 @@ def load_checkpoint(path: str | Path, device: str | None = None) -> Scorer:
 
     Args:
         path: ``checkpoints/best.ckpt`` in the folder of a run.
-        device: ``cpu``, ``cuda``, ...; a GPU if there is one, unless given.
+        device: ``cpu``, ``cuda``, ...; by default a GPU if available.
 
     Raises:
-        InputError: If it is missing, damaged, none of mtnrec, or larger than the memory.
+        InputError: If it is missing, damaged, not written by mtnrec, or too large for memory.
 
     Example::
 
