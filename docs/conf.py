@@ -1,4 +1,4 @@
-"""Settings of the documentation: ``make docs`` builds it into ``docs/_build/html``."""
+"""Sphinx settings; ``make docs`` builds the documentation into ``docs/_build/html``."""
 
 import sys
 from importlib.metadata import version as version_of
@@ -21,14 +21,14 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "myst_nb",
-    "generated",  # docs/_ext: pages and figures that are made before Sphinx reads the others
+    "generated",  # docs/_ext: generates pages and figures before Sphinx reads the others
     "mathml",
 ]
 exclude_patterns = ["_build", "_generated", "figures", "images", "**/.ipynb_checkpoints"]
 
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # notebooks are kept without outputs; the tests run them
+nb_execution_mode = "off"  # notebooks are stored without outputs; the tests run them
 
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
@@ -38,12 +38,12 @@ autodoc_inherit_docstrings = False  # Lightning's hooks are described by Lightni
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 autosummary_generate = False
-autosummary.WELL_KNOWN_ABBREVIATIONS += ("eq.",)  # which do not end a sentence
+autosummary.WELL_KNOWN_ABBREVIATIONS += ("eq.",)  # does not end a sentence
 python_maximum_signature_line_length = 80
 add_module_names = False
 
-# Without a network there are no inventories of other projects, so their names in signatures have no
-# link. Everything of mtnrec that a text refers to must be on a page.
+# The build is offline, without the inventories of other projects, so their names in signatures are
+# not linked. Every mtnrec name that a text refers to must be on a page.
 _FOREIGN = "abc collections lightning numpy npt omegaconf pandas pathlib polars torch torchmetrics"
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", rf"{name}(\..*)?") for name in _FOREIGN.split()]
@@ -68,5 +68,5 @@ def keep_first_line(
 
 
 def setup(app: Sphinx) -> None:
-    """Change docstrings before napoleon does."""
+    """Register :func:`keep_first_line`, to run before napoleon."""
     app.connect("autodoc-process-docstring", keep_first_line, priority=400)

@@ -1,4 +1,4 @@
-"""The page of every config key with its default and its comment, read from ``conf``."""
+"""Page of every config key with its default and comment, read from ``conf``."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import yaml
 
 import mtnrec
 
-# Files that describe a command, and the folders of conf in the order of the page.
+# Config files of the commands, and the folders of conf in page order.
 COMMANDS = ("train", "prepare", "describe", "predict", "export", "status", "report", "dashboard")
 GROUPS = {
     "data": "Data",
@@ -24,17 +24,17 @@ GROUPS = {
     "hydra/sweeper": "Sweepers",
 }
 _MARKUP = re.compile(r"[\\|*_<>\[\]{}$]")
-_OF_HYDRA = ("defaults", "hydra")  # not keys of a user
+_HYDRA_KEYS = ("defaults", "hydra")
 
 
 @dataclass
 class Key:
-    """A key of a file.
+    """One key of a config file.
 
     Args:
-        name: Dotted, from the top of the file.
-        default: As written; empty for a mapping, whose keys follow.
-        comment: On its line, or on the lines above it.
+        name: Dotted name from the top of the file.
+        default: Default as written in the file; empty for a mapping, whose keys follow.
+        comment: Comment on the key's line or on the lines above it.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Key:
 
 
 def configuration_page(conf: Path) -> str:
-    """Return the page as Markdown."""
+    """Return the configuration page as Markdown."""
     parts = ["## Commands"]
     for name in COMMANDS:
         parts += [_section(conf / f"{name}.yaml", f"`python -m mtnrec.{name}`", "", intro="")]
@@ -60,18 +60,18 @@ def configuration_page(conf: Path) -> str:
 
 
 def _ordered(folder: Path) -> list[Path]:
-    """Return the files of a group; what is a part of others comes first."""
-    parts = {name for path in folder.glob("*.yaml") for name in _parts_of(path)}
+    """Return a group's files; those that others build on come first."""
+    parts = {name for path in folder.glob("*.yaml") for name in _base_files(path)}
     return sorted(folder.glob("*.yaml"), key=lambda path: (path.stem not in parts, path.stem))
 
 
 def _section(path: Path, title: str, prefix: str, intro: str) -> str:
     lines = [f"### {title}", intro]
     text = path.read_text(encoding="utf-8")
-    keys = [*_groups_of(text), *(key for key in read_keys(text) if key.name != "_target_")]
-    for name in _parts_of(path):
+    keys = [*_config_groups(text), *(key for key in read_keys(text) if key.name != "_target_")]
+    for name in _base_files(path):
         owner = "" if (path.parent / f"{name}.yaml").is_file() else "Hydra's "
-        lines += [f"Has the keys of {owner}`{name}`, and:"]
+        lines += [f"All keys of {owner}`{name}`, and:"]
     if keys:
         rows = [f"| `{prefix}{key.name}` | {_code(key.default)} | {_cell(key)} |" for key in keys]
         table = ["| key | default | |", "|---|---|---|", *rows]
@@ -80,7 +80,7 @@ def _section(path: Path, title: str, prefix: str, intro: str) -> str:
 
 
 def _intro(path: Path) -> str:
-    """Return the comment at the top of a file, and what it makes."""
+    """Return a file's head comment, followed by the class that the file builds."""
     text = path.read_text(encoding="utf-8")
     head = []
     for line in text.splitlines():
@@ -91,19 +91,19 @@ def _intro(path: Path) -> str:
     target = yaml.safe_load(text).get("_target_")
     public = _public_names().get(target)
     name = f"{{py:class}}`{public}`" if public else f"`{target}`"
-    made = f"Makes {name}." if target else ""
+    made = f"Builds {name}." if target else ""
     return f"{_escape(' '.join(head))} {made}".strip()
 
 
 @cache
 def _public_names() -> dict[str, str]:
-    """Return the names of the API by the full names that ``_target_`` has."""
+    """Map the full name of each public class, its ``_target_``, to its name in the API."""
     found = {name: getattr(mtnrec, name) for name in mtnrec.__all__}
     return {f"{made.__module__}.{name}": f"mtnrec.{name}" for name, made in found.items()}
 
 
-def _groups_of(text: str) -> list[Key]:
-    """Return the groups of the config that a command has, with the choice that is the default."""
+def _config_groups(text: str) -> list[Key]:
+    """Return the config groups of a command with their default choices."""
     defaults = yaml.safe_load(text).get("defaults", [])
     groups = [
         (group, choice)
@@ -112,21 +112,21 @@ def _groups_of(text: str) -> list[Key]:
         for group, choice in entry.items()
     ]
     return [
-        Key(group, "???" if choice == "???" else choice or "null", "a choice of the group, below")
+        Key(group, "???" if choice == "???" else choice or "null", "a choice of this group, below")
         for group, choice in groups
         if not group.startswith(("override", "hydra"))
     ]
 
 
-def _parts_of(path: Path) -> list[str]:
-    """Return the files that a file builds on, of its own group."""
+def _base_files(path: Path) -> list[str]:
+    """Return the names of the files in the same group that a file builds on."""
     defaults = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [])
     names = [entry for entry in defaults if isinstance(entry, str)]
     return [name for name in names if name != "_self_" and not name.endswith("_schema")]
 
 
 def read_keys(text: str) -> list[Key]:
-    r"""Return the keys of a YAML file, Hydra's own left out.
+    r"""Return the keys of a YAML file, except Hydra's own.
 
     >>> text = "a: 1  # one\n# Of all.\nb:  # two\n  c: [1, 2]\n"
     >>> [(key.name, key.default, key.comment) for key in read_keys(text)]
@@ -139,11 +139,11 @@ def _walk(node: yaml.Node, prefix: str, lines: list[str]) -> Iterator[Key]:
     for name, start, value in _children(node, prefix):
         is_block = isinstance(value, yaml.CollectionNode) and not value.flow_style
         line, column = (start if is_block else value.end_mark.line, value.end_mark.column)
-        beside = (
+        inline = (
             lines[line].partition(" #")[2] if is_block else lines[line][column:].partition("#")[2]
         )
         default = "" if is_block else lines[line][value.start_mark.column : column]
-        comments = [_comment_above(start, lines), beside.strip()]
+        comments = [_comment_above(start, lines), inline.strip()]
         if not is_block or any(comments):
             yield Key(name, default.strip(), " ".join(filter(None, comments)))
         if is_block:
@@ -154,7 +154,7 @@ def _children(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int, yaml.Nod
     """Yield the name, the line and the value of each key of a mapping or item of a list."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            if prefix or key.value not in _OF_HYDRA:
+            if prefix or key.value not in _HYDRA_KEYS:
                 name = f"{prefix}.{key.value}" if prefix else key.value
                 yield name, key.start_mark.line, value
     elif isinstance(node, yaml.SequenceNode):
@@ -163,7 +163,7 @@ def _children(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int, yaml.Nod
 
 
 def _comment_above(line: int, lines: list[str]) -> str:
-    """Return the comment on the lines right above a key; the head of the file is none of a key."""
+    """Return the comment directly above a key; the head comment of the file belongs to no key."""
     found: list[str] = []
     indent = len(lines[line]) - len(lines[line].lstrip())
     while line > 0 and lines[line - 1].startswith(" " * indent + "#"):
@@ -181,7 +181,7 @@ def _cell(key: Key) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape what Markdown would read as markup, outside of code."""
+    """Escape Markdown markup outside code spans."""
     parts = text.split("`")
     parts[::2] = [_MARKUP.sub(r"\\\g<0>", part) for part in parts[::2]]
     return "`".join(parts)

@@ -1,7 +1,7 @@
-"""Make configuration, notebooks, measurements and the figure before Sphinx reads the pages.
+"""Generate the configuration page, notebooks, measurements and figure before Sphinx reads pages.
 
-All of it goes to ``docs/_generated`` and ``docs/notebooks``, and is written only where it has
-changed, so that a second build reads nothing again.
+The files go to ``docs/_generated`` and ``docs/notebooks``. Unchanged ones are not written, so that
+a second build rereads nothing.
 """
 
 import re
@@ -15,23 +15,23 @@ from sphinx.application import Sphinx
 DOCS = Path(__file__).parents[1]
 ROOT = DOCS.parent
 GENERATED = DOCS / "_generated"
-_LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#)[^)]*\)")  # to a file of the repository
+_LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#)[^)]*\)")  # a link to a file of the repository
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file unless it has this text already."""
+    """Write a file unless it already has this text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         path.write_text(text, encoding="utf-8")
 
 
 def without_links(path: Path) -> str:
-    """Return the text of a Markdown file whose links lead to files beside it, without them."""
+    """Return a Markdown file's text, its links to repository files reduced to their labels."""
     return _LINK.sub(r"\1", path.read_text(encoding="utf-8"))
 
 
 def generate(app: Sphinx) -> None:
-    """Make every generated file."""
+    """Write every generated file."""
     notebooks = {path.name: path for path in sorted(ROOT.glob("notebooks/*.ipynb"))}
     for name, path in notebooks.items():
         write(DOCS / "notebooks" / name, path.read_text(encoding="utf-8"))
@@ -46,6 +46,6 @@ def generate(app: Sphinx) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Generate before Sphinx looks for pages."""
+    """Run :func:`generate` before Sphinx looks for pages."""
     app.connect("builder-inited", generate)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

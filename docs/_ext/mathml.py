@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw themselves: the pages need no script and no network."""
+"""MathML formulas, which browsers render natively: the pages need no script and no network."""
 
 from typing import Any
 
@@ -9,18 +9,18 @@ from sphinx.writers.html5 import HTML5Translator
 
 
 def _mathml(formula: str, *, as_block: bool) -> str:
-    """Return a formula whose bars keep the height of its letters."""
+    """Return a formula as MathML, with norm bars that do not stretch."""
     return tex2mathml(formula, as_block=as_block).replace("<mo>‖", '<mo stretchy="false">‖')
 
 
 def visit_inline(translator: HTML5Translator, node: nodes.math) -> None:
-    """Write a formula within a line."""
+    """Write an inline formula."""
     translator.body.append(_mathml(node.astext(), as_block=False))
     raise nodes.SkipNode
 
 
 def visit_block(translator: HTML5Translator, node: nodes.math_block) -> None:
-    """Write a formula on a line of its own; a wide one scrolls."""
+    """Write a display formula; a wide one scrolls."""
     formula = _mathml(node.astext(), as_block=True)
     translator.body.append(f'<div class="math-block">{formula}</div>\n')
     raise nodes.SkipNode

@@ -1,7 +1,7 @@
-"""The figure of MTN: a stack, its three unfoldings, their norms and the gradient.
+"""Figure that explains MTN: a stack, its three unfoldings, their norms and the gradient.
 
-``python docs/figures/mtn.py docs/images/mtn.png`` writes the one of the README. Every number in it
-is computed by :mod:`mtnrec.mtn` from one small stack.
+``python docs/figures/mtn.py docs/images/mtn.png`` writes the README's copy. :mod:`mtnrec.mtn`
+computes every number in it from one small stack.
 """
 
 import io
@@ -40,7 +40,7 @@ _CELL = 0.115  # inches
 
 
 def small_stack() -> Tensor:
-    """Return three towers ``(T, O, I)`` that share most of what they know."""
+    """Return a stack ``(T, O, I)`` of three similar towers: a shared rank-2 part plus noise."""
     generator = torch.Generator().manual_seed(1)
     towers, outputs, inputs = SHAPE
     left, _ = torch.linalg.qr(torch.randn(outputs, 2, generator=generator))
@@ -50,7 +50,7 @@ def small_stack() -> Tensor:
 
 
 def draw(theme: Theme) -> Figure:
-    """Draw the figure."""
+    """Draw the complete figure."""
     stack = small_stack()
     factors = polar_factors(stack)
     style = {
@@ -88,7 +88,7 @@ def draw(theme: Theme) -> Figure:
 
 
 def draw_svg(name: str) -> str:
-    """Return the figure for a theme as SVG, the same text each time."""
+    """Return the figure for a theme as SVG; the text is deterministic."""
     buffer = io.StringIO()
     draw(THEMES[name]).savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
@@ -127,7 +127,7 @@ def _frame(
 
 
 def _inches(figure: Figure, left: float, bottom: float, columns: float, rows: float) -> Axes:
-    """Return axes whose unit is a cell, without ticks."""
+    """Return axes without ticks whose unit is a matrix cell."""
     width, height = figure.get_size_inches()
     axes = _place(figure, left, bottom, columns * _CELL / width, rows * _CELL / height)
     axes.set_xlim(0, columns)
