@@ -1,11 +1,11 @@
-"""Measure the metrics of an evaluation next to scikit-learn on lists.
+"""Measure the evaluation metrics next to scikit-learn on lists.
 
 ``python benchmarks/evaluate.py [--rows 10000000] [--batch 2048] [--groups]``
 
-The rows are drawn: log-probabilities of a funnel with its labels. Each way gets them batch by
-batch, as an evaluation gives them; drawing them does not count. Each is a process of its own, in
-turn, and the shortest of three passes counts. The memory is the peak above what is there before the
-first batch.
+The rows are random: log-probabilities of a funnel with its labels. Each variant gets them batch by
+batch, as in an evaluation; drawing them is not timed. Each variant runs in a separate process, in
+turn, and the shortest of three passes counts. Memory is the peak above that before the first
+batch.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def _batches(arguments: argparse.Namespace) -> Iterator[Rows]:
         group = torch.arange(first, first + rows) // _ROWS_PER_GROUP if arguments.groups else None
         for start in range(0, rows, arguments.batch):
             part = slice(start, start + arguments.batch)
-            # Copies, as a network's outputs are tensors of their own.
+            # Copies, since a network's outputs are not views.
             output = LogProbabilities(positive[part].clone(), negative[part].clone())
             yield output, labels[part], None if group is None else group[part].clone()
 
@@ -58,7 +58,7 @@ def _batches(arguments: argparse.Namespace) -> Iterator[Rows]:
 def _feed(
     arguments: argparse.Namespace, collect: Callable[[LogProbabilities, Tensor, Any], None]
 ) -> float:
-    """Return the seconds that collecting all batches takes."""
+    """Return the seconds spent collecting all batches."""
     seconds = 0.0
     for batch in _batches(arguments):
         started = perf_counter()
@@ -68,7 +68,7 @@ def _feed(
 
 
 def _measure_mtnrec(arguments: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the seconds of the parts, and the AUCs."""
+    """Return the seconds of each part, and the AUCs."""
     metrics = TaskMetrics(_SCHEMA)
     seconds = {"collecting": _feed(arguments, metrics.update)}
     started = perf_counter()
@@ -94,8 +94,8 @@ def _measure_aucs(arguments: argparse.Namespace) -> tuple[dict[str, float], dict
 
 
 def _measure_lists(arguments: argparse.Namespace) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the seconds of the parts, and the AUCs, of scikit-learn on lists."""
-    # Here, so that its import is not in the memory of the others.
+    """Return the seconds of each part and the AUCs for scikit-learn on lists."""
+    # Imported here to keep it out of the other variants' memory.
     from sklearn.metrics import roc_auc_score
 
     scores: dict[str, list[float]] = {"ctr": [], "cvr": [], "ctcvr": []}
@@ -118,7 +118,7 @@ def _measure_lists(arguments: argparse.Namespace) -> tuple[dict[str, float], dic
     return seconds, aucs
 
 
-_WAYS = {"mtnrec": _measure_mtnrec, "aucs": _measure_aucs, "lists": _measure_lists}
+_VARIANTS = {"mtnrec": _measure_mtnrec, "aucs": _measure_aucs, "lists": _measure_lists}
 
 
 def _resident_bytes() -> int:
@@ -129,45 +129,45 @@ def _measure(arguments: argparse.Namespace) -> None:
     for _ in _batches(argparse.Namespace(**{**vars(arguments), "rows": _ROWS_PER_DRAW})):
         pass
     before = _resident_bytes()
-    seconds, aucs = _WAYS[arguments.way](arguments)
+    seconds, aucs = _VARIANTS[arguments.variant](arguments)
     print(json.dumps({"seconds": seconds, "aucs": aucs, "bytes": _resident_bytes() - before}))
 
 
-def _run(way: str) -> dict[str, Any]:
+def _run(variant: str) -> dict[str, Any]:
     process = subprocess.run(
-        [sys.executable, *sys.argv, "--way", way], check=True, stdout=subprocess.PIPE
+        [sys.executable, *sys.argv, "--variant", variant], check=True, stdout=subprocess.PIPE
     )
     return json.loads(process.stdout)
 
 
 def main() -> None:
-    """Print a row for each way."""
+    """Print one row per variant."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--groups", action="store_true", help="with grouped AUCs, too")
-    parser.add_argument("--way", choices=_WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--groups", action="store_true", help="also compute grouped AUCs")
+    parser.add_argument("--variant", choices=_VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.way:
+    if arguments.variant:
         _measure(arguments)
         return
-    passes = [{way: _run(way) for way in _WAYS} for _ in range(_PASSES)]
-    best = {way: min((p[way] for p in passes), key=_total) for way in _WAYS}
+    passes = [{variant: _run(variant) for variant in _VARIANTS} for _ in range(_PASSES)]
+    best = {variant: min((p[variant] for p in passes), key=_total) for variant in _VARIANTS}
     slowest = _total(best["lists"])
-    print("| | collecting | computing | in all | lists over it | peak memory | a row |")
+    print("| | collecting | computing | total | lists over it | peak memory | per row |")
     print("|---|---|---|---|---|---|---|")
     names = {"mtnrec": "all metrics", "aucs": "the three AUCs alone", "lists": "scikit-learn"}
-    for way, found in best.items():
+    for variant, found in best.items():
         collecting = found["seconds"].get("collecting")
         print(
-            f"| {names[way]} | {'' if collecting is None else f'{collecting:.2f} s'} "
+            f"| {names[variant]} | {'' if collecting is None else f'{collecting:.2f} s'} "
             f"| {found['seconds']['computing']:.2f} s | {_total(found):.2f} s "
             f"| {slowest / _total(found):.0f} | {found['bytes'] / 2**20:.0f} MiB "
             f"| {found['bytes'] / arguments.rows:.0f} bytes |"
         )
     print()
     for name, expected in best["lists"]["aucs"].items():
-        found = [best[way]["aucs"][name] for way in ("mtnrec", "aucs")]
+        found = [best[variant]["aucs"][name] for variant in ("mtnrec", "aucs")]
         difference = max(abs(value - expected) for value in found)
         print(f"{name}: AUC {found[0]:.15f}, scikit-learn's differs by {difference:.1e}")
         if difference > 1e-12:

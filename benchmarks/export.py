@@ -1,10 +1,10 @@
-"""What an exported model costs with MTN and without it: size, nodes, latency in onnxruntime.
+"""Cost of an exported model with and without MTN: size, nodes, latency in onnxruntime.
 
 ``python benchmarks/export.py``
 
-Each model is trained for an epoch on a small click log, with and without MTN, and exported by the
-commands. *Latency*: the median of single calls by turns, with rows drawn at random, on one thread;
-*ratio* is with MTN over without, the median and the quartiles of the pairs.
+Each model is trained for one epoch on a small click log, with and without MTN, and exported by the
+commands. *Latency* is the median of single calls in turn, with random rows, on one thread; *ratio*
+is with MTN over without, the median and quartiles of the pairs.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MODELS = ("shared_bottom", "esmm", "mmoe")
 
 
 def exported(model: str, enabled: bool, folder: Path) -> Path:
-    """Train a model and export it; return the file."""
+    """Train and export a model; return the exported file."""
     run = folder / f"{model}-{enabled}"
     train = [f"model={model}", f"mtn.enabled={enabled}", "data.rows=20000", "trainer.max_epochs=1"]
     train += [f"data_root={folder}", f"hydra.run.dir={run}"]
@@ -39,7 +39,7 @@ def exported(model: str, enabled: bool, folder: Path) -> Path:
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
-    """Open a model on one thread."""
+    """Return an onnxruntime session with one thread."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -48,7 +48,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 def seconds(
     sessions: Sequence[onnxruntime.InferenceSession], rows: int, calls: int
 ) -> list[list[float]]:
-    """Return the seconds of calls, pair by pair; which of a pair comes first alternates."""
+    """Return the seconds of paired calls; the order within a pair alternates."""
     rng = np.random.default_rng(0)
     found = []
     for call in range(calls + 3):
@@ -68,7 +68,7 @@ def seconds(
 
 
 def main() -> None:
-    """Print a row for each model and number of rows."""
+    """Print one row per model and number of rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--calls", type=int, default=300)

@@ -1,13 +1,13 @@
-"""A training step on 1.3 million embedding rows of width 128: dense Adam against lazy_adam.
+"""Time a training step on 1.3 million embedding rows of width 128: dense Adam against lazy_adam.
 
 ``python benchmarks/large_vocabulary.py [--rows 1300000] [--skew 1] [--steps 40] [--rounds 5]``
 
-The fields are those of ``data=synthetic_ali_ccp``: 18 without numericals, with AITM's vocabularies,
-of which ``--rows`` scales the large ones. Value ``k`` of a field has a probability proportional to
-``(k + 1) ** -skew``; with 0 nearly every row of a batch has a value of its own. Every measurement
-is a process of its own that trains as ``python -m mtnrec.train`` does, but for the first, which
-leaves torch's memory and products as a script finds them; a round has one of every optimiser, and
-ratios are within a round. It wants an idle machine and 4 GiB of memory.
+The fields are those of ``data=synthetic_ali_ccp``: 18 without numerical features, with AITM's
+vocabularies; ``--rows`` scales the large ones. Value ``k`` of a field has a probability
+proportional to ``(k + 1) ** -skew``; with 0, values hardly repeat within a batch. Each measurement
+runs in a separate process that trains like ``python -m mtnrec.train``, except ``Adam()``, which
+keeps torch's default memory and product settings, as a script does. A round measures each optimiser
+once, and ratios are within a round. Needs an idle machine and 4 GiB of memory.
 """
 
 import argparse
@@ -42,11 +42,11 @@ OPTIMIZERS = {
     "lazy_adam": ("optimizer=lazy_adam",),
 }
 ALI_CCP_ROWS = 1_300_000
-WARM_UP = 5  # steps, the first of which makes the moments
+WARM_UP = 5  # steps; the first one creates the moments
 
 
 class _StepTimer(L.Callback):
-    """Keeps the seconds from the start of each step to that of the next, loading included."""
+    """Records the start of each step, so that step times include loading."""
 
     def __init__(self) -> None:
         self._starts: list[float] = []
@@ -54,7 +54,7 @@ class _StepTimer(L.Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         self._starts.append(perf_counter())
 
-    def seconds_a_step(self) -> float:
+    def seconds_per_step(self) -> float:
         return (self._starts[-1] - self._starts[WARM_UP]) / (len(self._starts) - 1 - WARM_UP)
 
 
@@ -65,7 +65,7 @@ def _compose(arguments: argparse.Namespace, *overrides: str) -> DictConfig:
 
 
 def _schema(cfg: DictConfig, rows: int) -> Schema:
-    """Return Ali-CCP's fields, index 0 of each for a missing value, with about ``rows`` values."""
+    """Return Ali-CCP's fields, index 0 for a missing value, with about ``rows`` values in total."""
     scale = rows / sum(cfg.data.vocabulary_sizes)
     sizes = [max(round(size * scale), min(size, 100)) + 1 for size in cfg.data.vocabulary_sizes]
     fields = tuple(CategoricalField(f"field_{i}", size) for i, size in enumerate(sizes))
@@ -73,7 +73,7 @@ def _schema(cfg: DictConfig, rows: int) -> Schema:
 
 
 def _draw(schema: Schema, rows: int, skew: float) -> Batch:
-    """Draw rows whose common values lie anywhere in a table."""
+    """Draw rows whose frequent values are scattered over each table."""
     rng = np.random.default_rng(0)
     columns = []
     for field in schema.categorical:
@@ -90,7 +90,7 @@ def _draw(schema: Schema, rows: int, skew: float) -> Batch:
 
 
 def _measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Train in this process; return what was measured."""
+    """Train in this process; return the measurements."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.simplefilter("ignore")
     cfg = _compose(arguments, *OPTIMIZERS[arguments.measure])
@@ -116,7 +116,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     present = [len(set(column.tolist())) for column in batches[-1].categorical.T]
     return {
-        "seconds": timer.seconds_a_step(),
+        "seconds": timer.seconds_per_step(),
         "batch": size,
         "bytes": peak_memory_bytes(),
         "rows": sum(field.vocabulary_size for field in schema.categorical),
@@ -124,8 +124,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def _apart(arguments: argparse.Namespace, optimizer: str) -> dict[str, float]:
-    """Measure in a process of its own."""
+def _measure_in_subprocess(arguments: argparse.Namespace, optimizer: str) -> dict[str, float]:
+    """Measure one optimiser in a separate process."""
     keys = ("rows", "skew", "steps", "model")
     options = [f"--{key}={getattr(arguments, key)}" for key in keys]
     command = [sys.executable, __file__, *options, f"--measure={optimizer}"]
@@ -149,11 +149,15 @@ def _row(optimizer: str, rounds: Sequence[dict[str, dict[str, float]]]) -> str:
 
 
 def main() -> None:
-    """Print a Markdown table, a row for each optimiser."""
+    """Print a Markdown table with one row per optimiser."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=ALI_CCP_ROWS, help="of all embedding tables")
+    parser.add_argument(
+        "--rows", type=int, default=ALI_CCP_ROWS, help="rows of all embedding tables"
+    )
     parser.add_argument("--skew", type=float, default=1.0)
-    parser.add_argument("--steps", type=int, default=40, help="measured, of 2,048 samples each")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="measured steps of 2,048 samples each"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", default="shared_bottom")
     parser.add_argument("--measure", choices=OPTIMIZERS, help=argparse.SUPPRESS)
@@ -162,14 +166,15 @@ def main() -> None:
         print(json.dumps(_measure(arguments)))
         return
     rounds = [
-        {name: _apart(arguments, name) for name in OPTIMIZERS} for _ in range(arguments.rounds)
+        {name: _measure_in_subprocess(arguments, name) for name in OPTIMIZERS}
+        for _ in range(arguments.rounds)
     ]
     lazy = rounds[0]["lazy_adam"]
     print(
         f"{arguments.model}: {lazy['rows']:,} rows, of which a batch of {lazy['batch']:,} has "
         f"{lazy['present']:,}; median (and range) of {arguments.rounds} rounds\n"
     )
-    print("| optimiser | step | samples a second | lazy_adam is faster by | peak memory |")
+    print("| optimiser | step | samples per second | lazy_adam is faster by | peak memory |")
     print("|---|---|---|---|---|")
     for optimizer in OPTIMIZERS:
         print(_row(optimizer, rounds))

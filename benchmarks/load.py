@@ -1,19 +1,19 @@
-"""Measure how a large prepared set opens, starts and streams.
+"""Measure opening, set-up and streaming of a large prepared set.
 
 ``python benchmarks/load.py [--rows 10000000] [--dir DIR] [--keep] [--limit MIB]``
 
-makes a set with AliExpress's columns (322 bytes a row) of cheap random numbers, and removes it at
-the end. What is measured is a process of its own each:
+writes a set with AliExpress's columns (322 bytes per row) of cheap random numbers, and deletes it
+at the end. Each part is measured in a separate process:
 
-* what comes before the first step, with the files in the page cache and without;
-* batches of 2,048 random rows: with the files in the page cache, and where ``--limit`` MiB of them
-  at most are in the memory (a third of the set unless given). No control group is needed for that:
-  the process pages its maps out whenever more is resident, and tells the DataModule the limit.
-  Without the DataModule's measures for such a set (threads that read, pages without their
-  neighbours), too.
+* everything before the first step, with and without the files in the page cache;
+* batches of 2,048 random rows: with the files in the page cache, and with at most ``--limit`` MiB
+  of them in memory (default: a third of the set). This needs no control group: the process pages
+  out its maps whenever more is resident, and passes the limit to the DataModule. *Plain* is without
+  the DataModule's measures for such a set (reading threads, pages without their neighbours).
 
-The real thing: ``--rows`` for more than the machine's memory, or the command in a control group,
-``systemd-run --scope -p MemoryMax=1G python benchmarks/load.py --dir DIR --keep --limit 0``.
+To exceed the memory for real, choose ``--rows`` larger than the machine's memory, or run in a
+control group: ``systemd-run --scope -p MemoryMax=1G python benchmarks/load.py --dir DIR --keep
+--limit 0``.
 """
 
 import argparse
@@ -47,7 +47,7 @@ _NUMERICAL = 63
 _BYTES_PER_ROW = 4 * len(_SIZES) + 4 * _NUMERICAL + 2
 _ROWS_PER_CHUNK = 1 << 16
 _BATCHES = {"cached": 2000, "limited": 200, "limited, plain": 60}
-_PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4, which the mmap module does not name
+_PAGE_OUT = 21  # MADV_PAGEOUT of Linux 5.4, which the mmap module lacks
 _MIB = 1 << 20
 
 
@@ -89,7 +89,7 @@ def _datamodule(folder: Path) -> DataModule:
 
 
 def _status(name: str) -> int:
-    """Return a number of bytes that the system says of this process: ``RssAnon``, ``RssFile``."""
+    """Return a size from ``/proc/self/status`` in bytes, for example ``RssAnon`` or ``RssFile``."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
@@ -106,14 +106,14 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _start(folder: Path) -> dict[str, float]:
-    """Return the seconds of what comes before the first step, and the memory that it takes."""
+    """Return the seconds and memory of everything before the first step."""
     found = {}
     found["open_prepared, s"], _ = _timed(lambda: open_prepared(folder))
     datamodule, before = _datamodule(folder), _status("RssAnon")
     found["setup, s"], _ = _timed(datamodule.setup)
     held = _status("RssAnon") - before
     batches = iter(datamodule.train_dataloader())
-    found["order of an epoch and first batch, s"], _ = _timed(lambda: next(batches))
+    found["row order of an epoch and first batch, s"], _ = _timed(lambda: next(batches))
     found["private memory of setup, MiB"] = held / _MIB
     found["private memory with an epoch's order, MiB"] = (_status("RssAnon") - before) / _MIB
     found["labels of the validation rows, s"], _ = _timed(
@@ -126,7 +126,7 @@ def _start(folder: Path) -> dict[str, float]:
 
 
 def _verify(folder: Path) -> dict[str, float]:
-    """Return the seconds and the speed of ``verify=true``, at first and where nothing changed."""
+    """Return the time and speed of ``verify=true``, the first time and with unchanged files."""
     manifest, _ = open_prepared(folder)
     size = sum((folder / name).stat().st_size for name in manifest.checksums)
     seconds, _ = _timed(lambda: verify_prepared(folder, manifest))
@@ -134,13 +134,13 @@ def _verify(folder: Path) -> dict[str, float]:
     again, _ = _timed(lambda: verify_once(folder, manifest))
     return {
         "verify=true, s": seconds,
-        "verify=true, GB a second": size / seconds / 1e9,
+        "verify=true, GB per second": size / seconds / 1e9,
         "verify=true the next time, s": again,
     }
 
 
 def _stream(folder: Path, mode: str, limit: int) -> dict[str, float]:
-    """Return batches a second, bytes read from the disk for each, and the private memory."""
+    """Return batches per second, MiB read from disk per batch, and private memory."""
     if "plain" in mode:
         datamodule_module.memory_bytes = lambda: sys.maxsize
     elif mode == "limited" and limit:
@@ -162,7 +162,7 @@ def _stream(folder: Path, mode: str, limit: int) -> dict[str, float]:
             _page_out(folder, arrays)
     seconds, count = perf_counter() - started, _BATCHES[mode]
     return {
-        "batches a second": count / seconds,
+        "batches per second": count / seconds,
         "ms": 1e3 * seconds / count,
         "MiB read": (_read_bytes() - read) / count / _MIB,
         "MiB private": _status("RssAnon") / _MIB,
@@ -176,7 +176,7 @@ def _page_out(folder: Path, arrays: Any) -> None:
 
 
 def _forget(folder: Path) -> None:
-    """Take the files out of the page cache, as far as no process has their pages mapped."""
+    """Evict the files from the page cache, except pages that a process has mapped."""
     for path in folder.rglob("*.npy"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -199,14 +199,14 @@ def _report(folder: Path, limit: int) -> None:
         _forget(folder)
         cold |= _run("--part", part, *place)
         if part == "start":
-            _run("--part", "verify", *place)  # reads all
+            _run("--part", "verify", *place)  # reads every file
         cached |= _run("--part", part, *place)
     print("| | in the page cache | on the disk |\n|---|---|---|")
     for name, value in cached.items():
         print(f"| {name} | {value:.4g} | {cold[name]:.4g} |")
     held = f"{limit / _MIB:.0f} MiB of the files" if limit else "what the system holds"
     print(f"\nBatches of 2,048 random rows; limited: to {held}\n")
-    print("| | batches a second | ms | MiB read for each | MiB of private memory |")
+    print("| | batches per second | ms | MiB read per batch | MiB of private memory |")
     print("|---|---|---|---|---|")
     for mode in _BATCHES if limit else list(_BATCHES)[1:]:
         found = _run("--part", mode, *place)
@@ -214,28 +214,28 @@ def _report(folder: Path, limit: int) -> None:
 
 
 def main() -> None:
-    """Print a table of the start and one of the batches."""
+    """Print a table of the start and a table of the batches."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--dir", type=Path, help="where the set is made, or lies from --keep")
-    parser.add_argument("--keep", action="store_true", help="do not remove the set")
-    parser.add_argument("--limit", type=int, default=-1, metavar="MIB", help="0: none of its own")
+    parser.add_argument("--dir", type=Path, help="folder of the set: a new one, or one from --keep")
+    parser.add_argument("--keep", action="store_true", help="do not delete the set")
+    parser.add_argument("--limit", type=int, default=-1, metavar="MIB", help="0: no own limit")
     parts = ["start", "verify", *_BATCHES]
     parser.add_argument("--part", choices=parts, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
-        ways = {"start": _start, "verify": _verify}
+        measures = {"start": _start, "verify": _verify}
         stream = partial(_stream, mode=arguments.part, limit=arguments.limit)
-        print(json.dumps(ways.get(arguments.part, stream)(arguments.dir)))
+        print(json.dumps(measures.get(arguments.part, stream)(arguments.dir)))
         return
     folder = arguments.dir or Path(tempfile.mkdtemp(prefix="load-"))
     if not (folder / "schema.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         needed, free = arguments.rows * _BYTES_PER_ROW, shutil.disk_usage(folder.parent).free
         if needed > 0.9 * free:
-            sys.exit(f"{folder} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+            sys.exit(f"{folder} needs {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free.")
         _make(folder, arguments.rows)
     try:
         _report(folder, arguments.limit * _MIB if arguments.limit >= 0 else -1)

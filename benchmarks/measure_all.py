@@ -1,9 +1,9 @@
-"""Measure all that the project claims of speed and memory, and write ``benchmarks/results.md``.
+"""Measure the project's claims about speed and memory, and write ``benchmarks/results.md``.
 
 ``make benchmark``, or ``python benchmarks/measure_all.py [--only train mtn]``
 
-About half an hour; it wants an idle machine. Each section is a command of its own, which can be run
-alone, and compares what it compares within that command.
+Takes about half an hour on an idle machine. Each section is a separate command, which can also be
+run alone; comparisons are made within one command.
 """
 
 import argparse
@@ -43,7 +43,7 @@ SECTIONS = {
 
 
 def machine() -> str:
-    """Describe the machine and the versions, in a line."""
+    """Return one line about the machine and the versions."""
     names = [
         line.partition(":")[2].strip()
         for line in _cpu_information()
@@ -66,7 +66,7 @@ def _cpu_information() -> list[str]:
 
 
 def run(arguments: Sequence[str]) -> str:
-    """Run a benchmark; return its section's text."""
+    """Run a benchmark; return the text of its section."""
     script, *rest = arguments
     started = time.perf_counter()
     done = subprocess.run(
@@ -83,14 +83,13 @@ def run(arguments: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Run the sections, and write the results after each."""
+    """Run the sections, writing the results after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     began = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     text = f"# Results\n\n`make benchmark`, {began}. {machine()}.\n"
-    text += "Earlier passes and another machine are in [passes.md](passes.md).\n"
     for name in arguments.only:
         title, command = SECTIONS[name]
         print(title, flush=True)

@@ -1,15 +1,15 @@
-"""What MTN costs a training step, and how exact it is.
+"""Cost of MTN in a training step, and its accuracy.
 
 ``python benchmarks/mtn.py``
 
-On rows shaped like AliExpress, batches of 2,048. *Step*: a training step but for MTN's part of it.
-*Share*: the time of MTN's part over that of the rest, in blocks of 256 steps after the first 512,
-on a log of two million rows. *Start*: what MTN adds to the first 512 steps beyond that. *Epoch*:
-what it measures and logs at the end of an epoch. *Exact*: its part of a step with
-``refresh_every=1``, in float64, over the same by autograd through SVDs in float32, and in float64.
-The other columns are those of ``mtn_accuracy.py`` at full size, ``lam=1e-5``: how far norms, loss
-share, alphas, effective ranks and spectra of the default are from the exact method's in float64, at
-the worst of ``--epochs`` epochs on the default log.
+Rows shaped like AliExpress, batches of 2,048. *Step*: a training step without MTN's part. *Share*:
+the time of MTN's part over that of the rest, in blocks of 256 steps after the first 512, on a log
+of two million rows. *Start*: the extra time of MTN in the first 512 steps. *Epoch*: the time to
+measure and log at the end of an epoch. *Exact*: MTN's part of a step with ``refresh_every=1``, in
+float64, over the same by autograd through SVDs, in float32 and in float64. The other columns are
+those of ``mtn_accuracy.py`` at full size, ``lam=1e-5``: the deviation of the default's norms, loss
+share, alphas, effective ranks and spectra from the exact method's in float64, at the worst of
+``--epochs`` epochs on the default log.
 """
 
 import argparse
@@ -38,7 +38,7 @@ MODELS = ("shared_bottom", "esmm", "mmoe")
 
 
 class Training:
-    """A model and what trains it, with or without MTN."""
+    """Model, optimiser and MTN callback of one training."""
 
     def __init__(self, model: str, data_root: str, *overrides: str) -> None:
         keys = [f"model={model}", f"data_root={data_root}", f"data.rows={ROWS}"]
@@ -60,7 +60,7 @@ class Training:
         self.mtn.on_train_start(self.trainer, module)
 
     def steps(self, count: int) -> tuple[float, float]:
-        """Make steps; return the seconds of the penalty, and those of all else."""
+        """Run ``count`` steps; return the seconds of the penalty and of everything else."""
         started, of_penalty = perf_counter(), 0.0
         for batch in islice(self.batches, count):
             loss = cross_entropies(self.network(batch), batch.labels).sum()
@@ -71,7 +71,7 @@ class Training:
         return of_penalty, perf_counter() - started - of_penalty
 
     def penalty_by_autograd(self, dtype: torch.dtype) -> float:
-        """Return the seconds of value and gradient of the penalty through SVDs."""
+        """Return the seconds for the penalty's value and gradient through SVDs."""
         started = perf_counter()
         terms = []
         for layers in self.network.task_layers():
@@ -84,7 +84,7 @@ class Training:
         return perf_counter() - started
 
     def penalty(self) -> float:
-        """Return the seconds of the callback's part of a step."""
+        """Return the seconds of the callback in one step."""
         started = perf_counter()
         self.mtn.on_before_optimizer_step(self.trainer, None, self.optimizer)
         self.trainer.global_step += 1
@@ -92,7 +92,7 @@ class Training:
 
 
 def measure(model: str, data_root: str) -> list[str]:
-    """Return the cells of a model's row."""
+    """Return the timing columns of a model's row."""
     training = Training(model, data_root)
     first, _ = training.steps(START)
     blocks = [training.steps(BLOCK) for _ in range(BLOCKS)]
@@ -118,7 +118,7 @@ def measure(model: str, data_root: str) -> list[str]:
 
 
 def deviations(model: str, data_root: str, epochs: int) -> list[str]:
-    """Return how far the default is from the exact method, figure by figure."""
+    """Return the deviations of the default from the exact method, one per figure."""
     keys = ["mtn.enabled=true", "mtn.lam=1e-5"]
     default = compose_training(model, "full", 0, data_root, *keys)
     exact = compose_training(model, "full", 0, data_root, *keys, "mtn.refresh_every=1")
@@ -128,7 +128,7 @@ def deviations(model: str, data_root: str, epochs: int) -> list[str]:
 
 
 def main() -> None:
-    """Print a row for each model."""
+    """Print one row per model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--epochs", type=int, default=2)

@@ -1,17 +1,17 @@
-"""How far MTN's default is from the exact method, in what the logs say of the mechanism.
+"""Deviation of MTN's default from the exact method in the logged values of the mechanism.
 
 ``python benchmarks/mtn_accuracy.py --models esmm --sizes small --lams 1e-5 1e-3 --seeds 0 1``
 
 The default and the exact method (``refresh_every=1`` in float64) train the same model on the same
-batches. After each epoch: the largest relative difference, over layers and unfoldings, of the
-norms (``norm``: nuclear and Frobenius norms; ``R``: their weighted sum that the loss has), of the
-loss share, the alphas and the effective ranks, and of a spectrum's values over its largest. The
-worst epoch is printed. The row *rounding* is the same for the exact method in float32: what two
-trainings differ by that do the same in another precision. *Norm without* is how much larger the
-nuclear norms are without MTN, which says how much there is to be wrong about.
+batches. After each epoch the largest relative difference over layers and unfoldings is taken for
+the norms (``norm``: nuclear and Frobenius norms; ``R``: their weighted sum in the loss), the loss
+share, the alphas and the effective ranks, and for a spectrum's values relative to its largest. The
+worst epoch is printed. The row *rounding* is the same for the exact method in float32: the
+difference that precision alone makes between two trainings. *Norm without* is how much larger the
+nuclear norms are without MTN: the size of the effect that the default approximates.
 
-*small*: embeddings of 16, towers 32-16 (ESMM 64-32-32-16), batches of 512 of 60,000 rows. *full*:
-the defaults of ``conf/``.
+*small*: embedding width 16, towers 32-16 (ESMM 64-32-32-16), batches of 512 from 60,000 rows.
+*full*: the defaults of ``conf/``.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def compose_training(model: str, size: str, seed: int, data_root: str, *keys: st
 
 
 def load(cfg: Any, epochs: int) -> tuple[Any, list[list[Batch]]]:
-    """Return the schema, and the batches of each epoch."""
+    """Return the schema and the batches of each epoch."""
     datamodule = instantiate(cfg.data, _convert_="all")
     datamodule.prepare_data()
     datamodule.setup()
@@ -61,7 +61,7 @@ def load(cfg: Any, epochs: int) -> tuple[Any, list[list[Batch]]]:
 
 
 def train(cfg: Any, schema: Any, epochs: list[list[Batch]], dtype: torch.dtype) -> Iterator[Epoch]:
-    """Train; yield what is logged of the mechanism after each epoch."""
+    """Train; yield the logged values of the mechanism after each epoch."""
     torch.manual_seed(cfg.seed)
     network = instantiate(cfg.model, _partial_=True, _convert_="all")(schema=schema).to(dtype)
     optimizer = instantiate(cfg.optimizer)(network.parameters())
@@ -82,7 +82,7 @@ def train(cfg: Any, schema: Any, epochs: list[list[Batch]], dtype: torch.dtype) 
             optimizer.step()
             trainer.global_step += 1
         penalty = mtn._penalty
-        spectra = [s for of_depth in mtn._measure(penalty, trainer.global_step) for s in of_depth]
+        spectra = [s for depth in mtn._measure(penalty, trainer.global_step) for s in depth]
         frobenius = [frobenius_norm(penalty.stack(depth)) for depth in penalty.depths]
         total = penalty.weights.layer_weights(penalty.norms()) @ penalty.norms()
         loss = sum(losses) / len(losses)
@@ -101,8 +101,8 @@ def difference(found: Epoch, exact: Epoch, name: str) -> float:
     if name == "spectrum":
         pairs = zip(found[name], exact[name], strict=True)
         return max(((a - b).abs().max() / b.max()).item() for a, b in pairs)
-    of_each: Tensor = (found[name] / exact[name] - 1).nan_to_num(0, 0, 0)
-    return of_each.abs().max().item()
+    differences: Tensor = (found[name] / exact[name] - 1).nan_to_num(0, 0, 0)
+    return differences.abs().max().item()
 
 
 def worst(found: list[Epoch], exact: list[Epoch]) -> list[str]:
@@ -112,7 +112,7 @@ def worst(found: list[Epoch], exact: list[Epoch]) -> list[str]:
 
 
 def main() -> None:
-    """Print a row for each training, and one for rounding."""
+    """Print one row per training and one for rounding."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(SMALL))
     parser.add_argument("--sizes", nargs="+", default=["small", "full"])
@@ -159,12 +159,12 @@ def _compare(
         "default": run(arguments.refresh_every, torch.float32, lam),
         "rounding": run("1", torch.float32, lam),
     }
-    there = max(
+    excess = max(
         (w["norm"] / e["norm"]).max().item() - 1 for w, e in zip(without, exact, strict=True)
     )
     for method, found in methods.items():
         cells = [f"`{model}`", size, coupling, lam, str(seed), method, *worst(found, exact)]
-        print(f"| {' | '.join([*cells, f'{there:.0%}'])} |", flush=True)
+        print(f"| {' | '.join([*cells, f'{excess:.0%}'])} |", flush=True)
 
 
 if __name__ == "__main__":

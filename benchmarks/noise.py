@@ -1,8 +1,8 @@
-"""What noise costs: its share of an epoch of shared-bottom, the model whose epochs are shortest.
+"""Cost of noise as a share of an epoch of shared-bottom, the model with the shortest epochs.
 
-``python benchmarks/noise.py`` makes the two synthetic logs where there are none: one shaped like
+``python benchmarks/noise.py`` generates the two synthetic logs if they are missing: one shaped like
 AliExpress (16 categorical and 63 numerical features), one like Ali-CCP (18 categorical fields). It
-takes some minutes, and wants an idle machine.
+takes a few minutes and needs an idle machine.
 """
 
 import logging
@@ -44,7 +44,7 @@ def _compose(*overrides: str) -> DictConfig:
 
 
 def _set_up(cfg: DictConfig) -> tuple[DataModule, float]:
-    """Return the data set, and the seconds that its set-up took."""
+    """Return the data set and the seconds of its set-up."""
     datamodule = instantiate(cfg.data, _convert_="all")
     datamodule.noise = instantiate(cfg.noise, _convert_="all")
     datamodule.prepare_data()
@@ -71,7 +71,7 @@ def _train(cfg: DictConfig) -> float:
 
 
 def _pass(datamodule: DataModule) -> float:
-    """Return the seconds in which the training rows are gathered once."""
+    """Return the seconds to gather all training rows once."""
     loader = datamodule.train_dataloader()
     start = perf_counter()
     for _ in loader:
@@ -80,14 +80,14 @@ def _pass(datamodule: DataModule) -> float:
 
 
 def _checksum(datamodule: DataModule) -> float:
-    """Return the seconds that the record of the noise takes."""
+    """Return the seconds to record the noise."""
     start = perf_counter()
     datamodule.noise.record(datamodule.row_numbers)
     return perf_counter() - start
 
 
 def main() -> None:
-    """Print a table for each data set: a row for each sampling and proportion."""
+    """Print a table per data set with one row per sampling and proportion."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     settings = list(product(("uniform", "empirical"), (0.05, 0.15, 1.0)))
     for data in ("synthetic", "synthetic_ali_ccp"):
@@ -97,7 +97,7 @@ def main() -> None:
             _set_up(_compose(f"data={data}", f"noise.sampling={s}", f"noise.proportion={p}"))
             for s, p in settings
         ]
-        # In turn, so that whatever else runs on the machine meets all alike.
+        # In turn, so that other load on the machine affects all alike.
         passes = [[_pass(d) for d in (clean, *(d for d, _ in noisy))] for _ in range(_PASSES)]
         shortest, *noisy_passes = map(min, zip(*passes, strict=True))
         table = Table(title=f"{data}: an epoch takes {epoch:.2f} s", box=box.SIMPLE_HEAD)

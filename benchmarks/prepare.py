@@ -1,9 +1,10 @@
-"""Measure the preparation of Ali-CCP: rows and bytes a second, and peak memory.
+"""Measure the preparation of Ali-CCP: rows and bytes per second, and peak memory.
 
 ``python benchmarks/prepare.py DIR [DIR ...] [--script DIR]``
 
-Each DIR is a log of ``ali_ccp_log.py``. Every measurement is a process of its own: the time
-includes its start, the memory is its largest resident set. The script is run on one of the logs.
+Each DIR is a log written by ``ali_ccp_log.py``. Each measurement runs in a separate process: the
+time includes its start, and the memory is its largest resident set. The script runs on one of the
+logs.
 """
 
 import argparse
@@ -22,7 +23,7 @@ SCRIPT = Path(__file__).parents[1] / "tests" / "reference" / "line_by_line.py"
 
 
 def run(*command: str) -> tuple[float, int]:
-    """Run a command; return its seconds and its peak resident bytes."""
+    """Run a command; return its seconds and peak resident bytes."""
     started = time.perf_counter()
     process = os.posix_spawn(
         command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, 1, 0)]
@@ -34,7 +35,7 @@ def run(*command: str) -> tuple[float, int]:
 
 
 def scan(folder: Path) -> tuple[float, int]:
-    """Read every byte once and count the line ends; return the seconds and the bytes."""
+    """Read every byte once and count line ends; return the seconds and the bytes."""
     started, size = time.perf_counter(), 0
     for path in sorted(folder.iterdir()):
         with path.open("rb", buffering=0) as file:
@@ -45,11 +46,13 @@ def scan(folder: Path) -> tuple[float, int]:
 
 
 def main() -> None:
-    """Print a row for each log."""
+    """Print one row per log."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--script", type=Path, help="also run the line-by-line script on this log")
-    parser.add_argument("--keys", nargs="*", default=[], help="data.preset=rechub data.tokens=all")
+    parser.add_argument(
+        "--keys", nargs="*", default=[], help="overrides, for example data.preset=rechub"
+    )
     arguments = parser.parse_args()
     out = Path(tempfile.mkdtemp(dir=arguments.folders[0].parent))
     print(
@@ -58,7 +61,7 @@ def main() -> None:
     speeds = {}
     try:
         for folder in arguments.folders:
-            scan(folder)  # once before, so that both find the files in memory, if they fit
+            scan(folder)  # warms the page cache for both, if the files fit
             scan_seconds, size = scan(folder)
             keys = [f"data.raw_dir={folder}", f"data.dir={out / folder.name}", *arguments.keys]
             seconds, peak = run(sys.executable, "-m", "mtnrec.prepare", "data=ali_ccp", *keys)

@@ -1,10 +1,10 @@
-"""Measure the start of a training: seconds from the command to the end of its first step.
+"""Measure the start of a training: seconds from the command to the end of the first step.
 
 ``python benchmarks/startup.py [--times 7]``
 
-runs ``python -m mtnrec.train`` on a tiny log several times, after one run that makes the log and
-the compiled files of what is imported, and prints medians; beside them those of a process that
-imports Lightning and does nothing.
+runs ``python -m mtnrec.train`` on a tiny log several times, after one run that generates the log
+and the compiled modules, and prints the medians next to those of a process that only imports
+Lightning.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _TRAINING = [
 
 
 class NotingAdam(torch.optim.Adam):
-    """Notes when the first step is done, in the working folder."""
+    """Adam that writes the end time of its first step to the working folder."""
 
     def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)
@@ -39,7 +39,7 @@ class NotingAdam(torch.optim.Adam):
 
 
 def _train(folder: str) -> tuple[float, float]:
-    """Return the seconds to the first step, and to the end of the command."""
+    """Return the seconds to the end of the first step and to the end of the command."""
     note = folder / _NOTE
     note.unlink(missing_ok=True)
     started = monotonic()
@@ -48,7 +48,7 @@ def _train(folder: str) -> tuple[float, float]:
 
 
 def _import(folder: str) -> float:
-    """Return the seconds of a process that imports Lightning."""
+    """Return the seconds of a process that only imports Lightning."""
     started = monotonic()
     _run(folder, "-c", "import lightning")
     return monotonic() - started
@@ -71,13 +71,13 @@ def _run(folder: str, *arguments: str) -> None:
 
 
 def main() -> None:
-    """Print the seconds."""
+    """Print the median seconds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=7)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         _train(folder)
-        # In turn, so that whatever else runs on the machine meets both alike.
+        # In turn, so that other load on the machine affects both alike.
         runs = [(*_train(folder), _import(folder)) for _ in range(arguments.times)]
     first_step, end, imported = map(statistics.median, zip(*runs, strict=True))
     print("| to the first step | to the end, test included | `import lightning` alone |")

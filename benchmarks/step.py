@@ -1,12 +1,12 @@
-"""What a training step is made of, and what Lightning adds to it.
+"""Parts of a training step, and the time that Lightning adds to it.
 
 ``python benchmarks/step.py``
 
-On rows shaped like AliExpress, batches of 2,048. *Peak*: the matrix products of the step, counted,
-over its time, as a share of what a product of two 2,048 x 2,048 matrices reaches on this machine.
-*Products*, *optimiser*, *others*: shares of the time by the profiler of torch. *Lightning*: the
-second epoch of a trainer with its callbacks, its logger and its progress bar over an epoch of bare
-steps; in the first the optimiser makes its state.
+Rows shaped like AliExpress, batches of 2,048. *Of the peak*: the rate of the step's matrix
+products, relative to that of a product of two 2,048 x 2,048 matrices on this machine. *Products*,
+*optimiser*, *others*: shares of the time by torch's profiler. *Lightning*: extra time of the second
+epoch of a trainer with callbacks, logger and progress bar over an epoch of bare steps; in the first
+epoch the optimiser creates its state.
 """
 
 import argparse
@@ -41,7 +41,7 @@ ROUNDS = 8
 
 
 class EpochTimer(L.Callback):
-    """Keeps the seconds a batch of each training epoch."""
+    """Records the seconds per batch of each training epoch."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -54,7 +54,7 @@ class EpochTimer(L.Callback):
 
 
 def peak(repetitions: int = 20) -> float:
-    """Return the floating-point operations a second of a large product in float32."""
+    """Return the floating-point operations per second of a large float32 product."""
     a, b = torch.randn(2, 2048, 2048)
     seconds = []
     for _ in range(repetitions):
@@ -65,7 +65,7 @@ def peak(repetitions: int = 20) -> float:
 
 
 def measure(model: str, data_root: str, best: float) -> list[str]:
-    """Return the cells of a model's row."""
+    """Return the columns of a model's row."""
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("train", overrides=[f"model={model}", f"data_root={data_root}"])
     datamodule = instantiate(cfg.data, _convert_="all")
@@ -103,7 +103,7 @@ def measure(model: str, data_root: str, best: float) -> list[str]:
     adam = sum(t for name, t in times.items() if "adam" in name.lower()) / sum(times.values())
 
     bare, timer = [], EpochTimer()
-    # The bar is drawn as on a terminal, into memory.
+    # Draws the bar as on a terminal, but into memory.
     screen = {"file": io.StringIO(), "force_terminal": True, "width": 120}
     keys = {"num_sanity_val_steps": 0, "enable_checkpointing": False, "limit_val_batches": 0}
     for _ in range(ROUNDS):
@@ -134,7 +134,7 @@ def measure(model: str, data_root: str, best: float) -> list[str]:
 
 
 def main() -> None:
-    """Print a row for each model."""
+    """Print one row per model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS)
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""How many cells an hour a sweep makes with one worker process and with two.
+"""Measure the runs per hour of a sweep with one worker process and with two.
 
 ``python benchmarks/sweep.py``
 
-The same cells of ``experiment=quickstart``, start included, each time into a folder of its own.
+The same runs of ``experiment=quickstart``, start included, each time into a new folder.
 """
 
 import argparse
@@ -20,12 +20,12 @@ RUNS = {
 
 
 def main() -> None:
-    """Print a row for each way."""
+    """Print one row per launcher setting."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--keys", nargs="*", default=[], help="overrides of every run")
     arguments = parser.parse_args()
-    print("| | cells | seconds | cells an hour |")
+    print("| | runs | seconds | runs per hour |")
     print("|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, keys) in enumerate(RUNS.items()):
@@ -41,9 +41,9 @@ def main() -> None:
                 stderr=subprocess.DEVNULL,
             )
             seconds = perf_counter() - started
-            cells = len(list(runs.rglob("result.json")))
+            count = len(list(runs.rglob("result.json")))
             print(
-                f"| {name} | {cells} | {seconds:.0f} | {3600 * cells / seconds:,.0f} |", flush=True
+                f"| {name} | {count} | {seconds:.0f} | {3600 * count / seconds:,.0f} |", flush=True
             )
 
 

@@ -1,11 +1,11 @@
-"""Train end to end: mtnrec against the literal layout, in pairs.
+"""Compare end-to-end training by mtnrec with the literal layout, in pairs.
 
 ``python benchmarks/train.py``
 
-Both run as commands of their own on the same prepared rows (shaped like AliExpress), in turn:
-loader, metrics, logging, progress bar on a terminal and checkpoints included. ``fit`` counts the
-training rows of all epochs over all the time from the first batch on, validation and checkpoints
-included; ``train`` leaves out the validation, ``evaluate`` is the validation and the test.
+Both run as separate commands on the same prepared rows (shaped like AliExpress), in turn, including
+loader, metrics, logging, progress bar on a terminal and checkpoints. ``fit`` divides the training
+rows of all epochs by the time from the first batch on, with validation and checkpoints; ``train``
+excludes the validation; ``evaluate`` is validation and test.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def run_on_a_terminal(command: Sequence[str]) -> str:
 def measure_literal(
     folder: Path, model: str, epochs: int, scratch: Path, *options: str
 ) -> dict[str, Any]:
-    """Run the literal program; return rows a second by measure, and the test AUCs."""
+    """Run the literal program; return rows per second by measure, and the test AUCs."""
     checkpoint = scratch / "literal.pt"
     command = [sys.executable, str(LITERAL), str(folder), f"--model={model}", *options]
     text = run_on_a_terminal([*command, f"--epochs={epochs}", f"--checkpoint={checkpoint}"])
@@ -65,7 +65,7 @@ def measure_literal(
 def measure_mtnrec(
     data: Sequence[str], model: str, epochs: int, scratch: Path, *overrides: str
 ) -> dict[str, Any]:
-    """Run ``mtnrec.train``; return the same, from the record of the run."""
+    """Run ``mtnrec.train``; return the same figures from the run's record."""
     run = scratch / "run"
     keys = [*data, f"model={model}", f"trainer.max_epochs={epochs}", f"patience={epochs}"]
     place = [f"hydra.run.dir={run}", "resume=false"]
@@ -78,15 +78,19 @@ def measure_mtnrec(
 
 
 def main() -> None:
-    """Print a row for each model: rows a second of both, and the ratio of each measure."""
+    """Print one row per model: rows per second of both, and the ratio of each measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["shared_bottom", "esmm", "mmoe"])
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--workers", type=int, default=2, help="that load rows for the literal one")
-    parser.add_argument("--keys", nargs="*", default=[], help="trainer.precision=bf16-mixed")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="loader processes of the literal program"
+    )
+    parser.add_argument(
+        "--keys", nargs="*", default=[], help="overrides, for example trainer.precision=bf16-mixed"
+    )
     arguments = parser.parse_args()
     options = [f"--device={arguments.device}", f"--workers={arguments.workers}"]
     keys = [f"trainer.accelerator={arguments.device}", *arguments.keys]
