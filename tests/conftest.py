@@ -1,6 +1,6 @@
-"""Registers the fixtures in processes that run tests.
+"""Register the fixtures in the processes that run tests.
 
-The controller of pytest-xdist runs none, and its workers start sooner if it does not import torch.
+The pytest-xdist controller runs no tests, and its workers start sooner if it does not import torch.
 """
 
 import os

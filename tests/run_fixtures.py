@@ -1,4 +1,4 @@
-"""Run folders with believable records, written by code."""
+"""Fixture for run folders with realistic records."""
 
 import hashlib
 import json
@@ -31,13 +31,13 @@ MTN = {
 
 @pytest.fixture
 def write_run() -> Callable[..., Path]:
-    """Write the folder of a finished run; return it.
+    """Write and return the folder of a finished run.
 
     ``write_run(root, name, *, model="MMoE", mtn=False, seed=0, noise=0.0, data="synthetic",
-    auc=None, metrics=None, epochs=3, spectra=False, **overrides)``: ``mtn`` is a flag or the keys
-    that differ from the default; ``auc`` gives the test AUC of each task, and so the tasks;
-    ``metrics`` replaces entries of the record's metrics; ``overrides`` are dotted keys of the
-    config, ``**{"optimizer.lr": 0.01}``.
+    auc=None, metrics=None, epochs=3, spectra=False, **overrides)``: ``mtn`` is a flag or a dict of
+    the keys that differ from the default; ``auc`` gives the test AUC of each task and thereby the
+    tasks; ``metrics`` replaces entries of the record's metrics; ``overrides`` are dotted config
+    keys, for example ``**{"optimizer.lr": 0.01}``.
     """
     return _write_run
 

@@ -1,4 +1,4 @@
-"""Tiny data in the real formats, written by code."""
+"""Fixtures for tiny data in the real formats, configs and commands."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ _SMALL_MODELS = {
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    torch.set_num_threads(1)  # a second thread costs more than it brings on tiny tensors
+    torch.set_num_threads(1)  # a second thread costs more than it gains on tiny tensors
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def funnel_schema() -> Schema:
 
 @pytest.fixture
 def make_batch() -> Callable[..., Batch]:
-    """Draw ``rows`` rows of a schema; labels follow the funnel if there is one."""
+    """Draw ``rows`` rows of a schema; labels follow its funnel, if any."""
 
     def make(schema: Schema, rows: int = 16, seed: int = 0) -> Batch:
         rng = np.random.default_rng(seed)
@@ -145,7 +145,7 @@ def write_aliexpress() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Run the training command in this process, tiny; return the folder of the run."""
+    """Run the training command in this process with a tiny model; return the run folder."""
     data_root = tmp_path_factory.mktemp("data")
 
     def run(*overrides: str, model: str = "esmm", folder: Path | None = None) -> Path:
@@ -188,7 +188,7 @@ def predict() -> Callable[..., None]:
 
 @pytest.fixture
 def describe() -> Callable[..., None]:
-    """Run the describing command in this process."""
+    """Run the describe command in this process."""
     return lambda *overrides: _call(describe_main, *overrides)
 
 
@@ -205,7 +205,7 @@ def report() -> Callable[..., None]:
 
 
 def _call(main: Callable[[], None], *arguments: str) -> None:
-    """Call an entry point as the command line does, and leave the process as it was."""
+    """Call an entry point like the command line, and restore the process state afterwards."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
@@ -227,18 +227,18 @@ def _call(main: Callable[[], None], *arguments: str) -> None:
 
 
 def _known_mode(arguments: Sequence[str]) -> AbstractContextManager[Any]:
-    """Spare Hydra the composing of a config for its mode alone, unless an experiment sets it."""
+    """Give Hydra its mode, so that it composes no config for it, unless an experiment sets it."""
     if any(argument.startswith("experiment=") for argument in arguments):
         return nullcontext()
-    mode = RunMode.MULTIRUN if "hydra.mode=MULTIRUN" in arguments else None  # -m, or one run
+    mode = RunMode.MULTIRUN if "hydra.mode=MULTIRUN" in arguments else None  # -m, or a single run
     return mock.patch.object(Hydra, "get_mode", return_value=mode)
 
 
 @pytest.fixture
 def write_tiny(funnel_schema: Schema) -> Callable[..., Manifest]:
-    """Write a prepared data set whose first numerical feature numbers the rows of a split.
+    """Write a prepared data set whose first numerical feature is the row number in the split.
 
-    Each of its two multi-valued fields has 5 bags; the first of them is empty.
+    With ``multivalued``, it has two multi-valued fields of 5 bags each; the first bag is empty.
     """
 
     def make(
@@ -275,12 +275,12 @@ def write_tiny(funnel_schema: Schema) -> Callable[..., Manifest]:
 
 
 class Killed(BaseException):
-    """What no code catches."""
+    """Raised to simulate a killed process; no code catches it."""
 
 
 @pytest.fixture
 def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
-    """Let the next run die where a hook is called for the n-th time."""
+    """Kill the next run at the n-th call of a hook."""
 
     def arrange(hook, number):
         original, calls = getattr(RunRecorder, hook), []
@@ -299,9 +299,9 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
 
 @pytest.fixture
 def product_setting():
-    """torch's setting of what multiplies in float32 on a CPU, put back at the end."""
+    """Set torch's float32 matmul precision on the CPU to ``ieee``; restore it at the end."""
     if not hasattr(torch.backends.mkldnn, "matmul"):
-        pytest.skip("torch has the setting since 2.9")
+        pytest.skip("torch has this setting since 2.9")
     setting = torch.backends.mkldnn.matmul
     before = setting.fp32_precision
     setting.fp32_precision = "ieee"

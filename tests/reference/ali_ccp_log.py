@@ -1,11 +1,12 @@
-"""Write a log with the layout of Ali-CCP, byte by byte, at any scale.
+"""Write a log with the byte layout of Ali-CCP at any scale.
 
 ``python tests/reference/ali_ccp_log.py DIR --rows 1000000``
 
-Fields, shares, blocks of feature ids, values and the grouping of rows are those of the real files:
-scalars are present at their shares, histories hold ln(1 + count) with at most 5 decimals, the runs
-of a list come in any order and a multi-valued field may be split over two, common rows are sorted
-by their index, and about 58 consecutive skeleton rows share one. Half of the rows are train.
+Fields, shares, blocks of feature ids, values and the grouping of rows match the real files: scalars
+are present at their shares, histories hold ln(1 + count) with at most 5 decimals, the groups of
+triples by field come in any order and a multi-valued field may be split over two groups, common
+rows are sorted by index, and about 58 consecutive skeleton rows share one. Half of the rows are
+training rows.
 """
 
 import argparse
@@ -26,7 +27,7 @@ NEXT, ID, VALUE = "\x01", "\x02", "\x03"
 
 @dataclass(frozen=True)
 class Field:
-    """A field: its block of ids, the share of rows that have it, and its tokens in such a row."""
+    """A field: its block of ids, the share of rows with it, and its tokens in such a row."""
 
     name: str
     first: int
@@ -37,7 +38,7 @@ class Field:
 
 
 USER = Field("101", 1, 445_000, 0.998)
-# Present together or not at all.
+# All present or all absent.
 PROFILE = tuple(
     Field(name, first, ids, 0.87)
     for name, first, ids in (
@@ -76,12 +77,12 @@ _COMMONS_PER_CHUNK = 256
 
 
 def draw_ids(rng: np.random.Generator, field: Field, count: int) -> list[int]:
-    """Draw ids of a field's block, small ones more often."""
+    """Draw ids from a field's block, small ones more often."""
     return (field.first + (field.ids * rng.random(count) ** 3).astype(np.int64)).tolist()
 
 
 def draw_values(rng: np.random.Generator, field: Field, count: int) -> list[str]:
-    """Draw the texts of the values: ln(1 + n), or 1.0."""
+    """Draw values as text: ln(1 + n), or 1.0."""
     if not field.logarithmic:
         return ["1.0"] * count
     return [_LOGARITHMS[n] for n in rng.geometric(0.2, count).clip(max=99).tolist()]
@@ -98,7 +99,7 @@ def triples(rng: np.random.Generator, field: Field, count: int) -> list[str]:
 
 
 def shuffled(rng: np.random.Generator, runs: Sequence[list[str]]) -> list[str]:
-    """Put runs into any order, one of them split in two where it is long enough."""
+    """Shuffle the groups, and split the longest in two if it is long enough."""
     order = rng.permutation(len(runs)).tolist()
     longest = max(order, key=lambda run: len(runs[run]))
     tail: list[str] = []
@@ -112,7 +113,7 @@ def shuffled(rng: np.random.Generator, runs: Sequence[list[str]]) -> list[str]:
 
 
 def lengths(rng: np.random.Generator, field: Field, rows: int, scale: float) -> list[int]:
-    """Draw how many tokens each row has in a multi-valued field."""
+    """Draw the number of tokens per row for a multi-valued field."""
     present = rng.random(rows) < field.present
     mean = max(1.0, field.tokens * scale / field.present)
     return (present * (1 + rng.poisson(mean - 1, rows))).tolist()
@@ -170,13 +171,13 @@ def _chunk(
 ) -> tuple[bytes, bytes]:
     rng = np.random.default_rng([seed, split, chunk])
     low, high = chunk * _COMMONS_PER_CHUNK, min((chunk + 1) * _COMMONS_PER_CHUNK, commons)
-    # Sorted, as the chunks are, and spread over all that 64 bits can hold.
+    # Sorted, like the chunks, and spread over the range of 64 bits.
     steps = np.arange(low, high, dtype=np.uint64) * np.uint64(2**64 // (commons + 1))
     indices = [f"{index:016x}" for index in (steps + np.uint64(rng.integers(1 << 20))).tolist()]
     common = "".join(common_lines(rng, indices, history))
     first, last = (rows * place // commons for place in (low, high))
-    of_row = np.sort(rng.integers(0, max(1, high - low), last - first)).tolist()
-    skeleton = "".join(skeleton_lines(rng, first + 1, [indices[place] for place in of_row]))
+    positions = np.sort(rng.integers(0, max(1, high - low), last - first)).tolist()
+    skeleton = "".join(skeleton_lines(rng, first + 1, [indices[place] for place in positions]))
     return skeleton.encode(), common.encode()
 
 
@@ -192,10 +193,10 @@ def write_log(
     """Write the four files; ``history`` scales the length of the histories."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, name in enumerate(("train", "test")):
-        of_split = rows // 2 if split else rows - rows // 2
-        commons = max(1, of_split // rows_per_common)
+        split_rows = rows // 2 if split else rows - rows // 2
+        commons = max(1, split_rows // rows_per_common)
         make = partial(
-            _chunk, split=split, seed=seed, commons=commons, rows=of_split, history=history
+            _chunk, split=split, seed=seed, commons=commons, rows=split_rows, history=history
         )
         chunks = range(-(-commons // _COMMONS_PER_CHUNK))
         with (
@@ -236,7 +237,9 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--archives", action="store_true", help="pack into .tar.gz, remove the csv")
+    parser.add_argument(
+        "--archives", action="store_true", help="pack into .tar.gz and delete the csv"
+    )
     arguments = parser.parse_args()
     write_log(arguments.folder, arguments.rows, seed=arguments.seed)
     if arguments.archives:

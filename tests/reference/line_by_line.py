@@ -1,9 +1,9 @@
-"""Prepare Ali-CCP as the usual scripts do: a line, a dictionary, a line of csv.
+"""Prepare Ali-CCP like the usual scripts: a line, a dictionary, a line of csv.
 
 ``python tests/reference/line_by_line.py DIR OUT``
 
-What the preparation of mtnrec is compared with: the fields, the cut-off and the join of its preset
-``aitm``, the same work for the same result, without its checks.
+The baseline for mtnrec's preparation: the same fields, cut-off and join as its preset ``aitm``,
+with the same result, without its checks.
 """
 
 import argparse
@@ -19,13 +19,13 @@ MIN_COUNT = 12
 
 
 def features_of(text: str) -> dict[str, str]:
-    """The last id of each field."""
+    """Return the last id of each field."""
     parts = re.split("[\x01\x02\x03]", text)
     return dict(zip(parts[0::3], parts[1::3], strict=False))
 
 
 def join(folder: Path, split: str, out: Path, counts: dict[str, Counter[str]] | None) -> None:
-    """Write the joined rows with raw ids, and count the ids of training rows."""
+    """Write the joined rows with raw ids; with ``counts``, count the ids."""
     common = {}
     with (folder / f"common_features_{split}.csv").open() as lines:
         for line in lines:

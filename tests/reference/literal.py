@@ -1,11 +1,11 @@
-"""Train as the usual scripts do: the layout of the papers computed literally, in plain PyTorch.
+"""Train like the usual scripts: the layout of the papers computed literally in plain PyTorch.
 
 ``python tests/reference/literal.py DIR --model mmoe``
 
-What mtnrec is compared with: the same prepared rows, layers, sizes, loss and optimiser, with rows
-loaded one by one by worker processes, an embedding, a concatenation, a loop over the experts,
+The baseline for mtnrec: the same prepared rows, layers, sizes, loss and optimiser, with rows loaded
+one by one by worker processes, an embedding, a concatenation, a loop over the experts,
 probabilities, Python lists of predictions and sklearn's AUC. It shares no code with mtnrec, and
-prints what it measured as JSON.
+prints its measurements as JSON.
 """
 
 import argparse
@@ -25,7 +25,7 @@ BOTTOM, TOWER = [512, 256], [128, 64]
 
 
 class Rows(Dataset):
-    """One row at a time."""
+    """Data set that loads one row at a time."""
 
     def __init__(self, folder):
         names = ("categorical", "numerical", "labels")
@@ -40,7 +40,7 @@ class Rows(Dataset):
 
 
 class Embedding(nn.Module):
-    """The vectors of the fields and one of all numerical features, side by side."""
+    """Concatenate the vectors of the fields and one of all numerical features."""
 
     def __init__(self, sizes, numericals):
         super().__init__()
@@ -113,7 +113,7 @@ MODELS = {"shared_bottom": SharedBottom, "mmoe": MMoE, "esmm": ESMM}
 
 
 def train(model, loader, optimizer, device):
-    """One epoch; returns the mean loss."""
+    """Train one epoch; return the mean loss."""
     model.train()
     loss_function, total = nn.BCELoss(), 0.0
     for batch in tqdm(loader, disable=None):
@@ -129,7 +129,7 @@ def train(model, loader, optimizer, device):
 
 @torch.no_grad()
 def evaluate(model, loader, device):
-    """The AUCs of CTR, CVR and CTCVR."""
+    """Return the AUCs of CTR, CVR and CTCVR."""
     model.eval()
     labels, scores = [[], []], [[], []]
     for categorical, numerical, truth in tqdm(loader, disable=None):

@@ -1,7 +1,7 @@
-"""Two processes against one over the same global batches: weights, alphas and metrics.
+"""Compare two processes with one over the same global batches: weights, alphas and metrics.
 
-``python tests/stress/ddp.py`` trains each model with and without MTN, under each option, by the
-command (gloo, float64), and prints how far the two are apart. It takes some ten minutes.
+``python tests/stress/ddp.py`` trains each model with and without MTN, under each option, with the
+command (gloo, float64), and prints the differences. It takes about ten minutes.
 """
 
 import logging
@@ -48,26 +48,26 @@ _RUN = [
 
 
 def settings(*, mtn: bool, option: str, devices: int) -> list[str]:
-    """Return what one of the runs overrides, but for its model and its folder."""
+    """Return the overrides of a run, except its model and folder."""
     ddp = [] if devices == 1 else ["trainer=ddp", f"trainer.devices={devices}"]
     batch = f"data.batch_size={GLOBAL_BATCH // devices}"
     return [*ddp, *_RUN, f"mtn.enabled={str(mtn).lower()}", *OPTIONS[option], batch]
 
 
 def train(folder: Path, *arguments: str) -> None:
-    """Run the command of a training."""
+    """Run the training command."""
     command = [sys.executable, "-m", "mtnrec.train", f"hydra.run.dir={folder}", *arguments]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
 
 
 class Comparison(NamedTuple):
-    """How far two runs are apart.
+    """Differences between two runs.
 
     Args:
-        weights: Largest difference of two weights, over the largest weight of their tensor.
-        alphas: Largest difference of two alphas; 0 without MTN.
-        metrics_equal: Whether the second's metrics and counts are, to the last bit, what one
-            process finds with its weights.
+        weights: Largest difference of a weight, relative to the largest weight of its tensor.
+        alphas: Largest difference of an alpha; 0 without MTN.
+        metrics_equal: Whether the second run's metrics and counts are bit-identical to those that
+            one process finds with its weights.
     """
 
     weights: float
@@ -76,7 +76,7 @@ class Comparison(NamedTuple):
 
 
 def compare(one: Path, several: Path) -> Comparison:
-    """Compare the runs in two folders, of one process and of several."""
+    """Compare a run of one process with a run of several."""
     (first, expected), (second, found) = (_read(folder) for folder in (one, several))
     alphas = [
         abs(epoch[name] - other[name])
@@ -132,9 +132,9 @@ def _measure(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, int]]]
 
 
 def main() -> None:
-    """Train all pairs and print the table."""
+    """Train all pairs of runs and print the table."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore")  # of Lightning, about evaluating here
+    warnings.filterwarnings("ignore")  # Lightning warns about evaluating in this process
     torch.set_num_threads(1)
     table = Table(box=box.MARKDOWN)
     for header in ("model", "MTN", "option", "weights", "alphas", "metrics equal"):

@@ -1,11 +1,12 @@
-"""Give every reader of foreign bytes what it did not expect, and count what it says.
+"""Feed unexpected input to every reader of foreign bytes, and count the outcomes.
 
 ``python tests/stress/fuzz.py --seconds 60 [--target csv store] [--seed 0]``
 
-A process for each target, in turn. An input is fine if it is read, or refused by an ``InputError``.
-Any other end, more than 10 seconds or more than 1 GiB above the start is a finding: its traceback
-and its input go to a file, which ``--replay FILE`` runs again. The raw parsers are driven by
-coverage (``pip install 'mtnrec[fuzz]'``), the others by hypothesis; without atheris all are by it.
+Each target runs in a separate process, in turn. An input passes if it is read, or refused by an
+``InputError``. Any other outcome, more than 10 seconds or more than 1 GiB above the start is a
+finding: its traceback and input go to a file, which ``--replay FILE`` runs again. The raw parsers
+are driven by coverage (``pip install 'mtnrec[fuzz]'``), the others by hypothesis; without atheris
+all targets use hypothesis.
 """
 
 import argparse
@@ -24,24 +25,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-sys.path.append(str(Path(__file__).parents[1]))  # where `reference` is
+sys.path.append(str(Path(__file__).parents[1]))  # for `reference`
 TARGETS = (
     *("csv", "triples", "archive", "table", "parquet", "aliexpress", "ali_ccp"),
     *("schema", "store", "vocabulary", "checkpoint", "config"),
 )
 _BY_COVERAGE = ("csv", "triples", "archive")
-_SECONDS, _BYTES = 10, 1 << 30  # of one input
+_SECONDS, _BYTES = 10, 1 << 30  # limits of one input
 _MOST_FINDINGS = 20
 _HEAD = f"{'target':<12}{'driven by':<12}{'executions':>10}{'seconds':>9}{'read':>9}{'refused':>9}"
 
 
 class Watch:
-    """Runs inputs of one target, counts their ends and writes findings.
+    """Runs inputs of one target, counts the outcomes and writes findings.
 
     Args:
-        target: Its name.
-        run: Reads an input; raises what the reader raises.
-        folder: Where ``counts.json``, ``current.txt`` and the findings go.
+        target: Name of the target.
+        run: Function that reads an input and raises the reader's errors.
+        folder: Folder for ``counts.json``, ``current.txt`` and the findings.
     """
 
     def __init__(self, target: str, run: Callable[[Any], None], folder: Path) -> None:
@@ -67,7 +68,7 @@ class Watch:
                 self._find(case, "an empty message", "")
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # polars' panics are no Exception
+        except BaseException as error:  # polars' panics are not an Exception
             last = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}"
             self._find(case, where, traceback.format_exc())
@@ -96,7 +97,7 @@ class Watch:
 
 
 def write_finding(folder: Path, target: str, what: str, trace: str, case: str) -> None:
-    """Write what happened and, in the last line, the input."""
+    """Write the outcome and, as the last line, the input."""
     folder.mkdir(exist_ok=True)
     name = f"{target}-{len(list(folder.glob(f'{target}-*')))}.txt"
     (folder / name).write_text(f"{target}\n{what}\n{trace}\n{case}\n", encoding="utf-8")
@@ -107,12 +108,12 @@ def _peak_bytes() -> int:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    """Run one target until its time is over; a process of its own."""
+    """Run one target until its time is over, as the main function of its process."""
     target, folder = arguments.target[0], Path(arguments.work)
     scratch = Path(tempfile.mkdtemp(dir=folder))
     by_coverage = target in _BY_COVERAGE and find_spec("atheris") is not None
     if by_coverage:
-        import atheris  # it looks at what is imported from here on
+        import atheris  # it instruments modules imported from here on
 
         with atheris.instrument_imports(include=["mtnrec.data", "zipfile", "tarfile"]):
             import fuzz_targets
@@ -120,7 +121,7 @@ def _work(arguments: argparse.Namespace) -> None:
         import fuzz_targets
 
     found = fuzz_targets.TARGETS[target](scratch)
-    found.run(found.example)  # compiles, imports
+    found.run(found.example)  # compiles and imports in advance
     watch = Watch(target, found.run, folder)
     if by_coverage:
         corpus = scratch / "corpus"
@@ -143,7 +144,7 @@ def _time_is_over(*_: object) -> NoReturn:
 
 
 def _drive(watch: Watch, cases: Any, seconds: int, seed: int) -> None:
-    """Draw inputs by hypothesis until the time is over."""
+    """Draw inputs with hypothesis until the time is over."""
     import hypothesis
 
     end = time.perf_counter() + seconds
@@ -168,13 +169,13 @@ def _drive(watch: Watch, cases: Any, seconds: int, seed: int) -> None:
 
 
 def _run_target(target: str, arguments: argparse.Namespace, findings: Path) -> dict[str, Any]:
-    """Run a target in a process of its own; return its counts."""
+    """Run a target in a separate process; return its counts."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "findings").symlink_to(findings.resolve())
         command = [sys.executable, __file__, "--work", place, "--target", target]
         command += ["--seconds", str(arguments.seconds), "--seed", str(arguments.seed)]
-        # As Python the parser shows its branches, and an index out of range is an error.
+        # In plain Python the parser's branches count as coverage, and a bad index is an error.
         environment = os.environ | ({"NUMBA_DISABLE_JIT": "1"} if target == "triples" else {})
         started = time.perf_counter()
         with (folder / "log.txt").open("wb") as log:
@@ -194,7 +195,7 @@ def _run_target(target: str, arguments: argparse.Namespace, findings: Path) -> d
 
 
 def _wait(process: subprocess.Popen[bytes], folder: Path, seconds: int) -> int | str:
-    """Wait for the end; a process that hangs in one input is killed."""
+    """Wait for the end; kill a process that hangs in one input."""
     deadline = time.monotonic() + seconds + 120  # imports, compilation
     while process.poll() is None:
         time.sleep(0.2)
@@ -222,7 +223,7 @@ def main() -> None:
     parser.add_argument("--target", nargs="*", default=TARGETS, choices=TARGETS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--findings", type=Path, default=Path("findings"), help="folder")
-    parser.add_argument("--replay", type=Path, help="a file of that folder")
+    parser.add_argument("--replay", type=Path, help="a file of the findings folder")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.replay:

@@ -1,4 +1,4 @@
-"""What ``fuzz.py`` runs: for each target, inputs and what reads them."""
+"""Targets of ``fuzz.py``: inputs and the function that reads them."""
 
 import copy
 import gzip
@@ -60,18 +60,18 @@ from mtnrec.training.module import MultiTaskModule
 from mtnrec.training.resume import ResumePoint
 from mtnrec.training.selection import selection_callbacks
 
-Case = Any  # bytes; overrides; or files by name, where a text is a kind of no plain file
+Case = Any  # bytes, overrides, or files by name, where a string is something other than a file
 
 
 @dataclass(frozen=True)
 class Target:
-    """One target.
+    """One fuzz target.
 
     Args:
-        run: Reads an input.
-        cases: Of hypothesis.
-        example: An input that is read.
-        seeds: What a search by coverage starts from.
+        run: Function that reads an input.
+        cases: Hypothesis strategy for inputs.
+        example: A valid input.
+        seeds: Starting inputs of the coverage-guided search.
     """
 
     run: Callable[[Case], None]
@@ -138,7 +138,7 @@ def _changed_json(text: bytes) -> st.SearchStrategy[bytes]:
 def _files(
     whole: dict[str, bytes], other: dict[str, st.SearchStrategy[Any]] | None = None
 ) -> st.SearchStrategy[dict[str, Any]]:
-    """Change one or two of some files; or put something else in their place."""
+    """Change one or two of the files, or replace them with something else."""
     kinds = st.sampled_from(["absent", "folder", "fifo", "loop", "/dev/zero", "/proc/self/mem"])
     one = {
         name: st.one_of((other or {}).get(name, _damaged(content)), _damaged(content), kinds)
@@ -149,7 +149,7 @@ def _files(
 
 
 def _put(folder: Path, files: dict[str, Any]) -> None:
-    """Write files, or what stands in their place."""
+    """Write the files or their replacements."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +247,7 @@ def _settings(name: str) -> dict[str, Any]:
 
 
 def _datamodule(kind: type[DataModule], name: str, **keys: Any) -> DataModule:
-    """Make the DataModule of ``data=<name>`` with other settings."""
+    """Build the DataModule of ``data=<name>`` with changed settings."""
     return kind(**_settings(name) | keys)
 
 
@@ -305,7 +305,7 @@ def _table(folder: Path) -> Target:
 
 
 def _columns(rows: int) -> st.SearchStrategy[pl.Series]:
-    """Columns of any type, nested ones too."""
+    """Draw columns of any type, including nested ones."""
     types: list[Any] = [
         *(pl.Int8, pl.Int64, pl.UInt64, pl.Float32, pl.Float64, pl.Boolean, pl.String, pl.Binary),
         *(pl.Date, pl.Datetime("ns"), pl.Time, pl.Duration, pl.Null, pl.Categorical, pl.Decimal),
@@ -471,7 +471,7 @@ def _store(folder: Path) -> Target:
         shutil.rmtree(place, ignore_errors=True)
         _put(place, whole | files)
         manifest, arrays = open_prepared(place)
-        # As one that its author made: the checksums are those of the files.
+        # The checksums match the files, as in a set that an attacker writes.
         for name in manifest.checksums:
             if (place / name).is_file() and (place / name).stat().st_size < 1 << 20:
                 manifest.checksums[name] = sha256(place / name)
@@ -496,7 +496,7 @@ def _keywords() -> dict[str, Any]:
 
 
 def _npy(content: bytes) -> st.SearchStrategy[bytes]:
-    """The same array of another type, order, shape or as a pickle."""
+    """Draw the array with another type, order or shape, or as a pickle."""
     array = np.load(io.BytesIO(content))
 
     def save(changed: Any) -> bytes:
@@ -585,7 +585,7 @@ def _with_manifest(content: dict[str, Any], text: bytes) -> dict[str, Any]:
 
 
 def _repacked(whole: bytes) -> st.SearchStrategy[bytes]:
-    """A checkpoint with a damaged pickle and right checksums, compressed or not."""
+    """Draw checkpoints with a damaged pickle and correct checksums, compressed or not."""
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         parts = {info.filename: archive.read(info) for info in archive.infolist()}
     name = next(part for part in parts if part.endswith("data.pkl"))
@@ -607,7 +607,7 @@ _ODD_TEXTS = [
     *("'a b'", "${seed}", "${nothing}", "${oc.env:NOTHING}", "é", "1.0e-3", "[x,y]", "all", "???"),
     *("[" * 50 + "]" * 50, "${", "'", "a=b", "val/ctr_auc", "test/ctr_auc", "\\u0000", "mean"),
 ]
-_OF_A_BUG = (LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError)
+_BUG_ERRORS = (LookupError, ArithmeticError, AttributeError, RuntimeError, AssertionError)
 _GROUPS = {
     "data": ["synthetic", "synthetic_ali_ccp", "aliexpress_nl", "ali_ccp", "table", "x", "null"],
     "model": ["shared_bottom", "esmm", "mmoe", "x"],
@@ -635,24 +635,24 @@ def _config_target(folder: Path) -> Target:
             _build(config, schema)
         except Exception as error:
             known = find_input_error(error)
-            if known is None or isinstance(error.__cause__, _OF_A_BUG):
+            if known is None or isinstance(error.__cause__, _BUG_ERRORS):
                 raise
             raise known from error
 
     values = st.one_of(
         st.sampled_from(_ODD_TEXTS), st.sampled_from(_ODD_TEXTS), st.text(max_size=5)
     )
-    of_key = st.builds(
+    key_override = st.builds(
         "{}{}={}".format, st.sampled_from(["", "", "", "+", "~"]), st.sampled_from(usual), values
     )
     groups = st.sampled_from([f"{g}={n}" for g, names in _GROUPS.items() for n in names])
-    cases = st.tuples(st.lists(groups, max_size=2), st.lists(of_key, min_size=1, max_size=3))
+    cases = st.tuples(st.lists(groups, max_size=2), st.lists(key_override, min_size=1, max_size=3))
     os.chdir(folder)
     return Target(run, cases.map(lambda case: [*case[0], *case[1]]), [])
 
 
 def _build(config: Any, schema: Schema) -> None:
-    """Make what a training is made of, and train nothing."""
+    """Build all parts of a training without training."""
     check_settings(config)
     for part in ("data", "noise", "mtn"):
         instantiate(config[part], _convert_="all")

@@ -1,10 +1,10 @@
-"""Kill a training again and again, go on each time, and compare it with one that ran through.
+"""Kill and resume a training repeatedly, and compare it with an uninterrupted one.
 
 ``python tests/stress/kill.py --kills 50 [--devices 2]``
 
-A process of its own each time, killed with all that it started, most by SIGKILL, the others by
-SIGINT, at moments drawn at random. At the end the metrics of ``result.json`` and the weights of
-``best.ckpt`` are compared bit by bit.
+Each attempt is a new process, killed at a random moment with all its children, mostly by SIGKILL,
+the others by SIGINT. At the end the metrics of ``result.json`` and the weights of ``best.ckpt`` are
+compared bit by bit.
 """
 
 import argparse
@@ -32,12 +32,14 @@ _KEPT = ("cell", "metrics", "counts", "history", "best_epoch", "calibration_curv
 
 
 def main() -> None:
-    """Print the stages that the kills hit, and whether the bits are the same."""
+    """Print the stages that the kills hit; exit with an error if a bit differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--interrupts", type=float, default=0.2, help="share of SIGINT")
     parser.add_argument("--devices", type=int, default=1, help="processes of a run")
-    parser.add_argument("--longest", type=float, default=1.0, help="seconds from the training on")
+    parser.add_argument(
+        "--longest", type=float, default=1.0, help="seconds after the training starts"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keys", nargs="*", default=[], help="overrides of every run")
     arguments = parser.parse_args()
@@ -55,11 +57,11 @@ def main() -> None:
             folder = root / f"killed_{finished}"
             interrupt = rng.random() < arguments.interrupts
             sent = signal.SIGINT if interrupt else signal.SIGKILL
-            # One in five anywhere from the start on, the others from when the training begins.
+            # One kill in five falls anywhere after the start, the others after the training begins.
             early = rng.random() < 0.2
             moment = rng.uniform(0, 3 if early else arguments.longest)
             stage = _kill([*command, f"hydra.run.dir={folder}"], folder, sent, moment, early=early)
-            if stage is None:  # it was done before: the next one from the start
+            if stage is None:  # finished before the kill: begin the next run
                 compare(folder, root / "whole")
                 finished += 1
                 continue
@@ -71,7 +73,7 @@ def main() -> None:
     print("| signal, stage | kills |\n|---|---|")
     for stage, count in sorted(hits.items()):
         print(f"| {stage} | {count} |")
-    print(f"\n{kills} kills, {finished + 1} runs: the bits of the one that was not killed")
+    print(f"\n{kills} kills, {finished + 1} runs: the bits of the uninterrupted run")
 
 
 def _run(command: list[str]) -> None:
@@ -83,7 +85,7 @@ def _run(command: list[str]) -> None:
 def _kill(
     command: list[str], folder: Path, sent: signal.Signals, moment: float, *, early: bool
 ) -> str | None:
-    """Start a run, kill it, and say where it was; None if it had ended by itself."""
+    """Start a run and kill it; return its stage, or None if it had finished."""
     since = time.time()
     process = subprocess.Popen(
         command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -94,7 +96,7 @@ def _kill(
     stage = _stage(folder, since)
     if process.poll() is not None:
         if process.returncode:
-            sys.exit(f"a run failed by itself: {folder / 'train.log'}")
+            sys.exit(f"a run failed without a kill: {folder / 'train.log'}")
         return None
     os.killpg(process.pid, sent)
     process.wait()
@@ -118,13 +120,13 @@ def _stage(folder: Path, since: float) -> str:
 
 
 def _check(folder: Path) -> None:
-    """Each checkpoint is whole whenever the process is killed."""
+    """Check that each checkpoint is complete."""
     for path in (folder / "checkpoints").glob("*.ckpt"):
         torch.load(path, weights_only=True)
 
 
 def compare(folder: Path, whole: Path) -> None:
-    """End the program if the bits of two runs differ."""
+    """Exit with an error if the bits of two runs differ."""
     found, expected = (read_json(path / "result.json") or {} for path in (folder, whole))
     for key in _KEPT:
         if found[key] != expected[key]:

@@ -1,11 +1,11 @@
-"""Train the same cell again and again, with one thread and with two, and compare the bits.
+"""Repeat the same run with one thread and with two, and compare the bits.
 
 ``python tests/stress/reproducibility.py [--runs 10] [--models shared_bottom esmm mmoe]``
 
-Each run is a process of its own, with dropout, noise and MTN; during every other one all cores are
-kept busy. First, how many runs have the same bits. Second, how far a run with two threads is from
-one with one thread. Third, which operations make that difference: another run repeats each of its
-operations with one thread and with two. Ends with exit status 1 where runs alike differ.
+Each run is a separate process, with dropout, noise and MTN; during every other one all cores are
+kept busy. Three tables are printed: how many runs have the same bits; the differences between two
+threads and one; and the operations that cause them, from a run that repeats each operation with one
+thread and with two. The exit status is 1 if identical runs differ.
 """
 
 import argparse
@@ -46,8 +46,8 @@ _BUSY = "while True: sum(range(10**6))"
 class Repeated(TorchDispatchMode):
     """Repeats each operation with one thread and with two on the same numbers.
 
-    ``calls`` counts the calls of each, ``differing`` those whose results differ, and ``largest``
-    holds their largest difference.
+    ``calls`` counts the calls of each operation, ``differing`` those with different results, and
+    ``largest`` holds their largest difference.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Repeated(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = (args, kwargs or {})
         name = func.overloadpacket.__name__
-        # A generator of its own would move on, and what is not written yet is anything.
+        # A repeat would advance an explicit generator, and uninitialised memory is arbitrary.
         if inputs[1].get("generator") is not None or "empty" in name:
             return func(*args, **inputs[1])
         random_state = torch.get_rng_state()
@@ -72,7 +72,7 @@ class Repeated(TorchDispatchMode):
                 own = tree_map_only(Tensor, torch.clone, inputs)
             results.append((func(*own[0], **own[1]), own))
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(results)):
-            return results[0][0]  # of a sketch of the network, which has no numbers
+            return results[0][0]  # a meta tensor has no numbers
         self.calls[name] += 1
         if difference := largest_difference(*results):
             self.differing[name] += 1
@@ -82,7 +82,7 @@ class Repeated(TorchDispatchMode):
 
 
 def largest_difference(one: Any, other: Any) -> float:
-    """Return the largest difference of a value, relative to the largest value in its tensor."""
+    """Return the largest difference of a value, relative to its tensor's largest value."""
     largest = 0.0
     for x, y in pairs_of_numbers(one, other):
         if bits(x) != bits(y):
@@ -91,7 +91,7 @@ def largest_difference(one: Any, other: Any) -> float:
 
 
 def distance(one: Any, other: Any) -> float:
-    """Return the norm of the difference of all numbers, relative to that of the numbers."""
+    """Return the norm of the difference of all numbers, relative to the norm of the first."""
     numbers = [
         torch.cat([part.flatten() for part in parts])
         for parts in zip(*pairs_of_numbers(one, other), strict=True)
@@ -100,7 +100,7 @@ def distance(one: Any, other: Any) -> float:
 
 
 def pairs_of_numbers(one: Any, other: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the tensors and numbers of both in float64."""
+    """Yield pairs of the tensors and numbers in both, as float64."""
     for pair in zip(tree_leaves(one), tree_leaves(other), strict=True):
         if isinstance(pair[0], Tensor | float):
             a, b = (torch.as_tensor(value).double() for value in pair)
@@ -108,7 +108,7 @@ def pairs_of_numbers(one: Any, other: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def bits(tree: Any) -> bytes:
-    """Return what differs whenever a bit of a tensor or number in ``tree`` does."""
+    """Return the bytes of all tensors and numbers in ``tree``."""
     return b"".join(
         leaf.detach().contiguous().numpy().tobytes()
         if isinstance(leaf, Tensor)
@@ -118,7 +118,7 @@ def bits(tree: Any) -> bytes:
 
 
 def train_here(folder: Path, *, repeat: bool) -> None:
-    """Train in this process; keep the last state, and note the batches in their order."""
+    """Train in this process; keep the last state, and record the batches in order."""
     seen = hashlib.sha256()
     initial: list[str] = []
     step = MultiTaskModule.training_step
@@ -144,7 +144,7 @@ def train_here(folder: Path, *, repeat: bool) -> None:
 
 
 def run(root: Path, model: str, threads: int, name: str, *arguments: str) -> Path:
-    """Train in a process of its own; return its folder."""
+    """Train in a separate process; return the run folder."""
     folder = root / f"{model}_{threads}_{name}"
     command = [sys.executable, __file__, "--here", str(folder), *_RUN, f"model={model}"]
     command += [f"threads={threads}", f"data_root={root}", f"hydra.run.dir={folder}", *arguments]
@@ -169,7 +169,7 @@ def busy_cores() -> Iterator[None]:
 
 
 def quantities(folder: Path) -> dict[str, Any]:
-    """Return what is compared of a run, by its name in the tables."""
+    """Return the compared quantities of a run by their names in the tables."""
     last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     record, noted = (read_json(folder / name) or {} for name in ("result.json", "noted.json"))
     callbacks = last["callbacks"]
@@ -186,7 +186,7 @@ def quantities(folder: Path) -> dict[str, Any]:
 
 
 def compare_runs(root: Path, model: str, threads: int, runs: int) -> dict[str, Any]:
-    """Train ``runs`` times, print a row, and return the quantities of the first run."""
+    """Train ``runs`` times and print a row; return the quantities of the first run."""
     found: list[dict[str, Any]] = []
     for number in range(runs):
         with busy_cores() if number % 2 else nullcontext():
@@ -196,7 +196,7 @@ def compare_runs(root: Path, model: str, threads: int, runs: int) -> dict[str, A
     ]
     print(f"| {model} | {threads} | {' | '.join(f'{count} of {runs}' for count in same)} |")
     if min(same) < runs:
-        sys.exit("runs alike differ")
+        sys.exit("identical runs differ")
     return found[0]
 
 
@@ -217,7 +217,7 @@ def main() -> None:
 
 
 def print_tables(root: Path, models: list[str], runs: int) -> None:
-    """Train, and print what is the same and what differs."""
+    """Train, and print the tables of equal and different quantities."""
     names = ["batches, noise", "initial weights", "dropout's stream", "weights", "optimiser"]
     names += ["MTN", "metrics", "history, curves"]
     head = " | ".join(names)

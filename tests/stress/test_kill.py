@@ -1,4 +1,4 @@
-"""A process that is killed, with the script that kills it many more times."""
+"""Short runs of ``kill.py``, the script that kills and resumes a training."""
 
 import subprocess
 import sys

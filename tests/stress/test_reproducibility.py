@@ -1,4 +1,4 @@
-"""The same cell in processes of its own, with the script that trains it many more times."""
+"""Short runs of ``reproducibility.py``, the script that repeats the same run."""
 
 import subprocess
 import sys
@@ -18,5 +18,5 @@ def test_processes_alike_end_with_the_same_bits_and_threads_change_no_draw(model
 
     assert done.returncode == 0, done.stderr
     assert f"| {model} | 1 |{' 2 of 2 |' * 8}\n" in done.stdout
-    # The order of the rows, the noise, the first weights and the stream of dropout.
+    # The row order, the noise, the initial weights and the dropout stream.
     assert f"| {model} |{' same bits |' * 3} " in done.stdout

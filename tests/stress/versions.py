@@ -1,11 +1,11 @@
-"""Run the tests with the oldest versions that are allowed, the exact ones, and the newest.
+"""Run the tests with the oldest allowed, the exact and the newest versions.
 
 ``make test-versions``, or ``python tests/stress/versions.py [oldest] [exact] [newest]``
 
-Each in an environment of its own, a folder below ``--folder`` that is used again where it is there:
+Each row has its own environment, a folder below ``--folder`` that is reused if it exists:
 ``oldest`` takes the lower bound of every direct dependency in ``pyproject.toml``, ``exact`` the
-versions of ``constraints.txt``, ``newest`` whatever pip finds. What those depend on is the newest
-that they allow. A warning of another version is no failure here. A table is printed.
+versions of ``constraints.txt``, ``newest`` whatever pip finds. Indirect dependencies are the newest
+allowed ones. Warnings of other versions are not failures here. The results are printed as a table.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SHOWN = ("torch", "lightning", "torchmetrics", "hydra-core", "numpy", "pandas", 
 
 
 def lower_bounds() -> Iterator[str]:
-    """Pin what ``pyproject.toml`` names at its lower bound, extras included."""
+    """Yield a pin at the lower bound for each requirement in ``pyproject.toml``, with extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     for requirement in (Requirement(line) for group in groups for line in group):
@@ -35,14 +35,14 @@ def lower_bounds() -> Iterator[str]:
 
 
 def constraints(row: str) -> str:
-    """Return the text of the constraints of a row."""
+    """Return the constraints file of a row."""
     if row == "oldest":
         return "\n".join(lower_bounds())
     return (ROOT / "constraints.txt").read_text() if row == "exact" else ""
 
 
 def install(row: str, interpreter: str, folder: Path) -> Path:
-    """Make the environment of a row; return its Python."""
+    """Create the environment of a row; return its Python."""
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([interpreter, "-m", "venv", folder], check=True)
@@ -55,7 +55,7 @@ def install(row: str, interpreter: str, folder: Path) -> Path:
 
 
 def versions_of(python: Path, folder: Path) -> list[str]:
-    """Return the version of Python and of what is shown."""
+    """Return the versions of Python and of the packages in ``SHOWN``."""
     listed = folder / "inspect.json"
     with listed.open("w") as file:
         subprocess.run([python, "-m", "pip", "inspect"], stdout=file, check=True)
@@ -65,10 +65,12 @@ def versions_of(python: Path, folder: Path) -> list[str]:
 
 
 def main() -> None:
-    """Print the table."""
+    """Run the tests for each row and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", default=["oldest", "exact", "newest"])
-    parser.add_argument("--python", default=sys.executable, help="that makes the environments")
+    parser.add_argument(
+        "--python", default=sys.executable, help="interpreter that creates the environments"
+    )
     parser.add_argument("--folder", type=Path, default=Path(".versions"))
     parser.add_argument("--tests", nargs="+", default=["tests", "src"])
     arguments = parser.parse_args()
