@@ -79,7 +79,7 @@ def test_imports_point_one_way(room):
 
 
 @pytest.mark.parametrize("model", [name for name in MODULES if name.startswith("model/")])
-def test_a_network_knows_nothing_of_lightning_metrics_and_optimisers(model):
+def test_a_network_does_not_import_lightning_metrics_or_optimisers(model):
     names = set(imports(MODULES[model]))
 
     strangers = ("lightning", "mtnrec.metric", "mtnrec.optimizer")
@@ -93,7 +93,7 @@ def modules_loaded(*names):
     return set(process.stdout.split())
 
 
-def test_a_training_starts_without_the_libraries_that_it_does_not_use():
+def test_a_training_does_not_import_unused_libraries():
     loaded = modules_loaded("mtnrec.train", "mtnrec.data.synthetic", "mtnrec.data.aliexpress")
 
     assert not loaded & {"numba", "pandas", "polars", "pyarrow", "sklearn", "wandb"}

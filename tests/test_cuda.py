@@ -102,7 +102,7 @@ def test_factors_from_products_alone_miss_less_than_a_hundredth_of_the_norm(mode
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("model", MODELS)
-def test_replayed_steps_have_the_bits_of_steps_that_are_not(
+def test_replayed_steps_have_the_same_bits_as_eager_steps(
     model, precision, train, monkeypatch, replays
 ):
     keys = [*ON_GPU, f"trainer.precision={precision}", "mtn.enabled=true", "model.dropout=0.3"]
@@ -119,7 +119,7 @@ def test_replayed_steps_have_the_bits_of_steps_that_are_not(
 
 
 @pytest.mark.parametrize(("step", "number"), [(11, 20), (11, 12), (15, 16)])
-def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
+def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     step, number, train, kill, tmp_path
 ):
     keys = [*ON_GPU, "mtn.enabled=true", "model.dropout=0.3", "trainer.max_epochs=3"]
@@ -154,7 +154,7 @@ def test_a_checkpoint_gives_the_same_scores_on_both(train):
     assert scores.nunique().min() > 10
 
 
-def test_one_process_over_nccl_trains_as_one_without(train, tmp_path):
+def test_one_process_over_nccl_trains_like_one_without(train, tmp_path):
     keys = [*ON_GPU, IN_FLOAT64, "mtn.enabled=true", "trainer.max_epochs=2"]
     sizes = ["model=esmm", "model.embedding_dim=4", "model.tower_widths=[16,8]"]  # as `train` has
     run = [sys.executable, "-m", "mtnrec.train", *keys, *sizes, f"hydra.run.dir={tmp_path}"]

@@ -37,7 +37,7 @@ def test_freed_memory_is_not_faulted_in_again():
     assert pages["keep"] < 0.02 * expected
 
 
-def test_a_system_without_glibc_is_left_as_it_is(monkeypatch):
+def test_a_system_without_glibc_is_not_changed(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
 
     assert not keep_freed_memory()
@@ -60,7 +60,7 @@ def test_products_have_float32_precision_on_any_processor(amd, product_setting, 
         assert ((product - exact).abs() <= error * (a.abs() @ b.abs())).all()
 
 
-def test_a_processor_that_would_round_to_bfloat16_is_left_as_it_is(
+def test_a_processor_that_would_round_to_bfloat16_keeps_its_setting(
     amd, product_setting, monkeypatch
 ):
     monkeypatch.setattr(
@@ -72,7 +72,7 @@ def test_a_processor_that_would_round_to_bfloat16_is_left_as_it_is(
 
 
 @pytest.mark.parametrize(("vendor", "device"), [("Intel", "cpu"), ("AMD", "cuda")])
-def test_other_processors_and_devices_are_left_as_they_are(
+def test_other_processors_and_devices_keep_their_setting(
     product_setting, monkeypatch, vendor, device
 ):
     monkeypatch.setattr(machine, "_is_amd", lambda: vendor == "AMD")
@@ -81,7 +81,7 @@ def test_other_processors_and_devices_are_left_as_they_are(
     assert product_setting.fp32_precision == "ieee"
 
 
-def test_the_choice_leaves_random_numbers_alone(amd, product_setting):
+def test_the_choice_does_not_change_random_numbers(amd, product_setting):
     before = torch.get_rng_state()
     prefer_onednn_matmul(CPU)
 

@@ -30,7 +30,7 @@ def test_is_the_machines_where_nothing_limits_it(tmp_path, write):
 
 
 @pytest.mark.parametrize("own", ["max\n", "4096\n", "900\n"])
-def test_is_the_least_limit_of_the_groups_that_hold_the_process(write, own):
+def test_is_the_smallest_limit_of_the_groups_of_the_process(write, own):
     root = write(
         {
             "proc/self/cgroup": "0::/slurm/job_7/step_0\n",
@@ -44,7 +44,7 @@ def test_is_the_least_limit_of_the_groups_that_hold_the_process(write, own):
     assert memory_bytes(root) == (900 if own == "900\n" else 1000)
 
 
-def test_knows_the_first_version_of_control_groups(write):
+def test_supports_version_1_of_control_groups(write):
     root = write(
         {
             "proc/self/cgroup": "9:cpu,cpuacct:/job\n4:memory:/job:7\n0::/\n",

@@ -30,7 +30,7 @@ def test_nothing_but_the_checkpoint_is_left(path):
     assert torch.equal(read_checkpoint(path, "")["state_dict"]["a"], CONTENT["state_dict"]["a"])
 
 
-def test_a_checkpoint_is_under_its_name_only_when_it_is_on_the_disk(path, monkeypatch):
+def test_a_checkpoint_gets_its_name_only_when_it_is_on_the_disk(path, monkeypatch):
     before, seen = path.read_bytes(), []
 
     def look(descriptor):
@@ -44,7 +44,7 @@ def test_a_checkpoint_is_under_its_name_only_when_it_is_on_the_disk(path, monkey
     assert read_checkpoint(path, "")["more"] == 1
 
 
-def test_a_disk_that_is_full_leaves_the_last_checkpoint(path):
+def test_a_full_disk_keeps_the_last_checkpoint(path):
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # the system refuses to write more
@@ -58,7 +58,7 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(path):
     assert path.read_bytes() == before
 
 
-def test_a_full_disk_is_told_with_what_to_do(path, monkeypatch):
+def test_a_full_disk_is_reported_with_a_remedy(path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -122,14 +122,14 @@ def test_a_foreign_file_is_refused(content, path):
     "weight",
     [3, None, [torch.zeros(2)], torch.zeros(1).expand(10**12), torch.eye(2).to_sparse()],
 )
-def test_weights_that_are_not_there_in_full_are_refused(weight, path):
+def test_incomplete_weights_are_refused(weight, path):
     torch.save(CONTENT | {"state_dict": {"a": weight}}, path)
 
     with pytest.raises(InputError, match=r"last.ckpt is damaged.*: remove it"):
         read_checkpoint(path, "remove it")
 
 
-def test_a_repeated_number_is_refused_wherever_it_is(path):
+def test_an_expanded_tensor_is_refused_anywhere(path):
     state = [torch.zeros(1).expand(10**12)]
     state.append(state)  # in itself
     torch.save(CONTENT | {"optimizer_states": [{"state": {0: state}}]}, path)
@@ -167,7 +167,7 @@ def test_parts_that_share_their_bytes_are_refused(path):
 
 
 @pytest.mark.parametrize("size", [b"J\xff\xff\xff\x7f", b"\x8a\x08" + b"\xff" * 7 + b"\x7f"])
-def test_a_pickle_that_says_another_size_than_its_bytes_is_refused(size, path):
+def test_a_pickle_whose_size_differs_from_its_bytes_is_refused(size, path):
     pickled = b"M" + (5000).to_bytes(2, "little")
 
     def change(parts):

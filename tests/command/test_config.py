@@ -42,7 +42,7 @@ def test_every_group_has_its_choices():
 
 
 @pytest.mark.parametrize("name", choices("data"))
-def test_every_data_set_is_built_alike_by_every_entry_point_without_touching_the_disk(
+def test_every_entry_point_builds_the_same_data_set_without_touching_the_disk(
     name, compose_config, tmp_path
 ):
     config, to_prepare, to_describe = (
@@ -78,7 +78,7 @@ def test_every_model_is_built_from_a_schema(name, compose_config, funnel_schema,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_gives_fields_widths_of_their_own(compose_config):
+def test_the_command_line_sets_widths_per_field(compose_config):
     fields = tuple(CategoricalField(name, 300) for name in ("101", "109_14", "205"))
     schema = Schema(fields, (), ("click", "conversion"), funnel=True)
     config = compose_config("model.embedding_dim={default:9,101:3,109_14:4}")

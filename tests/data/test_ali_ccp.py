@@ -411,7 +411,7 @@ def test_the_same_file_twice_is_refused(raw_dir, prepared, tmp_path):
         prepared(folder)
 
 
-def test_an_archive_beside_its_files_is_refused(raw_dir, prepared, tmp_path):
+def test_an_archive_next_to_its_files_is_refused(raw_dir, prepared, tmp_path):
     folder = copy_with(raw_dir, tmp_path / "raw", "", None)
     (folder / "sample_train.tar.gz").write_bytes(b"")
 
@@ -494,7 +494,7 @@ def test_a_bad_key_is_refused(overrides, message, make_datamodule):
         (["fields=[101]"], (1, 0, 0)),
     ],
 )
-def test_any_kind_of_feature_may_be_alone(overrides, features, raw_dir, prepared):
+def test_each_kind_of_feature_works_alone(overrides, features, raw_dir, prepared):
     _, manifest, arrays = prepared(raw_dir, "preset=null", *overrides)
 
     schema = manifest.schema
@@ -502,7 +502,7 @@ def test_any_kind_of_feature_may_be_alone(overrides, features, raw_dir, prepared
     assert len(arrays["test"]["labels"]) == 404
 
 
-def test_where_every_common_line_is_skipped_nothing_is_left(raw_dir, prepared, tmp_path):
+def test_no_row_remains_if_every_common_line_is_skipped(raw_dir, prepared, tmp_path):
     folder = copy_with(raw_dir, tmp_path / "raw", COMMON, lambda lines: [b"x\n"] * len(lines))
 
     with pytest.raises(InputError, match="the label click is 0 in all 0 training rows"):
@@ -516,7 +516,7 @@ def test_preparing_needs_a_field(overrides, raw_dir, prepared):
         prepared(raw_dir, *overrides)
 
 
-def test_training_takes_what_is_prepared_whatever_was_chosen(raw_dir, prepared, make_datamodule):
+def test_training_uses_the_prepared_set_whatever_was_chosen(raw_dir, prepared, make_datamodule):
     folder, manifest, _ = prepared(raw_dir, "preset=null", "fields=[205,210]", "tokens=all")
 
     datamodule = make_datamodule("ali_ccp", f"dir={folder}", "preset=null")

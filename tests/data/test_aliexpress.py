@@ -124,7 +124,7 @@ def test_values_of_test_rows_alone_are_unseen(directory, raw_dir):
     assert_prepared_from(directory, raw_dir)
 
 
-def test_an_odd_spelling_is_the_same_number(directory, raw_dir):
+def test_an_odd_spelling_gives_the_same_number(directory, raw_dir):
     cells = {"numerical_1": "2.5e-1", "numerical_2": ".1", "numerical_3": "0.30000001192092896"}
     edit(raw_dir / "train.csv", 2, **cells, categorical_1="008", click="+1")
 
@@ -349,7 +349,7 @@ def test_a_failed_preparation_keeps_the_earlier_one(directory, raw_dir):
     verify_prepared(directory, manifest)
 
 
-def test_the_raw_folder_is_no_place_for_the_prepared_set(raw_dir):
+def test_the_raw_folder_cannot_hold_the_prepared_set(raw_dir):
     before = sorted(raw_dir.iterdir())
 
     with pytest.raises(InputError, match="exists but is not a prepared data set"):

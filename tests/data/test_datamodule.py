@@ -128,7 +128,7 @@ def test_a_batch_holds_the_rows_of_every_array(make, directory):
             assert tuple(tensor.dtype for tensor in tensors) == types
 
 
-def test_whole_groups_validate(make):
+def test_complete_groups_validate(make):
     datamodule = make(validation_split="grouped", validation_share=0.5)
 
     train, validation = (set(datamodule.column(split, "group")) for split in ("train", "val"))
@@ -234,7 +234,7 @@ def test_the_order_is_numpys_permutation():
     np.testing.assert_array_equal(np.concatenate(list(sampler)), order)
 
 
-def test_a_set_that_the_memory_does_not_hold_gives_the_same_batches(
+def test_a_set_larger_than_memory_gives_the_same_batches(
     directory, write_tiny, monkeypatch, caplog
 ):
     write_tiny(directory, train=101, test=13, multivalued=True)
@@ -301,7 +301,7 @@ def test_lightning_changes_the_order_each_epoch(make):
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 @pytest.mark.parametrize("rows", [5, 30, 59, 60, 61])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_ranks_share_out_the_global_batches(rows, batch_size, world_size):
+def test_ranks_divide_the_global_batches(rows, batch_size, world_size):
     ranks = []
     for rank in range(world_size):
         sampler = TrainSampler(rows, batch_size, 3, rank, world_size)
@@ -394,7 +394,7 @@ def test_absent_data_is_refused_with_its_origin_and_the_command(directory):
         build(directory).prepare_data()
 
 
-def test_damage_is_found_by_checksum_unless_told_otherwise(directory, write_tiny):
+def test_damage_is_found_by_checksum_by_default(directory, write_tiny):
     write_tiny(directory)
     path = directory / "train" / "numerical.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")

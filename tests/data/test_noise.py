@@ -175,7 +175,7 @@ def test_everything_that_has_another_value_is_replaced_by_a_valid_one(sampling, 
         assert new_labels == labels
 
 
-def test_proportion_0_leaves_every_bit_alone(make):
+def test_proportion_0_changes_no_bit(make):
     clean, off = make(noise=None), make(noise={"proportion": 0})
 
     for split in SPLITS:
@@ -250,7 +250,7 @@ def test_the_noise_of_a_row_is_a_function_of_the_row_alone(make):
     assert rows_of(make(noise=noise | {"seed": 1}), "train", "val") != expected
 
 
-def test_the_files_have_noise_of_their_own():
+def test_each_file_has_its_own_noise():
     noise = make_noise(proportion=0.5, splits=list(SPLITS))
     noise.learn(
         Schema((), ("price",), LABELS, funnel=True),
@@ -330,7 +330,7 @@ def draws_of(kind, sampling, original):
 @pytest.mark.parametrize("original", [0, 2, 3, 5])
 @pytest.mark.parametrize("sampling", ["uniform", "empirical"])
 @pytest.mark.parametrize("kind", ["categorical", "numerical", "multi-valued"])
-def test_new_values_are_as_frequent_as_the_sampling_says(kind, sampling, original):
+def test_new_values_have_the_frequencies_of_the_sampling(kind, sampling, original):
     found = draws_of(kind, sampling, original)
 
     weights = {value: 1 if sampling == "uniform" else count for value, count in COUNTS.items()}
@@ -370,7 +370,7 @@ def test_counting_in_small_chunks_draws_the_same(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "empirical"])
-def test_columns_without_another_value_stay_as_they_are(sampling):
+def test_columns_without_another_value_are_unchanged(sampling):
     sizes = (1, 2, 4, 2)
     fields = tuple(CategoricalField(f"field_{i}", size) for i, size in enumerate(sizes))
     schema = Schema(fields, ("constant", "flag"), LABELS, funnel=True)
@@ -407,7 +407,7 @@ def test_the_values_of_a_long_column_come_from_all_over_it():
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "empirical"])
-def test_a_batch_without_rows_stays_so(sampling, make):
+def test_a_batch_without_rows_stays_empty(sampling, make):
     datamodule = make(noise={"sampling": sampling}, rank=15, world_size=16, batch_size=50)
 
     *_, last = datamodule.val_dataloader()
@@ -453,7 +453,7 @@ def test_the_record_counts_and_sums_the_mask(make, monkeypatch):
     assert other.noise.record(other.row_numbers)["checksum"] != record["checksum"]
 
 
-def test_the_mask_says_which_features_change(make):
+def test_the_mask_shows_which_features_change(make):
     datamodule = make(noise={"proportion": 0.3, "feature_probability": 0.4})
     numbers = datamodule.row_numbers["train"]
     new, old = (rows_of(d, "train") for d in (datamodule, make(noise=None)))
@@ -471,7 +471,7 @@ def test_the_mask_says_which_features_change(make):
                 assert before == after
 
 
-def test_noise_that_comes_after_the_set_up_is_refused(make):
+def test_noise_set_after_the_set_up_is_refused(make):
     datamodule = make(noise=None)
     datamodule.noise = make_noise()
 

@@ -142,7 +142,7 @@ def test_without_spread_the_probabilities_are_the_rates(tmp_path):
     np.testing.assert_allclose(conversion, 0.25, rtol=1e-12)
 
 
-def test_tasks_of_correlation_one_rank_alike(tmp_path):
+def test_tasks_of_correlation_one_rank_the_same(tmp_path):
     _, log = generate(tmp_path / "log", task_correlation=1.0, interaction=0.0)
 
     click, conversion = map(logit, split_probabilities(log))
@@ -150,7 +150,7 @@ def test_tasks_of_correlation_one_rank_alike(tmp_path):
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.8])
-def test_logits_correlate_as_told(tmp_path, correlation):
+def test_logits_have_the_given_correlation(tmp_path, correlation):
     # Many large fields make the planted dimensions independent, so that only the tasks correlate.
     settings = {"vocabulary_sizes": [500] * 60, "user_fields": 0, "skew": 0.0, "interaction": 0.0}
     settings |= {"numerical_features": 0, "user_numerical_features": 0, "rows": 4000}
@@ -171,7 +171,7 @@ def test_without_interaction_the_logit_is_a_sum_over_columns(tmp_path):
     np.testing.assert_allclose(fitted, target, atol=1e-5)
 
 
-def test_interaction_cannot_be_had_from_a_sum(tmp_path):
+def test_interaction_cannot_be_expressed_as_a_sum(tmp_path):
     _, log = generate(tmp_path / "log", interaction=1.0, vocabulary_sizes=[1, 5, 9, 7, 4])
 
     ones = [np.eye(column.max() + 1)[column] for column in log["categorical"].T]
@@ -181,7 +181,7 @@ def test_interaction_cannot_be_had_from_a_sum(tmp_path):
     assert (target - fitted).var() > 0.8 * target.var()
 
 
-def test_values_are_skewed_as_told(tmp_path):
+def test_values_have_the_given_skew(tmp_path):
     rows = 20_000
     generate(tmp_path / "log", rows=rows, skew=1.5)
 
@@ -220,7 +220,7 @@ def test_settings_of_the_training_do_not_change_the_log(tmp_path):
     assert files(tmp_path / "log") == before
 
 
-def test_global_random_streams_are_left_alone(tmp_path):
+def test_global_random_streams_are_unchanged(tmp_path):
     np.random.seed(0)  # noqa: NPY002
     torch.manual_seed(0)
     numpy_state, torch_state = np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
@@ -233,7 +233,7 @@ def test_global_random_streams_are_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("searches_per_chunk", [100, 8192])
-def test_searches_are_whole_and_in_one_split(tmp_path, monkeypatch, searches_per_chunk):
+def test_searches_are_complete_and_in_one_split(tmp_path, monkeypatch, searches_per_chunk):
     monkeypatch.setattr(synthetic, "_SEARCHES_PER_CHUNK", searches_per_chunk)
 
     manifest, _ = generate(tmp_path / "log", rows=2009, rows_per_search=4)
@@ -274,7 +274,7 @@ def test_vocabularies_are_those_of_the_training_rows(tmp_path):
     assert (arrays["test"]["categorical"] == 0).any()
 
 
-def test_prepares_itself_where_nothing_is(tmp_path):
+def test_prepares_itself_in_a_missing_or_empty_folder(tmp_path):
     (tmp_path / "empty").mkdir()
 
     for directory in (tmp_path / "absent", tmp_path / "empty"):
@@ -285,7 +285,7 @@ def test_prepares_itself_where_nothing_is(tmp_path):
         assert sum(datamodule.split_rows.values()) == 2001
 
 
-def test_an_earlier_log_of_the_same_settings_is_taken(tmp_path):
+def test_an_earlier_log_of_the_same_settings_is_reused(tmp_path):
     generate(tmp_path / "log")
     before = (tmp_path / "log" / "schema.json").stat()
 
@@ -294,7 +294,7 @@ def test_an_earlier_log_of_the_same_settings_is_taken(tmp_path):
     assert (tmp_path / "log" / "schema.json").stat() == before
 
 
-def test_an_earlier_log_of_other_settings_is_refused_and_stays(tmp_path):
+def test_an_earlier_log_of_other_settings_is_refused_and_kept(tmp_path):
     generate(tmp_path / "log")
     before = files(tmp_path / "log")
     other = Synthetic(**SETTINGS | {"dir": tmp_path / "log", "rank": 4, "click_rate": 0.1})

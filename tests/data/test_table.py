@@ -184,7 +184,7 @@ def test_kinds_are_inferred_and_printed(prepared, frame, capsys):
         assert expected in " ".join(lines[name].split())
 
 
-def test_what_is_given_is_not_inferred(prepared, frame):
+def test_given_kinds_are_not_inferred(prepared, frame):
     first, _ = prepared(frame, categorical=["item"])
     second, _ = prepared(frame, numerical=["shop"])
     third, _ = prepared(frame, categorical=["item"], numerical=["shop"])
@@ -196,7 +196,7 @@ def test_what_is_given_is_not_inferred(prepared, frame):
     assert third.schema.numerical == ("shop",)
 
 
-def test_vocabularies_are_of_training_rows_that_hold_a_value_often_enough(
+def test_vocabularies_hold_the_values_that_are_frequent_in_the_training_rows(
     prepared, directory, frame
 ):
     changes = {"categorical": ["shop", "item"], "numerical": ["row"]}
@@ -265,7 +265,7 @@ def test_numbers_without_gaps_are_stored_as_they_are(prepared, frame):
     assert manifest.transforms == {}
 
 
-def test_a_random_share_tests_as_the_seed_says(prepared, frame):
+def test_the_seed_chooses_the_random_test_rows(prepared, frame):
     rows = [
         prepared(frame, test_share=0.3, test_seed=seed)[1]["test"]["numerical"][:, 0].copy()
         for seed in (0, 0, 1)
@@ -279,7 +279,7 @@ def test_a_random_share_tests_as_the_seed_says(prepared, frame):
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_whole_groups_test(prepared, frame, text):
+def test_complete_groups_test(prepared, frame, text):
     users = np.random.default_rng(1).integers(-20, 20, ROWS)
     frame["user"] = [f"u{user}" for user in users] if text else users
 
@@ -604,7 +604,7 @@ def test_a_file_that_was_cut_is_refused_and_leaves_nothing(directory, tmp_path, 
     assert not any(directory.parent.glob("**/*"))
 
 
-def test_a_column_of_lists_is_refused_unless_it_is_left_out(directory, tmp_path):
+def test_a_column_of_lists_is_refused_unless_it_is_excluded(directory, tmp_path):
     content = pl.DataFrame({"tags": [[1], [2, 3]] * 10, "x": range(20), "click": [0, 1] * 10})
     content.write_parquet(tmp_path / "rows.parquet")
 
@@ -622,7 +622,7 @@ def test_a_column_of_lists_is_refused_unless_it_is_left_out(directory, tmp_path)
         ("folder", "data.{}: the folder .*folder has no .parquet files directly in it"),
     ],
 )
-def test_what_is_no_table_is_refused(directory, tmp_path, frame, key, name, message):
+def test_a_file_that_is_not_a_table_is_refused(directory, tmp_path, frame, key, name, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "notes.txt").touch()
     paths = {"train": write(frame, tmp_path / "rows.csv"), key: tmp_path / name}

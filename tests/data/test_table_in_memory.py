@@ -122,7 +122,7 @@ def test_the_prepared_bytes_are_those_of_the_parquet_file(
     ],
     ids=["reversed", "name of a column", "two levels", "dates"],
 )
-def test_an_index_of_pandas_is_left_out(tmp_path, index):
+def test_an_index_of_pandas_is_ignored(tmp_path, index):
     frame = draw()
 
     Table(train=frame, **ROLES, exclude=["time"], dir=tmp_path / "plain").prepare()
@@ -256,7 +256,7 @@ def test_lightning_prepares_and_sets_up_whatever_was_called_before(tmp_path, cal
 @pytest.mark.parametrize(
     "make_copy", [copy.deepcopy, copy.copy, lambda t: pickle.loads(pickle.dumps(t))]
 )
-def test_copies_have_a_folder_of_their_own(make_copy, is_prepared):
+def test_copies_have_their_own_folder(make_copy, is_prepared):
     table = Table(train=draw(), **ROLES, time="time")
     if is_prepared:
         table.prepare_data()
@@ -293,7 +293,7 @@ def identity(frame):
     return FrameSource("data.train", frame).identity
 
 
-def test_the_identity_of_a_frame_is_its_content_however_it_lies_in_memory():
+def test_the_identity_of_a_frame_is_its_content_whatever_its_memory_layout():
     frame = draw()
     rows = pl.from_pandas(frame, nan_to_null=False)
     more = pl.concat([rows[5:9], rows, rows[:3]], rechunk=True)
@@ -420,7 +420,7 @@ def test_a_bad_frame_is_refused_and_leaves_nothing(case, tmp_path):
 @pytest.mark.parametrize(
     "value", [{"click": [0]}, [[0, 1]], np.zeros((3, 2)), 3, pl.LazyFrame({"click": [0]})]
 )
-def test_what_is_neither_path_nor_frame_is_refused_at_once(key, value):
+def test_a_table_that_is_neither_path_nor_frame_is_refused_at_once(key, value):
     kind = type(value).__name__
 
     with pytest.raises(
@@ -445,7 +445,7 @@ def test_the_printed_kinds_are_those_of_the_file(tmp_path, capsys):
     assert any("object_text" in line for line in printed[0])
 
 
-def test_lists_are_read_where_they_are_asked_for():
+def test_lists_are_read_if_requested():
     frame = pl.DataFrame({"x": [[1], [2, 3]], "click": [0, 1]})
     source = open_source("table", frame)
 

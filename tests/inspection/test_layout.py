@@ -29,7 +29,7 @@ def describe_tiny(directory):
     )
 
 
-def test_what_is_printed_is_written_beside_the_prepared_folder(describe, tmp_path, capsys):
+def test_the_printed_report_is_written_next_to_the_prepared_folder(describe, tmp_path, capsys):
     describe("data=synthetic", "data.rows=3000", f"data.dir={tmp_path / 'sets' / 'log'}")
 
     printed, out = capsys.readouterr().out, tmp_path / "sets" / "log.txt"
@@ -86,7 +86,7 @@ def test_a_report_that_is_a_folder_is_refused(describe, tmp_path):
         describe("data=synthetic", f"out={tmp_path}")
 
 
-def test_missing_values_are_apart_from_rare_and_unseen_ones(tmp_path, write_tiny):
+def test_missing_values_are_separate_from_rare_and_unseen_ones(tmp_path, write_tiny):
     write_tiny(tmp_path / "tiny", train=50, test=10)
     _, arrays = open_prepared(tmp_path / "tiny")
     zeros = {split: int((arrays[split]["categorical"][:, 0] == 0).sum()) for split in arrays}
@@ -136,7 +136,7 @@ def test_the_transforms_of_the_features_are_listed(tmp_path, write_tiny):
     assert cells(report, "age")[-1] == ["30.5", "31", "12.25"]
 
 
-def test_a_rate_that_falls_along_the_file_is_seen(tmp_path):
+def test_a_rate_that_falls_along_the_file_is_shown(tmp_path):
     schema = Schema((), ("price",), ("like",), funnel=False)
     like = np.concatenate([np.arange(100) < 100 - 10 * tenth for tenth in range(10)])
     with write_prepared(tmp_path / "tiny", ("train", "test")) as writer:
@@ -176,7 +176,7 @@ def test_the_report_ends_with_the_suspects(leaks, tmp_path):
         assert last == "No judged feature alone has an AUC above 0.99."
 
 
-def test_a_task_that_cannot_be_judged_says_so(tmp_path, write_tiny):
+def test_a_task_that_cannot_be_judged_is_reported(tmp_path, write_tiny):
     write_tiny(tmp_path / "tiny")
 
     report = describe_tiny(tmp_path / "tiny")()
@@ -185,7 +185,7 @@ def test_a_task_that_cannot_be_judged_says_so(tmp_path, write_tiny):
         assert f"{definition:26} not judged: a class has under 20 rows" in report
 
 
-def test_what_noise_changes_is_described(describe, tmp_path, write_tiny, capsys):
+def test_the_effect_of_noise_is_described(describe, tmp_path, write_tiny, capsys):
     """At proportion 1 and probability 1 whatever has another value changes."""
     write_tiny(tmp_path / "tiny", train=200, test=20, multivalued=True)
     data = ["data=table", f"data.dir={tmp_path / 'tiny'}", f"out={tmp_path / 'out.txt'}"]

@@ -85,7 +85,7 @@ HONEST = {
 
 
 @pytest.mark.parametrize("kind", LEAKS)
-def test_a_feature_that_tells_the_conversion_is_suspected(kind):
+def test_a_feature_that_reveals_the_conversion_is_suspected(kind):
     rng = np.random.default_rng(0)
     labels = draw_labels(rng)
 
@@ -170,7 +170,7 @@ def test_a_numerical_feature_has_the_exact_auc_of_its_values_where_that_is_large
 
 
 @pytest.mark.parametrize("make", [categorical, lambda indices: multivalued(indices[:, None])])
-def test_the_name_of_a_group_is_no_leak_though_the_group_decides_the_label(make):
+def test_the_name_of_a_group_is_not_a_leak_though_the_group_decides_the_label(make):
     rng = np.random.default_rng(0)
     user = rng.integers(0, 200, ROWS)
     labels = draw_labels(rng, 200)[user]
@@ -224,7 +224,7 @@ def test_a_large_set_is_sampled_along_the_whole_file(monkeypatch):
     assert found.aucs["ctr"]["feature"] == pytest.approx(0.75, abs=0.1)
 
 
-def test_a_value_that_runs_of_rows_share_is_not_learnt_by_heart(monkeypatch):
+def test_a_value_that_runs_of_rows_share_is_not_memorised(monkeypatch):
     rng = np.random.default_rng(0)
     # Without a group: eight rows of a user, who always clicks or never does.
     labels = draw_labels(rng, ROWS // 8).repeat(8, axis=0)

@@ -22,7 +22,7 @@ def prepared(tmp_path, write_tiny):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_rows_and_positives_of_each_tenth_are_those_that_pandas_counts(prepared, split):
+def test_rows_and_positives_of_each_tenth_equal_those_of_pandas(prepared, split):
     manifest, arrays = prepared
 
     found = count_split(arrays[split], manifest.schema)
@@ -42,7 +42,7 @@ def test_rows_and_positives_of_each_tenth_are_those_that_pandas_counts(prepared,
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_features_are_those_that_pandas_describes(prepared, split):
+def test_feature_statistics_equal_those_of_pandas(prepared, split):
     manifest, arrays = prepared
 
     found = count_split(arrays[split], manifest.schema)

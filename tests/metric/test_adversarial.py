@@ -144,7 +144,7 @@ def test_log_loss_equals_sklearn_and_fifty_digits(rows):
     assert found == pytest.approx(sklearn_log_loss(labels, p, labels=[0, 1]), rel=1e-13)
 
 
-def test_log_loss_of_a_certain_score_is_nothing_or_infinite():
+def test_log_loss_of_a_certain_score_is_zero_or_infinite():
     p = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
     right, wrong = (log_loss(p.log(), (-p).log1p(), torch.tensor(y)) for y in ([0, 1], [1, 1]))
@@ -211,7 +211,7 @@ UNDEFINED = {
 
 
 @pytest.mark.parametrize(("logits", "labels", "undefined"), UNDEFINED.values(), ids=UNDEFINED)
-def test_what_is_undefined_is_nan_and_nothing_else_is(logits, labels, undefined):
+def test_undefined_values_and_only_those_are_nan(logits, labels, undefined):
     found = measure(logits, labels)
 
     expected = {f"{task}_{kind}" for task, kinds in undefined.items() for kind in kinds}

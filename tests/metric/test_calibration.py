@@ -96,7 +96,7 @@ def test_calibration_error_equals_a_slow_loop(rows, levels, bins):
     assert result.item() == pytest.approx(slow_calibration_error(p, labels, bins), abs=1e-13)
 
 
-def test_calibration_error_has_twenty_bins_unless_told():
+def test_calibration_error_has_twenty_bins_by_default():
     p, labels = draw(1000)
 
     result = calibration_error(*map(torch.from_numpy, (p, labels)))

@@ -189,7 +189,7 @@ def test_weights_act_as_in_sklearn(levels, dtype):
     assert result.item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_whole_weights_repeat_rows():
+def test_integer_weights_repeat_rows():
     scores, _, _ = draw(200, levels=30)
     positives, negatives = np.random.default_rng(1).integers(0, 4, (2, 200))
 
@@ -200,7 +200,7 @@ def test_whole_weights_repeat_rows():
     assert result.item() == pytest.approx(roc_auc_score(labels, repeated), abs=1e-14)
 
 
-def test_labels_mix_with_weights_of_the_negatives():
+def test_negatives_may_have_fractional_weights():
     scores, labels, _ = draw(500, levels=30)
     negatives = np.random.default_rng(1).random(500) * (1 - labels)
 

@@ -172,7 +172,7 @@ def test_each_task_has_the_curve_of_its_rows():
         assert found[f"{task}_ece"].item() == pytest.approx(weighted, abs=1e-13)
 
 
-def test_independent_labels_are_tasks_of_their_own():
+def test_independent_labels_are_separate_tasks():
     output, labels, groups = draw(500, labels=3)
 
     found = measure(INDEPENDENT, output, labels, groups, cuts=(200,))
@@ -205,7 +205,7 @@ def test_data_without_groups_has_no_grouped_auc():
     assert not [name for name in found if "grouped" in name]
 
 
-def test_reset_forgets_the_rows():
+def test_reset_discards_the_rows():
     output, labels, groups = draw(100)
     task_metrics = TaskMetrics(FUNNEL)
     task_metrics.update(*draw(50, seed=1))
@@ -272,7 +272,7 @@ multiprocessing.start_processes(measure, args=(sys.argv[1],), nprocs=2, start_me
 """
 
 
-def test_two_processes_with_unequal_rows_find_what_one_finds(tmp_path: Path):
+def test_two_processes_with_unequal_rows_find_the_values_of_one(tmp_path: Path):
     output, labels, groups = draw(100)
 
     def batch(start, end, *, grouped=True):

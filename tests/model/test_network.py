@@ -14,7 +14,7 @@ from mtnrec.model.network import build_network, require_network
 from mtnrec.model.shared_bottom import SharedBottom
 
 
-def test_the_network_is_that_of_its_constructor_and_the_random_stream_too():
+def test_the_network_and_the_random_stream_are_those_of_the_constructor():
     torch.manual_seed(0)
     expected, after = nn.Linear(3, 2), torch.rand(1)
     torch.manual_seed(0)
@@ -25,7 +25,7 @@ def test_the_network_is_that_of_its_constructor_and_the_random_stream_too():
     assert torch.equal(torch.rand(1), after)
 
 
-def test_weights_that_exceed_the_memory_are_refused_before_they_are_made(monkeypatch):
+def test_weights_that_exceed_the_memory_are_refused_before_allocation(monkeypatch):
     monkeypatch.setattr(network, "memory_bytes", lambda: 4 * 3 * 10**6)
 
     build_network(lambda: nn.Linear(3, 10**6, bias=False))
@@ -61,6 +61,6 @@ def test_a_model_without_a_method_of_a_network_is_refused():
         require_network(nn.Linear(2, 1))
 
 
-def test_another_error_of_the_constructor_is_its_own():
+def test_other_errors_of_the_constructor_pass_through():
     with pytest.raises(RuntimeError, match="negative dimension"):
         build_network(lambda: nn.Linear(3, -1))

@@ -152,7 +152,7 @@ def test_outputs_and_gradients_equal_the_formulas(model, schema, rows, make_batc
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 @pytest.mark.parametrize("model", BUILD)
-def test_float32_is_that_of_the_formulas_up_to_its_rounding(model, schema, make_batch):
+def test_float32_equals_the_formulas_up_to_rounding(model, schema, make_batch):
     keys = PLAIN | {"embedding_dim": WIDTHS.get(schema, 5)}
     schema = SCHEMAS[schema]
     torch.manual_seed(1)
@@ -181,7 +181,7 @@ def test_a_field_has_the_width_it_is_given(make_batch):
     assert network.input(make_batch(SCHEMAS["widths"])).shape == (16, network.input.out_features)
 
 
-def test_equal_widths_field_by_field_are_one_width_for_all(funnel_schema, make_batch):
+def test_equal_widths_per_field_equal_one_width_for_all(funnel_schema, make_batch):
     networks = []
     for embedding_dim in (5, {"default": 5, "categorical_1": 5}):
         torch.manual_seed(0)
@@ -225,7 +225,7 @@ def test_bags_can_be_summed(model, make_batch):
     torch.testing.assert_close(output.positive.exp(), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_bag_whose_weights_are_all_zero_is_worth_an_empty_one(make_batch):
+def test_a_bag_whose_weights_are_all_zero_equals_an_empty_one(make_batch):
     schema = SCHEMAS["multivalued"]
     network, batch = BUILD["esmm"](schema, **PLAIN), make_batch(schema)
     for bags in batch.bags:
@@ -392,7 +392,7 @@ def made_vectors(**keys):
     return [table.weight.detach() for table in FeatureInput(CATEGORICAL, 16, "mean", **keys).tables]
 
 
-def test_embeddings_start_as_rows_of_one_table_of_all_fields_do():
+def test_embeddings_start_as_rows_of_one_table_for_all_fields():
     torch.manual_seed(1)
     joint = nn.init.xavier_uniform_(torch.empty(sum(SIZES), 16))  # MTReclib's
 
@@ -405,7 +405,7 @@ def test_embeddings_start_as_rows_of_one_table_of_all_fields_do():
         assert vectors[1:].std().item() == pytest.approx(joint.std().item(), rel=0.05)
 
 
-def test_embeddings_may_start_as_a_table_for_each_field_does():
+def test_embeddings_may_start_as_one_table_per_field():
     torch.manual_seed(0)
     tables = [nn.Embedding(size, 16) for size in SIZES]  # their constructors draw as well
     expected = [nn.init.xavier_uniform_(table.weight).detach() for table in tables]
@@ -414,7 +414,7 @@ def test_embeddings_may_start_as_a_table_for_each_field_does():
         assert torch.equal(vectors[1:], table[1:])
 
 
-def test_an_unknown_start_of_the_embeddings_is_refused():
+def test_an_unknown_initialisation_of_the_embeddings_is_refused():
     message = "model.embedding_init must be one of joint, per_field; got 'large'"
     with pytest.raises(InputError, match=message):
         FeatureInput(CATEGORICAL, 16, "mean", "large")

@@ -130,7 +130,7 @@ def test_sparse_gradients_equal_the_dense_ones(model, make_batch):
         torch.testing.assert_close(gradient.to_dense(), dense[name], rtol=1e-12, atol=1e-15)
 
 
-def test_the_gradient_of_a_field_with_bags_has_a_row_for_each_token_in_them(make_batch):
+def test_the_gradient_of_a_field_with_bags_has_a_row_per_token(make_batch):
     network, batch = make_network(), make_batch(SCHEMA, rows=64)
     network.input.make_gradients(sparse=True)
 
@@ -161,7 +161,7 @@ def test_sparse_gradients_change_neither_the_output_nor_the_state_dict(make_batc
     ],
     ids=["no clip", "clip norm", "clip value"],
 )
-def test_equals_adam_where_every_batch_has_every_row(clip, accumulate, coupling, fit, full_batches):
+def test_equals_adam_if_every_batch_has_every_row(clip, accumulate, coupling, fit, full_batches):
     trained = []
     for optimizer in (LAZY, ADAM):
         callbacks = [] if coupling is None else [make_mtn(coupling)]
@@ -181,7 +181,7 @@ def test_equals_adam_where_every_batch_has_every_row(clip, accumulate, coupling,
     ids=["fp32", "bf16"],
 )
 @pytest.mark.parametrize("model", BUILD)
-def test_rows_that_no_batch_has_are_left_alone_to_the_bit(model, keys, fit, make_batch):
+def test_rows_that_no_batch_has_are_unchanged_to_the_bit(model, keys, fit, make_batch):
     batches = [make_batch(SCHEMA, 32, number) for number in range(6)]
     for batch in batches:
         batch.categorical[:, 1:] //= 2
@@ -211,7 +211,7 @@ def test_only_the_optimiser_that_takes_sparse_gradients_gets_them(fit, full_batc
     assert found == [set(), SPARSE, set()]
 
 
-def test_processes_that_cannot_add_sparse_gradients_up_are_refused(monkeypatch):
+def test_processes_that_cannot_sum_sparse_gradients_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
     module = MultiTaskModule(make_network(), schema=SCHEMA, optimizer=LAZY)

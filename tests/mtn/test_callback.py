@@ -200,7 +200,7 @@ def test_zero_lambda_is_bit_identical_to_no_callback(fit, funnel_schema):
         assert torch.equal(a, b)
 
 
-def test_not_enabled_is_bit_identical_to_no_callback(fit, funnel_schema):
+def test_disabled_is_bit_identical_to_no_callback(fit, funnel_schema):
     disabled, _ = fit(make_network(funnel_schema), make_mtn(enabled=False), optimizer=ADAM)
     without, _ = fit(make_network(funnel_schema), optimizer=ADAM)
 
@@ -240,7 +240,7 @@ def test_single_layers_and_experts_can_be_chosen(funnel_schema):
         assert reached == {id(layer.weight) for depth in chosen for layer in depth}
 
 
-def test_frobenius_term_can_be_left_out(fit, funnel_schema):
+def test_frobenius_term_can_be_switched_off(fit, funnel_schema):
     network = make_network(funnel_schema).double()
     stacks = [torch.stack([x.weight for x in depth]) for depth in network.task_layers()]
     logged = {}
@@ -288,7 +288,7 @@ def test_the_exported_graph_is_the_same(build, fit, funnel_schema, make_batch):
     assert graphs[0] == graphs[1]
 
 
-def test_decoupled_moves_weights_beside_the_optimisers_step(fit, funnel_schema):
+def test_decoupled_moves_weights_next_to_the_optimisers_step(fit, funnel_schema):
     batches = {"max_steps": 1, "limit_train_batches": 1, "optimizer": ADAM}
     start_network = make_network(funnel_schema).double()
 
@@ -324,7 +324,7 @@ SIDE_BY_SIDE = [
 
 
 @pytest.mark.parametrize(("build", "lam", "coupling"), SIDE_BY_SIDE)
-def test_the_default_does_what_the_exact_method_does(
+def test_the_default_follows_the_exact_method_closely(
     build, lam, coupling, funnel_schema, make_batch
 ):
     """Norms, loss share, alphas, effective ranks and spectra after each epoch, dead units included.
@@ -401,7 +401,7 @@ class EachStep(L.Callback):
 
 
 @pytest.mark.parametrize("layer_weighting", ["mean", "gated"])
-def test_steps_of_alpha_made_together_are_those_made_one_by_one(
+def test_steps_of_alpha_made_together_equal_those_made_one_by_one(
     fit, funnel_schema, layer_weighting
 ):
     keys = {"refresh_every": 6, "layer_weighting": layer_weighting}
@@ -599,7 +599,7 @@ def test_one_tower_is_refused():
         start(make_mtn(), network)
 
 
-def test_a_layer_whose_norm_was_far_off_is_warned_of_once(fit, funnel_schema, monkeypatch, caplog):
+def test_a_layer_whose_norm_was_far_off_gives_one_warning(fit, funnel_schema, monkeypatch, caplog):
     found = [Deviation(0.3, 20.0, 0.1), Deviation(0.05, 1.0, 0.0), Deviation(0.0, 0.0, 0.0)]
     monkeypatch.setattr(Penalty, "pop_deviations", lambda _: found)
 

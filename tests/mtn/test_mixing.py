@@ -78,7 +78,7 @@ def test_learned_alpha_drifts_to_the_smallest_norm():
     assert weights.alpha()[0, 1] > 0.95
 
 
-def test_making_weights_leaves_the_global_random_stream_alone():
+def test_creating_weights_does_not_move_the_global_random_stream():
     state = torch.get_rng_state()
 
     make(layer_weighting="gated")
@@ -94,7 +94,7 @@ def test_alpha_starts_equal_over_all_seven_subsets(alpha):
     torch.testing.assert_close(found, expected.expand(3, 4))
 
 
-def test_alpha_over_all_subsets_learns_as_seven_separate_weights_do():
+def test_alpha_over_all_subsets_learns_like_seven_separate_weights():
     weights = make(layers=1, multiplicities=(2, 2, 2, 1))
     norms, frobenius = torch.tensor([[3.0, 2.0, 1.5, 1.2]], dtype=torch.float64), NORMS[:1]
     seven = torch.zeros(7, dtype=torch.float64, requires_grad=True)

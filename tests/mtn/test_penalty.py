@@ -86,7 +86,7 @@ def test_between_decompositions_the_direction_follows_the_weights():
     assert 0 < followed < 0.75 * kept
 
 
-def test_one_is_the_exact_method():
+def test_refreshing_at_every_step_is_the_exact_method():
     penalty, layers = make_penalty(1)
     penalty.measure(0)
     for step in range(1, 5):
@@ -138,7 +138,7 @@ def test_the_deviation_is_that_of_the_direction_that_would_have_been_used():
     assert found.angle > 1
 
 
-def test_the_largest_deviation_since_the_last_look_is_kept():
+def test_the_largest_deviation_since_the_last_reading_is_kept():
     penalty, layers = make_penalty(4)
     penalty.measure(10_000)
     for step, by in ((10_008, 0.2), (10_016, 0.01)):
@@ -184,7 +184,7 @@ def test_a_direction_that_is_kept_fades_as_weights_without_a_gradient_come_to_re
     assert torch.equal(after[:, 1::2], before[:, 1::2])
 
 
-def test_where_the_penalty_is_not_in_the_gradient_a_kept_direction_stays_as_it_is():
+def test_a_kept_direction_does_not_change_if_the_penalty_is_not_in_the_gradient():
     penalty, layers = kept_penalty(None)
     before = penalty.current(0).clone()
     for layer in layers:

@@ -180,7 +180,7 @@ def test_a_singular_value_that_has_passed_zero_pulls_the_other_way_at_once():
         assert (factor * part).sum().item() == pytest.approx(1 if passed < 1 else -1, abs=1e-9)
 
 
-def test_any_orthonormal_vectors_give_the_norm_at_least():
+def test_any_orthonormal_vectors_give_at_least_the_norm():
     stack = gaussian(2, 5, 7)
 
     factor, lengths = polar_from_vectors(stack, (1,), orthogonal(5, 3), 1e-12)

@@ -67,7 +67,7 @@ def test_rows_move_as_under_sparse_adam():
     torch.testing.assert_close(lazy, reference, rtol=1e-5, atol=1e-6)
 
 
-def test_a_row_that_a_batch_lacks_is_left_alone_to_the_bit():
+def test_a_row_that_a_batch_lacks_is_unchanged_to_the_bit():
     table = make_table()
     optimizer = LazyAdam([table], **KEYS)
     train(table, optimizer, [draw(0, count=100)])
@@ -146,7 +146,7 @@ def test_a_batch_without_tokens_moves_nothing():
     assert torch.equal(untouched, before[1])
 
 
-def test_goes_on_from_a_saved_state_to_the_same_bits():
+def test_resumes_from_a_saved_state_to_the_same_bits():
     batches = [draw(number, count=6) for number in range(8)]
     whole, first = make_table(), make_table()
     optimizer, file = LazyAdam([first], **KEYS), io.BytesIO()
@@ -164,7 +164,7 @@ def test_goes_on_from_a_saved_state_to_the_same_bits():
     assert torch.equal(second, whole)
 
 
-def test_its_state_is_adams():
+def test_its_state_has_the_format_of_adams():
     lazy, fused = make_table(), make_table()
     optimizers = LazyAdam([lazy], **KEYS), torch.optim.Adam([fused], **KEYS, fused=True)
 

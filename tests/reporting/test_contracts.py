@@ -40,7 +40,7 @@ def test_a_metric_is_a_row_of_the_catalogue_and_a_method(with_brier, train, repo
     assert "Mean Brier score on the test rows" in page
 
 
-def test_a_setting_of_the_config_makes_an_arm_for_report_and_wandb_alike(write_run, tmp_path):
+def test_a_setting_of_the_config_defines_an_arm_for_both_report_and_wandb(write_run, tmp_path):
     write_run(tmp_path, "a")
     write_run(tmp_path, "b", **{"optimizer.momentum": 0.9})
 

@@ -83,7 +83,7 @@ def root(tmp_path, write_run):
     return tmp_path / "runs"
 
 
-def test_the_page_stands_alone_and_holds_every_figure(root, tmp_path):
+def test_the_page_is_self_contained_and_has_every_figure(root, tmp_path):
     text = make_page(root, tmp_path / "report")
 
     page = Page(text)
@@ -99,7 +99,7 @@ def test_the_page_stands_alone_and_holds_every_figure(root, tmp_path):
     assert not re.search(r"<(script|link|iframe)|@import|url\(", text)
 
 
-def test_the_page_says_what_is_missing_and_what_came_out(root, tmp_path):
+def test_the_page_reports_missing_runs_and_the_outcome(root, tmp_path):
     page = Page(make_page(root, tmp_path / "report"))
 
     assert "1 started run without a result" in page.text
@@ -117,7 +117,7 @@ def test_the_page_says_what_is_missing_and_what_came_out(root, tmp_path):
         assert said in page.text
 
 
-def test_published_numbers_stand_beside_ours(tmp_path, write_run):
+def test_published_numbers_are_next_to_ours(tmp_path, write_run):
     auc = {"ctr": 0.61, "cvr": 0.67, "ctcvr": 0.65}
     write_run(tmp_path, "a", auc=auc, data="aliexpress_es")
     write_run(tmp_path, "b", auc=auc, data="aliexpress_es", mtn=True)
@@ -138,13 +138,13 @@ def test_published_numbers_stand_beside_ours(tmp_path, write_run):
     }
 
 
-def test_runs_of_other_data_have_nothing_published_beside_them(tmp_path, write_run):
+def test_runs_of_other_data_have_no_published_numbers(tmp_path, write_run):
     write_run(tmp_path, "a", data="synthetic")
 
     assert list(deviation_tables(comparisons(read_runs(tmp_path).results))) == []
 
 
-def test_the_speed_of_mtn_is_held_against_its_own_baseline(tmp_path, write_run):
+def test_the_speed_of_mtn_is_compared_with_its_own_baseline(tmp_path, write_run):
     speeds = {("ESMM", False): 3e4, ("ESMM", True): 1.5e4, ("MMoE", False): 7e3}
     for (model, mtn), speed in speeds.items():
         folder = write_run(tmp_path, f"{model}-{mtn}", model=model, mtn=mtn)
@@ -159,7 +159,7 @@ def test_the_speed_of_mtn_is_held_against_its_own_baseline(tmp_path, write_run):
     assert ratios == {"ESMM": "—", "ESMM +MTN": "0.50", "MMoE": "—"}
 
 
-def test_settings_are_parted_into_those_that_differ_and_those_that_do_not(tmp_path, write_run):
+def test_settings_are_split_into_varying_and_constant_ones(tmp_path, write_run):
     for seed, rate in ((0, 0.01), (1, 0.02)):
         write_run(tmp_path, f"{seed}", seed=seed, **{"optimizer.lr": rate})
 

@@ -38,7 +38,7 @@ def test_a_missing_folder_is_refused(tmp_path):
         read_runs(tmp_path / "nowhere")
 
 
-def test_a_folder_without_a_finished_run_says_how_to_make_one(tmp_path):
+def test_a_folder_without_a_finished_run_names_the_remedy(tmp_path):
     with pytest.raises(InputError, match=r"no finished run \(result.json\).*mtnrec.train -m .*"):
         read_runs(tmp_path)
 
@@ -72,7 +72,7 @@ def test_a_copy_of_a_run_counts_once(tmp_path, write_run):
     assert [run.name for run in read_runs(tmp_path)] == ["a"]
 
 
-def test_the_same_run_with_unlike_metrics_is_refused(tmp_path, write_run):
+def test_the_same_run_with_different_metrics_is_refused(tmp_path, write_run):
     write_run(tmp_path, "a", seed=3, auc={"ctr": 0.7})
     write_run(tmp_path, "b", seed=3, auc={"ctr": 0.8})
 
@@ -119,7 +119,7 @@ def test_runs_that_differ_in_seed_folder_and_display_are_one_arm(tmp_path, write
     assert set(table["model"]) == {"MMoE"}
 
 
-def test_an_mtn_arm_and_its_baseline_share_the_baseline_and_no_arm(tmp_path, write_run):
+def test_an_mtn_arm_and_its_baseline_share_only_the_baseline(tmp_path, write_run):
     write_run(tmp_path, "off")
     write_run(tmp_path, "on", mtn=True)
     write_run(tmp_path, "noisy", mtn=True, noise=0.1)
@@ -150,7 +150,7 @@ def test_a_setting_tuned_for_each_model_makes_no_variants(tmp_path, write_run):
     assert set(arms(tmp_path)["variant"]) == {"+MTN"}
 
 
-def test_the_model_label_tells_unlike_runs_apart(tmp_path, write_run):
+def test_the_model_label_distinguishes_different_runs(tmp_path, write_run):
     write_run(tmp_path, "a")
     write_run(tmp_path, "b", **{"optimizer.lr": 0.01})
     write_run(tmp_path, "c", model="ESMM")
@@ -170,7 +170,7 @@ def test_the_model_label_tells_unlike_runs_apart(tmp_path, write_run):
     }
 
 
-def test_data_sets_of_one_name_are_told_apart_by_their_parameters(tmp_path, write_run):
+def test_data_sets_of_one_name_are_distinguished_by_their_parameters(tmp_path, write_run):
     write_run(tmp_path, "a", **{"data.rows": 5000})
     write_run(tmp_path, "b")
     write_run(tmp_path, "c", data="aliexpress_nl")
@@ -182,14 +182,14 @@ def test_data_sets_of_one_name_are_told_apart_by_their_parameters(tmp_path, writ
     }
 
 
-def test_data_sets_of_the_same_parameters_are_told_apart_by_their_checksum(tmp_path, write_run):
+def test_data_sets_of_the_same_parameters_are_distinguished_by_checksum(tmp_path, write_run):
     write_run(tmp_path, "a")
     edit(write_run(tmp_path, "b"), lambda record: record["data"].update(checksum="ab" * 32))
 
     assert arms(tmp_path).loc["b", "data"] == "synthetic (checksum=abababab)"
 
 
-def test_labels_and_noise_tell_every_two_arms_apart(tmp_path, write_run):
+def test_labels_and_noise_distinguish_all_arms(tmp_path, write_run):
     changes = [{}, {"optimizer.lr": 0.1}, {"data.rows": 9}, {"data.batch_size": 64}]
     settings = [
         (noise, mtn, change)
@@ -210,7 +210,7 @@ def test_labels_and_noise_tell_every_two_arms_apart(tmp_path, write_run):
     assert (table.groupby("arm")["seed"].nunique() == 2).all()
 
 
-def test_unlike_noise_under_the_same_settings_is_refused(tmp_path, write_run):
+def test_different_noise_under_the_same_settings_is_refused(tmp_path, write_run):
     write_run(tmp_path, "a", noise=0.1)
     changed = write_run(tmp_path, "b", noise=0.1, mtn=True)
     edit(changed, lambda record: record["noise"].update(checksum="0" * 64))
@@ -219,7 +219,7 @@ def test_unlike_noise_under_the_same_settings_is_refused(tmp_path, write_run):
         read_runs(tmp_path)
 
 
-def test_what_is_drawn_from_the_seed_is_no_setting_of_an_arm(tmp_path, write_run):
+def test_values_drawn_from_the_seed_do_not_define_an_arm(tmp_path, write_run):
     of_seed = ["data.seed", "data.split_seed", "noise.seed", "seed"]
     for mtn in (False, True):
         for seed in range(3):
@@ -235,7 +235,7 @@ def test_what_is_drawn_from_the_seed_is_no_setting_of_an_arm(tmp_path, write_run
     assert set(table["model"]) == {"MMoE"}
 
 
-def test_one_seed_has_one_noise_also_where_it_is_drawn_from_the_seed(tmp_path, write_run):
+def test_one_seed_has_one_noise_even_if_drawn_from_the_seed(tmp_path, write_run):
     of_seed = ["data.seed", "noise.seed", "seed"]
     for name, mtn in (("a", False), ("b", True)):
         folder = write_run(tmp_path, name, noise=0.1, mtn=mtn, seed=1, **{"noise.seed": 1})
@@ -246,7 +246,7 @@ def test_one_seed_has_one_noise_also_where_it_is_drawn_from_the_seed(tmp_path, w
         read_runs(tmp_path)
 
 
-def test_settings_of_mtn_are_missing_where_it_is_off(tmp_path, write_run):
+def test_settings_of_mtn_are_missing_if_it_is_off(tmp_path, write_run):
     write_run(tmp_path, "off")
     write_run(tmp_path, "on", mtn={"refresh_every": 4})
 
@@ -292,7 +292,7 @@ def test_costs_are_those_of_the_records(tmp_path, write_run):
     assert row["peak_memory_bytes"] == record["peak_memory_bytes"]
 
 
-def test_written_tables_give_back_every_digit(tmp_path, write_run):
+def test_written_tables_keep_every_digit(tmp_path, write_run):
     for seed in range(3):
         write_run(tmp_path / "runs", f"{seed}", seed=seed, mtn=bool(seed))
     runs = read_runs(tmp_path / "runs")
@@ -309,7 +309,7 @@ def test_written_tables_give_back_every_digit(tmp_path, write_run):
     ]
 
 
-def test_the_results_do_not_depend_on_what_the_runs_cost(tmp_path, write_run):
+def test_the_results_do_not_depend_on_the_cost_of_runs(tmp_path, write_run):
     def slow(record):
         record["seconds"]["fit"] *= 7
         record["samples_per_second"]["train"] /= 7

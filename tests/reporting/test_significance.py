@@ -60,7 +60,7 @@ def test_one_pair_has_a_difference_and_nothing_else():
     assert [getattr(found, field) for field in fields] == [None] * 6
 
 
-def test_no_pair_has_no_mean():
+def test_zero_pairs_have_no_mean():
     found = compare([math.nan], [0.75])
 
     assert (found.pairs, found.dropped) == (0, 1)
@@ -111,7 +111,7 @@ def test_seeds_needed_are_the_fewest_that_statsmodels_gives_the_power(deviation,
     assert deviation < 1e-4 or powers(needed) >= power
 
 
-def test_the_comparison_tells_the_seeds_needed_for_a_thousandth():
+def test_the_comparison_reports_the_seeds_needed_for_a_thousandth():
     baseline, treated = drawn(10)
 
     assert compare(baseline, treated).seeds_needed == seeds_needed(
@@ -148,7 +148,7 @@ def test_the_mean_interval_is_that_of_statsmodels():
     np.testing.assert_allclose((low, high), expected.tconfint_mean(0.05))
 
 
-def test_curves_of_unlike_length_count_where_they_have_values():
+def test_curves_of_different_length_count_where_they_have_values():
     curves = [[1.0, 2.0, 3.0, math.nan], [3.0, 4.0, math.nan, math.nan]]
 
     mean, low, high = mean_interval(curves)
@@ -158,7 +158,7 @@ def test_curves_of_unlike_length_count_where_they_have_values():
     assert high[0] == pytest.approx(2 + 12.706204736432095)  # t of one degree; the sd of 1, 3 is √2
 
 
-def test_a_planted_difference_is_found_and_none_is_found_at_the_level():
+def test_a_planted_difference_is_found_and_false_positives_are_at_the_level():
     tables = 1000
     found = {
         shift: sum(compare(*drawn(5, shift, seed)).p_value < 0.05 for seed in range(tables))

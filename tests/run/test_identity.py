@@ -71,7 +71,7 @@ def test_the_keys_that_change_with_the_seed_are_found(overrides, keys, compose_c
     assert config.seed == 3
 
 
-def test_repeats_draw_the_seed_alone_or_the_validation_rows_and_the_noise_as_well(compose_config):
+def test_repeats_draw_only_the_seed_or_also_the_validation_rows_and_the_noise(compose_config):
     alone = compose_config("seed=3")
     all_drawn = compose_config("seed=3", "repeats=seed_split_noise")
 

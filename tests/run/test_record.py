@@ -26,7 +26,7 @@ def edit(path, change):
     path.write_text(json.dumps(content))
 
 
-def test_a_record_that_is_written_is_read_as_it_was(path, tmp_path):
+def test_a_written_record_is_read_back_unchanged(path, tmp_path):
     record = RunRecord.read(path)
 
     record.write(tmp_path)
@@ -71,7 +71,7 @@ def test_a_required_key_that_is_missing_is_named(key, path):
         RunRecord.read(path)
 
 
-def test_a_key_that_this_version_does_not_know_is_left_out(path):
+def test_a_key_unknown_to_this_version_is_ignored(path):
     before = RunRecord.read(path)
     edit(path, lambda content: content.update(colour="blue"))
 

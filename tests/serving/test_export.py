@@ -107,7 +107,7 @@ def test_a_model_trained_with_mtn_exports_to_the_same_graph_of_the_same_size(
 
 
 @pytest.mark.parametrize("bag_mode", ["mean", "sum"])
-def test_padded_bags_are_the_bags(bag_mode):
+def test_padded_bags_equal_the_bags(bag_mode):
     fields = (CategoricalField("shop", 7),), (CategoricalField("brands", 9),)
     schema = Schema(fields[0], (), ("click", "buy"), funnel=True, multivalued=fields[1])
     network = ESMM(
@@ -152,7 +152,7 @@ def test_a_quotient_of_vanishing_probabilities_is_right(train, export, tmp_path)
     np.testing.assert_allclose(conversion, expected[:, 1], rtol=1e-4)
 
 
-def test_what_gives_other_probabilities_is_not_written(train, tmp_path, monkeypatch):
+def test_a_model_with_different_probabilities_is_not_written(train, tmp_path, monkeypatch):
     scorer = load_checkpoint(checkpoint_of(train(*LOG, model="esmm")), "cpu")
     right = scorer.score_batch
     monkeypatch.setattr(scorer, "score_batch", lambda batch: right(batch) * 1.001)

@@ -94,7 +94,7 @@ def test_prepared_rows_and_raw_values_have_the_scores_of_the_network(shop, predi
     np.testing.assert_allclose(prepared, scores_of_network(run, directory), rtol=1e-5)
 
 
-def test_a_frame_of_pandas_has_the_same_scores_in_any_order_of_columns(shop, predict, tmp_path):
+def test_a_pandas_frame_has_the_same_scores_in_any_order_of_columns(shop, predict, tmp_path):
     run, rows, data = shop
     predict(f"checkpoint={checkpoint_of(run)}", *data, f"out={tmp_path}/scores.parquet")
     expected = pd.read_parquet(tmp_path / "scores.parquet").to_numpy()

@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).with_name("kill.py")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", ["1", "2"])
-def test_a_run_killed_three_times_ends_with_the_bits_of_one_that_was_not(devices):
+def test_a_run_killed_three_times_ends_with_the_bits_of_an_uninterrupted_one(devices):
     command = [sys.executable, str(SCRIPT), "--kills", "3", "--interrupts", "0.5"]
     command += ["--devices", devices]
 

@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).with_name("reproducibility.py")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["shared_bottom", "esmm", "mmoe"])
-def test_processes_alike_end_with_the_same_bits_and_threads_change_no_draw(model):
+def test_identical_processes_end_with_the_same_bits_and_threads_change_no_draw(model):
     command = [sys.executable, str(SCRIPT), "--runs", "2", "--models", model]
 
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)

@@ -85,7 +85,7 @@ def test_the_time_left_is_estimated_from_runs_of_the_same_kind():
     assert seconds_left(done) == 0
 
 
-def test_the_end_is_estimated_while_something_is_left():
+def test_the_end_is_estimated_while_runs_remain():
     done = RunProgress("log-esmm-seed0-a", State.FINISHED, seconds=7200)
     waiting = RunProgress("log-esmm-seed1-a", State.WAITING)
 

@@ -45,7 +45,7 @@ def test_the_specification_has_a_panel_for_each_figure(make):
     assert json.loads(json.dumps(spec)) == spec
 
 
-def test_the_panels_name_only_what_a_run_logs(train):
+def test_the_panels_name_only_logged_keys(train):
     folder = train(*TINY, "mtn.enabled=true")
     with (folder / "csv" / "metrics.csv").open(newline="") as file:
         logged = set(next(csv.reader(file)))

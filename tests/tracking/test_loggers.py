@@ -56,7 +56,7 @@ def test_settings_that_determine_the_result_change_the_arm(labels):
     assert len(groups | {labels(checksum="2").group}) == 6
 
 
-def test_a_data_set_may_be_called_by_a_number(labels):
+def test_a_data_set_may_be_named_by_a_number(labels):
     found = labels("data.name=5")
 
     assert found.group.startswith("5 ")

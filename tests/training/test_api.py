@@ -32,7 +32,7 @@ def command_record(train, *overrides):
 @pytest.mark.parametrize(
     "mtn", [mtnrec.MTN(lam=1e-3), {"lam": 1e-3}], ids=["an object", "keys of the group"]
 )
-def test_a_run_from_python_is_that_of_the_command(mtn, data, train):
+def test_a_run_from_python_equals_that_of_the_command(mtn, data, train):
     overrides = ["seed=1", "mtn.enabled=true", "mtn.lam=1e-3", "noise.proportion=0.1"]
     expected = command_record(train, *overrides)
 
@@ -42,7 +42,7 @@ def test_a_run_from_python_is_that_of_the_command(mtn, data, train):
     assert {key: record[key] for key in KEPT} == {key: expected[key] for key in KEPT}
 
 
-def test_a_run_from_python_without_mtn_is_the_baseline_of_the_command(data, train):
+def test_a_run_from_python_without_mtn_equals_the_baseline_of_the_command(data, train):
     expected = command_record(train, "seed=2")
 
     run = mtnrec.fit(data, partial(mtnrec.ESMM, **WIDTHS), seed=2, trainer=SHORT)
@@ -63,7 +63,7 @@ def test_a_finished_run_is_read_and_not_trained_again(data, monkeypatch):
     assert again.metrics == first.metrics
 
 
-def test_runs_from_python_are_read_as_those_of_a_sweep(data, tmp_path):
+def test_runs_from_python_are_read_like_those_of_a_sweep(data, tmp_path):
     for mtn in (None, mtnrec.MTN()):
         mtnrec.fit(data, WIDTHS, mtn=mtn, trainer=SHORT)
 
@@ -80,7 +80,7 @@ def test_history_has_a_row_for_each_epoch(data):
     assert run.history["val/cvr_auc"].notna().all()
 
 
-def test_one_data_set_serves_runs_of_different_seeds_and_noise(data):
+def test_runs_of_different_seeds_and_noise_share_one_data_set(data):
     quiet = mtnrec.fit(data, WIDTHS, trainer=SHORT, seed=4)
     noisy = mtnrec.fit(data, WIDTHS, trainer=SHORT, seed=4, noise=mtnrec.Noise(proportion=0.3))
     again = mtnrec.fit(data, WIDTHS, trainer=SHORT, seed=4, resume=False)
@@ -107,7 +107,7 @@ def test_a_built_network_is_refused(data):
         ({"mtn": {"lambda": 1}}, InputError, "mtn must have keys of its choice mtn, got lambda"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_its_remedy(keys, error, message, data):
+def test_invalid_arguments_are_refused_with_a_remedy(keys, error, message, data):
     with pytest.raises(error, match=message):
         mtnrec.fit(data, **{"trainer": SHORT, **keys})
 
@@ -139,7 +139,7 @@ def test_a_frame_is_prepared_once_trained_on_and_scored(frame, capsys):
     assert scores["ctcvr"].to_numpy() == pytest.approx(scores["ctr"] * scores["cvr"], rel=1e-5)
 
 
-def test_lightning_trains_the_parts_by_itself(data, tmp_path):
+def test_a_lightning_trainer_trains_the_parts(data, tmp_path):
     data.prepare_data()
     data.setup()
     network = mtnrec.MMoE(data.schema, embedding_dim=4, experts=2, expert_widths=[8])
@@ -162,7 +162,7 @@ def test_lightning_trains_the_parts_by_itself(data, tmp_path):
     assert 0 < trainer.callback_metrics["val/cvr_auc"] < 1
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_exists():
     for name in mtnrec.__all__:
         assert getattr(mtnrec, name).__doc__
     assert set(mtnrec.__all__) <= set(dir(mtnrec))

@@ -47,7 +47,7 @@ def test_bags_are_never_replayed(calls, funnel_schema, make_batch):
     assert calls == [(8, "computed")] * 3
 
 
-def test_what_is_on_the_cpu_is_not_captureed():
+def test_a_network_on_the_cpu_is_not_captured():
     network = nn.Linear(2, 2)
     network.supports_cuda_graphs = True
 

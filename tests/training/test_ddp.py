@@ -26,7 +26,7 @@ PRODUCT = [
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning, about evaluating here
 @pytest.mark.parametrize(("model", "mtn", "option"), PRODUCT)
-def test_two_processes_train_what_one_does_and_measure_it_exactly(
+def test_two_processes_train_like_one_process_and_measure_it_exactly(
     model, mtn, option, train, tmp_path
 ):
     root = f"data_root={tmp_path / 'data'}"
@@ -48,7 +48,7 @@ def test_two_processes_train_what_one_does_and_measure_it_exactly(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Lightning, about evaluating here
-def test_all_ranks_evaluate_with_the_batch_norm_that_is_kept(tmp_path):
+def test_all_ranks_evaluate_with_the_saved_batch_norm(tmp_path):
     keys = [*MODELS["esmm"], *settings(mtn=False, option="none", devices=2)]
 
     train_apart(tmp_path, f"data_root={tmp_path / 'data'}", *keys, "model.batch_norm=true")
@@ -81,7 +81,7 @@ def test_a_rank_that_ends_early_ends_the_run_with_an_error(rank, failure, tmp_pa
 # With three processes the sum of their gradients depends on its order.
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 3])
-def test_processes_that_go_on_within_an_epoch_end_with_the_bits_of_an_uninterrupted_run(
+def test_processes_resumed_within_an_epoch_end_with_the_bits_of_an_uninterrupted_run(
     devices, tmp_path
 ):
     keys = [*MODELS["esmm"], *settings(mtn=True, option="all", devices=devices)]

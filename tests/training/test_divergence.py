@@ -57,7 +57,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_rows(mtn, train, spoil, tmp
     assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
 
 
-def test_the_rows_of_a_batch_can_be_asked_for_again():
+def test_the_rows_of_a_batch_can_be_recomputed():
     sampler = TrainSampler(1000, 64, seed=3, rank=1, world_size=2)
     sampler.set_epoch(5)
 
@@ -86,14 +86,14 @@ def test_no_checkpoint_is_written_from_weights_that_are_not_finite(train, spoil,
     assert not list((tmp_path / "checkpoints").glob("*.ckpt"))
 
 
-def test_a_high_learning_rate_is_told(train, tmp_path):
+def test_a_high_learning_rate_is_reported(train, tmp_path):
     with pytest.raises(SystemExit) as stop:
         train(*RUN, "optimizer.lr=1e30", folder=tmp_path)
 
     assert "probably the learning rate: lower optimizer.lr (1e+30)" in stop.value.code
 
 
-def test_huge_features_are_told(train, spoil, tmp_path, monkeypatch):
+def test_huge_features_are_reported(train, spoil, tmp_path, monkeypatch):
     spoil(0, 3)
     monkeypatch.setattr("mtnrec.training.divergence._HUGE", 0.5)
 
@@ -103,7 +103,7 @@ def test_huge_features_are_told(train, spoil, tmp_path, monkeypatch):
     assert re.search(r"\. Its numerical features reach \d.*: scale them, or leave", stop.value.code)
 
 
-def test_an_fp16_run_is_told_of_the_range(train, spoil, tmp_path):
+def test_an_fp16_run_reports_the_range(train, spoil, tmp_path):
     spoil(0, 2)
 
     with pytest.raises(SystemExit) as stop:
@@ -128,7 +128,7 @@ def test_the_largest_absolute_value_neither_overflows_nor_hides_a_nan(values, ex
     assert largest(tensors) == pytest.approx(expected, nan_ok=True)
 
 
-def test_a_loss_scaler_may_leave_steps_out(monkeypatch):
+def test_a_loss_scaler_may_skip_steps(monkeypatch):
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.full((2,), math.inf)
     module = torch.nn.ParameterList([parameter])

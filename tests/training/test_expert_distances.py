@@ -107,7 +107,7 @@ def test_batches_do_not_matter(run_test, funnel_schema, make_batch):
     np.testing.assert_allclose(many, one, rtol=1e-13)
 
 
-def test_equal_experts_are_at_no_distance(run_test, funnel_schema, make_batch):
+def test_equal_experts_have_distance_zero(run_test, funnel_schema, make_batch):
     network = make_network(funnel_schema)
     for expert in network.experts:
         expert.load_state_dict(network.experts[0].state_dict())
@@ -117,7 +117,7 @@ def test_equal_experts_are_at_no_distance(run_test, funnel_schema, make_batch):
     np.testing.assert_allclose(found, np.zeros((3, 3)), atol=1e-6)
 
 
-def test_a_network_without_experts_has_none(run_test, funnel_schema, make_batch):
+def test_a_network_without_experts_has_no_distances(run_test, funnel_schema, make_batch):
     network = ESMM(funnel_schema, tower_widths=[6], **PLAIN)
 
     assert run_test(network, funnel_schema, [make_batch(funnel_schema)]) is None
@@ -149,7 +149,7 @@ def test_training_is_bit_identical_with_and_without_the_callback(
     torch.testing.assert_close(*trained, rtol=0, atol=0)
 
 
-def test_the_network_is_watched_during_the_test_only(run_test, funnel_schema, make_batch):
+def test_the_network_is_observed_only_during_the_test(run_test, funnel_schema, make_batch):
     network = make_network(funnel_schema)
 
     run_test(network, funnel_schema, [make_batch(funnel_schema)])
@@ -186,7 +186,7 @@ trainer.test(module, datamodule=Data(), verbose=False)
 
 
 @pytest.mark.slow
-def test_two_processes_with_unequal_rows_find_what_one_finds(
+def test_two_processes_with_unequal_rows_find_the_values_of_one(
     tmp_path, run_test, funnel_schema, make_batch
 ):
     batches = [make_batch(funnel_schema, rows, seed) for seed, rows in enumerate((16, 9, 2))]

@@ -43,7 +43,7 @@ def words(text):
     return " ".join(text.split())
 
 
-def test_counts_are_told_apart_from_metrics():
+def test_counts_are_separated_from_metrics():
     results = {
         "val/ctr_auc": 0.5,
         "val/ctr_log_loss": 0.1,
@@ -57,7 +57,7 @@ def test_counts_are_told_apart_from_metrics():
     assert counts == {"val/ctr": {"rows": 7, "positives": 2}}
 
 
-def test_versions_and_memory_are_known():
+def test_versions_and_memory_are_available():
     found = versions()
 
     assert found["torch"].startswith("2.")
@@ -65,7 +65,7 @@ def test_versions_and_memory_are_known():
     assert 2**20 < peak_memory_bytes() < 2**40
 
 
-def test_the_table_says_what_was_measured_on_which_rows(funnel_schema, make_record):
+def test_the_table_shows_which_rows_a_metric_is_measured_on(funnel_schema, make_record):
     table = summary_table(funnel_schema, make_record())
 
     headers = [words(column.header) for column in table.columns]
@@ -103,7 +103,7 @@ def test_the_table_of_a_funnel_fits_80_columns_uncut(bayes, funnel_schema, make_
     assert set(" ".join(cells).split()) <= set(text.split())
 
 
-def test_independent_labels_go_by_their_own_names(make_record):
+def test_independent_labels_keep_their_names(make_record):
     schema = Schema((), ("price",), ("is_liked", "is_shared"), funnel=False)
 
     text = render(summary_table(schema, make_record(schema)))
@@ -113,7 +113,7 @@ def test_independent_labels_go_by_their_own_names(make_record):
     assert "is_shared" in text
 
 
-def test_an_undefined_monitor_is_said_to_have_chosen_nothing(funnel_schema, make_record):
+def test_an_undefined_monitor_is_reported_to_have_chosen_nothing(funnel_schema, make_record):
     record = make_record()
     record.metrics["val/cvr_auc"] = math.nan
 

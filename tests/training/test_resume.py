@@ -67,7 +67,7 @@ def whole(train):
         ("on_test_start", 1),  # what ended the training is not forgotten
     ],
 )
-def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
+def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     hook, number, whole, train, kill, tmp_path
 ):
     kill(hook, number)
@@ -103,7 +103,7 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
         (24, 22, ["data=synthetic_ali_ccp", "optimizer=lazy_adam", "noise.proportion=0.1"]),
     ],
 )
-def test_a_run_killed_within_an_epoch_ends_with_the_bits_of_one_that_was_not(
+def test_a_run_killed_within_an_epoch_ends_with_the_bits_of_an_uninterrupted_one(
     number, step, overrides, train, kill, tmp_path
 ):
     run = [*RUN, "trainer.max_epochs=3", "trainer.checkpoint_every_n_steps=11", *overrides]
@@ -120,7 +120,7 @@ def test_a_run_killed_within_an_epoch_ends_with_the_bits_of_one_that_was_not(
     assert read_csv(tmp_path) == read_csv(expected)
 
 
-def test_a_run_whose_disk_was_full_ends_with_the_bits_of_one_whose_was_not(
+def test_a_run_whose_disk_was_full_ends_with_the_bits_of_an_uninterrupted_one(
     whole, train, tmp_path, monkeypatch
 ):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -159,7 +159,7 @@ def test_checkpoints_within_an_epoch_change_nothing_without_mtn(train):
 
 
 @pytest.mark.slow
-def test_the_moments_of_rows_go_on_where_they_were(train, kill, tmp_path):
+def test_the_moments_of_rows_are_resumed(train, kill, tmp_path):
     lazy = [*LOG, "data=synthetic_ali_ccp", "optimizer=lazy_adam", "trainer.gradient_clip_val=0.1"]
     expected = train(*lazy, "trainer.max_epochs=3")
     kill("on_validation_end", 2)
@@ -184,7 +184,7 @@ def test_a_resumed_run_counts_the_time_before(train, kill, tmp_path):
     assert read_record(tmp_path)["seconds"]["fit"] > state["RunRecorder"]["fit_seconds"] > 0
 
 
-def test_a_run_of_other_settings_does_not_go_on_from_the_checkpoint(train, kill, tmp_path):
+def test_a_run_of_other_settings_does_not_resume_from_the_checkpoint(train, kill, tmp_path):
     kill("on_train_epoch_start", 2)
     with pytest.raises(Killed):
         train(*RUN, folder=tmp_path)
@@ -211,7 +211,7 @@ def refusal(train, folder, *overrides):
     return stop.value.code
 
 
-def test_a_damaged_checkpoint_is_refused_and_stays(train, interrupted):
+def test_a_damaged_checkpoint_is_refused_and_kept(train, interrupted):
     last = interrupted / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-200])
 
@@ -240,7 +240,7 @@ def test_a_checkpoint_of_another_version_is_refused(train, interrupted):
 
 
 @pytest.mark.slow
-def test_a_run_of_more_processes_does_not_go_on_from_the_checkpoint_of_one(train, interrupted):
+def test_a_run_of_more_processes_does_not_resume_from_the_checkpoint_of_one(train, interrupted):
     last = interrupted / "checkpoints" / "last.ckpt"
     content = torch.load(last, weights_only=True)
     (state,) = (of for name, of in content["callbacks"].items() if name.startswith("ResumePoint"))
@@ -260,7 +260,7 @@ def test_a_checkpoint_of_another_model_or_schema_is_refused(train, interrupted):
 
 
 @pytest.mark.slow
-def test_a_best_epoch_that_is_gone_or_damaged_is_told(train, interrupted):
+def test_a_missing_or_damaged_best_epoch_is_reported(train, interrupted):
     best = interrupted / "checkpoints" / "best.ckpt"
     content = best.read_bytes()
     best.write_bytes(content[:1000])
@@ -271,7 +271,7 @@ def test_a_best_epoch_that_is_gone_or_damaged_is_told(train, interrupted):
     train(*RUN, folder=interrupted)
 
 
-def test_what_a_killed_write_left_is_removed(train, interrupted):
+def test_leftovers_of_a_killed_write_are_removed(train, interrupted):
     names = ["checkpoints/.last.ckpt.1.tmp", "checkpoints/.best.ckpt.1.tmp", ".running.json.1.tmp"]
     for name in names:
         (interrupted / name).write_bytes(b"half")
@@ -281,7 +281,7 @@ def test_what_a_killed_write_left_is_removed(train, interrupted):
     assert not list(interrupted.rglob("*.tmp"))
 
 
-def test_a_run_that_starts_anew_does_not_leave_the_old_point_behind(train, kill, interrupted):
+def test_a_restarted_run_does_not_leave_the_old_point_behind(train, kill, interrupted):
     kill("on_train_epoch_start", 1)
     with pytest.raises(Killed):
         train(*RUN, "optimizer.lr=0.01", folder=interrupted)
@@ -296,7 +296,7 @@ def test_a_run_that_starts_anew_does_not_leave_the_old_point_behind(train, kill,
         ([5, "trainer.val_check_interval=0.5"], "needs trainer.val_check_interval=1.0, got 0.5"),
     ],
 )
-def test_steps_that_cannot_be_are_refused(overrides, message, train, tmp_path):
+def test_invalid_steps_are_refused(overrides, message, train, tmp_path):
     steps, *others = overrides
     others = [f"+{other}" for other in others]
     with pytest.raises(SystemExit) as stop:
@@ -304,7 +304,7 @@ def test_steps_that_cannot_be_are_refused(overrides, message, train, tmp_path):
     assert message in stop.value.code
 
 
-def test_a_finished_run_is_kept_unless_it_shall_not_be(train, tmp_path):
+def test_a_finished_run_is_kept_unless_resume_is_false(train, tmp_path):
     train(*LOG, "trainer.max_epochs=1", folder=tmp_path)
     record = tmp_path / "result.json"
     first = record.stat().st_mtime_ns

@@ -20,7 +20,7 @@ def callbacks(schema, labels, directory, monitor="val/cvr_auc", patience=3, stop
     )
 
 
-def test_a_monitor_on_the_test_set_is_refused_and_its_twin_on_validation_named(funnel_schema):
+def test_a_monitor_on_the_test_set_is_refused_and_the_validation_one_named(funnel_schema):
     remedy = r"monitor=test/cvr_auc would choose the epoch on the test set.*monitor=val/cvr_auc$"
 
     with pytest.raises(InputError, match=remedy):
@@ -39,7 +39,7 @@ def test_an_unknown_monitor_lists_the_allowed_ones(monitor, funnel_schema):
             assert f"val/{task}_{metric}" in message
 
 
-def test_independent_labels_have_monitors_of_their_own():
+def test_independent_labels_have_their_own_monitors():
     assert monitor_mode("val/share_auc", INDEPENDENT) == "max"
 
     with pytest.raises(InputError, match=re.escape("val/like_auc, val/like_log_loss")):
@@ -90,7 +90,7 @@ def test_the_papers_rule_stops_after_three_decreases_in_a_row(mode):
         assert stopped_at(stopping, curve) == expected
 
 
-def test_the_papers_rule_goes_on_where_patience_ends():
+def test_the_papers_rule_continues_where_patience_stops():
     jumping = [0.7, 0.6, 0.65, 0.6, 0.65, 0.64, 0.63, 0.62, 0.61]
 
     assert stopped_at(StopAfterDecreases("val/cvr_auc", patience=3, mode="max"), jumping) == 7
@@ -98,7 +98,7 @@ def test_the_papers_rule_goes_on_where_patience_ends():
     assert stopped_at(StopAfterDecreases("val/cvr_auc", patience=3, mode="max"), falling) == 4
 
 
-def test_the_papers_rule_goes_on_from_a_checkpoint_where_it_was():
+def test_the_papers_rule_resumes_from_a_checkpoint():
     curve = [0.7, 0.6, 0.5, 0.4]
     first = StopAfterDecreases("val/cvr_auc", patience=3, mode="max")
     assert stopped_at(first, curve[:3]) is None
@@ -116,7 +116,7 @@ def test_a_monitor_that_is_not_finite_stops_the_training_under_both_rules(rule):
     assert stopped_at(stopping, [0.5, 0.4, float("inf"), 0.3]) == 2
 
 
-def test_a_rule_that_does_not_exist_is_refused(funnel_schema, tmp_path):
+def test_an_unknown_rule_is_refused(funnel_schema, tmp_path):
     with pytest.raises(InputError, match="stop must be one of patience, decreased; got 'early'"):
         callbacks(funnel_schema, BOTH_CLASSES, tmp_path, stop="early")
 
@@ -138,7 +138,7 @@ def test_a_patience_below_one_epoch_is_refused(patience, funnel_schema, tmp_path
         ([], "0 positives among 0 rows (conversion where click = 1)"),
     ],
 )
-def test_labels_of_one_class_stop_nothing_early_and_warn_what_to_do(
+def test_labels_of_one_class_stop_nothing_early_and_warn_with_a_remedy(
     labels, problem, funnel_schema, tmp_path, caplog
 ):
     last, followers = callbacks(funnel_schema, labels, tmp_path)
@@ -170,7 +170,7 @@ def test_the_classes_of_another_task_do_not_matter(funnel_schema, tmp_path, capl
     assert caplog.messages == []
 
 
-def test_a_label_whose_name_begins_with_another_is_not_taken_for_it(tmp_path, caplog):
+def test_a_label_whose_name_begins_with_another_is_not_confused_with_it(tmp_path, caplog):
     schema = Schema((), ("price",), ("like", "like_video"), funnel=False)
 
     callbacks(schema, [[0, 0], [1, 0]], tmp_path, monitor="val/like_video_auc")

@@ -98,7 +98,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_what_is_written_is_read_again(directory, chunk):
+def test_a_written_set_is_read_back(directory, chunk):
     splits = {"train": draw(11), "test": draw(5, seed=1)}
 
     written = write(directory, splits, chunk=chunk)
@@ -300,7 +300,7 @@ def test_a_missing_vocabulary_is_found(directory):
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"[]", b"null", b"7", b'"text"', b"{}", b"\xff{}", b'{"rows": {}}']
 )
-def test_a_schema_that_is_none_is_refused(directory, text):
+def test_a_file_that_is_not_a_schema_is_refused(directory, text):
     write_default(directory)
     path = directory / "schema.json"
 
@@ -521,7 +521,7 @@ def open_and_verify(directory, manifest):
 
 @pytest.mark.parametrize("name", ["schema.json", "train/labels.npy", "vocabulary/shop.parquet"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
-def test_what_is_no_file_is_missing(directory, name, kind):
+def test_a_path_that_is_not_a_file_counts_as_missing(directory, name, kind):
     manifest = write_default(directory)
     path = directory / name
     path.unlink()
@@ -603,7 +603,7 @@ def test_a_failed_rewrite_keeps_the_earlier_set(directory, progress):
     assert list(directory.parent.iterdir()) == [directory]
 
 
-def test_a_new_set_takes_the_place_of_an_earlier_one(directory):
+def test_a_new_set_replaces_an_earlier_one(directory):
     write_default(directory)
     manifest = write_default(directory, seed=5)
 
@@ -623,7 +623,7 @@ def test_preparing_again_repairs(directory, name):
     assert files(directory) == before
 
 
-def test_the_same_set_of_another_process_stays(directory):
+def test_the_same_set_of_another_process_is_kept(directory):
     splits = {"train": draw(11), "test": draw(5, seed=1)}
 
     with write_prepared(directory, tuple(splits)) as writer:
@@ -668,7 +668,7 @@ def test_a_set_with_something_else_in_its_folder_is_refused_and_untouched(direct
     assert list(directory.parent.iterdir()) == [directory]
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused_and_untouched(directory):
+def test_a_file_in_place_of_the_folder_is_refused_and_untouched(directory):
     directory.parent.mkdir()
     directory.write_text("mine")
 
@@ -705,7 +705,7 @@ def test_others_may_read_the_folder(directory):
     assert directory.stat().st_mode & 0o777 == 0o755
 
 
-def test_equal_bags_are_stored_once_and_read_again(directory, write_tiny):
+def test_equal_bags_are_stored_once_and_read_back(directory, write_tiny):
     manifest = write_tiny(directory, multivalued=True)
 
     _, arrays = open_prepared(directory)
@@ -775,7 +775,7 @@ def test_a_finished_array_is_read_in_chunks(directory, monkeypatch):
     np.testing.assert_array_equal(np.concatenate(chunks), expected["categorical"])
 
 
-def test_what_a_killed_preparation_left_is_removed_by_the_next(directory):
+def test_leftovers_of_a_killed_preparation_are_removed_by_the_next(directory):
     code = f"""
 import os, pathlib
 from mtnrec.data.prepared.writer import write_prepared
@@ -840,7 +840,7 @@ def test_files_are_read_again_within_two_seconds(directory, verified, monkeypatc
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pipe"])
-def test_a_note_that_is_none_is_replaced(directory, verified, kind):
+def test_an_invalid_note_is_replaced(directory, verified, kind):
     note = directory.with_name(f".{directory.name}.verified")
     text = note.read_bytes()
     note.unlink()
@@ -865,7 +865,7 @@ def test_a_file_that_changes_is_read_again(directory, verified, keeps_the_time):
         verify_once(directory, verified)
 
 
-def test_a_file_that_is_gone_or_another_is_read_again(directory, verified):
+def test_a_missing_or_replaced_file_is_read_again(directory, verified):
     path = directory / "train" / "numerical.npy"
     path.rename(directory / "numerical.npy")
     with pytest.raises(InputError, match=r"numerical\.npy is missing"):

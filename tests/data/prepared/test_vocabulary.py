@@ -79,7 +79,7 @@ def test_values_below_the_cut_off_have_no_index(monkeypatch, merge_from):
     assert vocabulary.size == len(expected) + 1
 
 
-def test_a_value_may_stand_for_many_rows():
+def test_a_value_may_count_for_many_rows():
     counts = ValueCounts()
     values, rows = np.array([5, 7, 5, 9], np.int32), np.array([2, 3, 2, 0])
 

@@ -72,7 +72,7 @@ def member(name="b.csv", kind=tarfile.REGTYPE, link="", **headers):
     return info
 
 
-def test_a_line_without_an_end_is_refused_before_it_is_whole(monkeypatch):
+def test_a_line_without_an_end_is_refused_before_it_is_complete(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 40)
     monkeypatch.setattr(blocks, "_LONGEST_LINE", 100)
     stream = io.BytesIO(LINES + b"x" * 1000)
@@ -100,7 +100,7 @@ def test_a_zip_file_that_inflates_absurdly_is_refused_unread():
         read_zip(zipped(b"1,2,3\n" * 2_000_000))
 
 
-def test_a_zip_file_in_a_zip_file_does_not_get_smaller():
+def test_a_nested_zip_file_that_inflates_absurdly_is_refused():
     inner = zipped(bytes(4_000_000))
     bomb = zipped(inner * 1000, **{"a.zip": 0})
 
@@ -127,7 +127,7 @@ def test_links_and_pipes_in_an_archive_are_refused(kind, tar):
         read_archive(path)
 
 
-def test_a_file_of_holes_in_an_archive_is_refused(tar):
+def test_a_sparse_file_in_an_archive_is_refused(tar):
     path = tar(member("a.csv", **{"GNU.sparse.size": "999999999999", "GNU.sparse.map": "0,0"}))
 
     with pytest.raises(InputError, match=r"holds a.csv, which is not a plain file"):
@@ -142,7 +142,7 @@ def test_names_that_climb_out_are_refused(name, tar):
         read_zip(zipped(LINES, **{name: 0}))
 
 
-def test_a_header_of_an_archive_is_not_read_whole_whatever_its_length(tar):
+def test_an_absurdly_long_header_of_an_archive_is_refused(tar):
     path = tar(member(comment="x" * 3_000_000 + os.urandom(9000).hex()))
 
     with pytest.raises(InputError, match=r"log.tar.gz has absurdly long headers"):
@@ -187,7 +187,7 @@ def test_any_bytes_in_an_archive_are_read_or_refused(data, at, kind, tmp_path_fa
     assert [len(content) for content in read] == [len(LINES)] or kind == "t"
 
 
-def test_more_bad_rows_than_a_log_has_end_the_skipping(monkeypatch):
+def test_too_many_bad_rows_end_the_skipping(monkeypatch):
     monkeypatch.setattr(bad_rows_module, "_MOST_SKIPPED", 3)
     bad_rows = BadRows("skip")
 
@@ -198,7 +198,7 @@ def test_more_bad_rows_than_a_log_has_end_the_skipping(monkeypatch):
         bad_rows.add("log.csv, line 4", "must be 0", "1")
 
 
-def test_what_is_no_file_is_not_found(tmp_path):
+def test_a_path_that_is_not_a_file_is_not_found(tmp_path):
     os.mkfifo(tmp_path / "train.csv")  # to open it would wait for ever
     (tmp_path / "test.csv").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path)

@@ -92,7 +92,7 @@ def test_bad_rows_are_skipped_and_the_others_keep_their_lines(path, has_header):
     assert lines == [shop + 1 + has_header for shop in kept]
 
 
-def test_a_file_whose_rows_are_all_bad_gives_none_on_demand(path):
+def test_a_file_whose_rows_are_all_bad_gives_no_rows_on_demand(path):
     assert read(path, HEADER + "x,y,z\n" * 9, on_error="skip") == ([], [])
 
 

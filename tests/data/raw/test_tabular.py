@@ -62,7 +62,7 @@ def test_odd_bytes_are_cells(content, rows, csv):
         (b"\x1f\x8b" + bytes(90), "line 1: the text is not UTF-8"),
     ],
 )
-def test_what_is_no_table_is_refused_with_its_place(content, message, csv):
+def test_a_file_that_is_not_a_table_is_refused_with_its_position(content, message, csv):
     with pytest.raises(InputError, match=rf"rows.csv(:|,)? {message}"):
         read(csv(content))
 
@@ -126,7 +126,7 @@ def test_a_row_group_that_exceeds_the_memory_is_refused_before_it_is_decoded(tmp
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
-def test_a_part_that_is_no_file_is_refused(kind, tmp_path):
+def test_a_part_that_is_not_a_file_is_refused(kind, tmp_path):
     path = tmp_path / "part.parquet"
     path.mkdir() if kind == "folder" else os.mkfifo(path)  # to open it would wait for ever
 

@@ -93,18 +93,18 @@ def test_the_limits_of_a_noise_panel_hold_every_interval(make_runs):
     assert all(low < y < high for bar in axes.collections[0].get_segments() for y in bar[:, 1])
 
 
-def test_a_noise_curve_says_what_its_values_are(make_runs):
+def test_a_noise_curve_labels_its_values(make_runs):
     results = make_runs({"noise": 0.0}, {"noise": 0.1}).results
 
     assert noise_curves(results).axes[0].get_ylabel() == "test AUC"
     assert noise_curves(results, y="change").axes[0].get_ylabel() == "change"
 
 
-def test_one_noise_is_no_curve(make_runs):
+def test_one_noise_proportion_gives_no_curve(make_runs):
     assert noise_curves(make_runs({"seed": 0}, {"seed": 1}).results) is None
 
 
-def test_lambda_curves_stand_beside_the_level_of_the_baseline(make_runs):
+def test_lambda_curves_show_the_baseline_level(make_runs):
     lams, couplings = (1e-5, 1e-3, 0.0), ("gradient", "decoupled")
     swept = [
         {"mtn": {"lam": lam, "coupling": coupling}, **aucs(0.7 + lam + 0.01 * number)}
@@ -155,7 +155,7 @@ def test_heat_maps_share_one_colour_scale():
     assert figure.axes[0].get_title() == "MTN on experts\n3 seeds"
 
 
-def test_spectra_show_the_median_over_the_seeds_down_to_what_float32_can_tell():
+def test_spectra_show_the_median_over_the_seeds_down_to_float32_precision():
     seeds = np.array([[4, 2, 1e-9], [5, 3, 1e-9], [9, 1, 1e-9]])
     values = pd.DataFrame(
         [
@@ -203,7 +203,7 @@ def test_any_logged_value_is_drawn_over_the_epochs_that_all_seeds_trained(make_r
     assert (axes.get_title(), axes.get_ylabel()) == ("layer 1", "gap")
 
 
-def test_alphas_and_ranks_have_a_line_an_unfolding_and_a_panel_a_layer(make_runs):
+def test_alphas_and_ranks_have_a_line_per_unfolding_and_a_panel_per_layer(make_runs):
     epochs = epochs_of(make_runs({"mtn": True}, {"seed": 0}))
 
     for figure, name in ((alphas(epochs), "alpha"), (effective_ranks(epochs), "effective_rank")):
@@ -233,7 +233,7 @@ def test_pooled_bins_keep_the_mass_and_the_rates():
     assert found["observed"].tolist() == pytest.approx([2 / 30, 9 / 30])
 
 
-def test_a_reliability_diagram_draws_rates_and_says_predicted_over_observed():
+def test_a_reliability_diagram_draws_rates_and_shows_predicted_over_observed():
     bins = pd.DataFrame(
         {
             "row": "+MTN",
@@ -259,7 +259,7 @@ def test_a_task_without_positives_has_no_reliability_diagram():
     assert reliability(pd.DataFrame(bins | {"observed": 0.0})) is None
 
 
-def test_every_row_of_contrasts_is_an_arm_beside_its_own_baseline(make_runs):
+def test_every_row_of_contrasts_is_an_arm_next_to_its_own_baseline(make_runs):
     noisy = [{"mtn": mtn, "noise": 0.1} for mtn in (False, True, {"lam": 1})]
     runs = make_runs({"noise": 0.0}, *noisy)
 
@@ -285,7 +285,7 @@ def test_one_seed_of_independent_tasks_is_drawn_without_a_band(make_runs):
     assert not [axes for axes in curves.axes if axes.collections]
 
 
-def test_every_kind_is_drawn_where_the_runs_have_it(make_runs):
+def test_every_kind_is_drawn_if_the_runs_have_it(make_runs):
     keys = {"spectra": True, "auc": {"ctr": 0.7}, "epochs": 2}
     arms = [{"mtn": False}, {"mtn": True}, {"mtn": {"lam": 0.1}}, {"noise": 0.1}]
     runs = make_runs(*(arm | keys for arm in arms), {"model": "ESMM", **keys})
@@ -315,7 +315,7 @@ def test_the_same_runs_give_the_same_files(make_runs, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_a_run_whose_arrays_were_not_kept_has_no_figures_of_them(make_runs):
+def test_a_run_without_saved_arrays_has_no_figures_of_them(make_runs):
     run, *_ = make_runs({"mtn": True, "epochs": 2})
     record = replace(run.record, expert_distances=None, calibration_curves={})
     bare = Runs([replace(run, record=record)])
@@ -325,7 +325,7 @@ def test_a_run_whose_arrays_were_not_kept_has_no_figures_of_them(make_runs):
     assert kinds == {"training_curves", "alphas", "effective_ranks"}
 
 
-def test_heat_maps_stand_as_in_the_paper(make_runs):
+def test_heat_maps_are_arranged_as_in_the_paper(make_runs):
     settings = ({"mtn": True}, {"mtn": False}, {"mtn": {"target": "shared"}})
     runs = make_runs(*settings)
 
@@ -344,7 +344,7 @@ def test_pdf_fonts_are_embedded_as_truetype(tmp_path):
     assert b"/FontFile2" in path.read_bytes()
 
 
-def test_drawing_leaves_the_settings_of_matplotlib_alone(make_runs):
+def test_drawing_does_not_change_the_settings_of_matplotlib(make_runs):
     before = json.dumps(dict(mpl.rcParams), default=str)
 
     expert_distances({"no MTN": [np.eye(2)]})
@@ -352,7 +352,7 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(make_runs):
     assert json.dumps(dict(mpl.rcParams), default=str) == before
 
 
-def test_no_two_lines_of_a_figure_look_alike_even_without_colour():
+def test_lines_of_a_figure_differ_even_without_colour():
     styles = [line_style(index) for index in range(7)]
 
     assert len({style["marker"] for style in styles}) == 7

@@ -16,7 +16,7 @@ def published(data, model, task, *, mtn, noise=0.0):
     return table.loc[(data, model, task, mtn, noise), "auc"]
 
 
-def test_the_papers_numbers_stand_in_their_places():
+def test_the_papers_numbers_are_in_their_places():
     assert len(paper_results()) == 4 * 6 * 3 + 3 * 6 * 3
     assert published("aliexpress_nl", "MMoE", "ctr", mtn=False) == 0.7258
     assert published("aliexpress_es", "ESMM", "cvr", mtn=True) == 0.8323
@@ -26,7 +26,7 @@ def test_the_papers_numbers_stand_in_their_places():
     assert published("ali_ccp", "Shared-bottom", "ctcvr", mtn=True, noise=0.15) == 0.6365
 
 
-def test_the_paper_says_that_all_ali_ccp_metrics_improve_the_most_by_fourteen_thousandths():
+def test_all_ali_ccp_metrics_of_the_paper_improve_with_noise_by_at_most_0_0141():
     found = paper_results().pivot_table(
         index=["data", "noise", "model", "task"], columns="mtn", values="auc"
     )
@@ -36,7 +36,7 @@ def test_the_paper_says_that_all_ali_ccp_metrics_improve_the_most_by_fourteen_th
     assert gains[gains.index.get_level_values("noise") > 0].max() == pytest.approx(0.0141)
 
 
-def test_mtreclibs_numbers_stand_in_their_places():
+def test_mtreclibs_numbers_are_in_their_places():
     table = mtreclib_results().set_index(["data", "model", "task"])["auc"]
 
     assert len(table) == 3 * 4 * 2
@@ -45,7 +45,7 @@ def test_mtreclibs_numbers_stand_in_their_places():
     assert table["aliexpress_us", "PLE", "ctcvr"] == 0.8675
 
 
-def test_deviations_are_ours_less_the_papers(tmp_path, write_run, cells):
+def test_deviations_are_ours_minus_the_papers(tmp_path, write_run, cells):
     ours = {"ctr": [0.72, 0.74], "cvr": [0.8, 0.81], "ctcvr": [0.86, 0.87]}
     for seed in (0, 1):
         auc = {task: values[seed] for task, values in ours.items()}
@@ -92,7 +92,7 @@ def test_other_metrics_and_other_variants_are_not_the_papers(tmp_path, write_run
     assert deviations(cells(metric="log_loss"), paper_results()).empty
 
 
-def test_labels_that_tell_runs_apart_are_matched_by_name(tmp_path, write_run, cells):
+def test_labels_that_distinguish_runs_are_matched_by_name(tmp_path, write_run, cells):
     write_run(tmp_path, "a", data="ali_ccp", **{"data.rows": 1})
     write_run(tmp_path, "b", data="ali_ccp", **{"optimizer.lr": 0.1})
     write_run(tmp_path, "c", data="ali_ccp")

@@ -37,7 +37,7 @@ def hostile():
     )
 
 
-def test_markdown_shows_stars_and_holms_daggers_apart(table):
+def test_markdown_distinguishes_stars_and_holms_daggers(table):
     lines = to_markdown(table).splitlines()
 
     assert lines[:5] == [
@@ -54,7 +54,7 @@ def test_markdown_shows_stars_and_holms_daggers_apart(table):
     assert lines[-3:] == ["A note.", "", "**Warning:** A warning."]
 
 
-def test_markdown_escapes_what_the_labels_hold(hostile):
+def test_markdown_escapes_labels(hostile):
     text = to_markdown(hostile)
 
     assert "<script" not in text.replace("\\<", "")
@@ -79,7 +79,7 @@ def test_latex_rows_have_as_many_cells_as_the_tabular_has_columns(table):
     assert re.findall(r"\\begin\{(\w+)\}", text) == re.findall(r"\\end\{(\w+)\}", text)[::-1]
 
 
-def test_latex_escapes_what_the_labels_hold(hostile):
+def test_latex_escapes_labels(hostile):
     text = to_latex(hostile)
 
     bare = re.sub(r"\\[&%$#_{}]", "", text)
@@ -117,7 +117,7 @@ def test_html_is_a_table_with_headers_of_rows_and_columns(table):
     ]
 
 
-def test_html_gives_back_what_the_labels_hold(hostile):
+def test_html_preserves_labels(hostile):
     figure = ElementTree.fromstring(to_html(hostile))
 
     texts = [element.text for element in figure.iter() if element.text and element.text.strip()]

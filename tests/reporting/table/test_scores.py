@@ -88,7 +88,7 @@ def test_both_arms_are_averaged_over_the_seeds_that_both_have(write_arms, result
     assert notes == {"6 of 10 seeds"}
 
 
-def test_two_runs_of_unlike_seeds_are_never_paired(write_arms, results):
+def test_two_runs_of_different_seeds_are_never_paired(write_arms, results):
     write_arms(seeds=[0, 1], mtn_seeds=[2, 3])
 
     cells = comparisons(results())
@@ -106,7 +106,7 @@ def test_two_runs_of_unlike_seeds_are_never_paired(write_arms, results):
     "change",
     [{"data.split_seed": 1}, {"optimizer.lr": 0.1}, {"data.rows": 5000}],
 )
-def test_runs_of_unlike_splits_settings_or_data_are_never_paired(write_arms, results, change):
+def test_runs_of_different_splits_settings_or_data_are_never_paired(write_arms, results, change):
     write_arms(mtn_seeds=[])
     write_arms(seeds=[], mtn_seeds=range(6), **change)
 
@@ -116,7 +116,7 @@ def test_runs_of_unlike_splits_settings_or_data_are_never_paired(write_arms, res
     assert (cells["seeds"] == 6).all()
 
 
-def test_runs_under_unlike_noise_masks_are_never_paired(write_arms, results):
+def test_runs_under_different_noise_masks_are_never_paired(write_arms, results):
     write_arms(mtn_seeds=[], noise=0.1)
     write_arms(seeds=[], mtn_seeds=range(6), noise=0.1, **{"noise.seed": 7})
 
@@ -170,7 +170,7 @@ def test_the_layout_is_the_papers(tmp_path, write_run, results):
     ]
 
 
-def test_labels_that_are_no_funnel_keep_their_names(tmp_path, write_run, results):
+def test_labels_without_a_funnel_keep_their_names(tmp_path, write_run, results):
     write_run(tmp_path, "a", auc={"visit": 0.7, "ctr": 0.8})
 
     (group,) = score_table(comparisons(results()), "t").groups
@@ -193,7 +193,7 @@ def test_bold_and_stars_mark_improvement_and_significance(write_arms, results):
     assert not any(cell.stars or cell.holm_stars or cell.bold for cell in baseline.cells)
 
 
-def test_a_star_may_stand_without_holms_dagger(tmp_path, write_run, results):
+def test_a_star_may_appear_without_holms_dagger(tmp_path, write_run, results):
     changes = {task: [1.0, -1.0, 2.0, -2.0, 0.5] for task in "bcde"} | {"a": [1, 2, 3, 4, 0.5]}
     for seed in range(5):
         for mtn in (False, True):
@@ -218,7 +218,7 @@ def test_a_star_may_stand_without_holms_dagger(tmp_path, write_run, results):
         ("calibration", 0.95, 1.1, False),
     ],
 )
-def test_each_metric_has_its_own_better(
+def test_each_metric_has_its_own_direction_of_improvement(
     tmp_path, write_run, results, metric, baseline, treated, improved
 ):
     for mtn, value in ((False, baseline), (True, treated)):
@@ -230,7 +230,7 @@ def test_each_metric_has_its_own_better(
     assert cells["improved"].tolist() == [False, improved]
 
 
-def test_the_validation_split_can_be_tabled(tmp_path, write_run, results):
+def test_the_validation_split_can_be_tabulated(tmp_path, write_run, results):
     write_run(tmp_path, "a", auc={"buy": 0.7}, metrics={"val/buy_auc": 0.75})
 
     cells = comparisons(results(), split="val")
@@ -239,7 +239,7 @@ def test_the_validation_split_can_be_tabled(tmp_path, write_run, results):
     assert score_table(cells, "t").notes[0] == "Mean AUC on the validation rows over 1 seeds."
 
 
-def test_an_unknown_metric_names_those_there_are(tmp_path, write_run, results):
+def test_an_unknown_metric_lists_the_known_ones(tmp_path, write_run, results):
     write_run(tmp_path, "a")
 
     with pytest.raises(InputError, match=r"no run has the metric test/f1\. Choose one of test/auc"):
@@ -257,7 +257,7 @@ def test_under_five_pairs_the_table_warns(write_arms, results, seeds, warned):
         assert ("Fewer than five pairs of runs in 3 of 3" in warnings) == warned
 
 
-def test_the_difference_table_says_what_a_comparison_rests_on(write_arms, results):
+def test_the_difference_table_shows_the_basis_of_a_comparison(write_arms, results):
     write_arms(seeds=range(7))
     cells = comparisons(results())
 
@@ -285,7 +285,7 @@ def test_one_pair_has_a_difference_without_an_interval(write_arms, results):
     assert [cell.text for cell in table.rows[0].cells][-5:] == ["—"] * 5
 
 
-def test_runs_are_parted_into_the_papers_tables(tmp_path, write_run, results):
+def test_runs_are_split_into_the_papers_tables(tmp_path, write_run, results):
     for mtn in (False, True):
         write_run(tmp_path, f"clean/{mtn}", mtn=mtn)
         for noise in (0.1, 0.05):
@@ -333,7 +333,7 @@ def test_all_variants_of_a_model_are_averaged_over_the_same_seeds(write_arms, re
     assert cells.groupby("task")["baseline_mean"].nunique().tolist() == [1, 1, 1]
 
 
-def test_no_difference_is_starred_in_one_table_of_twenty(tmp_path, write_run):
+def test_random_differences_are_starred_at_the_level_and_never_by_holm(tmp_path, write_run):
     rng = np.random.default_rng(0)
     tasks = [f"task_{number}" for number in range(40)]
     for seed in range(5):
