@@ -51,7 +51,7 @@ from mtnrec.data.raw.triples import Selection, describe_error, parse_lines
 from mtnrec.data.table import Table
 from mtnrec.model.network import build_network
 from mtnrec.model.shared_bottom import SharedBottom
-from mtnrec.run.identity import CHECKPOINTS
+from mtnrec.run.identity import CHECKPOINTS, RunIdentity
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.serving.encoder import Encoder, read_vocabularies
 from mtnrec.tracking.loggers import make_logger
@@ -670,9 +670,9 @@ def _build(config: Any, schema: Schema) -> None:
         schema=schema,
         validation_labels=labels,
     )
-    ResumePoint(folder, "cell", config.trainer[CHECKPOINTS])
+    ResumePoint(folder, "id", config.trainer[CHECKPOINTS])
     settings = OmegaConf.to_container(config, resolve=True)
-    logger = make_logger(config.logger, settings, "checksum", ["seed"])
+    logger = make_logger(config.logger, RunIdentity(settings, "checksum", ["seed"]))
     instantiate(lightning_keys(config.trainer), logger=logger, enable_progress_bar=False)
 
 
