@@ -217,7 +217,7 @@ def _replay(path: Path) -> None:
 
 
 def main() -> None:
-    """Print a row for each target; end with status 1 where there is a finding."""
+    """Print one row per target; exit with status 1 if there is a finding."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=20, help="for each target")
     parser.add_argument("--target", nargs="*", default=TARGETS, choices=TARGETS)
