@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -82,14 +81,15 @@ def verify_once(directory: Path, manifest: Manifest) -> None:
     """Verify a prepared data set, unless its files are unchanged since they last passed.
 
     ``.<folder>.verified``, next to the folder, is a note of the last check: a hash of the manifest
-    and of the files' sizes, inodes, and modification and change times. A note younger than 2 s is
-    ignored, since a file system may give two quick changes the same time.
+    and of the files' sizes, inodes, and modification and change times. A file that changed less
+    than 2 s before the note was written is verified again, since a file system may give two quick
+    changes the same time.
     """
     directory = directory.resolve()
     note = directory.with_name(f".{directory.name}.verified")
-    state = _state(directory, manifest)
+    state, changed = _state(directory, manifest)
     with suppress(OSError):
-        is_settled = note.is_file() and time.time() - note.stat().st_mtime >= _SETTLED_SECONDS
+        is_settled = note.is_file() and note.stat().st_mtime - changed >= _SETTLED_SECONDS
         if is_settled and note.read_bytes() == state.encode():
             return
     verify_prepared(directory, manifest)
@@ -98,13 +98,15 @@ def verify_once(directory: Path, manifest: Manifest) -> None:
         note.write_text(state, encoding="utf-8")
 
 
-def _state(directory: Path, manifest: Manifest) -> str:
-    found = {}
+def _state(directory: Path, manifest: Manifest) -> tuple[str, float]:
+    """Return a hash of the files' state, and the time of their last change."""
+    found, changed = {}, 0.0
     for name in manifest.checksums:
         with suppress(OSError):  # verify_prepared reports missing files
             file = (directory / name).stat()
             found[name] = (file.st_size, file.st_ino, file.st_mtime_ns, file.st_ctime_ns)
-    return hashlib.sha256(json.dumps([manifest.checksum, found]).encode()).hexdigest()
+            changed = max(changed, file.st_mtime, file.st_ctime)
+    return hashlib.sha256(json.dumps([manifest.checksum, found]).encode()).hexdigest(), changed
 
 
 def sha256(path: Path) -> str:
