@@ -390,7 +390,10 @@ def test_a_suspected_leak_is_logged_and_recorded(train, tmp_path):
     [
         (["mtn.lam=-1"], r"mtn\.lam must be a number in \[0, inf\), got -1"),
         (["monitor=test/cvr_auc"], r"monitor=test/cvr_auc would choose .* on the test set"),
-        (["mtn.enabled=true", "mtn.target=shared"], r"ESMM has no shared layers .* model=mmoe"),
+        (
+            ["mtn.enabled=true", "mtn.target=shared"],
+            r"ESMM must have parallel shared .* model=mmoe",
+        ),
         (["trainer.max_epochs=0"], r"trainer\.max_epochs must be an integer >= 1, got 0"),
         (
             ["+trainer.check_val_every_n_epoch=9"],

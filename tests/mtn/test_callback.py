@@ -568,7 +568,7 @@ def frozen(parameters):
 
 
 def test_a_layer_that_does_not_exist_is_refused(funnel_schema):
-    with pytest.raises(InputError, match=r"mtn.layers=\[0, 3\].*the towers have the layers 0 to 2"):
+    with pytest.raises(InputError, match=r"mtn.layers must be from 0 to 2, .*towers, got \[0, 3\]"):
         start(make_mtn(layers=[0, 3]), make_network(funnel_schema))
 
 
@@ -576,26 +576,30 @@ def test_towers_that_differ_in_shape_are_refused_with_both_shapes(funnel_schema)
     network = make_network(funnel_schema)
     network.towers[1][2] = nn.Linear(5, 9)
 
-    with pytest.raises(InputError, match=r"layer 1 they are \(4, 5\) and \(9, 5\)"):
+    with pytest.raises(InputError, match=r"layer 1 must have equal .* got \(4, 5\) and \(9, 5\)"):
         start(make_mtn(), network)
     start(make_mtn(layers=[0]), network)
 
 
 @pytest.mark.parametrize("build", [SharedBottom, ESMM])
 def test_shared_layers_that_do_not_exist_are_refused(build, funnel_schema):
-    with pytest.raises(InputError, match=r"no shared layers.*mtn.target=towers"):
+    with pytest.raises(InputError, match=r"parallel shared layers.*mtn.target=towers"):
         start(make_mtn(target="shared"), make_network(funnel_schema, build))
 
 
 def test_a_network_without_task_layers_is_refused():
-    with pytest.raises(InputError, match=r"Linear has no task_layers\(\).*mtn.enabled=false"):
+    with pytest.raises(
+        InputError, match=r"Linear must have a method task_layers\(\).*enabled=false"
+    ):
         start(make_mtn(), nn.Linear(2, 2))
 
 
 def test_one_tower_is_refused():
     network = SimpleNamespace(task_layers=lambda: [[nn.Linear(2, 1)]])
 
-    with pytest.raises(InputError, match="at least two towers side by side, layer 0 has one"):
+    with pytest.raises(
+        InputError, match=r"layer 0 of mtn\.target=towers must have at least two .* one"
+    ):
         start(make_mtn(), network)
 
 
@@ -607,7 +611,7 @@ def test_a_layer_whose_norm_was_far_off_gives_one_warning(fit, funnel_schema, mo
 
     (message,) = [m for m in caplog.messages if "between two updates" in m]
     assert "layer 0 was up to 30 % off" in message
-    assert "set mtn.refresh_every lower than 8" in message
+    assert "Set mtn.refresh_every below 8" in message
 
 
 def test_directions_are_kept_for_fewer_steps_where_the_penalty_is_stronger(funnel_schema):

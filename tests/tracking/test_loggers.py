@@ -311,7 +311,7 @@ def test_tables_that_the_server_refuses_do_not_end_the_run(train, tmp_path, monk
 
 
 def test_a_run_that_fails_closes_its_run_of_wandb_as_failed(train, tmp_path):
-    with pytest.raises(SystemExit, match="ESMM has no shared layers"):
+    with pytest.raises(SystemExit, match="ESMM must have parallel shared layers"):
         train(
             *LOG,
             "logger=wandb",

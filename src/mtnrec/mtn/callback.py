@@ -1,4 +1,4 @@
-"""The callback that trains a model under the multi-layer tensor trace norm."""
+"""Lightning callback that trains a model with the multi-layer tensor trace norm."""
 
 import logging
 import math
@@ -22,11 +22,11 @@ from mtnrec.mtn.trace_norm import effective_rank
 from mtnrec.optimizer.penalty import add_to_gradients, move_parameters
 
 COLLAPSED_ALPHA = 0.99
-_LARGEST_GAP = 0.1  # of a norm between two updates, before it is worth a warning
-_STEPS_A_SHARE = 16  # to count zeros is a pass over the gradients
-# How many of eq. 2's subsets of the modes have the norm of each unfolding, and of the full set.
+_LARGEST_GAP = 0.1  # a norm that is further off between two updates is warned about
+_SHARE_EVERY_N_STEPS = 16  # counting zeros takes a pass over the gradients
+# Number of mode subsets in eq. 2 that share the norm of each unfolding, and of the full set.
 _MULTIPLICITIES = {"distinct": (1, 1, 1), "all": (2, 2, 2, 1)}
-UNFOLDINGS = ("task", "output", "input")  # the rows of the three distinct unfoldings
+UNFOLDINGS = ("task", "output", "input")  # row modes of the three distinct unfoldings
 
 _ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
 _logger = logging.getLogger(__name__)
@@ -35,44 +35,45 @@ _logger = logging.getLogger(__name__)
 class MTN(L.Callback):
     """Adds ``lam * sum_i w_i R_i`` to the objective (eq. 5).
 
-    The gradient is added once an optimiser step, after accumulation, all-reduce and unscaling and
+    The gradient is added once per optimiser step, after accumulation, all-reduce and unscaling, and
     before clipping. The learned weights and their optimiser belong to the callback and to its part
     of a checkpoint: the model, its ``state_dict`` and its inference are the same with and without
-    it. ``train/loss`` is the cross entropy alone. At a checkpoint of a training all factors are
-    taken anew, so that a run that goes on from it, within an epoch too, has the same.
+    it. ``train/loss`` is the cross entropy alone. Saving a training checkpoint recomputes all
+    factors, so that a run resumed from it, even within an epoch, has the same ones.
 
-    Each epoch it logs, under ``mtn/``: ``norm`` (``sum_i w_i R_i``), ``penalty`` (``lam`` times
-    that), ``loss_share`` (penalty over loss plus penalty), ``zero_gradient_share`` (share of the
-    penalised weights without a data gradient, which Adam moves at full rate whatever ``lam``); and
-    for each layer its ``norm``, ``weight``, ``alpha_*``, ``effective_rank_*``, ``distance`` (mean
-    distance of two towers over their mean norm), and the largest deviations from the exact method
+    Each epoch logs, under ``mtn/``: ``norm`` (``sum_i w_i R_i``), ``penalty`` (``lam`` times that),
+    ``loss_share`` (penalty over loss plus penalty), ``zero_gradient_share`` (share of the penalised
+    weights without a data gradient, which Adam moves at the full rate whatever ``lam``); and per
+    layer ``norm``, ``weight``, ``alpha_*``, ``effective_rank_*``, ``distance`` (mean distance
+    between two towers over their mean norm), and the largest deviations from the exact method
     between two decompositions: ``gap`` (relative error of the norm), ``angle`` (degrees between the
     penalty's gradient and the exact one, weights without a data gradient included) and ``length``
     (relative error of its length). The spectra are written to ``spectra/epoch_*.npz`` in the run's
     folder.
 
     Args:
-        enabled: Whether it does anything; ``false`` in ``conf``, where a run has MTN if asked.
-        lam: ``lambda``; the paper uses 1e-5. With 0 it measures and leaves the training alone.
-        target: Penalise the task ``towers``, or the ``shared`` layers side by side (experts).
+        enabled: Whether the callback is active; ``false`` in ``conf``, so that runs opt in to MTN.
+        lam: ``lambda``; the paper uses 1e-5. 0 measures without changing the training.
+        target: Layers to penalise: the task ``towers``, or parallel ``shared`` layers (experts).
         layers: ``all``, or the depths to penalise, counted from 0 next to the input.
-        subsets: The norms that alpha weights (eq. 2): those of the three ``distinct`` unfoldings,
-            or of ``all`` seven non-empty subsets of the modes, where each unfolding counts twice
-            (the complement of a set gives its transpose) and the full set, a vector, has the norm
+        subsets: Norms that alpha weights (eq. 2): those of the three ``distinct`` unfoldings, or of
+            ``all`` seven non-empty subsets of the modes, where each unfolding counts twice (the
+            complement of a set gives its transpose) and the full set, a vector, has the norm
             ``||W_i||_F``; alpha then starts at 2/7, 2/7, 2/7 and 1/7.
         alpha: ``learned``, ``uniform``, or the fixed weights of the task, output and input
             unfolding.
         layer_weighting: ``mean`` (the paper's), ``exponential_decay``, ``learned`` or ``gated``.
-        frobenius: Whether ``R_i`` has its Frobenius term.
-        coupling: Add to the ``gradient`` (the paper's), or move the weights beside the optimiser's
-            step by ``lr * lam * dR/dW``, ``decoupled``, as AdamW does with weight decay.
-        refresh_every: Most steps for which a direction of the penalty is kept; 1 decomposes at each
-            step, the exact method. See :mod:`mtnrec.mtn.penalty` for what happens in between.
-        alpha_optimizer: Makes the optimiser of what is learned.
+        frobenius: Whether ``R_i`` includes the Frobenius term.
+        coupling: ``gradient`` adds to the gradient of the loss (the paper's); ``decoupled`` moves
+            the weights by ``lr * lam * dR/dW`` apart from the optimiser's step, as AdamW does with
+            weight decay.
+        refresh_every: Largest number of steps between two decompositions; 1 decomposes at every
+            step, the exact method. See :mod:`mtnrec.mtn.penalty` for the steps in between.
+        alpha_optimizer: Makes the optimiser of the learned alphas and layer weights.
 
     Raises:
-        InputError: If a value is out of range; when fit starts, if the model has no such layers or
-            they differ in shape.
+        InputError: If a value is out of range, or, when fit starts, if the model lacks such layers
+            or they differ in shape.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class MTN(L.Callback):
         if not self.enabled or stage != "fit":
             return
         self._deferred_steps = 0
-        depths = self._choose(self._find_depths(pl_module.network))
+        depths = self._choose_depths(self._find_depths(pl_module.network))
         for depth, layers in depths.items():
             self._check_depth(depth, layers)
         weights = MixingWeights(
@@ -138,11 +139,11 @@ class MTN(L.Callback):
             depths,
             weights,
             frobenius=self.frobenius,
-            policy=self._policy(),
+            policy=self._make_policy(),
         )
 
-    def _policy(self) -> RefreshPolicy:
-        if self.coupling == "decoupled":  # there no optimiser magnifies the penalty
+    def _make_policy(self) -> RefreshPolicy:
+        if self.coupling == "decoupled":  # no optimiser magnifies the penalty
             return RefreshPolicy(longest=self.refresh_every)
         return RefreshPolicy.for_lambda(self.lam, self.refresh_every)
 
@@ -151,24 +152,24 @@ class MTN(L.Callback):
         name = type(network).__name__
         if not hasattr(network, method):
             raise InputError(
-                f"{name} has no {method}(), so MTN has nothing to act on: add the method, or train "
-                "with mtn.enabled=false"
+                f"{name} must have a method {method}() for MTN to act on. Add it, or set "
+                "mtn.enabled=false."
             )
         depths: list[list[nn.Linear]] = getattr(network, method)()
         if not depths:
             raise InputError(
-                f"{name} has no shared layers that stand side by side (experts): choose "
-                "mtn.target=towers, or model=mmoe"
+                f"{name} must have parallel shared layers (experts) for mtn.target=shared, got "
+                "none. Choose mtn.target=towers, or model=mmoe."
             )
         return depths
 
-    def _choose(self, depths: list[list[nn.Linear]]) -> dict[int, list[nn.Linear]]:
+    def _choose_depths(self, depths: list[list[nn.Linear]]) -> dict[int, list[nn.Linear]]:
         if isinstance(self.layers, str):
             return dict(enumerate(depths))
         if max(self.layers) >= len(depths):
             raise InputError(
-                f"mtn.layers={list(self.layers)} names a layer that does not exist: the "
-                f"{self.target} have the layers 0 to {len(depths) - 1}"
+                f"mtn.layers must be from 0 to {len(depths) - 1}, the layers of "
+                f"mtn.target={self.target}, got {list(self.layers)}. Choose among those."
             )
         return {depth: depths[depth] for depth in self.layers}
 
@@ -176,13 +177,14 @@ class MTN(L.Callback):
         shapes = {tuple(layer.weight.shape) for layer in layers}
         if len(shapes) > 1:
             raise InputError(
-                f"MTN stacks the layers of a depth, so they must agree in shape; at layer {depth} "
-                f"they are {' and '.join(map(str, sorted(shapes)))}: give the towers equal widths, "
-                "or leave this layer out of mtn.layers"
+                f"the {self.target} at layer {depth} must have equal shapes for MTN to stack them, "
+                f"got {' and '.join(map(str, sorted(shapes)))}. Set equal widths, or leave this "
+                "layer out of mtn.layers."
             )
         if len(layers) < 2:
             raise InputError(
-                f"MTN needs at least two {self.target} side by side, layer {depth} has one"
+                f"layer {depth} of mtn.target={self.target} must have at least two parallel layers "
+                "for MTN to stack, got one. Leave it out of mtn.layers, or set mtn.enabled=false."
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -201,8 +203,7 @@ class MTN(L.Callback):
             self._penalty.load_state_dict(self._restored["penalty"])
             shares = self._restored["zero_gradient_shares"]
             self._zero_gradient_shares = [share.to(pl_module.device) for share in shares]
-        # A run that resumes takes the factors that an uninterrupted one took at the checkpoint: the
-        # same bits.
+        # The uninterrupted run recomputed its factors at the checkpoint: the same bits.
         self._measure(self._penalty, trainer.global_step)
 
     def _measure(self, penalty: Penalty, step: int) -> list[list[Tensor]]:
@@ -213,7 +214,7 @@ class MTN(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # At the end of an epoch they are new already.
+        # At the end of an epoch the factors are already fresh.
         if self._penalty is not None and self._measured_at != trainer.global_step:
             self._measure(self._penalty, trainer.global_step)
             checkpoint["callbacks"][self.state_key] = self.state_dict()
@@ -242,8 +243,8 @@ class MTN(L.Callback):
         scale = self.lam * gradient_scale(trainer, optimizer)
         strength = scale if self.coupling == "gradient" else None
         self._penalty.update(trainer.global_step, strength)
-        # Once an epoch at least: Lightning shows the last epoch's value where there is none.
-        if trainer.global_step % _STEPS_A_SHARE == 0 or not self._zero_gradient_shares:
+        # At least once per epoch, or Lightning would show the last epoch's value.
+        if trainer.global_step % _SHARE_EVERY_N_STEPS == 0 or not self._zero_gradient_shares:
             self._zero_gradient_shares.append(_zero_gradient_share(self._penalty.parameters()))
         if self.lam == 0:
             return
@@ -254,11 +255,11 @@ class MTN(L.Callback):
         self._deferred_steps += 1
 
     def _apply_deferred_steps(self, penalty: Penalty) -> None:
-        """Make the steps of what is learned, alpha and the layers' weights, that are owed.
+        """Apply the deferred optimiser steps of alpha and the layer weights.
 
-        Nothing looks at the weights before there are new factors, and between two of them the norms
-        that they learn from stay as they are. One after the other the steps take a third of the
-        time that they would take scattered over a training, each with all caches cold.
+        Nothing reads these weights before the next factors, and the norms that they learn from stay
+        the same until then. Made in a row, the steps take a third of the time that they would take
+        spread over the training, each with cold caches.
         """
         if self._optimizer is not None:
             for _ in range(self._deferred_steps):
@@ -285,22 +286,22 @@ class MTN(L.Callback):
         deviations = self._penalty.pop_deviations()
         names = self._unfolding_names()
         logged = {f"mtn/{name}": value for name, value in values.items()}
-        for row, depth in enumerate(self._penalty.depths):
-            of_layer = {
-                "norm": norms[row],
-                "weight": layer_weights[row],
+        for index, depth in enumerate(self._penalty.depths):
+            layer_values = {
+                "norm": norms[index],
+                "weight": layer_weights[index],
                 "distance": mean_distance(self._penalty.stack(depth)),
             }
             if deviations is not None:
-                self._warn_of_deviation(depth, deviations[row].gap)
-                found = deviations[row]._asdict()
-                of_layer |= {name: torch.tensor(value) for name, value in found.items()}
-            for column, name in enumerate(names):
-                of_layer[f"alpha_{name}"] = alpha[row, column]
-                of_layer[f"effective_rank_{name}"] = effective_rank(spectra[row][column])
-            logged |= {layer_key(depth, name): value for name, value in of_layer.items()}
-            self._warn_of_collapse(depth, alpha[row])
-        # Several processes average them where the model is.
+                self._warn_of_deviation(depth, deviations[index].gap)
+                found = deviations[index]._asdict()
+                layer_values |= {name: torch.tensor(value) for name, value in found.items()}
+            for unfolding, name in enumerate(names):
+                layer_values[f"alpha_{name}"] = alpha[index, unfolding]
+                layer_values[f"effective_rank_{name}"] = effective_rank(spectra[index][unfolding])
+            logged |= {layer_key(depth, name): value for name, value in layer_values.items()}
+            self._warn_of_collapse(depth, alpha[index])
+        # Several processes average the values on the model's device.
         on_device = {name: value.float().to(pl_module.device) for name, value in logged.items()}
         pl_module.log_dict(on_device, sync_dist=True)
         self._zero_gradient_shares.clear()
@@ -309,8 +310,8 @@ class MTN(L.Callback):
             folder.mkdir(parents=True, exist_ok=True)
             named = {
                 f"layer_{depth}/{name}": spectrum.numpy()
-                for depth, of_depth in zip(self._penalty.depths, spectra, strict=True)
-                for name, spectrum in zip(names, of_depth, strict=True)
+                for depth, layer_spectra in zip(self._penalty.depths, spectra, strict=True)
+                for name, spectrum in zip(names, layer_spectra, strict=True)
             }
             np.savez(folder / f"epoch_{trainer.current_epoch:03d}.npz", **cast(Any, named))
 
@@ -323,8 +324,8 @@ class MTN(L.Callback):
         self._deviated.add(depth)
         _logger.warning(
             "mtn: between two updates the norm of layer %d was up to %.0f %% off, so its logged "
-            "figures differ from those of the exact method; set mtn.refresh_every lower than %d; "
-            "1 is the exact method",
+            "figures differ from those of the exact method. Set mtn.refresh_every below %d; 1 is "
+            "the exact method.",
             depth,
             100 * gap,
             self.refresh_every,
@@ -338,7 +339,7 @@ class MTN(L.Callback):
         name = self._unfolding_names()[int(alpha.argmax())]
         _logger.warning(
             "alpha of layer %d has collapsed: the %s unfolding has weight %.4f, so the tensor "
-            "trace norm is nearly that of one matrix; mtn.alpha=uniform keeps all unfoldings",
+            "trace norm is nearly that of one matrix. Set mtn.alpha=uniform to keep them all.",
             depth,
             name,
             largest,
@@ -346,9 +347,9 @@ class MTN(L.Callback):
 
 
 def gradient_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:
-    """Return what the gradients are multiplied by when ``on_before_optimizer_step`` is called.
+    """Return the scale of the gradients when ``on_before_optimizer_step`` is called.
 
-    It is 1 but for fused optimisers in fp16: those unscale inside their step, after the hook.
+    It is 1 except for fused optimisers in fp16, which unscale inside their step, after the hook.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -357,9 +358,9 @@ def gradient_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:
 
 
 def _zero_gradient_share(parameters: Sequence[nn.Parameter]) -> Tensor:
-    others = [p.grad.count_nonzero() for p in parameters if p.grad is not None]
+    nonzero = [p.grad.count_nonzero() for p in parameters if p.grad is not None]
     total = sum(p.numel() for p in parameters)
-    return 1 - (torch.stack(others).sum() if others else torch.tensor(0)) / total
+    return 1 - (torch.stack(nonzero).sum() if nonzero else torch.tensor(0)) / total
 
 
 def _check_layers(layers: Any) -> None:
@@ -368,7 +369,7 @@ def _check_layers(layers: Any) -> None:
         return
     if not isinstance(layers, Sequence) or not len(layers) or len(set(layers)) < len(layers):
         raise InputError(
-            f"mtn.layers must be `all` or a list of different depths, [0, 2] say; got {layers!r}"
+            f"mtn.layers must be `all` or a list of different depths, e.g. [0, 2], got {layers!r}"
         )
     for layer in layers:
         check_integer("mtn.layers", layer, minimum=0)

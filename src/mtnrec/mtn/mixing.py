@@ -1,4 +1,4 @@
-"""The weights of the penalty: alpha of the unfoldings, and the weights of the layers."""
+"""Weights of the penalty: alpha of the unfoldings, and layer weights."""
 
 from collections.abc import Sequence
 
@@ -8,25 +8,24 @@ from torch import Tensor, nn
 from mtnrec.mtn.trace_norm import layer_norms
 
 LAYER_WEIGHTINGS = ("mean", "exponential_decay", "learned", "gated")
-_DECAY = 0.5  # of exponential_decay: the ratio of a layer's weight to the one before
+_DECAY = 0.5  # exponential_decay: ratio of a layer's weight to the previous one
 
 
 class MixingWeights(nn.Module):
     """Alpha (eq. 2) and layer weights, learned or fixed; all start uniform and sum to 1.
 
-    What is learned is a softmax of parameters that start at zero, so no random number is drawn.
-    All weights are float64, whatever the precision of the model, and stay on the CPU: to start
-    their few operations on a GPU would take longer than to compute them.
-    On the loss that it weights, a learned alpha drifts to the smallest norm, since the loss is
-    linear in it.
+    Learned weights are a softmax of parameters that start at zero, so no random number is drawn.
+    All weights are float64, whatever the precision of the model, and stay on the CPU: launching
+    their few operations on a GPU would take longer than computing them.
+    A learned alpha drifts to the smallest norm, since the loss that it weights is linear in it.
 
     Args:
-        layers: ``L``.
-        multiplicities: For each of the ``S`` norms that alpha weights, how many of the subsets of
-            eq. 2 have it; alpha starts proportional to that, and each subset learns at a rate of
-            its own. ``(1, 1, 1)`` for the distinct unfoldings; ``(2, 2, 2, 1)`` for all subsets: an
-            unfolding is that of a set of modes and of its complement, and the full set's is
-            ``||W||_F``.
+        layers: Number of layers, ``L``.
+        multiplicities: For each of the ``S`` norms that alpha weights, the number of subsets in
+            eq. 2 that have it; alpha starts proportional to that number, and each subset learns at
+            its own rate. ``(1, 1, 1)`` for the distinct unfoldings; ``(2, 2, 2, 1)`` for all
+            subsets: a set of modes and its complement share an unfolding, and the full set's norm
+            is ``||W||_F``.
         alpha: ``learned``, ``uniform``, or ``S`` fixed weights.
         layer_weighting: ``mean``; ``exponential_decay``, weights proportional to ``0.5 ** i`` with
             ``i = 0`` next to the input; ``learned``; ``gated``, a softmax of an affine map of
@@ -71,7 +70,7 @@ class MixingWeights(nn.Module):
         """Return the weight of each layer, ``(L,)``, summing to 1.
 
         Args:
-            norms: ``R_i``, ``(L,)``; only ``gated`` looks at them.
+            norms: ``R_i``, ``(L,)``; only ``gated`` uses them.
         """
         if self.layer_logits is None:
             return self.get_buffer("fixed_layer_weights")
@@ -82,9 +81,9 @@ class MixingWeights(nn.Module):
 
     @torch.no_grad()
     def set_gradients(self, norms: Tensor, frobenius: Tensor, *, scale: float) -> None:
-        """Set the gradient of ``scale * sum_i w_i R_i`` by each parameter, as autograd would.
+        """Set each parameter's gradient of ``scale * sum_i w_i R_i``, as autograd would.
 
-        A graph of numbers as few as these costs several times the formulas.
+        For so few numbers an autograd graph costs several times as much as the formulas.
 
         Args:
             norms: Trace norms of the unfoldings, ``(L, S)``.
@@ -92,20 +91,20 @@ class MixingWeights(nn.Module):
             scale: Lambda.
         """
         alpha = self.alpha()
-        of_layers = layer_norms(norms, alpha, frobenius)
-        layer_weights = self.layer_weights(of_layers)
+        totals = layer_norms(norms, alpha, frobenius)
+        layer_weights = self.layer_weights(totals)
         if self.alpha_logits is not None:
             gradient = _through_softmax(alpha, scale * layer_weights.unsqueeze(1) * norms)
             self.alpha_logits.grad = gradient / self.get_buffer("multiplicities")
         if self.layer_logits is not None:
-            self.layer_logits.grad = _through_softmax(layer_weights, scale * of_layers)
+            self.layer_logits.grad = _through_softmax(layer_weights, scale * totals)
             if self.gate is not None:
-                shares = _shares(of_layers)
+                shares = _shares(totals)
                 self.gate.grad = torch.outer(self.layer_logits.grad, shares)
 
 
 def _through_softmax(probabilities: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient by the logits of a softmax, given that by its probabilities."""
+    """Return the gradient of a softmax's logits, given that of its probabilities."""
     centre = (probabilities * gradient).sum(dim=-1, keepdim=True)
     return probabilities * (gradient - centre)
 

@@ -1,24 +1,24 @@
-"""The penalty ``sum_i w_i R_i`` of a model's layers, and its direction while training moves them.
+"""The penalty ``sum_i w_i R_i`` of a model's layers, and its direction during training.
 
 ``R_i``'s gradient is its *direction* ``D_i = sum_s alpha_s P_s + W_i / ||W_i||_F``, with the polar
-factors ``P_s`` of the unfoldings. A decomposition at each step (``refresh_every=1``, the exact
-method) costs more than the step. Otherwise:
+factors ``P_s`` of the unfoldings. Decomposing at every step (``refresh_every=1``, the exact method)
+costs more than the step itself. Otherwise:
 
-1. Every few steps the unfoldings are decomposed, and their left singular vectors kept.
-2. At each step in between, all else is taken from the weights as they are: the rows of ``U^T M``,
+1. Every few steps the unfoldings are decomposed and their left singular vectors are cached.
+2. At each step in between, everything else comes from the current weights: the rows of ``U^T M``,
    normalised and rotated back (:func:`~mtnrec.mtn.polar.polar_from_vectors`).
-3. That matters most for weights without a data gradient, behind a dead unit for example: under Adam
-   they move at the full rate by the penalty alone. The exact method brings their singular values to
-   zero and holds them there; a direction that is some steps old carries them past zero and back.
+3. That matters most for weights without a data gradient, for example behind a dead unit: under Adam
+   the penalty alone moves them at the full rate. The exact method brings their singular values to
+   zero and holds them there; a stale direction carries them past zero and back.
 4. A layer for which step 2 would cost too much is recomputed every few steps. In between, where the
    penalty outweighs the data gradient, the direction changes linearly with the weight, with the
-   slope that the last two recomputations show; so it fades as a weight comes to rest.
+   slope between the last two recomputations, so it fades as a weight comes to rest.
 5. Training moves the weights most at its start, so both intervals start at one step and grow.
-6. At each decomposition the direction that would have been used is compared with the new one, dead
+6. Each decomposition compares the direction that would have been used with the new one, dead
    weights included: angle, length, and the relative error of ``R_i``. The largest are logged.
 
-Several processes follow rank 0, which sends its directions, norms and weights of the penalty: on
-different machines theirs would differ by rounding, and so would the models.
+With several processes, rank 0 broadcasts its directions, norms and penalty weights: computed on
+different machines they would differ by rounding, and so would the models.
 """
 
 import math
@@ -39,16 +39,16 @@ from mtnrec.mtn.unfolding import Modes, short_sides, unfold, unfoldings
 
 UNFOLDINGS = unfoldings(3)
 _TINY = torch.finfo(torch.float32).tiny
-_SMALLEST = 3e-4  # the singular values that the exact method holds at zero lie below
+_SMALLEST = 3e-4  # relative; singular values held at zero by the exact method lie below it
 
 
 class Deviation(NamedTuple):
-    """How far a direction was from the exact one; the largest of several where it is accumulated.
+    """Deviation of a direction from the exact one, or the largest of several.
 
     Args:
-        gap: Relative error of ``R_i`` along it, ``|<D, W> / R_i - 1|``.
-        angle: Between the two, in degrees.
-        length: Relative error of its length, ``| ||D|| / ||D_exact|| - 1 |``.
+        gap: Relative error of ``R_i`` along the direction, ``|<D, W> / R_i - 1|``.
+        angle: Angle between the two directions, in degrees.
+        length: Relative error of the direction's length, ``| ||D|| / ||D_exact|| - 1 |``.
     """
 
     gap: float
@@ -60,44 +60,44 @@ class Deviation(NamedTuple):
         """Compare a direction with the exact one, at the weights ``stack``."""
         products = [used * exact, used * used, exact * exact, used * stack, exact * stack]
         found = torch.stack([p.sum(dtype=torch.float64) for p in products]).tolist()
-        both, of_used, of_exact, norm, exact_norm = found
-        # From the sine as well: near 1 the cosine alone is rounding.
-        across = math.sqrt(max(of_used * of_exact - both * both, 0.0))
+        dot, used_square, exact_square, norm, exact_norm = found
+        # The sine as well, since near 1 the cosine alone is lost in rounding.
+        cross = math.sqrt(max(used_square * exact_square - dot * dot, 0.0))
         return cls(
             abs(norm / exact_norm - 1) if exact_norm else 0.0,
-            math.degrees(math.atan2(across, both)),
-            abs(math.sqrt(of_used / of_exact) - 1) if of_exact else 0.0,
+            math.degrees(math.atan2(cross, dot)),
+            abs(math.sqrt(used_square / exact_square) - 1) if exact_square else 0.0,
         )
 
 
 @dataclass
 class _Stack:
-    """What is kept of a depth between two decompositions."""
+    """Cached state of a depth between two decompositions."""
 
-    vectors: dict[Modes, Tensor] = field(default_factory=dict)  # by the side that they span
-    least: dict[Modes, float] = field(default_factory=dict)  # length of a row that counts as one
+    vectors: dict[Modes, Tensor] = field(default_factory=dict)  # left singular vectors by side
+    least: dict[Modes, float] = field(default_factory=dict)  # shorter rows are only rounding
     norms: Tensor | None = None  # of the unfoldings, (S,), float64, on the CPU
     frobenius: float = 0.0
-    scale: float = 1.0  # of the weights: their norms are taken at magnitudes near 1
+    scale: float = 1.0  # divides the weights, so that norms are computed at magnitudes near 1
     alpha: list[float] = field(default_factory=list)
-    direction: Tensor | None = None  # of a layer with a slope, but for slope * W
+    direction: Tensor | None = None  # without slope * W if there is a slope
     slope: Tensor | None = None
-    previous: tuple[Tensor, Tensor] | None = None  # direction and weights before, for the slope
-    decomposed: int = 0  # at which step
-    updated: int = 0
+    previous: tuple[Tensor, Tensor] | None = None  # earlier direction and weights, for the slope
+    decomposed: int = 0  # step of the last decomposition
+    updated: int = 0  # step of the last update
 
 
 class Penalty:
-    """The layers that are penalised, their weights, and their directions.
+    """Penalised layers, their weights, and their directions.
 
-    Keeps a tensor of the size of the penalised weights, four for large layers, and the left
-    singular vectors of each unfolding, square.
+    Keeps one tensor the size of the penalised weights, four for large layers, and a square matrix
+    of left singular vectors per unfolding.
 
     Args:
-        depths: By depth, the layers that are stacked: equal in shape, at least two.
+        depths: Layers to stack by depth: at least two, equal in shape.
         weights: Alpha and layer weights.
-        frobenius: Whether ``R_i`` has its Frobenius term.
-        policy: When directions are recomputed; ``longest=1`` is the exact method.
+        frobenius: Whether ``R_i`` includes the Frobenius term.
+        policy: Schedule of the recomputations; ``longest=1`` is the exact method.
     """
 
     def __init__(
@@ -117,53 +117,53 @@ class Penalty:
         self._largest: dict[int, Deviation] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs after :meth:`measure`; the rest follows from it."""
+        """Return the state to save after :meth:`measure`, which recomputes everything else."""
         return {
             "deviations": {depth: tuple(largest) for depth, largest in self._largest.items()},
             "slopes": {depth: kept.slope for depth, kept in self._stacks.items()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the state; :meth:`measure` is to follow."""
+        """Restore the state; call :meth:`measure` next."""
         self._largest = {d: Deviation(*found) for d, found in state_dict["deviations"].items()}
         for depth, slope in state_dict["slopes"].items():
             weight = self.depths[depth][0].weight
             self._stacks[depth].slope = None if slope is None else slope.to(weight.device)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the model's parameters that the penalty acts on; frozen ones are left alone."""
+        """Return the penalised parameters of the model, without frozen ones."""
         found = [_weight(layer) for layers in self.depths.values() for layer in layers]
         return [weight for weight in found if weight.requires_grad]
 
     @torch.no_grad()
     def stack(self, depth: int) -> Tensor:
-        """Return the stack of a depth, ``(T, O, I)``, at least in float32."""
+        """Return the stacked weights of a depth, ``(T, O, I)``, in float32 or wider."""
         stack = torch.stack([layer.weight for layer in self.depths[depth]])
         return stack.to(torch.promote_types(stack.dtype, torch.float32))
 
     def is_due(self, step: int) -> bool:
-        """Return whether :meth:`update` would decompose a stack, and look at the alphas."""
-        return any(self._decomposes(depth, step) for depth in self.depths)
+        """Return whether :meth:`update` would decompose a stack, and so read alpha."""
+        return any(self._is_decomposition_due(depth, step) for depth in self.depths)
 
     @torch.no_grad()
     def update(self, step: int, strength: float | None) -> None:
-        """Bring the directions up to date with the weights.
+        """Update the directions to the current weights.
 
-        Called with the gradients of the loss in place, before they are changed.
+        Call it while the parameters hold the unchanged gradients of the loss.
 
         Args:
-            step: Steps of the optimiser so far.
-            strength: What the penalty's gradient is multiplied by when it is added to that of the
-                loss; None if it is not added there, and so does not move weights at the full rate.
+            step: Optimiser steps so far.
+            strength: Factor of the penalty's gradient when it is added to that of the loss; None if
+                it is not added, and so does not move weights at the full rate.
         """
         decomposed = False
         for depth, kept in self._stacks.items():
             interval = self._update_interval(depth, step)
-            decomposes = self._decomposes(depth, step)
-            if not decomposes and step - kept.updated < interval:
+            is_due = self._is_decomposition_due(depth, step)
+            if not is_due and step - kept.updated < interval:
                 continue
             stack = self.stack(depth)
-            if decomposes:
+            if is_due:
                 self._decompose(depth, stack, step, exact=self._policy.longest == 1)
                 decomposed = True
             else:
@@ -180,7 +180,7 @@ class Penalty:
         """Decompose all stacks exactly and return the spectra.
 
         Returns:
-            ``L`` times ``S``, descending, float64, on the CPU.
+            ``L`` lists of ``S`` spectra, each descending, float64, on the CPU.
         """
         spectra = []
         for depth, kept in self._stacks.items():
@@ -195,7 +195,7 @@ class Penalty:
     def _update_interval(self, depth: int, step: int) -> int:
         return self._policy.update_interval(self._shape(depth), step)
 
-    def _decomposes(self, depth: int, step: int) -> bool:
+    def _is_decomposition_due(self, depth: int, step: int) -> bool:
         since = step - self._stacks[depth].decomposed
         return since >= self._policy.decomposition_interval(self._shape(depth), step)
 
@@ -204,7 +204,7 @@ class Penalty:
         outputs, inputs = layers[0].weight.shape
         return len(layers), outputs, inputs
 
-    def _row(self, depth: int) -> int:
+    def _layer_index(self, depth: int) -> int:
         return list(self.depths).index(depth)
 
     def _decompose(self, depth: int, stack: Tensor, step: int, *, exact: bool) -> list[Tensor]:
@@ -215,22 +215,22 @@ class Penalty:
             is_kept = self._update_interval(depth, step) > 1
             used = self.current(depth) if is_kept else self._direction(depth, stack)
         sides = short_sides(self._shape(depth))
-        kept.alpha = self.weights.alpha()[self._row(depth)].tolist()
+        kept.alpha = self.weights.alpha()[self._layer_index(depth)].tolist()
         kept.scale = largest_magnitude(stack).item()
         frobenius = frobenius_norm(stack)
         spectra: list[Tensor] = []
         if exact:
             factors = dict(zip(sides, polar_factors(stack), strict=True))
             for side, factor in factors.items():
-                self._keep(depth, side, factor.vectors, factor.singular_values[0])
+                self._cache_vectors(depth, side, factor.vectors, factor.singular_values[0])
             spectra = [factors[side].singular_values.cpu() for side in sides]
             norms = torch.stack([spectrum.sum() for spectrum in spectra])
-            kept.direction = self._start(depth, stack, frobenius.to(stack.dtype))
+            kept.direction = self._frobenius_gradient(depth, stack, frobenius.to(stack.dtype))
             for side, factor in factors.items():
                 kept.direction.add_(factor.factor, alpha=self._alpha(depth, side))
         else:
             for side in dict.fromkeys(sides):
-                self._keep(depth, side, *left_vectors(unfold(stack, side)))
+                self._cache_vectors(depth, side, *left_vectors(unfold(stack, side)))
             found: dict[Modes, Tensor] = {}
             kept.direction = self._direction(depth, stack, found)
             norms = torch.stack([found[side] for side in sides]).cpu()
@@ -245,8 +245,8 @@ class Penalty:
             self._largest[depth] = Deviation(*map(max, zip(deviation, before, strict=True)))
         return spectra
 
-    def _keep(self, depth: int, side: Modes, vectors: Tensor, largest: Tensor) -> None:
-        """Keep the vectors of a decomposition, and the length below which a row is rounding."""
+    def _cache_vectors(self, depth: int, side: Modes, vectors: Tensor, largest: Tensor) -> None:
+        """Cache the vectors of a side, and the length below which a row is only rounding."""
         kept = self._stacks[depth]
         kept.vectors[side] = vectors
         kept.least[side] = max(_SMALLEST * largest.item() / kept.scale, _TINY)
@@ -254,16 +254,16 @@ class Penalty:
     def _direction(
         self, depth: int, stack: Tensor, norms: dict[Modes, Tensor] | None = None
     ) -> Tensor:
-        """Return the direction at ``stack`` by the vectors of the last decomposition.
+        """Return the direction at ``stack``, computed with the cached singular vectors.
 
         Args:
-            depth: Of the stack.
+            depth: Depth of the stack.
             stack: ``(T, O, I)``.
-            norms: Where the sums of the rows' lengths go, by side.
+            norms: Receives the sum of the row lengths of each side.
         """
         kept = self._stacks[depth]
         scaled = stack / kept.scale
-        direction = self._start(depth, scaled, torch.linalg.vector_norm(scaled))
+        direction = self._frobenius_gradient(depth, scaled, torch.linalg.vector_norm(scaled))
         for side, vectors in kept.vectors.items():
             factor, lengths = polar_from_vectors(scaled, side, vectors, kept.least[side])
             direction.add_(factor, alpha=self._alpha(depth, side))
@@ -272,28 +272,28 @@ class Penalty:
         return direction
 
     def _alpha(self, depth: int, side: Modes) -> float:
-        """Return the weight of the unfoldings whose factor is found by a side."""
+        """Return the total alpha of the unfoldings that share a side."""
         sides = short_sides(self._shape(depth))
         alpha = self._stacks[depth].alpha
         return sum(weight for weight, other in zip(alpha, sides, strict=False) if other == side)
 
-    def _start(self, depth: int, stack: Tensor, frobenius: Tensor) -> Tensor:
-        """Return the part of a direction that is the gradient of the Frobenius norm."""
-        # The full set of modes, if it is one of the subsets, has the norm ||W||_F as well.
+    def _frobenius_gradient(self, depth: int, stack: Tensor, frobenius: Tensor) -> Tensor:
+        """Return the gradient of the Frobenius terms, a part of the direction."""
+        # If alpha weights the full set of modes, its norm is ||W||_F as well.
         share = self._frobenius + sum(self._stacks[depth].alpha[len(UNFOLDINGS) :])
         return stack * (share / frobenius.clamp(min=torch.finfo(stack.dtype).tiny))
 
     def _slope(self, depth: int, stack: Tensor, strength: float | None) -> Tensor | None:
-        """Return the slope of a direction that was just recomputed; None if there is none yet.
+        """Return the slope of a freshly recomputed direction, or None if it is not available.
 
-        A secant for each weight, from the change of direction and weights since the last
-        recomputation, summed over its row and its column.
+        A secant per weight, from the changes of direction and weights since the last recomputation,
+        summed over the weight's row and column.
         """
         kept = self._stacks[depth]
         if kept.previous is None or strength is None:
             return None
         direction = _required(kept.direction)
-        weighted = strength * self._layer_weights[self._row(depth)]
+        weighted = strength * self._layer_weights[self._layer_index(depth)]
         outweighs = self._gradient(depth, stack).abs() <= weighted * direction.abs()
         moved = (stack - kept.previous[1]).mul_(outweighs)
         turned = (direction - kept.previous[0]).mul_(moved)
@@ -305,14 +305,14 @@ class Penalty:
         return slope
 
     def _keep_slope(self, depth: int, stack: Tensor, slope: Tensor | None) -> None:
-        """Take a slope out of the direction at ``stack``, to which :meth:`gradients` adds it."""
+        """Store a slope and subtract it from the direction; :meth:`gradients` adds it back."""
         kept, direction = self._stacks[depth], _required(self._stacks[depth].direction)
         kept.previous, kept.slope = (direction, stack), slope
         if slope is not None:
             kept.direction = direction - slope * stack
 
     def _gradient(self, depth: int, like: Tensor) -> Tensor:
-        """Return the gradient of the loss by a stack."""
+        """Return the gradient of the loss for a stack."""
         found = torch.zeros_like(like)
         for index, layer in enumerate(self.depths[depth]):
             if layer.weight.grad is not None:
@@ -320,7 +320,7 @@ class Penalty:
         return found
 
     def current(self, depth: int) -> Tensor:
-        """Return the direction of a depth at its weights, ``(T, O, I)``."""
+        """Return the direction of a depth at its current weights, ``(T, O, I)``."""
         kept = self._stacks[depth]
         direction = _required(kept.direction)
         return direction if kept.slope is None else direction + kept.slope * self.stack(depth)
@@ -330,7 +330,7 @@ class Penalty:
         return layer_norms(*self._norms(), self._frobenius_norms())
 
     def _norms(self) -> tuple[Tensor, Tensor]:
-        """Return the norms of the unfoldings and alpha, ``(L, S)`` each."""
+        """Return the unfoldings' norms, and alpha, ``(L, S)`` each."""
         norms = [kept.norms for kept in self._stacks.values() if kept.norms is not None]
         return torch.stack(norms), self.weights.alpha()
 
@@ -339,24 +339,24 @@ class Penalty:
         return torch.tensor(found, dtype=torch.float64)
 
     def set_gradients_of_weights(self, scale: float) -> None:
-        """Set the gradient of ``scale * sum_i w_i R_i`` by what the penalty's weights learn."""
+        """Set the learned weights' gradients of ``scale * sum_i w_i R_i``."""
         self.weights.set_gradients(self._norms()[0], self._frobenius_norms(), scale=scale)
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
-        """Yield each parameter, ``dR_i`` by it along the current direction, and ``w_i``."""
+        """Yield each parameter, its gradient of ``R_i`` (the current direction), and ``w_i``."""
         for (depth, layers), weight in zip(self.depths.items(), self._layer_weights, strict=True):
             kept = self._stacks[depth]
             for index, layer in enumerate(layers):
                 gradient = _required(kept.direction)[index]
                 if kept.slope is not None:
-                    # Two operations, each rounded in the same way on every machine.
+                    # Two operations, which round the same way on every machine.
                     gradient = gradient + kept.slope[index] * layer.weight.detach()
                 yield _weight(layer), gradient, weight
 
     def pop_deviations(self) -> list[Deviation] | None:
-        """Return the largest deviations of each depth since the last call; None if some has none.
+        """Return each depth's largest deviations since the last call; None if one has none.
 
-        Zeros with the exact method.
+        All are zero under the exact method.
         """
         if self._policy.longest == 1:
             return [Deviation(0.0, 0.0, 0.0)] * len(self.depths)
@@ -377,16 +377,16 @@ def _weight(layer: nn.Linear) -> nn.Parameter:
 
 def _required(direction: Tensor | None) -> Tensor:
     if direction is None:
-        raise RuntimeError("measure() comes first")
+        raise RuntimeError("measure() must run first")
     return direction
 
 
 def _broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Fill tensors with those of rank 0, in one message; float64 holds all of them exactly.
+    """Overwrite tensors with those of rank 0, in one float64 message that holds them exactly.
 
     Args:
-        tensors: On any device.
-        device: From which the message is sent; NCCL sends what a GPU holds alone.
+        tensors: Tensors to overwrite, on any device.
+        device: Device of the message; NCCL sends from GPUs only.
     """
     message = torch.cat([tensor.detach().flatten().double().to(device) for tensor in tensors])
     dist.broadcast(message, src=0)
@@ -396,7 +396,7 @@ def _broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:
 
 
 def mean_distance(stack: Tensor) -> Tensor:
-    """Return the mean distance of two slices of a stack over their mean norm; 0 if all are equal.
+    """Return the mean distance between two slices over their mean norm; 0 if all are equal.
 
     >>> mean_distance(torch.ones(2, 3, 4))
     tensor(0.)

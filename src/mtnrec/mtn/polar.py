@@ -1,4 +1,4 @@
-"""Polar factors: the gradients of trace norms, from decompositions or kept singular vectors."""
+"""Polar factors: the gradients of trace norms, from decompositions or cached singular vectors."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,10 @@ from mtnrec.mtn.unfolding import Modes, fold, short_sides, unfold
 
 
 def largest_magnitude(tensor: Tensor) -> Tensor:
-    """Return the largest absolute value, at least the smallest normal number; a scalar tensor.
+    """Return the largest absolute value, at least the smallest normal number, as a scalar tensor.
 
-    Divided by it, squares neither overflow nor underflow: norms and polar factors of ``c W`` follow
-    from those of ``W``.
+    Squares of a tensor divided by it neither overflow nor underflow: norms and polar factors of
+    ``c W`` follow from those of ``W``.
     """
     low, high = tensor.aminmax()
     return torch.maximum(-low, high).clamp(min=torch.finfo(tensor.dtype).tiny)
@@ -22,10 +22,10 @@ class PolarFactor(NamedTuple):
     """The polar factor of a matrix, its spectrum and its singular vectors.
 
     Args:
-        factor: ``U V^T``, of the matrix's shape and dtype.
-        singular_values: Descending, float64, as many as the shorter side.
+        factor: ``U V^T``, in the matrix's shape and dtype.
+        singular_values: Descending singular values, float64, as many as the shorter side.
         vectors: ``U`` if the matrix has at most as many rows as columns, else ``V``, in the order
-            of *ascending* singular values; square, of the matrix's dtype.
+            of *ascending* singular values; square, in the matrix's dtype.
     """
 
     factor: Tensor
@@ -65,11 +65,9 @@ def polar_factor(matrix: Tensor) -> PolarFactor:
 def left_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the left singular vectors, ``(m, m)``, and the largest singular value.
 
-    Decomposed in the precision of ``matrix``.
-
-    In ascending order of the singular values. In float32 this takes half the time of the exact
-    decomposition; singular values below about 1e-4 of the largest are told apart no more, which
-    :func:`polar_from_vectors` does not need.
+    The vectors are in ascending order of the singular values, decomposed in the precision of
+    ``matrix``. In float32 this takes half the time of the exact decomposition and cannot separate
+    singular values below about 1e-4 of the largest, which :func:`polar_from_vectors` does not need.
 
     Args:
         matrix: ``(m, n)``, ``m <= n``.
@@ -81,11 +79,11 @@ def left_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiply_along(stack: Tensor, modes: Modes, matrix: Tensor) -> Tensor:
-    """Return ``fold(matrix @ unfold(stack, modes))``; only along ``(0, 2)`` the stack is copied.
+    """Return ``fold(matrix @ unfold(stack, modes))``; only ``(0, 2)`` copies the stack.
 
     Args:
         stack: ``(T, O, I)``, contiguous.
-        modes: The rows of the unfolding, ``m`` of them.
+        modes: Modes of the unfolding's rows; ``m`` rows.
         matrix: ``(m, m)``.
     """
     if modes == (1,):
@@ -100,17 +98,17 @@ def polar_from_vectors(
 ) -> tuple[Tensor, Tensor]:
     """Return the polar factor of an unfolding, given the left singular vectors of an earlier one.
 
-    ``U^T M`` is ``diag(sigma) V^T`` if ``U`` belongs to ``M``: its rows are normalised and rotated
-    back. If ``U`` is that of a ``M`` some steps ago, what has changed since along each left vector,
-    its length, its sign and its right vector, is taken from the matrix as it is now. So a singular
-    value that has passed zero pulls the other way at once, which no earlier factor does.
+    If ``U`` belongs to ``M``, ``U^T M`` is ``diag(sigma) V^T``: its rows are normalised and rotated
+    back. If ``U`` is stale by some steps, the length, sign and right vector along each left vector
+    still come from the current matrix. So a singular value that has passed zero pulls the other way
+    at once, which no earlier factor does.
 
     Args:
         stack: ``(T, O, I)``, contiguous.
-        side: The modes of the unfolding's rows, its shorter side; ``m`` rows, ``n`` columns.
+        side: Modes of the unfolding's rows, its shorter side; ``m`` rows, ``n`` columns.
         vectors: ``(m, m)``, orthonormal columns.
-        least: Rows shorter than this are not lengthened to 1: what is left of a singular value of
-            zero is rounding. Positive.
+        least: Length, positive, below which a row is not lengthened to 1: it is the rounding error
+            of a zero singular value.
 
     Returns:
         The factor, folded to the shape of the stack, and the lengths of the rows, ``(m,)``: the
@@ -131,12 +129,12 @@ def polar_factors(stack: Tensor) -> list[PolarFactor]:
         stack: ``(T, O, I)``, or a tensor of any order.
 
     Returns:
-        One entry for each of ``unfoldings``, in its order; the vectors are those of
+        One entry per unfolding, in the order of ``unfoldings``; the vectors are those of
         ``short_sides``, and unfoldings with the same side share one decomposition.
     """
     sides = short_sides(tuple(stack.shape))
     factors = {}
     for side in dict.fromkeys(sides):
-        matrix = polar_factor(unfold(stack, side))
-        factors[side] = matrix._replace(factor=fold(matrix.factor, side, stack.shape).contiguous())
+        polar = polar_factor(unfold(stack, side))
+        factors[side] = polar._replace(factor=fold(polar.factor, side, stack.shape).contiguous())
     return [factors[side] for side in sides]

@@ -1,4 +1,4 @@
-"""The schedule of MTN: when a direction is recomputed, and when its stack is decomposed."""
+"""MTN's schedule: when to recompute a direction, and when to decompose its stack."""
 
 import math
 from dataclasses import dataclass
@@ -6,26 +6,26 @@ from functools import cache
 
 from mtnrec.mtn.unfolding import short_sides
 
-_LAM = 1e-5  # the paper's, for which the intervals were chosen
+_LAM = 1e-5  # the paper's lambda, for which the intervals were chosen
 
 
 @dataclass(frozen=True)
 class RefreshPolicy:
-    """The intervals between two decompositions of a stack, and between two of its directions.
+    """Intervals between two decompositions of a stack, and between two recomputed directions.
 
-    Both begin at one step, since training moves the weights most at its start, and grow. How far
-    the defaults are from decomposing at each step: ``benchmarks/mtn_accuracy.py``.
+    Both begin at one step, since training moves the weights most at its start, and grow.
+    ``benchmarks/mtn_accuracy.py`` measures how far the defaults are from decomposing at every step.
 
     Args:
-        longest: Most steps between two decompositions; 1 decomposes at each step.
-        decomposition_range: Steps: where the longest interval of a stack lies, by its cost.
-        decomposition_cost: The cost, rows of a side cubed, that is worth one step of the interval.
+        longest: Largest number of steps between two decompositions; 1 decomposes at every step.
+        decomposition_range: Bounds, in steps, of a stack's longest interval, which its cost sets.
+        decomposition_cost: Cost, rows of a side cubed, that is worth one step of the interval.
         decomposition_growth: Steps in which the interval grows by one.
-        cheap: Multiplications of a recomputation that is made at each step; the first tower layers
-            of shared-bottom and MMoE take 5e7.
-        longest_update: Most steps between two recomputations of a direction that is not cheap.
+        cheap: Multiplications of a recomputation that is worth one step; the first tower layers of
+            shared-bottom and MMoE take 5e7 and are recomputed at every step.
+        longest_update: Largest number of steps between two recomputations of a costly direction.
         update_growth: Steps in which that interval grows by one.
-        updates: Recomputations of such a direction for one decomposition.
+        updates: Recomputations of such a direction per decomposition.
     """
 
     longest: int = 128
@@ -42,7 +42,7 @@ class RefreshPolicy:
         """Return the policy for a penalty that is added to the gradient of the loss.
 
         The larger ``lam``, the more weights are moved by the penalty rather than by the data, and
-        the shorter a direction holds. Of ESMM's first layer, three epochs at full size, nuclear
+        the sooner a direction is stale. In three epochs of ESMM's first layer at full size, nuclear
         norms were off by 1 % at ``lam=1e-5`` with 32 steps; at ``lam=1e-3`` by 265 % with 32 steps,
         44 % with 4 and 7 % with 1.
 
@@ -57,8 +57,8 @@ class RefreshPolicy:
         """Return the steps between two recomputations of a direction.
 
         Args:
-            shape: Of the stack, ``(T, O, I)``.
-            step: Steps of the optimiser so far.
+            shape: Shape of the stack, ``(T, O, I)``.
+            step: Optimiser steps so far.
 
         >>> policy = RefreshPolicy()
         >>> [policy.update_interval((2, 128, 256), step) for step in (0, 1000)]
@@ -70,7 +70,7 @@ class RefreshPolicy:
         return min(by_cost, self.longest_update, self.longest, 1 + step // self.update_growth)
 
     def decomposition_interval(self, shape: tuple[int, ...], step: int) -> int:
-        """Return the steps between two decompositions; arguments as for :meth:`update_interval`.
+        """Return the steps between two decompositions; arguments as in :meth:`update_interval`.
 
         >>> policy = RefreshPolicy()
         >>> [policy.decomposition_interval((2, 128, 256), step) for step in (0, 320, 10_000)]
@@ -88,20 +88,20 @@ class RefreshPolicy:
 
 @cache
 def decomposition_cost(shape: tuple[int, ...]) -> int:
-    """Return the rows of each side that is decomposed, cubed.
+    """Return the cubed number of rows, summed over the decomposed sides.
 
     Args:
-        shape: Of the stack, ``(T, O, I)``.
+        shape: Shape of the stack, ``(T, O, I)``.
     """
     return sum(rows**3 for rows in _side_lengths(shape))
 
 
 @cache
 def recomputation_cost(shape: tuple[int, ...]) -> int:
-    """Return the multiplications of one recomputation of a direction.
+    """Return the number of multiplications that recomputing a direction takes.
 
     Args:
-        shape: Of the stack, ``(T, O, I)``.
+        shape: Shape of the stack, ``(T, O, I)``.
 
     >>> recomputation_cost((2, 128, 256)), recomputation_cost((2, 512, 2176))
     (50593792, 6854017024)
@@ -111,5 +111,5 @@ def recomputation_cost(shape: tuple[int, ...]) -> int:
 
 
 def _side_lengths(shape: tuple[int, ...]) -> list[int]:
-    """Return the rows of each side that is decomposed."""
+    """Return the number of rows of each decomposed side."""
     return [math.prod(shape[mode] for mode in side) for side in dict.fromkeys(short_sides(shape))]

@@ -30,10 +30,10 @@ def frobenius_norm(tensor: Tensor) -> Tensor:
 def norms_along(factors: Sequence[PolarFactor], stack: Tensor) -> Tensor:
     """Return ``<P_s, W>`` for each unfolding, ``(S,)``, differentiable in ``stack``.
 
-    These are the trace norms where the factors are those of ``stack``, and lower bounds of them
-    where they are those of another, since a polar factor has spectral norm 1.
+    These are the trace norms if the factors belong to ``stack``, and lower bounds if they belong to
+    another stack, since a polar factor has spectral norm 1.
     """
-    # Not vdot, which one thread computes.
+    # Not vdot, which is single-threaded.
     return torch.stack([(p.factor * stack).sum() for p in factors])
 
 

@@ -30,9 +30,7 @@ def unfoldings(order: int) -> list[Modes]:
 
 
 def short_side(shape: Sequence[int], rows: Modes) -> Modes:
-    """Return ``rows`` or the other modes, whichever make the unfolding with fewer rows.
-
-    Where both have as many, ``rows``.
+    """Return ``rows`` or the other modes, whichever give the unfolding fewer rows; ties: ``rows``.
 
     >>> short_side((2, 512, 2176), (2,)), short_side((2, 128, 256), (2,))
     ((0, 1), (2,))
@@ -45,12 +43,12 @@ def short_side(shape: Sequence[int], rows: Modes) -> Modes:
 
 @cache
 def short_sides(shape: tuple[int, ...]) -> tuple[Modes, ...]:
-    """Return the shorter side of each of the distinct unfoldings, by which its factor is found.
+    """Return the shorter side of each distinct unfolding, from which its factor is computed.
 
-    A mode of size 1 makes unfoldings transposes of each other; those have the same side.
+    A mode of size 1 makes unfoldings transposes of each other; those share a side.
 
     Args:
-        shape: Of the tensor.
+        shape: Shape of the tensor.
 
     >>> short_sides((2, 512, 2176)), short_sides((2, 1, 64))
     (((0,), (1,), (0, 1)), ((0,), (1,), (0,)))
@@ -75,7 +73,7 @@ def unfold(tensor: Tensor, rows: Modes) -> Tensor:
 
 
 def fold(matrix: Tensor, rows: Modes, shape: torch.Size) -> Tensor:
-    """Undo :func:`unfold`: return the tensor of ``shape`` that ``matrix`` is laid out from."""
+    """Undo :func:`unfold`: return the tensor of ``shape`` whose unfolding is ``matrix``."""
     columns = [mode for mode in range(len(shape)) if mode not in rows]
     order = [*rows, *columns]
     inverse = [order.index(mode) for mode in range(len(shape))]
