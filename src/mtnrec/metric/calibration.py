@@ -1,4 +1,4 @@
-"""How well predicted probabilities agree with the labels."""
+"""Agreement of predicted probabilities with the labels: log loss and calibration."""
 
 from typing import NamedTuple
 
@@ -28,9 +28,9 @@ class CalibrationCurve(NamedTuple):
     """Predicted and observed rates over bins of equal mass, least probable first.
 
     Args:
-        predicted: Mean probability of each bin that has rows, float64 ``(bins,)``.
-        observed: Share of positives in it, float64 ``(bins,)``.
-        rows: Its rows, int64 ``(bins,)``.
+        predicted: Mean probability of each non-empty bin, float64 ``(bins,)``.
+        observed: Share of positives in each, float64 ``(bins,)``.
+        rows: Number of rows in each, int64 ``(bins,)``.
     """
 
     predicted: Tensor
@@ -41,21 +41,21 @@ class CalibrationCurve(NamedTuple):
 def calibration_curve(probabilities: Tensor, labels: Tensor, bins: int = 20) -> CalibrationCurve:
     """Return predicted and observed rates over bins of equal mass.
 
-    Rows are binned by the rank of their probability, equal probabilities into one bin, so that
-    the result does not depend on the order of the rows.
+    Rows are binned by the rank of their probability, and ties share a bin, so that the result does
+    not depend on the order of the rows.
 
     Args:
         probabilities: ``(n,)``.
         labels: 0 or 1, ``(n,)``.
-        bins: Number of bins; those without rows are left out.
+        bins: Number of bins; empty ones are left out.
     """
     return curve_of_sorted(sort_scores(probabilities.double(), labels), bins)
 
 
 def curve_of_sorted(probabilities: SortedScores, bins: int = 20) -> CalibrationCurve:
-    """Return what :func:`calibration_curve` does, of float64 probabilities."""
+    """Return the :func:`calibration_curve` of sorted float64 probabilities."""
     rows, positives = probabilities.rows.numpy(), probabilities.positives.numpy()
-    starts = _starts_of_bins(rows, bins)
+    starts = _bin_starts(rows, bins)
     ends = np.append(starts[1:], len(rows))
     starts, ends = starts[starts < ends], ends[starts < ends]
     sums = np.array([rows[start:end].sum() for start, end in zip(starts, ends, strict=True)])
@@ -65,14 +65,14 @@ def curve_of_sorted(probabilities: SortedScores, bins: int = 20) -> CalibrationC
     return CalibrationCurve(*map(torch.from_numpy, columns))
 
 
-def _starts_of_bins(ascending: npt.NDArray[np.float64], bins: int) -> npt.NDArray[np.int64]:
-    """Return the first row of each bin, ``(bins,)``; a tie lies where its mean rank does."""
+def _bin_starts(ascending: npt.NDArray[np.float64], bins: int) -> npt.NDArray[np.int64]:
+    """Return the first row of each bin, ``(bins,)``; ties go to the bin of their mean rank."""
     rows, border = len(ascending), np.arange(bins)
     if not rows:
         return np.zeros(bins, np.int64)
     tie = ascending[(-(-border * rows // bins)).clip(max=rows - 1)]
     first, end = ascending.searchsorted(tie, "left"), ascending.searchsorted(tie, "right")
-    # In whole numbers: the mean rank, from 0, is (first + end - 1) / 2.
+    # In integers: the mean rank, from 0, is (first + end - 1) / 2.
     return np.where((first + end - 1) * bins >= 2 * border * rows, first, end)
 
 
@@ -89,7 +89,7 @@ def calibration(curve: CalibrationCurve) -> Tensor:
 
 
 def expected_calibration_error(curve: CalibrationCurve) -> Tensor:
-    """Return the mean distance of predicted and observed rates over the rows.
+    """Return the mean distance between predicted and observed rates over the rows.
 
     Returns:
         float64 scalar, in [0, 1] for probabilities; NaN if there are no rows.

@@ -1,8 +1,8 @@
-"""The metrics that exist, and the keys under which values are logged and recorded.
+"""Metrics, and the keys under which values are logged and recorded.
 
-A metric is a row of ``METRICS`` and a method of that name of
-:class:`~mtnrec.metric.task_metrics.TaskRows`; training, the record, the tables, the figures and W&B
-follow from the row. This module imports nothing, so that reading runs takes no torch.
+A metric is an entry of ``METRICS`` and a method with its name on
+:class:`~mtnrec.metric.task_metrics.TaskRows`; training, records, tables, figures and W&B follow
+from the entry. This module does not import torch, so that reading runs does not need it.
 
 Keys::
 
@@ -18,14 +18,15 @@ from typing import Any, Literal, NamedTuple
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """What is known of a metric.
+    """Properties of a metric.
 
     Args:
-        title: In tables and figures.
-        better: ``higher``, ``lower``, or ``one``: the nearer to 1.
+        title: Title in tables and figures.
+        better: Better direction: ``higher``, ``lower``, or ``one`` (closer to 1).
         can_monitor: Whether it can choose the epoch.
         needs_both_classes: Whether it is undefined on rows of one class.
-        is_measured: Whether it is of the predictions; the Bayes AUC is of the true probabilities.
+        is_measured: Whether it is computed from predictions; the Bayes AUC is computed from the
+            true probabilities.
     """
 
     title: str
@@ -35,7 +36,7 @@ class MetricInfo:
     is_measured: bool = True
 
     def improves(self, value: Any, baseline: Any) -> Any:
-        """Return whether a value is better than the baseline's; of numbers, arrays or columns."""
+        """Return whether a value beats the baseline's, for numbers, arrays or columns."""
         if self.better == "one":
             return abs(value - 1) < abs(baseline - 1)
         return value < baseline if self.better == "lower" else value > baseline
@@ -55,7 +56,7 @@ _LAYER_KEY = re.compile(r"mtn/layer_(\d+)/(alpha|effective_rank)_(\w+)")
 
 
 class MetricKey(NamedTuple):
-    """A key taken apart."""
+    """Parsed key of a metric or a count."""
 
     split: str
     task: str
@@ -75,12 +76,12 @@ def metric_key(split: str, task: str, metric: str) -> str:
 
 
 def parse_metric_key(key: str, tasks: Collection[str] | None = None) -> MetricKey | None:
-    """Take a key apart; None if it is not the key of a metric or a count.
+    """Parse the key of a metric or a count; return None for any other key.
 
     Args:
-        key: For example ``val/ctcvr_auc``.
-        tasks: Names of the tasks. Names of tasks and of metrics may contain underscores: without
-            the tasks the longest known name of a metric is taken.
+        key: Key to parse, for example ``val/ctcvr_auc``.
+        tasks: Task names. Task and metric names may contain underscores: without ``tasks`` the
+            longest known metric name is taken.
 
     >>> parse_metric_key("test/ctr_grouped_auc")
     MetricKey(split='test', task='ctr', metric='grouped_auc')
@@ -99,7 +100,7 @@ def parse_metric_key(key: str, tasks: Collection[str] | None = None) -> MetricKe
 
 
 class LayerKey(NamedTuple):
-    """The key of a quantity of an unfolding of a penalised layer, taken apart."""
+    """Parsed key of a quantity that a penalised layer has per unfolding."""
 
     layer: int
     quantity: str
@@ -110,7 +111,7 @@ class LayerKey(NamedTuple):
 
 
 def layer_key(layer: int | str, quantity: str) -> str:
-    """Return the key of a quantity of a penalised layer.
+    """Return the key of a penalised layer's quantity.
 
     >>> layer_key(0, "norm"), layer_key(0, "alpha_task")
     ('mtn/layer_0/norm', 'mtn/layer_0/alpha_task')
@@ -119,7 +120,7 @@ def layer_key(layer: int | str, quantity: str) -> str:
 
 
 def parse_layer_key(key: str) -> LayerKey | None:
-    """Take the key of an alpha or an effective rank apart; None if it is the key of neither.
+    """Parse the key of an alpha or an effective rank; return None for any other key.
 
     >>> parse_layer_key("mtn/layer_0/effective_rank_output")
     LayerKey(layer=0, quantity='effective_rank', unfolding='output')

@@ -1,7 +1,7 @@
-"""Exact AUCs, over a whole split at once.
+"""Exact AUCs over a whole split at once.
 
-Only values are sorted, never row numbers: where each positive stands among all rows is then found
-by searching, which is many times as fast.
+Only values are sorted, never row numbers: a binary search then finds the rank of each positive
+among all rows, which is many times faster.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ _MAGNITUDE = np.int32((1 << 31) - 1)
 
 
 class SortedScores(NamedTuple):
-    """All that an AUC and a calibration curve need of the rows, ascending and NaN last.
+    """Scores in ascending order, NaN last: all that an AUC and a calibration curve need.
 
     Args:
         rows: Scores of all rows, ``(n,)``.
@@ -46,7 +46,7 @@ def auc(scores: Tensor, labels: Tensor) -> Tensor:
         labels: 0 or 1, ``(n,)``.
 
     Returns:
-        float64 scalar, the correctly rounded ratio of two whole numbers up to 10^9 rows; NaN if a
+        float64 scalar, the correctly rounded ratio of two integers for up to 10^9 rows; NaN if a
         class is absent or a score is NaN.
 
     >>> auc(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([0, 0, 1, 1]))
@@ -56,7 +56,7 @@ def auc(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def auc_of_sorted(scores: SortedScores) -> Tensor:
-    """Return what :func:`auc` does."""
+    """Return the :func:`auc` of sorted scores."""
     rows, positives = scores.rows.numpy(), scores.positives.numpy()
     negatives = len(rows) - len(positives)
     if not len(positives) or not negatives or np.isnan(rows[-1]):
@@ -66,12 +66,12 @@ def auc_of_sorted(scores: SortedScores) -> Tensor:
 
 
 def weighted_auc(scores: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
-    """Return the AUC of rows that stand for several, or for parts of one, of both classes.
+    """Return the AUC of rows that each carry a weight as a positive and one as a negative.
 
     Args:
         scores: ``(n,)``; only their order matters.
-        positives: The weight of each row as a positive, ``(n,)``. Whole numbers are summed exactly.
-        negatives: Its weight as a negative.
+        positives: Weight of each row as a positive, ``(n,)``. Integers are summed exactly.
+        negatives: Weight of each row as a negative, ``(n,)``.
 
     Returns:
         float64 scalar; NaN if a class has no weight or a score is NaN.
@@ -87,9 +87,9 @@ def weighted_auc(scores: Tensor, positives: Tensor, negatives: Tensor) -> Tensor
     positive_sums, negative_sums = (
         _values(weights)[order].cumsum(dtype=dtype)[last] for weights in (positives, negatives)
     )
-    # The (positive, negative) pairs that the positives of each tie win, ties half, twice.
-    of_tie = np.diff(negative_sums, prepend=0)
-    pairs = np.diff(positive_sums, prepend=0) * (2 * negative_sums - of_tie)
+    # Twice the (positive, negative) pairs that the positives of each tie win; ties count half.
+    tied_negatives = np.diff(negative_sums, prepend=0)
+    pairs = np.diff(positive_sums, prepend=0) * (2 * negative_sums - tied_negatives)
     possible = 2 * float(positive_sums[-1]) * float(negative_sums[-1])
     return torch.tensor(pairs.sum() / possible if possible else torch.nan, dtype=torch.float64)
 
@@ -97,7 +97,7 @@ def weighted_auc(scores: Tensor, positives: Tensor, negatives: Tensor) -> Tensor
 def grouped_auc(scores: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
     """Return the mean AUC of the groups, weighted by their rows (GAUC; Zhou et al., KDD 2018).
 
-    Groups with one class have no AUC and do not count.
+    Groups with one class have no AUC and are left out.
 
     Args:
         scores: ``(n,)``.
@@ -110,7 +110,7 @@ def grouped_auc(scores: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
     values = _values(scores)
     if not len(values) or np.isnan(values).any():
         return torch.tensor(torch.nan, dtype=torch.float64)
-    # One number a row, in the order of the groups and in each group of the scores.
+    # One integer per row, ordered by group and within a group by score.
     keys = _numbers(_values(groups)) * _PLACES
     keys += _places(values)
     positives = np.sort(keys[_values(labels) > 0])
@@ -132,17 +132,17 @@ def grouped_auc(scores: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
 
 def _values(tensor: Tensor) -> Values:
     tensor = tensor.detach().cpu()
-    # numpy has no bfloat16; the wider type holds the same numbers.
+    # numpy has no bfloat16; float32 holds the same numbers.
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _twice_the_ranks(chosen: Values, ascending: Values) -> Integers:
-    """Twice the mean rank, from 1/2, of each of some ascending values among all."""
+    """Return twice the mean rank, from 1/2, of each sorted chosen value among all."""
     return ascending.searchsorted(chosen, "left") + ascending.searchsorted(chosen, "right")
 
 
 def _numbers(groups: Values) -> Integers:
-    """Number the groups, below 2^31 - 1 and in any order."""
+    """Map groups to integers below 2^31 - 1, in any order."""
     first, last = int(groups.min()), int(groups.max())
     if last - first < _SIGN - 1:
         return groups.astype(np.int64, copy=False) - first
@@ -150,9 +150,9 @@ def _numbers(groups: Values) -> Integers:
 
 
 def _places(scores: Values) -> Integers:
-    """Return integers in [0, 2^32) in the order of the scores, equal where these are."""
+    """Return integers in [0, 2^32) in the order of the scores, with the same ties."""
     if scores.dtype != np.float32:
         return np.unique(scores, return_inverse=True)[1]
-    bits = (scores + np.float32(0)).view(np.int32)  # negative zero has bits of its own
-    bits ^= (bits >> 31) & _MAGNITUDE  # below zero, the bits of a float grow as it falls
+    bits = (scores + np.float32(0)).view(np.int32)  # negative zero has different bits
+    bits ^= (bits >> 31) & _MAGNITUDE  # the bits of a negative float grow as it falls
     return bits + _SIGN

@@ -1,4 +1,4 @@
-"""The metrics of every task, over a whole split."""
+"""Metrics of every task over a whole split."""
 
 import math
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from mtnrec.metric import calibration, ranking
 from mtnrec.metric.catalogue import METRICS
 from mtnrec.schema import Schema, Task
 
-# Where CVR is a quotient it can exceed 1; its log loss, undefined there, takes this instead.
-# Calibration, its curve and its error take it as it is: what lies above 1 is part of the error.
+# CVR can exceed 1 where it is a quotient; its log loss, undefined there, uses this value instead.
+# Calibration, its curve and its error use the quotient: the excess over 1 is part of the error.
 _LARGEST_QUOTIENT = 1 - 1e-7
 
 
 @dataclass(frozen=True)
 class TaskRows:
-    """The rows, scores and labels that a task is measured on, all ``(n,)``.
+    """Scores, labels and groups of the rows that a task is measured on, all ``(n,)``.
 
     Args:
         positive: ``log P(label = 1)``.
         negative: ``log P(label = 0)``.
         labels: 0 or 1.
-        groups: Group ids; None where the data has none.
+        groups: Group ids; None if the data has none.
     """
 
     positive: Tensor
@@ -45,13 +45,13 @@ class TaskRows:
 
     @cached_property
     def scores(self) -> ranking.SortedScores:
-        """The scores in order, for everything that needs them sorted."""
+        """Sorted scores, for everything that needs them in order."""
         return ranking.sort_scores(self.positive, self.labels)
 
     @cached_property
     def curve(self) -> calibration.CalibrationCurve:
-        """The calibration curve."""
-        # The probabilities are in the order of the scores: nothing is sorted twice.
+        """Calibration curve."""
+        # The probabilities have the order of the scores, so they are already sorted.
         probabilities = (part.double().exp() for part in self.scores)
         return calibration.curve_of_sorted(ranking.SortedScores(*probabilities))
 
@@ -72,7 +72,7 @@ class TaskRows:
         return calibration.expected_calibration_error(self.curve)
 
     def grouped_auc(self) -> Tensor | None:
-        """AUC within groups; None where the data set has none."""
+        """AUC within groups; None if the data has no groups."""
         if self.groups is None:
             return None
         return ranking.grouped_auc(self.positive, self.labels, self.groups)
@@ -81,8 +81,8 @@ class TaskRows:
 def log_probability(task: Task, positive: Tensor) -> Tensor:
     """Return the log-probability of a task, ``(n,)``.
 
-    That of CVR is ``log pCTCVR - log pCTR`` (paper, eq. 1): a difference ranks as the quotient does
-    and never divides by zero. A model whose towers know nothing of each other can give more than 0.
+    For CVR it is ``log pCTCVR - log pCTR`` (paper, eq. 1): a difference ranks as the quotient does
+    and never divides by zero. It can exceed 0 in a model with independent towers.
 
     Args:
         task: The task.
@@ -94,7 +94,7 @@ def log_probability(task: Task, positive: Tensor) -> Tensor:
 
 
 def task_probabilities(schema: Schema, positive: Tensor) -> list[Tensor]:
-    """Return the probability of each task, ``(n,)`` each; none is above 1.
+    """Return the probability of each task, ``(n,)`` each, at most 1.
 
     Args:
         schema: The tasks.
@@ -120,7 +120,7 @@ def rows_of_task(
         positive, negative = (part[:, task.label] for part in output)
         return TaskRows(positive, negative, labels[:, task.label], groups)
     chosen = labels[:, task.given].nonzero().squeeze(1)
-    quotient = log_probability(task, output.positive[chosen])  # of few rows, as clicks are
+    quotient = log_probability(task, output.positive[chosen])  # few rows, since clicks are rare
     ceiling = math.log(_LARGEST_QUOTIENT)
     complement = (-quotient.double().clamp(max=ceiling).expm1()).log()
     chosen_groups = None if groups is None else groups[chosen]
@@ -132,7 +132,7 @@ def bayes_aucs(
 ) -> dict[str, float]:
     """Return the AUC of the true probabilities for each task, as ``task_bayes_auc``.
 
-    No scores have a larger AUC in expectation; on the same rows it is what a model is held against.
+    No scores have a larger AUC in expectation; a model is compared with it on the same rows.
 
     Args:
         schema: The tasks.
@@ -148,10 +148,10 @@ def bayes_aucs(
 class TaskMetrics(Metric):
     """Collects the predictions of a split and measures every task on all of them at once.
 
-    Never an average over batches; under DDP the predictions of all ranks come together first.
-    Keeps ``9 T + 8`` bytes a row (8 of them for groups), and to compute takes as many again and
-    about 25 more. ``curves`` holds, by the name of the task, the calibration curves
-    of the last ``compute()``; their bins are those of the calibration error and cost nothing more.
+    Metrics are never averaged over batches; under DDP the predictions of all ranks are gathered
+    first. Keeps ``9 T + 8`` bytes per row (8 of them for groups); computing takes as many again
+    plus about 25. ``curves`` holds the calibration curves of the last ``compute()`` by task; their
+    bins are those of the calibration error, at no extra cost.
 
     Args:
         schema: Fields and labels of the data.
@@ -185,7 +185,7 @@ class TaskMetrics(Metric):
             self.groups.append(group)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return every metric as ``task_metric``, float64 scalars, and the counts.
+        """Return every metric as a float64 scalar under ``task_metric``, and the counts.
 
         ``task_rows`` and ``task_positives`` are int64 scalars.
         """

@@ -1,4 +1,4 @@
-"""Adam for embedding tables that are too large to touch whole at every step."""
+"""Adam for embedding tables that are too large to update in full at every step."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,23 +12,23 @@ from mtnrec.checks import InputError, check_number
 
 
 class LazyAdam(Adam):
-    """Adam, and where a gradient is sparse it moves the rows in it alone, weights and moments.
+    """Adam that updates only the rows of a sparse gradient, both weights and moments.
 
-    A row that is in every batch, and a parameter with a dense gradient, move as under
-    ``torch.optim.Adam(fused=True)``, whose kernel does the step. A row that is not in a batch is
-    left alone to the bit; under Adam its moments decay and go on moving it. The bias correction
-    counts the steps of the table, as ``torch.optim.SparseAdam`` does, not those of the row: late in
-    the training a row that one batch has moves by ``lr * (1 - beta1) / sqrt(1 - beta2)``, 3.2
-    ``lr`` with the usual betas, and under Adam by ten times that over the steps that follow.
+    A row in every batch, and a parameter with a dense gradient, move as under
+    ``torch.optim.Adam(fused=True)``, whose kernel does the step. A row that is not in a batch keeps
+    its exact bits; under Adam its moments decay and keep moving it. The bias correction counts the
+    steps of the table, as ``torch.optim.SparseAdam`` does, not those of the row: late in training a
+    row in a single batch moves by ``lr * (1 - beta1) / sqrt(1 - beta2)``, 3.2 ``lr`` with the usual
+    betas, and under Adam by ten times that over the steps that follow.
 
-    A step costs what the batch has, whatever the size of the table. The state is Adam's, two values
-    a weight.
+    The cost of a step depends on the batch, not on the size of the table. The state is Adam's, two
+    values per weight.
 
     Args:
-        params: Parameters, or groups of them.
-        lr: At least 0.
+        params: Parameters, or parameter groups.
+        lr: Learning rate, at least 0.
         betas: Decay of the two moments, in [0, 1).
-        eps: At least 0.
+        eps: Term added to the denominator, at least 0.
 
     Raises:
         InputError: If a value is out of range.
@@ -50,7 +50,7 @@ class LazyAdam(Adam):
         check_number("eps", eps, minimum=0)
         first, second = map(float, betas)
         super().__init__(params, lr=lr, betas=(first, second), eps=eps, fused=True)
-        # Else fp16 gradients would stay scaled until the step, and could not be clipped before.
+        # Otherwise fp16 gradients would stay scaled until the step and could not be clipped.
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class LazyAdam(Adam):
             gradient = parameter.grad
             if gradient is None:
                 continue
-            state = self._state_of(parameter)
+            state = self._get_state(parameter)
             steps.append(state["step"])
             stored = [parameter, state["exp_avg"], state["exp_avg_sq"]]
             if not gradient.is_sparse:
@@ -105,9 +105,9 @@ class LazyAdam(Adam):
             for tensor, copy in zip(stored, copied, strict=True):
                 tensor.index_copy_(0, rows, copy)
 
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def _get_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[parameter]
-        if not state:  # as Adam names it and makes it
+        if not state:  # same keys and initial values as Adam
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
@@ -115,10 +115,10 @@ class LazyAdam(Adam):
 
     @torch.no_grad()
     def gradients_to_clip(self) -> Optimizer:
-        """Return the gradients, none of them sparse, as those of an optimiser of their own.
+        """Return an optimiser over all gradients in dense form, for clipping.
 
-        torch clips no sparse gradient. Here its place is taken by the gradients of the rows in it,
-        in the same memory: where these are clipped, it is.
+        torch cannot clip sparse gradients. Each is represented by the gradients of its rows, which
+        share its memory: clipping them clips it.
         """
         stand_ins: list[Tensor] = []
         for group in self.param_groups:

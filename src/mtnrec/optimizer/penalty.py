@@ -1,4 +1,4 @@
-"""The gradient of a penalty: added to that of the loss, or a step of its own (decoupled)."""
+"""Gradient of a penalty: added to that of the loss, or applied as a separate step (decoupled)."""
 
 from collections.abc import Iterable
 
@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 def add_to_gradients(
     gradients: Iterable[tuple[nn.Parameter, Tensor, float]], *, scale: float
 ) -> None:
-    """Add to the gradients of the loss those of the penalty, each times its weight and ``scale``.
+    """Add the penalty's gradients, each times its weight and ``scale``, to those of the loss.
 
-    Frozen parameters are left alone.
+    Frozen parameters are skipped.
     """
     for parameter, gradient, weight in gradients:
         if not parameter.requires_grad:
@@ -31,7 +31,7 @@ def move_parameters(
 ) -> None:
     """Step against the penalty's gradients, at the learning rate of each parameter's group.
 
-    What the optimiser does not have is left alone.
+    Parameters that are frozen or not in the optimiser are skipped.
     """
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for parameter, gradient, weight in gradients:
