@@ -64,7 +64,9 @@ def test_a_full_disk_is_reported_with_a_remedy(path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
 
-    with pytest.raises(InputError, match=r"No space left on device; .*make room, or choose"):
+    with pytest.raises(
+        InputError, match=r"No space left on device; .*Delete other files, or choose"
+    ):
         AtomicCheckpointIO().save_checkpoint(CONTENT, path)
 
 
@@ -83,8 +85,8 @@ def test_leftovers_are_those_of_the_file_alone(path):
 def test_a_truncated_file_is_refused(share, path):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
-    with pytest.raises(InputError, match=r"last.ckpt is damaged or no checkpoint \(.*: remove it"):
-        read_checkpoint(path, "remove it")
+    with pytest.raises(InputError, match=r"last.ckpt is damaged or not a checkpoint \(.*Delete it"):
+        read_checkpoint(path, "Delete it.")
 
 
 def test_a_flipped_bit_is_found(path):
@@ -94,7 +96,7 @@ def test_a_flipped_bit_is_found(path):
     path.write_bytes(content)
 
     with pytest.raises(InputError, match="damaged"):
-        read_checkpoint(path, "remove it")
+        read_checkpoint(path, "Delete it.")
 
 
 class Harmful:
@@ -105,8 +107,8 @@ class Harmful:
 def test_code_in_a_file_is_not_run(path, tmp_path):
     torch.save(Harmful(), path)
 
-    with pytest.raises(InputError, match="damaged or no checkpoint"):
-        read_checkpoint(path, "remove it")
+    with pytest.raises(InputError, match="damaged or not a checkpoint"):
+        read_checkpoint(path, "Delete it.")
     assert not (tmp_path / "harm").exists()
 
 
@@ -114,8 +116,8 @@ def test_code_in_a_file_is_not_run(path, tmp_path):
 def test_a_foreign_file_is_refused(content, path):
     torch.save(content, path)
 
-    with pytest.raises(InputError, match="is no checkpoint of a training: remove it"):
-        read_checkpoint(path, "remove it")
+    with pytest.raises(InputError, match=r"is not a training checkpoint\. Delete it"):
+        read_checkpoint(path, "Delete it.")
 
 
 @pytest.mark.parametrize(
@@ -125,8 +127,8 @@ def test_a_foreign_file_is_refused(content, path):
 def test_incomplete_weights_are_refused(weight, path):
     torch.save(CONTENT | {"state_dict": {"a": weight}}, path)
 
-    with pytest.raises(InputError, match=r"last.ckpt is damaged.*: remove it"):
-        read_checkpoint(path, "remove it")
+    with pytest.raises(InputError, match=r"last.ckpt is damaged.*\. Delete it"):
+        read_checkpoint(path, "Delete it.")
 
 
 def test_an_expanded_tensor_is_refused_anywhere(path):
@@ -134,8 +136,8 @@ def test_an_expanded_tensor_is_refused_anywhere(path):
     state.append(state)  # in itself
     torch.save(CONTENT | {"optimizer_states": [{"state": {0: state}}]}, path)
 
-    with pytest.raises(InputError, match=r"a tensor \(1000000000000,\) is not whole"):
-        read_checkpoint(path, "remove it")
+    with pytest.raises(InputError, match=r"a tensor \(1000000000000,\) is incomplete"):
+        read_checkpoint(path, "Delete it.")
 
 
 def repack(path, change, compression=zipfile.ZIP_STORED):
@@ -151,7 +153,7 @@ def test_a_checkpoint_that_inflates_is_refused_unread(path):
     repack(path, lambda parts: parts | {"last/data/1": bytes(10**7)}, zipfile.ZIP_DEFLATED)
 
     with pytest.raises(InputError, match="its parts are compressed"):
-        read_checkpoint(path, "remove it")
+        read_checkpoint(path, "Delete it.")
 
 
 def test_parts_that_share_their_bytes_are_refused(path):
@@ -163,7 +165,7 @@ def test_parts_that_share_their_bytes_are_refused(path):
     path.write_bytes(content)
 
     with pytest.raises(InputError, match="its parts are larger than the file"):
-        read_checkpoint(path, "remove it")
+        read_checkpoint(path, "Delete it.")
 
 
 @pytest.mark.parametrize("size", [b"J\xff\xff\xff\x7f", b"\x8a\x08" + b"\xff" * 7 + b"\x7f"])
@@ -177,8 +179,8 @@ def test_a_pickle_whose_size_differs_from_its_bytes_is_refused(size, path):
 
     repack(path, change)
 
-    with pytest.raises(InputError, match="damaged or no checkpoint"):
-        read_checkpoint(path, "remove it")
+    with pytest.raises(InputError, match="damaged or not a checkpoint"):
+        read_checkpoint(path, "Delete it.")
 
 
 @settings(max_examples=100, deadline=None)
@@ -197,7 +199,7 @@ def test_no_bytes_lead_to_another_error(at, put, in_pickle, tmp_path_factory):
         path.write_bytes(damage(path.read_bytes()))
 
     try:
-        weight = read_checkpoint(path, "remove it")["state_dict"]
+        weight = read_checkpoint(path, "Delete it.")["state_dict"]
     except InputError:
         return
     assert all(isinstance(w, torch.Tensor) for w in weight.values())
@@ -206,7 +208,7 @@ def test_no_bytes_lead_to_another_error(at, put, in_pickle, tmp_path_factory):
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ({"a": torch.zeros(2, 3)}, "a is (2, 3) there and (3, 2) here: remove it"),
+        ({"a": torch.zeros(2, 3)}, "a is (2, 3) there and (3, 2) here. Delete it"),
         ({}, "a is absent there and (3, 2) here"),
         ({"a": torch.zeros(3, 2), "b": torch.zeros(1)}, "b is (1,) there and absent here"),
     ],
@@ -215,5 +217,5 @@ def test_weights_of_another_model_are_refused(found, message, path):
     expected = {"a": torch.zeros(3, 2)}
 
     with pytest.raises(InputError, match="is of another model or schema: " + re.escape(message)):
-        check_weights(path, found, expected, "remove it")
-    check_weights(path, expected, expected, "remove it")
+        check_weights(path, found, expected, "Delete it.")
+    check_weights(path, expected, expected, "Delete it.")

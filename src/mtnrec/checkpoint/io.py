@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all."""
+"""Atomic checkpoint files."""
 
 import io
 import zipfile
@@ -15,10 +15,10 @@ from mtnrec.files import write_atomic
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes each checkpoint beside the one that it replaces, and puts it in place at the end.
+    """Writes each checkpoint to a temporary file, which then replaces the previous one atomically.
 
     Raises:
-        InputError: If the disk is full, say; what was there stays.
+        InputError: If it cannot be written, for example on a full disk; the previous file stays.
     """
 
     def save_checkpoint(
@@ -33,79 +33,80 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             raise InputError(
                 f"{path} could not be written ({error.strerror}; {len(content.getbuffer()):,} "
-                "bytes): make room, or choose another hydra.run.dir. What was there stays, and the "
-                "same command goes on from it"
+                "bytes). Delete other files, or choose another hydra.run.dir. The previous "
+                "checkpoint stays, and the same command resumes from it."
             ) from error
 
 
 def read_checkpoint(
     path: Path, remedy: str, keys: Sequence[str] = ("state_dict", "callbacks")
 ) -> dict[str, Any]:
-    """Read a checkpoint of a training.
+    """Read a training checkpoint.
 
     Args:
         path: The file.
-        remedy: What to do where it is none.
-        keys: What it must have; ``state_dict`` is one of them.
+        remedy: Last sentence of the error messages.
+        keys: Required keys, ``state_dict`` among them.
 
     Raises:
-        InputError: If it is damaged, or no checkpoint.
+        InputError: If it is damaged or not a checkpoint.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             _check_archive(archive, path.stat().st_size)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         _check_tensors(checkpoint, path.stat().st_size)
-    # A pickle may raise any error, on bytes that torch did not write.
+    # Unpickling bytes that torch did not write may raise any error.
     except Exception as error:
         reason = str(error).partition("\n")[0][:100]
-        raise InputError(f"{path} is damaged or no checkpoint ({reason}): {remedy}") from error
+        raise InputError(f"{path} is damaged or not a checkpoint ({reason}). {remedy}") from error
     if not isinstance(checkpoint, dict) or not all(
         isinstance(checkpoint.get(key), dict) for key in keys
     ):
-        raise InputError(f"{path} is no checkpoint of a training: {remedy}")
+        raise InputError(f"{path} is not a training checkpoint. {remedy}")
     for name, weight in checkpoint["state_dict"].items():
         if not isinstance(name, str) or not isinstance(weight, Tensor):
-            raise InputError(f"{path} is damaged: {name!r} is no weight: {remedy}")
+            raise InputError(f"{path} is damaged: {name!r} is not a weight. {remedy}")
     return checkpoint
 
 
 def check_format(path: Path, found: int | None, expected: int, remedy: str) -> None:
-    """Refuse what another version of mtnrec wrote of a training; None is of one without formats.
+    """Refuse a training file in the format of another version of mtnrec.
 
     Args:
         path: The file.
-        found: Its format.
-        expected: That of this version.
-        remedy: What to do where they differ.
+        found: Its format; None if the version that wrote it had no formats.
+        expected: Format of this version.
+        remedy: Last sentence of the error message.
     """
     if found != expected:
         raise InputError(
-            f"{path} must have format {expected}, got {found}: another version of mtnrec wrote it. "
-            f"Go on with that one, or {remedy}"
+            f"{path} must have format {expected}, got {found}: another version of mtnrec wrote "
+            f"it, and can resume it. {remedy}"
         )
 
 
 def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
-    """Refuse what torch does not write: it packs without compression or overlap."""
+    """Refuse archives that torch does not write: its own have no compression or overlap."""
     infos = archive.infolist()
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
         raise zipfile.BadZipFile("its parts are compressed")
     if sum(info.file_size for info in infos) > size:
         raise zipfile.BadZipFile("its parts are larger than the file")
-    if (part := archive.testzip()) is not None:  # torch compares no checksums
+    if (part := archive.testzip()) is not None:  # torch does not verify checksums
         raise zipfile.BadZipFile(f"the checksum of {part} differs")
 
 
 def _check_tensors(content: Any, size: int) -> None:
-    """Refuse tensors whose numbers are not all there: repeated ones have any size for nothing.
+    """Refuse tensors that claim more elements than their storage holds.
 
-    torch 2.7 believes what the pickle says of the size of a storage, so none is looked into.
+    Stride tricks can claim any size for free. torch 2.7 trusts the pickle about the size of a
+    storage, so no storage is read.
     """
     waiting, seen, storages = [content], set(), dict[int, int]()
     while waiting:
         part = waiting.pop()
-        if id(part) in seen:  # a part may be in itself
+        if id(part) in seen:  # a part may contain itself
             continue
         seen.add(id(part))
         if isinstance(part, dict):
@@ -113,15 +114,15 @@ def _check_tensors(content: Any, size: int) -> None:
         elif isinstance(part, list | tuple | set):
             waiting += part
         elif isinstance(part, Tensor):
-            if not _is_whole(part):
-                raise ValueError(f"a tensor {tuple(part.shape)} is not whole")
+            if not _is_complete(part):
+                raise ValueError(f"a tensor {tuple(part.shape)} is incomplete")
             storage = part.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     if sum(storages.values()) > size:
         raise ValueError("its tensors are larger than the file")
 
 
-def _is_whole(tensor: Tensor) -> bool:
+def _is_complete(tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided or tensor.device.type != "cpu":
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
@@ -130,19 +131,19 @@ def _is_whole(tensor: Tensor) -> bool:
 def check_weights(
     path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], remedy: str
 ) -> None:
-    """Refuse weights of another model, or of one that was made for another schema.
+    """Refuse weights of another model or schema.
 
     Args:
-        path: The file that they are from.
+        path: The file.
         found: Its ``state_dict``.
-        expected: That of the model.
-        remedy: What to do where they differ.
+        expected: ``state_dict`` of the model.
+        remedy: Last sentence of the error message.
     """
     for name in sorted(found.keys() | expected.keys()):
         shapes = [tuple(w[name].shape) if name in w else None for w in (found, expected)]
         if shapes[0] != shapes[1]:
             there, here = ("absent" if shape is None else str(shape) for shape in shapes)
             raise InputError(
-                f"{path} is of another model or schema: {name} is {there} there and {here} here: "
+                f"{path} is of another model or schema: {name} is {there} there and {here} here. "
                 f"{remedy}"
             )
