@@ -257,8 +257,8 @@ def test_repeats_may_redraw_validation_rows_and_noise(train):
 
 def test_repeats_that_redraw_with_a_fixed_seed_are_refused(train):
     message = (
-        "repeats=seed_split_noise draws validation rows and noise for each seed, so "
-        "noise.seed must be the seed 0, got 5: leave noise.seed out, or set repeats=seed"
+        "repeats=seed_split_noise draws validation rows and noise per seed, so "
+        "noise.seed must be the seed 0, got 5. Leave noise.seed out, or set repeats=seed."
     )
 
     with pytest.raises(SystemExit, match=re.escape(message)):

@@ -216,7 +216,7 @@ def test_processes_that_cannot_sum_sparse_gradients_are_refused(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
     module = MultiTaskModule(make_network(), schema=SCHEMA, optimizer=LAZY)
 
-    with pytest.raises(InputError, match=r"lazy_adam.*NCCL does not add up.*optimizer=adam"):
+    with pytest.raises(InputError, match=r"lazy_adam.*NCCL cannot sum.*optimizer=adam"):
         module.setup("fit")
 
 

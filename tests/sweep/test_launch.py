@@ -278,7 +278,7 @@ def test_a_sweep_killed_three_times_and_two_workers_give_the_bits_of_one_process
     subprocess.run(command(tmp_path / "two", data, *workers), check=True, capture_output=True)
 
     assert len(expected) == 4
-    assert any(re.search("goes on from .*last.ckpt", log) for log in logs)
+    assert any(re.search("resumes from .*last.ckpt", log) for log in logs)
     assert outcomes(tmp_path / "killed") == expected
     assert outcomes(tmp_path / "two") == expected
 

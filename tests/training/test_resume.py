@@ -191,7 +191,7 @@ def test_a_run_of_other_settings_does_not_resume_from_the_checkpoint(train, kill
 
     train(*RUN, "optimizer.lr=0.01", folder=tmp_path)
 
-    assert "training starts anew" in (tmp_path / "train.log").read_text()
+    assert "training restarts" in (tmp_path / "train.log").read_text()
     assert read_record(tmp_path)["config"]["optimizer"]["lr"] == 0.01
 
 
@@ -207,7 +207,7 @@ def interrupted(train, kill, tmp_path):
 def refusal(train, folder, *overrides):
     with pytest.raises(SystemExit) as stop:
         train(*RUN, *overrides, folder=folder)
-    assert "remove it or set resume=false to train anew, or choose another" in stop.value.code
+    assert "Delete last.ckpt, set resume=false to restart, or choose another" in stop.value.code
     return stop.value.code
 
 
@@ -215,7 +215,7 @@ def test_a_damaged_checkpoint_is_refused_and_kept(train, interrupted):
     last = interrupted / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-200])
 
-    assert "last.ckpt is damaged or no checkpoint" in refusal(train, interrupted)
+    assert "last.ckpt is damaged or not a checkpoint" in refusal(train, interrupted)
     assert last.exists()
     train(*RUN, "resume=false", folder=interrupted)
     assert not last.exists()
@@ -225,7 +225,7 @@ def test_a_checkpoint_that_is_not_of_a_run_is_refused(train, interrupted):
     last = interrupted / "checkpoints" / "last.ckpt"
     torch.save({"state_dict": {}, "callbacks": {}}, last)
 
-    assert "last.ckpt is no checkpoint of a run of mtnrec" in refusal(train, interrupted)
+    assert "last.ckpt is not a checkpoint of an mtnrec run" in refusal(train, interrupted)
 
 
 def test_a_checkpoint_of_another_version_is_refused(train, interrupted):
@@ -235,7 +235,7 @@ def test_a_checkpoint_of_another_version_is_refused(train, interrupted):
     del state["format"]
     torch.save(content, last)
 
-    message = "must have format 1, got None: another version of mtnrec wrote it. Go on with that"
+    message = "must have format 1, got None: another version of mtnrec wrote it, and can"
     assert message in refusal(train, interrupted)
 
 
@@ -249,7 +249,9 @@ def test_a_run_of_more_processes_does_not_resume_from_the_checkpoint_of_one(trai
 
     train(*RUN, folder=interrupted)
 
-    assert "of other processes or was moved: training" in (interrupted / "train.log").read_text()
+    assert (
+        "a different world size, or was moved: training" in (interrupted / "train.log").read_text()
+    )
 
 
 def test_a_checkpoint_of_another_model_or_schema_is_refused(train, interrupted):
@@ -266,7 +268,7 @@ def test_a_missing_or_damaged_best_epoch_is_reported(train, interrupted):
     best.write_bytes(content[:1000])
     assert "best.ckpt is damaged" in refusal(train, interrupted)
     best.unlink()
-    assert "last.ckpt goes on with, is gone" in refusal(train, interrupted)
+    assert "last.ckpt needs it" in refusal(train, interrupted)
     best.write_bytes(content)
     train(*RUN, folder=interrupted)
 
@@ -293,7 +295,7 @@ def test_a_restarted_run_does_not_leave_the_old_point_behind(train, kill, interr
     ("overrides", "message"),
     [
         ([0], "trainer.checkpoint_every_n_steps must be an integer >= 1, got 0"),
-        ([5, "trainer.val_check_interval=0.5"], "needs trainer.val_check_interval=1.0, got 0.5"),
+        ([5, "trainer.val_check_interval=0.5"], "with trainer.checkpoint_every_n_steps, got 0.5"),
     ],
 )
 def test_invalid_steps_are_refused(overrides, message, train, tmp_path):

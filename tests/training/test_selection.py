@@ -21,7 +21,7 @@ def callbacks(schema, labels, directory, monitor="val/cvr_auc", patience=3, stop
 
 
 def test_a_monitor_on_the_test_set_is_refused_and_the_validation_one_named(funnel_schema):
-    remedy = r"monitor=test/cvr_auc would choose the epoch on the test set.*monitor=val/cvr_auc$"
+    remedy = r"monitor=test/cvr_auc would choose the epoch on the test set.*monitor=val/cvr_auc\.$"
 
     with pytest.raises(InputError, match=remedy):
         monitor_mode("test/cvr_auc", funnel_schema)

@@ -57,8 +57,8 @@ def read_model(path: Path) -> dict[str, Any]:
     metadata = content.get(METADATA_KEY)
     if not isinstance(metadata, dict) or not metadata:
         raise InputError(
-            f"{path} is not a checkpoint of mtnrec, or a version wrote it that did not yet keep the "
-            "data's schema. Train again."
+            f"{path} is not a checkpoint of mtnrec, or a version wrote it that did not yet keep "
+            "the data's schema. Train again."
         )
     version = metadata.get("format_version")
     if not isinstance(version, int) or version != FORMAT_VERSION:

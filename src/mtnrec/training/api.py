@@ -1,4 +1,4 @@
-"""Training from Python by the protocol of ``python -m mtnrec.train``."""
+"""Training from Python, by the same protocol as ``python -m mtnrec.train``."""
 
 import inspect
 import warnings
@@ -30,11 +30,11 @@ from mtnrec.training.recorder import RunRecorder
 
 
 class FinishedRun:
-    """A run that is trained and tested.
+    """A trained and tested run.
 
     Args:
-        folder: Of the run.
-        record: Its record, ``result.json``.
+        folder: Folder of the run.
+        record: Record of the run, ``result.json``.
     """
 
     def __init__(self, folder: Path, record: RunRecord) -> None:
@@ -51,7 +51,7 @@ class FinishedRun:
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        """One row per epoch: ``epoch``, ``step`` and what was logged, by key."""
+        """One row per epoch: ``epoch``, ``step`` and the logged values by key."""
         return pd.DataFrame(list(self.record.history))
 
     @cached_property
@@ -85,39 +85,39 @@ def fit(
 ) -> FinishedRun:
     """Train, test the best epoch once, and record the run, as ``python -m mtnrec.train`` does.
 
-    The same settings give the same bits and the same record as there. A run whose record is in its
-    folder already is read, not trained again. Like the command it sets torch's thread count,
-    deterministic algorithms and the global seed of this process.
+    The same settings give the same bits and the same record as the command. A run whose folder
+    already has a record is read, not trained again. Like the command, this sets torch's thread
+    count, deterministic algorithms and the global seed of the process.
 
     Args:
-        data: A data set; it is copied, so that one object serves several runs.
+        data: Data set; it is copied, so that one object can be used for several runs.
         model: A choice of ``conf/model``, keys of the default choice, a class, or a
-            ``functools.partial`` of one: ``partial(mtnrec.MMoE, experts=4)``. Not a network that is
-            already built: its weights would not follow from ``seed``.
+            ``functools.partial`` of one: ``partial(mtnrec.MMoE, experts=4)``. Not a built network,
+            whose weights would not follow from ``seed``.
         mtn: The callback, or keys of ``conf/mtn``; None trains without MTN.
-        noise: Feature noise, or keys of ``conf/noise``; None is no noise.
+        noise: Feature noise, or keys of ``conf/noise``; None adds none.
         optimizer: A choice of ``conf/optimizer``, keys of the default choice, or a class or partial
             call that takes the parameters.
         trainer: A choice of ``conf/trainer``, or keys of the default choice: ``{"max_epochs": 5}``.
         logger: A choice of ``conf/logger``, or its keys with their ``_target_``.
-        seed: Of the initial weights and of the order of the rows.
+        seed: Seed of the initial weights and the row order.
         monitor: Validation metric that chooses the epoch and stops the training.
         stop: ``decreased`` or ``patience``, as in ``conf/train.yaml``.
-        patience: Epochs of that rule.
+        patience: Number of epochs in that rule.
         task_loss: ``sum`` or ``mean`` of the labels' cross entropies.
-        resume: Whether to keep a finished run in the folder, and to continue an interrupted one.
+        resume: Whether to keep a finished run in the folder, and to resume an interrupted one.
         cuda_graphs: Whether a GPU replays a captured step.
-        threads: Of torch in this process; None leaves them as they are.
-        output_dir: Folder of the run; by default one in ``runs`` that is named after the settings.
+        threads: Number of torch threads in this process; None leaves it unchanged.
+        output_dir: Folder of the run; by default one in ``runs`` named after the settings.
 
     Raises:
-        InputError: If a value is out of its range, or another process holds the folder.
+        InputError: If a value is out of range, or another process has locked the folder.
     """
     if isinstance(model, nn.Module):
         raise InputError(
             f"model must be a name, keys, a class or a partial call, got a built "
             f"{type(model).__name__}, whose weights do not follow from seed={seed}. Pass the class "
-            "or functools.partial of it with keywords"
+            "or a functools.partial of it with keywords."
         )
     data.prepare_data()
     data = data.copy_for_run(seed)
@@ -159,13 +159,13 @@ def _fit_in_folder(cfg: DictConfig, data: DataModule, folder: Path) -> RunRecord
 
 
 def _describe_data(data: DataModule) -> dict[str, Any]:
-    """Return the config of a data set; a table in memory is told by the checksum alone."""
+    """Return the config of a data set; only the checksum identifies a table in memory."""
     settings = {field.name: getattr(data, field.name) for field in fields(data) if field.init}
     plain = {
         key: f"<{type(value).__name__}>" if hasattr(value, "__arrow_c_stream__") else value
         for key, value in settings.items()
     }
-    # As in conf: the order of the rows follows from the seed of the run.
+    # As in conf: the row order follows from the seed of the run.
     return describe_config("data", type(data), plain | {"seed": "${seed}"})
 
 
@@ -173,7 +173,7 @@ def _describe_model(model: Callable[..., nn.Module]) -> dict[str, Any]:
     """Return the config of a model, defaults of its constructor included, as in ``conf``."""
     constructor, given = (model.func, model.keywords) if isinstance(model, partial) else (model, {})
     if isinstance(model, partial) and model.args:
-        raise InputError(f"model must be a partial call with keywords alone, got {model}")
+        raise InputError(f"model must be a partial call with keywords only, got {model}")
     parameters = inspect.signature(constructor).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     return describe_config("model", constructor, defaults | given)

@@ -1,4 +1,4 @@
-"""A training that diverges is ended, and told what it was about."""
+"""Stop training when the loss or a gradient is not finite, and explain why."""
 
 import math
 from collections.abc import Iterator
@@ -14,19 +14,19 @@ from torch.optim import Optimizer
 from mtnrec.batch import Batch
 from mtnrec.checks import InputError
 
-_CHECK_EVERY_N_STEPS = 16  # to look is to wait for the accelerator, and a pass over the gradients
+_CHECK_EVERY_N_STEPS = 16  # a check waits for the accelerator and reads all gradients
 _SHOWN_ROWS = 5
 _HUGE = 1e4  # prepared features are of the order of 1
 
 
 class Divergence(L.Callback):
-    """Ends a training whose loss or gradient is not finite any more.
+    """Stops training when the loss or a gradient is not finite.
 
-    The losses of all batches are looked at in groups of 16, the gradient (the penalty's included)
-    at each 16th step and the last of an epoch, before the weights are changed by it. Under fp16
-    with a loss scaler it is not, since the scaler itself leaves out such steps. Of several ranks
-    each looks at the losses of all, so that they end alike, with the rows of the one that was the
-    first. It stands behind MTN.
+    The losses of all batches are checked in groups of 16, and the gradient (the penalty's included)
+    at every 16th step and the last of an epoch, before it changes the weights. Under fp16 with a
+    loss scaler the gradient is not checked, since the scaler skips such steps. Every rank checks
+    the losses of all, so that all stop alike and name the rows of the first bad one. This callback
+    must come after MTN.
 
     Raises:
         InputError: With the step, the rows of the batch and the likely cause.
@@ -55,7 +55,7 @@ class Divergence(L.Callback):
             if p.grad is not None
         )
         if not math.isfinite(norm):
-            self._check(trainer)  # the loss says more: whose rows they are
+            self._check(trainer)  # a bad loss says more: it names the rank's rows
             place = trainer.fit_loop.batch_idx, trainer.global_step
             raise _error(trainer, "gradient", norm, *place)
 
@@ -66,7 +66,7 @@ class Divergence(L.Callback):
 
     @contextmanager
     def explain_failures(self, trainer: L.Trainer) -> Iterator[None]:
-        """Name the loss as the cause where a decomposition fails in the block."""
+        """Report a loss that is not finite as the cause if a decomposition fails in the block."""
         try:
             yield
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -77,9 +77,9 @@ class Divergence(L.Callback):
         seen, self._losses = self._losses, []
         if not seen:
             return
-        of_ranks = trainer.strategy.all_gather(torch.stack([loss for *_, loss in seen]))
+        gathered = trainer.strategy.all_gather(torch.stack([loss for *_, loss in seen]))
         for (batch, step, _), losses in zip(
-            seen, of_ranks.view(-1, len(seen)).T.tolist(), strict=True
+            seen, gathered.view(-1, len(seen)).T.tolist(), strict=True
         ):
             for rank, value in enumerate(losses):
                 if not math.isfinite(value):
@@ -107,18 +107,18 @@ def _error(
     return InputError(
         f"the {what} must be finite, got {value} at step {step} (epoch {epoch}, batch {number}: "
         f"{len(rows)} rows, {some}{', …' if len(rows) > _SHOWN_ROWS else ''} of the training "
-        f"file). {_cause(trainer, loader.dataset[positions])}. The last checkpoint stays"
+        f"file). {_cause(trainer, loader.dataset[positions])} The last checkpoint stays."
     )
 
 
 def _cause(trainer: L.Trainer, batch: Batch) -> str:
     values = largest(iter([batch.numerical, *(bag.weights for bag in batch.bags)]))
     if not values <= _HUGE:
-        return f"Its numerical features reach {values:g}: scale them, or leave their rows out"
+        return f"Its numerical features reach {values:g}. Scale them, or leave their rows out."
     if str(trainer.precision).startswith("16"):
-        return "fp16 ends at 65504: choose trainer.precision=bf16-mixed or 32-true"
+        return "fp16 ends at 65504. Choose trainer.precision=bf16-mixed or 32-true."
     rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
     return (
-        f"Its features reach {values:g} only, so it is probably the learning rate: lower "
-        f"optimizer.lr ({rate:g}), or set trainer.gradient_clip_val"
+        f"Its features reach only {values:g}, so the learning rate is the likely cause. Set "
+        f"optimizer.lr below {rate:g}, or set trainer.gradient_clip_val."
     )

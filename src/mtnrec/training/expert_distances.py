@@ -22,21 +22,21 @@ def output_distances(outputs: Tensor) -> Tensor:
              [5., 0.]]])
     """
     outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-    # By differences: a matrix product would cancel where two experts are close. Each pair once, as
-    # `cdist` does not.
+    # By differences: a matrix product would cancel where two experts are close. Each pair once,
+    # where `cdist` computes both orders.
     distances = outputs.new_zeros(len(outputs), outputs.shape[1], outputs.shape[1])
     for expert in range(outputs.shape[1] - 1):
         differences = outputs[:, expert + 1 :] - outputs[:, expert, None]
-        of_pairs = torch.linalg.vector_norm(differences, dim=2)
-        distances[:, expert, expert + 1 :] = distances[:, expert + 1 :, expert] = of_pairs
+        pairwise = torch.linalg.vector_norm(differences, dim=2)
+        distances[:, expert, expert + 1 :] = distances[:, expert + 1 :, expert] = pairwise
     return distances
 
 
 class ExpertDistances(L.Callback):
-    """Measures in the test the mean distance of two experts' outputs over all rows.
+    """Measures the mean distance between two experts' outputs over all test rows.
 
-    It watches the network's own forward pass, so that no expert is computed twice. After the test
-    ``distances`` is an ``E x E`` matrix, the same on all ranks; None for a network without
+    It hooks into the network's own forward pass, so that no expert is computed twice. After the
+    test ``distances`` is an ``E x E`` matrix, the same on all ranks; None for a network without
     ``expert_outputs``, the module that the outputs ``(B, E, O)`` of its experts pass through.
     """
 
@@ -44,7 +44,7 @@ class ExpertDistances(L.Callback):
         self.distances: list[list[float]] | None = None
         self._sums = torch.zeros(0, dtype=torch.float64)
         self._rows = 0
-        self._watch: RemovableHandle | None = None
+        self._hook: RemovableHandle | None = None
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         network: Any = pl_module.network
@@ -52,7 +52,7 @@ class ExpertDistances(L.Callback):
         if hasattr(network, "expert_outputs"):
             experts = len(network.shared_layers()[0])
             self._sums, self._rows = torch.zeros(experts, experts, dtype=torch.float64), 0
-            self._watch = network.expert_outputs.register_forward_hook(self._add)
+            self._hook = network.expert_outputs.register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, inputs: tuple[Tensor], outputs: Tensor) -> None:
         # Summed on the CPU: not every accelerator has float64.
@@ -60,10 +60,10 @@ class ExpertDistances(L.Callback):
         self._rows += len(outputs)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._watch is None:
+        if self._hook is None:
             return
-        self._watch.remove()
-        self._watch = None
+        self._hook.remove()
+        self._hook = None
         totals = torch.cat([self._sums.flatten(), self._sums.new_tensor([self._rows])])
         if trainer.world_size > 1:  # NCCL sums on the GPU only
             totals = trainer.strategy.reduce(totals.to(pl_module.device), reduce_op="sum").cpu()

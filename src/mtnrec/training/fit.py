@@ -36,18 +36,18 @@ from mtnrec.training.resume import ResumePoint
 from mtnrec.training.selection import STOPS, selection_callbacks
 from mtnrec.training.summary import summary_table
 
-_LARGEST_SEED = 2**32 - 1  # of numpy's global stream
-_MOST_THREADS = 1024  # torch ends the process where there are too many
-_REFRESHES_PER_SECOND = 10  # of the bar; Lightning's 100 would take time of a step
+_LARGEST_SEED = 2**32 - 1  # that numpy's global stream takes
+_MOST_THREADS = 1024  # torch ends the process if there are too many
+_REFRESHES_PER_SECOND = 10  # of the progress bar; Lightning's 100 would slow down the steps
 
 _logger = logging.getLogger(__name__)
 
 
 def find_or_fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRecord:
-    """Return the record of a finished run in its folder, or fit; arguments as for :func:`fit`.
+    """Return the record of a finished run in its folder, or fit; arguments as in :func:`fit`.
 
     Raises:
-        InputError: If a setting is out of its range.
+        InputError: If a setting is out of range.
     """
     check_settings(cfg)
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
@@ -64,8 +64,8 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
 
     Args:
         cfg: The composed config, ``conf/train.yaml``.
-        datamodule: What its group ``data`` describes.
-        recorder: Which times the run from its start.
+        datamodule: Data set that its group ``data`` describes.
+        recorder: Recorder, which times the run from its start.
     """
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -94,17 +94,17 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
     trainer = _make_trainer(cfg, identity, callbacks)
     tune_process(trainer.strategy.root_device)
     describe_run(trainer.loggers, identity)
-    (output_dir / RECORD_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
+    (output_dir / RECORD_FILE).unlink(missing_ok=True)  # from an earlier run in this folder
     start = resume_point.find(trainer, module) if cfg.resume else None
     if start is None:
-        resume_point.discard()  # what is written from now on does not belong to it
+        resume_point.discard()  # it does not belong to the run that starts now
     with divergence.explain_failures(trainer):
         trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     best = checkpoint.best_model_path
     if not best:
         raise InputError(
-            "training ended before its first validation, so there is no epoch to test: allow more "
-            "epochs or steps"
+            "training ended before its first validation, so there is no epoch to test. Set more "
+            "epochs or steps."
         )
     trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
 
@@ -145,7 +145,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
 def _make_module(cfg: DictConfig, datamodule: DataModule) -> MultiTaskModule:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     schema = datamodule.schema
-    # In two steps, since Hydra would take the schema, a dataclass, for a part of the config.
+    # In two steps, since Hydra would treat the schema, a dataclass, as a part of the config.
     model = instantiate(cfg.model, _partial_=True, _convert_="all")
     network = build_network(partial(model, schema=schema))
     optimizer = instantiate(cfg.optimizer)
@@ -187,10 +187,10 @@ def _describe_data(datamodule: DataModule, leaks: LeakCheck) -> dict[str, Any]:
 
 
 def check_settings(cfg: DictConfig) -> None:
-    """Refuse what no constructor checks, or only after the data are prepared.
+    """Refuse bad settings that no constructor checks, or only after the data are prepared.
 
     Raises:
-        InputError: If a value is out of its range.
+        InputError: If a value is out of range.
     """
     check_flag("resume", cfg.resume)
     check_choice("stop", cfg.stop, STOPS)
@@ -210,9 +210,9 @@ def _check_repeats(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value != cfg.seed:
             raise InputError(
-                "repeats=seed_split_noise draws validation rows and noise for each seed, so "
-                f"{key} must be the seed {cfg.seed}, got {value}: leave {key} out, or set "
-                "repeats=seed"
+                "repeats=seed_split_noise draws validation rows and noise per seed, so "
+                f"{key} must be the seed {cfg.seed}, got {value}. Leave {key} out, or set "
+                "repeats=seed."
             )
 
 

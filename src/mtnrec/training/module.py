@@ -1,4 +1,4 @@
-"""The LightningModule that trains any network."""
+"""LightningModule that trains any network."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -23,18 +23,18 @@ from mtnrec.schema import Schema
 from mtnrec.training.cuda_graph import CudaGraphLoss, can_be_captured
 
 _ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
-_SUM_EVERY_N_STEPS = 16  # to read a value is to wait for the accelerator
+_SUM_EVERY_N_STEPS = 16  # reading a value waits for the accelerator
 
 
 class MultiTaskModule(L.LightningModule):
     """Trains a network on the sum, or the mean, of its labels' cross entropies.
 
-    Each epoch logs ``train/loss`` (what is trained, without any penalty) and ``val/task_metric``;
+    Each epoch logs ``train/loss`` (the trained loss without any penalty) and ``val/task_metric``;
     the test logs ``test/task_metric``. ``results`` keeps the last values of each split in full
-    precision, and ``calibration_curves`` the columns of each task's curve after a test, as
-    ``test/task``. Every checkpoint carries ``metadata``, what it says of the model.
+    precision, and ``calibration_curves`` the columns of each task's curve after a test, under
+    ``test/task``. Every checkpoint carries ``metadata``, which describes the model.
 
-    No checkpoint is written from weights that are not finite.
+    Checkpoints of weights that are not finite are refused.
 
     Args:
         network: A :class:`~mtnrec.model.network.Network`.
@@ -42,11 +42,11 @@ class MultiTaskModule(L.LightningModule):
         optimizer: Makes the optimiser from the parameters.
         task_loss: ``sum``, as in eq. 5, or ``mean``, as in MTReclib, with which the same ``lambda``
             weighs as much as ``lambda * T`` with the sum.
-        cuda_graphs: Whether a GPU captures the passes of the network and replays them, where it
-            ``supports_cuda_graphs``; a CPU computes as without.
+        cuda_graphs: Whether a GPU captures the passes of the network and replays them, if it
+            ``supports_cuda_graphs``; no effect on a CPU.
 
     Raises:
-        InputError: If ``task_loss`` is neither.
+        InputError: If a value is out of range.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class MultiTaskModule(L.LightningModule):
         self._optimizer = optimizer
         self.val_metrics = TaskMetrics(schema)
         self.test_metrics = TaskMetrics(schema)
-        self._losses: list[tuple[int, Tensor]] = []  # the latest, and the rows of each
-        self._sum_of_losses, self._rows_of_losses = 0.0, 0
+        self._losses: list[tuple[int, Tensor]] = []  # row counts and latest losses
+        self._loss_sum, self._loss_rows = 0.0, 0
         self.results: dict[str, dict[str, float]] = {}
         self.calibration_curves: dict[str, dict[str, list[float]]] = {}
         self.metadata: dict[str, Any] = {}
@@ -104,44 +104,44 @@ class MultiTaskModule(L.LightningModule):
         if not self._losses:
             return
         rows, losses = zip(*self._losses, strict=True)
-        # One after the other, so that the sum does not depend on where a checkpoint cuts it.
+        # One by one, so that the sum does not depend on where a checkpoint splits it.
         for count, loss in zip(rows, torch.stack(losses).tolist(), strict=True):
-            self._sum_of_losses += count * loss
-            self._rows_of_losses += count
+            self._loss_sum += count * loss
+            self._loss_rows += count
         self._losses.clear()
 
     def _log_losses(self) -> None:
         self._sum_losses()
         self.log(
             "train/loss",
-            self._sum_of_losses / self._rows_of_losses,
+            self._loss_sum / self._loss_rows,
             on_step=False,
             on_epoch=True,
             prog_bar=True,
             sync_dist=True,
-            batch_size=self._rows_of_losses,
+            batch_size=self._loss_rows,
         )
-        self._sum_of_losses, self._rows_of_losses = 0.0, 0
+        self._loss_sum, self._loss_rows = 0.0, 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         floats = [w for w in checkpoint["state_dict"].values() if w.is_floating_point()]
         if not get_total_norm(floats, norm_type=math.inf).isfinite():
             raise InputError(
-                "a checkpoint must have finite weights, and after step "
-                f"{checkpoint['global_step']} some are not: lower optimizer.lr, set "
+                "a checkpoint must have finite weights, got NaN or infinity after step "
+                f"{checkpoint['global_step']}. Set a lower optimizer.lr, set "
                 "trainer.gradient_clip_val, or choose trainer.precision=32-true. The last "
-                "checkpoint stays"
+                "checkpoint stays."
             )
         checkpoint["mtnrec"] = self.metadata
         self._sum_losses()
-        if self._rows_of_losses:  # within an epoch
-            own = [self._sum_of_losses, self._rows_of_losses]
-            checkpoint["train_losses"] = _of_all_ranks(own)
+        if self._loss_rows:  # within an epoch
+            own = [self._loss_sum, self._loss_rows]
+            checkpoint["train_losses"] = _gather_ranks(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        of_ranks = checkpoint.get("train_losses")
-        own = of_ranks[self.global_rank] if of_ranks else (0.0, 0)
-        self._sum_of_losses, self._rows_of_losses = own
+        ranks = checkpoint.get("train_losses")
+        own = ranks[self.global_rank] if ranks else (0.0, 0)
+        self._loss_sum, self._loss_rows = own
 
     def validation_step(self, batch: Batch) -> None:
         self.val_metrics.update(self(batch), _batch_labels(batch), batch.group)
@@ -150,7 +150,7 @@ class MultiTaskModule(L.LightningModule):
         self.test_metrics.update(self(batch), _batch_labels(batch), batch.group)
 
     def on_validation_start(self) -> None:
-        if dist.is_initialized():  # batch norm's statistics saw each rank's own rows last
+        if dist.is_initialized():  # batch norm's statistics come from each rank's own rows
             for buffer in self.network.buffers():
                 dist.broadcast(buffer, src=0)
 
@@ -174,21 +174,21 @@ class MultiTaskModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            # DDP looks for sparse gradients before Lightning asks for the optimiser.
+            # DDP checks for sparse gradients before Lightning configures the optimiser.
             self.configure_optimizers()
 
     def configure_optimizers(self) -> Optimizer:
         try:
             optimizer = self._optimizer(self.network.parameters())
-        # A rate out of range or a word, say: torch names rule and value.
+        # For example a rate out of range; torch names rule and value.
         except (ValueError, TypeError) as error:
             raise InputError(f"optimizer: {error}") from error
         lazy = isinstance(optimizer, LazyAdam)
         if lazy and dist.is_initialized() and dist.get_backend() == "nccl":
             raise InputError(
-                "optimizer=lazy_adam has sparse gradients, which NCCL does not add up over "
-                "processes: choose trainer.devices=1, optimizer=adam, or a strategy with "
-                "process_group_backend=gloo"
+                "optimizer=lazy_adam has sparse gradients, which NCCL cannot sum over processes. "
+                "Choose trainer.devices=1, optimizer=adam, or a strategy with "
+                "process_group_backend=gloo."
             )
         for part in self.network.modules():
             if isinstance(part, FeatureInput):
@@ -206,7 +206,7 @@ class MultiTaskModule(L.LightningModule):
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
-def _of_all_ranks(own: Any) -> list[Any]:
+def _gather_ranks(own: Any) -> list[Any]:
     if not dist.is_initialized():
         return [own]
     found: list[Any] = [None] * dist.get_world_size()
@@ -216,5 +216,5 @@ def _of_all_ranks(own: Any) -> list[Any]:
 
 def _batch_labels(batch: Batch) -> Tensor:
     if batch.labels is None:
-        raise InputError("the batch has no labels: they are needed to train and to evaluate")
+        raise InputError("a batch must have labels for training and evaluation, got none")
     return batch.labels

@@ -1,4 +1,4 @@
-"""The run record ``result.json``: what was run, on what, and what came out."""
+"""Times, metrics and versions of a run, for its record ``result.json``."""
 
 import logging
 import platform
@@ -23,13 +23,12 @@ _logger = logging.getLogger(__name__)
 
 
 class RunRecorder(L.Callback):
-    """Times a run, keeps the metrics of each validation and each epoch, and logs a line on each.
+    """Times a run, keeps the metrics of each validation and epoch, and logs a line per validation.
 
-    A resumed run goes on where the checkpoint was written: it counts what was spent until then,
-    and logs the epochs that it takes over, so that each logger has them all. It stands behind MTN,
-    whose metrics it keeps.
+    A resumed run includes the time spent until the checkpoint, and logs the earlier epochs again,
+    so that each logger has them all. This callback must come after MTN, whose metrics it keeps.
 
-    ``validations`` holds, by global step, what was measured; ``epochs`` each epoch's last values.
+    ``validations`` holds the metrics by global step; ``epochs`` holds each epoch's last values.
     """
 
     def __init__(self) -> None:
@@ -41,15 +40,15 @@ class RunRecorder(L.Callback):
         self.epochs: list[dict[str, float]] = []
         self._rows = {"train": 0, "evaluate": 0}
         self._spent = {"train": 0.0, "evaluate": 0.0}
-        self._counted: str | None = None  # what the time is spent on, and since when
+        self._counted: str | None = None  # the stage that is timed now, and since when
         self._counted_since = 0.0
 
-    def _count(self, what: str | None) -> None:
-        """Add the time since the last call to what it was spent on."""
+    def _count(self, stage: str | None) -> None:
+        """Add the time since the last call to the running stage, then start ``stage``."""
         now = time.perf_counter()
         if self._counted is not None:
             self._spent[self._counted] += now - self._counted_since
-        self._counted, self._counted_since = what, now
+        self._counted, self._counted_since = stage, now
 
     def state_dict(self) -> dict[str, Any]:
         self._count(self._counted)
@@ -71,7 +70,7 @@ class RunRecorder(L.Callback):
         self._counted = state_dict["counted"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._counted_since = time.perf_counter()  # where the run goes on within an epoch
+        self._counted_since = time.perf_counter()  # if the run resumes within an epoch
         for epoch in self.epochs:
             values = {name: value for name, value in epoch.items() if name != "step"}
             for logger in trainer.loggers:
@@ -98,7 +97,7 @@ class RunRecorder(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._count(None)
         metrics = trainer.callback_metrics
-        logged = {name: metrics[name].item() for name in metrics if _is_of_training(name)}
+        logged = {name: metrics[name].item() for name in metrics if _is_training_metric(name)}
         place = {"epoch": trainer.current_epoch, "step": trainer.global_step}
         self.epochs.append(place | logged | self._validated)
         self._validated = {}
@@ -145,13 +144,15 @@ class RunRecorder(L.Callback):
     on_test_batch_end = on_validation_batch_end
 
     def samples_per_second(self) -> dict[str, float]:
-        """Return rows a second of this process, loading included: ``train``, ``evaluate``."""
+        """Return this process's rows per second in ``train`` and ``evaluate``, with loading."""
         return {
-            what: self._rows[what] / self._spent[what] for what in self._rows if self._spent[what]
+            stage: rows / self._spent[stage]
+            for stage, rows in self._rows.items()
+            if self._spent[stage]
         }
 
 
-def _is_of_training(name: str) -> bool:
+def _is_training_metric(name: str) -> bool:
     return name.startswith(("train/", "mtn/"))
 
 
@@ -167,7 +168,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int:
-    """Return the largest resident memory of this process so far, GPU memory added."""
+    """Return the peak resident memory of this process plus its peak GPU memory."""
     # Linux counts kibibytes, macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

@@ -1,4 +1,4 @@
-"""The point that an interrupted run goes on from."""
+"""The checkpoint from which an interrupted run resumes."""
 
 import logging
 from pathlib import Path
@@ -15,27 +15,27 @@ from mtnrec.checks import InputError, check_integer
 from mtnrec.files import remove_leftovers
 
 BEST, _LAST = "best.ckpt", "last.ckpt"
-_FORMAT = 1  # of what the callbacks and the module keep; raised where older files do not serve
+_FORMAT = 1  # of the state of callbacks and module; raised when older files no longer work
 
 _logger = logging.getLogger(__name__)
 
 
 class ResumePoint(Checkpoint):
-    """Keeps, at the end of each epoch and on request within, what the rest of a training needs.
+    """Saves the state that a resumed run needs, after each epoch and on request within one.
 
-    A run that goes on from ``last.ckpt`` ends with the bits of an uninterrupted one. The file is
-    replaced in one step, so that there is a whole one whenever the process is killed, and removed
-    by :meth:`discard` when it has served.
+    A run resumed from ``last.ckpt`` ends with the bits of an uninterrupted one. The file is
+    replaced atomically, so that a complete one exists whenever the process is killed, and deleted
+    by :meth:`discard` when it is no longer needed.
 
     Args:
         directory: Folder of the run; the file is ``checkpoints/last.ckpt`` in it.
-        cell: Hash of what determines the result.
-        every_n_steps: Steps of the optimiser after which it is written within an epoch too; None
-            writes it at the end of epochs alone.
+        cell: Hash of everything that determines the result.
+        every_n_steps: Optimiser steps after which it is also written within an epoch; None writes
+            it only at the end of epochs.
 
     Raises:
-        InputError: If ``every_n_steps`` is no integer above 0; when fit starts, if validation runs
-            within the epochs too.
+        InputError: If ``every_n_steps`` is not an integer above 0, or, when fit starts, if
+            validation also runs within epochs.
     """
 
     def __init__(self, directory: Path, cell: str, every_n_steps: int | None = None) -> None:
@@ -51,17 +51,17 @@ class ResumePoint(Checkpoint):
         if stage != "fit":
             return
         if self._every_n_steps is not None and trainer.val_check_interval != 1.0:
-            # Lightning would leave out a validation that was due at the checkpoint.
+            # Lightning would skip a validation that was due at the checkpoint.
             raise InputError(
-                "trainer.checkpoint_every_n_steps needs trainer.val_check_interval=1.0, got "
-                f"{trainer.val_check_interval}: set the one to 1.0 or the other to null"
+                "trainer.val_check_interval must be 1.0 with trainer.checkpoint_every_n_steps, got "
+                f"{trainer.val_check_interval}. Set the first to 1.0, or the second to null."
             )
         if trainer.is_global_zero:
             for name in (BEST, _LAST):
                 remove_leftovers(self.path.with_name(name))
 
     def state_dict(self) -> dict[str, Any]:
-        # Dropout draws from the global streams, which are the same on all ranks.
+        # Dropout draws from the global random streams, which are the same on all ranks.
         state = {
             "format": _FORMAT,
             "origin": self._origin(),
@@ -82,7 +82,7 @@ class ResumePoint(Checkpoint):
         torch.set_rng_state(self._random_state["cpu"])
         if torch.cuda.is_available() and "cuda" in self._random_state:
             torch.cuda.set_rng_state(self._random_state["cuda"])
-        # Lightning forgets that the last epoch had ended the training.
+        # Lightning does not restore that the last epoch ended the training.
         trainer.should_stop = any(
             callback is not None and callback.wait_count >= callback.patience
             for callback in trainer.early_stopping_callbacks
@@ -109,40 +109,40 @@ class ResumePoint(Checkpoint):
         return [self._cell, str(self.path.parent.resolve())]
 
     def find(self, trainer: L.Trainer, module: L.LightningModule) -> Path | None:
-        """Return the file if this run can go on from it.
+        """Return the file if this run can resume from it, else None.
 
-        It cannot in a folder that was moved: Lightning looks for the best epoch where it was.
+        It cannot in a folder that was moved: Lightning looks for the best epoch at the old path.
 
         Args:
-            trainer: What is to train.
-            module: What is to be trained.
+            trainer: The trainer about to fit.
+            module: The module to train.
 
         Raises:
-            InputError: If it is damaged, no checkpoint of a run, of another version of mtnrec, or
-                of another model or schema.
+            InputError: If it is damaged, not a checkpoint of a run, or of another version of
+                mtnrec, model or schema.
         """
         if not self.path.is_file():
             return None
-        remedy = "remove it or set resume=false to train anew, or choose another hydra.run.dir"
+        remedy = f"Delete {_LAST}, set resume=false to restart, or choose another hydra.run.dir."
         checkpoint = read_checkpoint(self.path, remedy)
         state = checkpoint["callbacks"].get(self.state_key)
         if not isinstance(state, dict):
-            raise InputError(f"{self.path} is no checkpoint of a run of mtnrec: {remedy}")
+            raise InputError(f"{self.path} is not a checkpoint of an mtnrec run. {remedy}")
         check_format(self.path, state.get("format"), _FORMAT, remedy)
         check_weights(self.path, checkpoint["state_dict"], module.state_dict(), remedy)
         if (state.get("origin"), state.get("ranks")) != (self._origin(), trainer.world_size):
             _logger.warning(
-                "%s is of other settings, of other processes or was moved: training starts anew",
+                "%s has other settings, a different world size, or was moved: training restarts",
                 self.path,
             )
             return None
         best = self.path.with_name(BEST)
-        if any(of.get("best_model_path") for of in checkpoint["callbacks"].values()):
+        if any(kept.get("best_model_path") for kept in checkpoint["callbacks"].values()):
             if not best.is_file():
-                raise InputError(f"{best}, which {self.path} goes on with, is gone: {remedy}")
+                raise InputError(f"{best} is missing, and {self.path} needs it. {remedy}")
             read_checkpoint(best, remedy, keys=("state_dict",))
         _logger.info(
-            "goes on from %s, after epoch %d, step %d",
+            "resumes from %s, after epoch %d, step %d",
             self.path,
             checkpoint["epoch"],
             checkpoint["global_step"],
@@ -150,5 +150,5 @@ class ResumePoint(Checkpoint):
         return self.path
 
     def discard(self) -> None:
-        """Remove the file, if there is one."""
+        """Delete the file if it exists."""
         self.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The protocol: validation chooses the epoch and stops the training, the test is read once."""
+"""Protocol: validation chooses the epoch and stops the training; the test set is read once."""
 
 import logging
 from functools import partial
@@ -24,12 +24,12 @@ def monitor_mode(monitor: str, schema: Schema) -> str:
     """Check the monitor and return ``max`` or ``min``.
 
     Raises:
-        InputError: If it is on the test set, or no metric of the data set's tasks.
+        InputError: If it is on the test set, or not a metric of the data set's tasks.
     """
     if monitor.startswith("test/"):
         raise InputError(
-            f"monitor={monitor} would choose the epoch on the test set, whose result then is no "
-            f"estimate of anything: choose monitor=val/{monitor.removeprefix('test/')}"
+            f"monitor={monitor} would choose the epoch on the test set, whose result would then "
+            f"estimate nothing. Choose monitor=val/{monitor.removeprefix('test/')}."
         )
     modes = {
         metric_key("val", task.name, name): "min" if metric.better == "lower" else "max"
@@ -46,14 +46,14 @@ class StopAfterDecreases(EarlyStopping):
     """Stops when the monitor got worse in each of ``patience`` epochs in a row.
 
     The paper's rule: "the training process stopped if AUC of CVR decreased for 3 consecutive
-    epochs" (section 3.1). Each epoch is compared with the one before, where ``EarlyStopping``
+    epochs" (section 3.1). Each epoch is compared with the one before, while ``EarlyStopping``
     compares it with the best: a curve that jumps, as the AUC of CVR does on few positives, seldom
     falls three times in a row, so training continues.
 
     Args:
         monitor: Metric of the validation set.
-        patience: Epochs.
-        mode: ``max`` or ``min``: which way the metric gets better.
+        patience: Number of such epochs.
+        mode: ``max`` or ``min``, the better direction of the metric.
     """
 
     def __init__(self, monitor: str, *, patience: int, mode: str) -> None:
@@ -87,17 +87,17 @@ def selection_callbacks(
     schema: Schema,
     validation_labels: npt.NDArray[np.uint8],
 ) -> tuple[ModelCheckpoint, list[L.Callback]]:
-    """Return the callback that keeps the best epoch, and all that follow the monitor.
+    """Return the callback that keeps the best epoch, and all callbacks that follow the monitor.
 
-    Where the validation rows have one class only, an AUC is undefined: the last epoch is kept
-    instead, training goes on to ``max_epochs``, and a warning says what to do.
+    If the validation rows have only one class, an AUC is undefined: the last epoch is kept instead,
+    training runs to ``max_epochs``, and a warning says what to do.
 
     Args:
         monitor: Metric of the validation set, for example ``val/cvr_auc``.
         patience: Epochs in a row after which training stops.
         directory: Folder of the run; the checkpoint is ``checkpoints/best.ckpt`` in it.
-        stop: What happens in those epochs: ``patience``, none has a better value than the best so
-            far; ``decreased``, each has a worse one than the epoch before (the paper's rule).
+        stop: Rule for those epochs: ``patience``, none has a better value than the best so far;
+            ``decreased``, each has a worse one than the epoch before (the paper's rule).
         schema: The tasks.
         validation_labels: ``(rows, T)``.
 
@@ -112,7 +112,7 @@ def selection_callbacks(
         ModelCheckpoint,
         dirpath=directory / "checkpoints",
         filename="best",
-        save_weights_only=True,  # `ResumePoint` keeps what a training goes on from
+        save_weights_only=True,  # `ResumePoint` saves the rest for resuming
         enable_version_counter=False,
     )
     if (problem := _undefined(monitor, schema, validation_labels)) is not None:

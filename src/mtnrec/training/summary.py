@@ -1,4 +1,4 @@
-"""The table printed after training."""
+"""Table printed after training."""
 
 import math
 
@@ -11,11 +11,11 @@ from mtnrec.schema import Schema
 
 
 def summary_table(schema: Schema, record: RunRecord) -> Table:
-    """Lay the results out: a row for each task.
+    """Return the table of results, one row per task.
 
     Args:
         schema: The tasks.
-        record: Of the run.
+        record: Record of the run.
     """
     metrics, counts = record.metrics, record.counts
     shown = {"test\nAUC": "auc", "log\nloss": "log_loss", "Bayes\nAUC": "bayes_auc"}
