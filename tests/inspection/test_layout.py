@@ -40,7 +40,7 @@ def test_the_printed_report_is_written_next_to_the_prepared_folder(describe, tmp
     manifest, _ = open_prepared(tmp_path / "sets" / "log")
     assert f"checksum {manifest.checksum}\n" in report
     assert "rows=3000" in report
-    assert sorted(path.name for path in (tmp_path / "sets").iterdir()) == ["log", "log.txt"]
+    assert sorted(path.name for path in (tmp_path / "sets").glob("[!.]*")) == ["log", "log.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["sets"]
 
 
