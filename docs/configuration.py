@@ -50,7 +50,7 @@ def configuration_page(conf: Path) -> str:
     for folder, title in GROUPS.items():
         parts += [f"## {title}"]
         for path in _ordered(conf / folder):
-            choice = f"`{folder}={path.stem}`"
+            choice = f"`{folder}={path.stem}`" if path.parent == conf / folder else f"`{path.stem}`"
             parts += [_section(path, choice, f"{folder.replace('/', '.')}.", intro=_intro(path))]
     parts += ["## Experiments", "`experiment=NAME` is one of these files; each sets what it names."]
     for path in sorted((conf / "experiment").glob("*.yaml")):
@@ -61,8 +61,11 @@ def configuration_page(conf: Path) -> str:
 
 def _ordered(folder: Path) -> list[Path]:
     """Return a group's files; those that others build on come first."""
-    parts = {name for path in folder.glob("*.yaml") for name in _base_files(path)}
-    return sorted(folder.glob("*.yaml"), key=lambda path: (path.stem not in parts, path.stem))
+    files = list(folder.glob("*.yaml"))
+    parts = {name for path in files for name in _base_files(path)}
+    ordered = sorted(files, key=lambda path: (path.stem not in parts, path.stem))
+    bases = {path: len(_base_files(path)) for path in folder.glob("_base/*.yaml")}
+    return [*sorted(bases, key=bases.__getitem__), *ordered]
 
 
 def _section(path: Path, title: str, prefix: str, intro: str) -> str:
@@ -71,7 +74,7 @@ def _section(path: Path, title: str, prefix: str, intro: str) -> str:
     keys = [*_config_groups(text), *(key for key in read_keys(text) if key.name != "_target_")]
     for name in _base_files(path):
         owner = "" if (path.parent / f"{name}.yaml").is_file() else "Hydra's "
-        lines += [f"All keys of {owner}`{name}`, and:"]
+        lines += [f"All keys of {owner}`{Path(name).name}`, and:"]
     if keys:
         rows = [f"| `{prefix}{key.name}` | {_code(key.default)} | {_cell(key)} |" for key in keys]
         table = ["| key | default | |", "|---|---|---|", *rows]
@@ -122,7 +125,8 @@ def _base_files(path: Path) -> list[str]:
     """Return the names of the files in the same group that a file builds on."""
     defaults = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [])
     names = [entry for entry in defaults if isinstance(entry, str)]
-    return [name for name in names if name != "_self_" and not name.endswith("_schema")]
+    bases = [name for name in names if name != "_self_" and not name.endswith("_schema")]
+    return [name.removesuffix("@_here_") for name in bases]
 
 
 def read_keys(text: str) -> list[Key]:

@@ -248,11 +248,16 @@ def test_repeats_may_redraw_validation_rows_and_noise(train):
     assert len({record["noise"]["checksum"] for record in seeds}) == 1
     assert len({record["noise"]["checksum"] for record in all_drawn}) == 2
     assert {tuple(record["keys_of_seed"]) for record in all_drawn} == {
-        ("data.seed", "data.split_seed", "noise.seed", "seed")
+        ("data.split_seed", "noise.seed", "seed")
     }
     positives = [record["counts"]["val/ctr"]["positives"] for record in all_drawn]
     assert positives[0] != positives[1]
     assert seeds[0]["counts"]["val/ctr"] == seeds[1]["counts"]["val/ctr"]
+
+
+def test_a_seed_of_the_data_set_is_refused(train):
+    with pytest.raises(SystemExit, match=r"data.seed must be left out, got 3. Set seed, which"):
+        train(*LOG, "+data.seed=3")
 
 
 def test_repeats_that_redraw_with_a_fixed_seed_are_refused(train):

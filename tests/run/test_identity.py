@@ -67,7 +67,7 @@ def test_every_setting_and_the_checksum_of_the_data_change_the_id(make_id):
 def test_the_keys_that_change_with_the_seed_are_found(overrides, keys, compose_config):
     config = compose_config("seed=3", *overrides)
 
-    assert seed_keys(config) == sorted(["seed", "data.seed", *keys])
+    assert seed_keys(config) == sorted(["seed", *keys])
     assert config.seed == 3
 
 

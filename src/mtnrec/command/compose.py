@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -140,4 +141,6 @@ def _public_path(target: Callable[..., Any]) -> str:
 def _load(group: str, choice: str) -> DictConfig:
     config = cast(DictConfig, OmegaConf.load(CONF_DIR / group / f"{choice}.yaml"))
     bases = [base for base in config.pop("defaults", []) if base != "_self_"]
-    return cast(DictConfig, OmegaConf.merge(*(_load(group, base) for base in bases), config))
+    folder = Path(group, choice).parent
+    loaded = [_load(str(folder), base.removesuffix("@_here_")) for base in bases]
+    return cast(DictConfig, OmegaConf.merge(*loaded, config))

@@ -86,7 +86,6 @@ class Prepare:
     """Keys of ``conf/prepare.yaml``."""
 
     data: Any = MISSING
-    seed: int = 0
     data_root: str = MISSING
 
 
@@ -96,7 +95,6 @@ class Describe:
 
     data: Any = MISSING
     noise: Any = MISSING
-    seed: int = 0
     data_root: str = MISSING
     out: str = MISSING
 
@@ -144,7 +142,6 @@ class Predict:
     out: str = MISSING
     batch_size: int = MISSING
     device: str | None = None
-    seed: int = 0
     data_root: str = MISSING
 
 

@@ -97,11 +97,11 @@ class DataModule(L.LightningDataModule, ABC):
         self._arrays: dict[str, Arrays] | None = None
         self._original: DataModule | None = None
 
-    def copy_for_run(self, seed: int) -> "DataModule":
-        """Return a copy with the same folder, not set up, and another seed of the row order."""
+    def copy_for_run(self) -> "DataModule":
+        """Return a copy with the same folder, not set up, for a run that sets seed and noise."""
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
-        copied.seed, copied.noise, copied._arrays = seed, None, None
+        copied.noise, copied._arrays = None, None
         copied._original = self  # kept alive, since a temporary folder is deleted with it
         return copied
 

@@ -112,8 +112,8 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
 
 
 def _data_key(job: Job) -> str:
-    """Return a key of a job's data set; the seed only orders the training rows."""
-    return json.dumps(job.config["data"] | {"seed": 0})
+    """Return a key of a job's data set."""
+    return json.dumps(job.config["data"])
 
 
 def _prepare_data(jobs: Sequence[Job]) -> dict[str, str | None]:

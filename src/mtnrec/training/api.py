@@ -120,7 +120,7 @@ def fit(
             "or a functools.partial of it with keywords."
         )
     data.prepare_data()
-    data = data.copy_for_run(seed)
+    data = data.copy_for_run()
     groups = {
         "data": _describe_data(data),
         "model": _describe_model(model) if callable(model) else model,
@@ -160,13 +160,12 @@ def _fit_in_folder(cfg: DictConfig, data: DataModule, folder: Path) -> RunRecord
 
 def _describe_data(data: DataModule) -> dict[str, Any]:
     """Return the config of a data set; only the checksum identifies a table in memory."""
-    settings = {field.name: getattr(data, field.name) for field in fields(data) if field.init}
+    settings = {f.name: getattr(data, f.name) for f in fields(data) if f.init and f.name != "seed"}
     plain = {
         key: f"<{type(value).__name__}>" if hasattr(value, "__arrow_c_stream__") else value
         for key, value in settings.items()
     }
-    # As in conf: the row order follows from the seed of the run.
-    return describe_config("data", type(data), plain | {"seed": "${seed}"})
+    return describe_config("data", type(data), plain)
 
 
 def _describe_model(model: Callable[..., nn.Module]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         torch.set_num_threads(cfg.threads)
     config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     output_dir = Path(cfg.output_dir)
-    datamodule.noise = instantiate(cfg.noise, _convert_="all")
+    datamodule.seed, datamodule.noise = cfg.seed, instantiate(cfg.noise, _convert_="all")
     mtn = instantiate(cfg.mtn, _convert_="all")
     datamodule.prepare_data()
     datamodule.setup()
@@ -197,6 +197,10 @@ def check_settings(cfg: DictConfig) -> None:
     check_choice("task_loss", cfg.task_loss, TASK_LOSSES)
     _check_repeats(cfg)
     check_integer("seed", cfg.seed, minimum=0, maximum=_LARGEST_SEED)
+    if "seed" in cfg.data:
+        raise InputError(
+            f"data.seed must be left out, got {cfg.data.seed}. Set seed, which orders the rows."
+        )
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=1)
     if cfg.threads is not None:
         check_integer("threads", cfg.threads, minimum=1, maximum=_MOST_THREADS)
