@@ -174,7 +174,8 @@ def train_two_processes(folder, *arguments):
     return [torch.load(folder / f"2_{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", pytest.param("lazy_adam", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam", "lazy_adam"])
 def test_two_processes_equal_one(optimizer, tmp_path):
     runpy.run_path(str(TWO_PROCESSES))["main"](1, str(tmp_path / "1"), optimizer)
     one = torch.load(tmp_path / "1_0.pt")

@@ -1,6 +1,7 @@
 """What serving systems run gives the probabilities of the checkpoint, and MTN leaves no trace."""
 
 import sys
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -19,8 +20,10 @@ MODELS = ["shared_bottom", "esmm", "mmoe"]
 LOG = ["data=synthetic", "data.rows=2600"]
 
 
-def checkpoint_of(run):
-    return run / "checkpoints" / "best.ckpt"
+@pytest.fixture(scope="module")
+def trained(train):
+    """The checkpoint of a model, trained once."""
+    return cache(lambda model: train(*LOG, model=model) / "checkpoints" / "best.ckpt")
 
 
 def random_rows(schema, rows):
@@ -66,9 +69,9 @@ FORMS = [("onnx", ".onnx", run_onnx), ("torch_export", ".pt2", run_program)]
     ],
 )
 def test_the_file_gives_the_probabilities_of_the_checkpoint_whatever_the_rows(
-    model, form, suffix, run_file, train, export, tmp_path
+    model, form, suffix, run_file, trained, export, tmp_path
 ):
-    checkpoint = checkpoint_of(train(*LOG, model=model))
+    checkpoint = trained(model)
     out = tmp_path / f"model{suffix}"
 
     export(f"checkpoint={checkpoint}", f"format={form}", f"out={out}")
@@ -98,7 +101,7 @@ def test_a_model_trained_with_mtn_exports_to_the_same_graph_of_the_same_size(
 ):
     for mtn in ("true", "false"):
         run = train(*LOG, f"mtn.enabled={mtn}", "mtn.lam=0.01", model=model)
-        export(f"checkpoint={checkpoint_of(run)}", f"out={tmp_path}/{mtn}.onnx")
+        export(f"checkpoint={run}/checkpoints/best.ckpt", f"out={tmp_path}/{mtn}.onnx")
 
     files = [tmp_path / f"{mtn}.onnx" for mtn in ("true", "false")]
     assert graph_of(files[0]) == graph_of(files[1])
@@ -134,8 +137,8 @@ def test_padded_bags_equal_the_bags(bag_mode):
     torch.testing.assert_close(torch.stack([ctr, ctcvr], dim=1), expected)
 
 
-def test_a_quotient_of_vanishing_probabilities_is_right(train, export, tmp_path):
-    checkpoint = checkpoint_of(train(*LOG, model="shared_bottom"))
+def test_a_quotient_of_vanishing_probabilities_is_right(trained, export, tmp_path):
+    checkpoint = trained("shared_bottom")
     content = torch.load(checkpoint, weights_only=True)
     biases = [n for n, w in content["state_dict"].items() if "towers" in n and w.shape == (1,)]
     for name, logit in zip(biases, (-150, -152), strict=True):  # no float32 holds their exponential
@@ -152,8 +155,8 @@ def test_a_quotient_of_vanishing_probabilities_is_right(train, export, tmp_path)
     np.testing.assert_allclose(conversion, expected[:, 1], rtol=1e-4)
 
 
-def test_a_model_with_different_probabilities_is_not_written(train, tmp_path, monkeypatch):
-    scorer = load_checkpoint(checkpoint_of(train(*LOG, model="esmm")), "cpu")
+def test_a_model_with_different_probabilities_is_not_written(trained, tmp_path, monkeypatch):
+    scorer = load_checkpoint(trained("esmm"), "cpu")
     right = scorer.score_batch
     monkeypatch.setattr(scorer, "score_batch", lambda batch: right(batch) * 1.001)
 
@@ -171,15 +174,15 @@ def test_a_model_with_different_probabilities_is_not_written(train, tmp_path, mo
         (["checkpoint=none.ckpt"], "none.ckpt is missing"),
     ],
 )
-def test_keys_that_do_not_fit_are_refused(overrides, message, train, export):
-    checkpoint = checkpoint_of(train(*LOG, model="esmm"))
+def test_keys_that_do_not_fit_are_refused(overrides, message, trained, export):
+    checkpoint = trained("esmm")
 
     with pytest.raises(SystemExit, match=message):
         export(*([] if "checkpoint" in overrides[0] else [f"checkpoint={checkpoint}"]), *overrides)
 
 
-def test_a_package_that_is_not_installed_is_named(train, export, monkeypatch, tmp_path):
-    checkpoint = checkpoint_of(train(*LOG, model="esmm"))
+def test_a_package_that_is_not_installed_is_named(trained, export, monkeypatch, tmp_path):
+    checkpoint = trained("esmm")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
 
     with pytest.raises(SystemExit, match=r"format=onnx needs onnxruntime.*'mtnrec\[export\]'"):

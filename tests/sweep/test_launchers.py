@@ -109,6 +109,7 @@ def test_ray_gives_the_results_of_one_process(tmp_path):
     assert [record["metrics"] for record in jobs] == [record["metrics"] for record in one]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Optuna 2, on import
 def test_a_search_maximises_the_monitor_and_again_takes_what_is_finished(train, tmp_path):
     train(*SEARCH, "monitor=val/ctr_auc", folder=tmp_path)

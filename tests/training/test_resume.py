@@ -64,7 +64,9 @@ def whole(train):
         pytest.param("on_train_epoch_start", 2, marks=pytest.mark.slow),
         pytest.param("on_validation_end", 3, marks=pytest.mark.slow),
         ("on_train_epoch_end", 2),  # best.ckpt is newer than last.ckpt
-        ("on_test_start", 1),  # what ended the training is not forgotten
+        pytest.param(
+            "on_test_start", 1, marks=pytest.mark.slow
+        ),  # what ended the training is not forgotten
     ],
 )
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
@@ -100,7 +102,12 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
         ),
         # In the second epoch too: 8 steps an epoch, of two batches each and the last of one.
         pytest.param(24, 11, ["trainer.accumulate_grad_batches=2"], marks=pytest.mark.slow),
-        (24, 22, ["data=synthetic_ali_ccp", "optimizer=lazy_adam", "noise.proportion=0.1"]),
+        pytest.param(
+            24,
+            22,
+            ["data=synthetic_ali_ccp", "optimizer=lazy_adam", "noise.proportion=0.1"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_killed_within_an_epoch_ends_with_the_bits_of_an_uninterrupted_one(
@@ -173,6 +180,7 @@ def test_the_moments_of_rows_are_resumed(train, kill, tmp_path):
     assert len(outcome(tmp_path)["history"]) == 3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_the_time_before(train, kill, tmp_path):
     kill("on_test_start", 1)
     with pytest.raises(Killed):

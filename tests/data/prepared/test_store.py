@@ -460,6 +460,7 @@ ENTRIES = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(path=st.lists(st.integers(0, 8), max_size=4), entry=ENTRIES, name=st.none() | st.text())
 def test_no_entry_of_a_schema_leads_to_another_error(path, entry, name):

@@ -44,6 +44,7 @@ def line_of(number, index, click, runs, *, skeleton):
     return f"{head}{index:016x},{len(triples)}," + "\x01".join(triples) + "\n"
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     rows=rows(),

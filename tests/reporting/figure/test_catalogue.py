@@ -300,6 +300,7 @@ def test_every_kind_is_drawn_if_the_runs_have_it(make_runs):
     assert of_esmm == {"training_curves", "reliability"}
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_files(make_runs, tmp_path):
     runs = make_runs({"model": "ESMM", "auc": {"click": 0.7}})
 
