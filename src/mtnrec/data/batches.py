@@ -2,20 +2,19 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mtnrec.arrays import Int32Array, IntArray
 from mtnrec.batch import Bags, Batch
 from mtnrec.data.prepared.layout import BAG_DTYPES, bag_stem
 from mtnrec.data.prepared.store import Arrays
 from mtnrec.schema import Schema
 
-Rows = npt.NDArray[np.integer[Any]]
+RowIndices = IntArray
 
 
 class RowGatherer(Dataset[Batch]):
@@ -32,9 +31,9 @@ class RowGatherer(Dataset[Batch]):
     def __init__(
         self,
         arrays: Arrays,
-        rows: Rows,
+        rows: RowIndices,
         schema: Schema,
-        change: Callable[[Rows, Batch], None] | None = None,
+        change: Callable[[RowIndices, Batch], None] | None = None,
         readers: int = 1,
     ) -> None:
         self._arrays = {stem: np.asarray(array) for stem, array in arrays.items()}
@@ -44,7 +43,7 @@ class RowGatherer(Dataset[Batch]):
         self._readers = readers
         self._pool = ThreadPoolExecutor(readers) if readers > 1 else None
 
-    def __getitem__(self, positions: Rows) -> Batch:
+    def __getitem__(self, positions: RowIndices) -> Batch:
         rows = self._rows.take(positions)
         batch = Batch(
             categorical=self._take("categorical", rows),
@@ -60,7 +59,7 @@ class RowGatherer(Dataset[Batch]):
             self._change(rows, batch)
         return batch
 
-    def _take(self, stem: str, rows: Rows) -> Tensor:
+    def _take(self, stem: str, rows: RowIndices) -> Tensor:
         array = self._arrays[stem]
         if self._pool is None:
             return torch.from_numpy(array.take(rows, axis=0))
@@ -73,7 +72,7 @@ class RowGatherer(Dataset[Batch]):
         return len(self._rows)
 
 
-def gather_bags(arrays: Arrays, field: str, bags: npt.NDArray[np.int32]) -> Bags:
+def gather_bags(arrays: Arrays, field: str, bags: Int32Array) -> Bags:
     """Gather bags of a multi-valued field by their numbers ``bags``, ``(n,)``."""
     offsets, tokens, weights = (arrays[bag_stem(field, part)] for part in BAG_DTYPES)
     starts = offsets[bags]

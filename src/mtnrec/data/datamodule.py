@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from mtnrec.arrays import BoolArray, Int64Array, UInt8Array
 from mtnrec.batch import Batch
 from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
-from mtnrec.data.batches import RowGatherer, Rows
+from mtnrec.data.batches import RowGatherer, RowIndices
 from mtnrec.data.noise import Noise
 from mtnrec.data.prepared.manifest import SCHEMA_FILE, Manifest, NotPreparedError
 from mtnrec.data.prepared.store import (
@@ -55,7 +56,7 @@ class DataModule(L.LightningDataModule, ABC):
         name: Name of the data set, as in the config group ``data``.
         dir: Folder of the prepared data set. None for the folder that the YAML file names (usually
             ``name``) in ``$MTNREC_DATA`` or, if that is not set, in ``data``.
-        batch_size: Rows per batch in each process.
+        batch_size: RowIndices per batch in each process.
         validation_share: Share of the training rows used for validation, in (0, 1).
         validation_split: ``random``, ``grouped`` or ``last``.
         split_seed: Seed of the random validation split.
@@ -161,7 +162,7 @@ class DataModule(L.LightningDataModule, ABC):
                 f"{self.validation_share} and test, got {rows['train']} training and "
                 f"{rows['test']} test rows"
             )
-        self._rows: dict[str, Rows] = {
+        self._rows: dict[str, RowIndices] = {
             "train": np.flatnonzero(~validates).astype(row_dtype(rows["train"])),
             "val": np.flatnonzero(validates).astype(row_dtype(rows["train"])),
             "test": np.arange(rows["test"], dtype=row_dtype(rows["test"])),
@@ -170,7 +171,7 @@ class DataModule(L.LightningDataModule, ABC):
             self.noise.learn(self.schema, arrays["train"])
         self._arrays = {"train": arrays["train"], "val": arrays["train"], "test": arrays["test"]}
 
-    def _validates(self, rows: int, group: npt.NDArray[np.int64] | None) -> npt.NDArray[np.bool_]:
+    def _validates(self, rows: int, group: Int64Array | None) -> BoolArray:
         """Return which training rows are validation rows."""
         rng = np.random.default_rng(self.split_seed)
         if self.validation_split == "grouped":
@@ -201,7 +202,7 @@ class DataModule(L.LightningDataModule, ABC):
         return {split: len(rows) for split, rows in self._rows.items()}
 
     @property
-    def row_numbers(self) -> dict[str, Rows]:
+    def row_numbers(self) -> dict[str, RowIndices]:
         """Row numbers of train, val and test in their files; available after ``setup``."""
         return self._rows
 
@@ -214,12 +215,12 @@ class DataModule(L.LightningDataModule, ABC):
         array = arrays.get(stem)
         return None if array is None else np.asarray(array).take(rows, axis=0)
 
-    def split_labels(self, split: str) -> npt.NDArray[np.uint8]:
+    def split_labels(self, split: str) -> UInt8Array:
         """Return the labels of a split, ``(rows, T)``, in evaluation order."""
         arrays, rows = self.stored(split)
         return np.asarray(arrays["labels"]).take(rows, axis=0)
 
-    def stored(self, split: str) -> tuple[Arrays, Rows]:
+    def stored(self, split: str) -> tuple[Arrays, RowIndices]:
         """Return the arrays that hold a split, and the row numbers of the split in them."""
         if self._arrays is None:
             raise RuntimeError("call setup() first")
@@ -249,7 +250,7 @@ class DataModule(L.LightningDataModule, ABC):
     def _loader(
         self,
         split: str,
-        sampler: "Sampler[Rows]",
+        sampler: "Sampler[RowIndices]",
         loader: type[DataLoader[Batch]] = DataLoader[Batch],
     ) -> DataLoader[Batch]:
         change = None if self.noise is None else partial(self.noise.apply, split)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mtnrec.arrays import BoolArray, Int64Array, IntArray, UIntArray
 from mtnrec.batch import Bags, Batch
 from mtnrec.checks import InputError, check_choice, check_integer, check_number
 from mtnrec.data.prepared.layout import bag_stem
@@ -33,13 +34,10 @@ _ROWS_PER_HASH = 1 << 14  # a chunk's hashes stay in the processor's cache
 _ROWS_PER_COUNT = 1 << 17
 _BAGS_PER_COUNT = 1 << 12
 
-Bits = npt.NDArray[np.unsignedinteger]
-Integers = npt.NDArray[np.int64]
 Values = npt.NDArray[Any]
-Mask = npt.NDArray[np.bool_]
 
 
-def splitmix64(states: Bits, numbers: Integers) -> Bits:
+def splitmix64(states: UIntArray, numbers: Int64Array) -> UIntArray:
     """Return outputs of SplitMix64 generators, 64 bits each; the arguments broadcast.
 
     Args:
@@ -55,12 +53,12 @@ def splitmix64(states: Bits, numbers: Integers) -> Bits:
     return bits
 
 
-def is_below(bits: Bits, share: float) -> Mask:
+def is_below(bits: UIntArray, share: float) -> BoolArray:
     """Return whether ``bits`` are in the lowest ``share`` of their range: none for 0, all for 1."""
     return bits >> 1 < round(share * 2**63)  # 2**64 would not fit
 
 
-def scale(bits: Bits, limits: Integers) -> Integers:
+def scale(bits: UIntArray, limits: Int64Array) -> Int64Array:
     """Map bits evenly to ``0 … limit - 1``.
 
     The probability of an integer is ``1 / limit`` to within ``2**-53``.
@@ -135,7 +133,7 @@ class Noise:
             *_observed(arrays["numerical"], counted=self.sampling == "empirical")
         )
 
-    def masks(self, split: str, rows: Integers) -> tuple[Integers, Mask]:
+    def masks(self, split: str, rows: Int64Array) -> tuple[Int64Array, BoolArray]:
         """Return which rows are noisy and which of their features are replaced.
 
         Args:
@@ -149,7 +147,7 @@ class Noise:
         noisy, bits = self._hash(split, rows)
         return noisy, is_below(bits, self.feature_probability)
 
-    def apply(self, split: str, rows: Integers, batch: Batch) -> None:
+    def apply(self, split: str, rows: Int64Array, batch: Batch) -> None:
         """Replace features of a batch, in place.
 
         Args:
@@ -175,7 +173,7 @@ class Noise:
             states = bits[has_noise, fields + bag]
             self._replace_tokens(batch.bags[bag], bag, noisy[has_noise], states)
 
-    def record(self, rows: Mapping[str, npt.NDArray[np.integer[Any]]]) -> dict[str, Any]:
+    def record(self, rows: Mapping[str, IntArray]) -> dict[str, Any]:
         """Return the settings and their effect on a data set; this hashes each noisy feature.
 
         Args:
@@ -205,7 +203,7 @@ class Noise:
             "checksum": digest.hexdigest() if self.proportion else None,
         }
 
-    def _hash(self, split: str, rows: Integers) -> tuple[Integers, Bits]:
+    def _hash(self, split: str, rows: Int64Array) -> tuple[Int64Array, UIntArray]:
         """Return the noisy positions, and the bits that decide which of their features change."""
         if self._schema is None:
             raise RuntimeError("call learn() first, or set the noise before DataModule.setup()")
@@ -218,7 +216,7 @@ class Noise:
         noisy = np.flatnonzero(is_below(decisions, self.proportion))
         return noisy, splitmix64(states[noisy, None], np.arange(1, 1 + columns))
 
-    def _replace_tokens(self, bags: Bags, column: int, rows: Integers, states: Bits) -> None:
+    def _replace_tokens(self, bags: Bags, column: int, rows: Int64Array, states: UIntArray) -> None:
         tokens, offsets = bags.tokens.numpy(), bags.offsets.numpy()
         lengths = offsets[rows + 1] - offsets[rows]
         position = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
@@ -239,12 +237,12 @@ class _Alternatives:
         counts: Occurrences of each value; None for one ticket each.
     """
 
-    def __init__(self, values: list[Values], counts: list[Integers] | None) -> None:
+    def __init__(self, values: list[Values], counts: list[Int64Array] | None) -> None:
         # The last value belongs to no column: a column without values draws it and discards it.
         extra = np.zeros(1, values[0].dtype if values else np.int32)
         self._values = np.concatenate([*values, extra])
         self._holders: Values | None = None  # value number of each ticket
-        self._ends: Integers | None = None  # end of each value's tickets
+        self._ends: Int64Array | None = None  # end of each value's tickets
         sizes = [len(column) for column in values]
         if counts is not None:
             sizes = [int(column.sum()) for column in counts]
@@ -255,7 +253,7 @@ class _Alternatives:
         self._tickets = np.array(sizes, np.int64)
         self._first = self._tickets.cumsum() - self._tickets
 
-    def draw(self, columns: Integers, originals: Values, states: Bits) -> Values:
+    def draw(self, columns: Int64Array, originals: Values, states: UIntArray) -> Values:
         """Draw another value for each original, which stays if there is no other.
 
         A draw that hits the original is repeated among the tickets of all other values, so that the
@@ -277,11 +275,11 @@ class _Alternatives:
         values[hit] = self._value(again + (end - start) * (again >= start))
         return values
 
-    def _value(self, tickets: Integers) -> Values:
+    def _value(self, tickets: Int64Array) -> Values:
         """Return the value that holds each ticket."""
         return self._values[self._number(tickets)]
 
-    def _number(self, tickets: Integers) -> Integers:
+    def _number(self, tickets: Int64Array) -> Int64Array:
         """Return the number of the value that holds each ticket."""
         if self._ends is None:  # one ticket each
             return tickets
@@ -289,7 +287,7 @@ class _Alternatives:
             return self._ends.searchsorted(tickets, side="right")
         return self._holders[tickets]
 
-    def _span(self, tickets: Integers) -> tuple[Integers, Integers]:
+    def _span(self, tickets: Int64Array) -> tuple[Int64Array, Int64Array]:
         """Return the start and end of the ticket range that contains each ticket."""
         numbers = self._number(tickets)
         if self._ends is None:
@@ -297,7 +295,7 @@ class _Alternatives:
         return np.where(numbers > 0, self._ends[numbers - 1], 0), self._ends[numbers]
 
 
-def _nonzero(mask: Mask) -> tuple[Integers, Integers]:
+def _nonzero(mask: BoolArray) -> tuple[Int64Array, Int64Array]:
     """Return ``mask.nonzero()`` of a two-dimensional mask, several times faster."""
     row, column = np.divmod(np.flatnonzero(mask), mask.shape[1])
     return row, column
@@ -308,7 +306,7 @@ def _valid(fields: tuple[CategoricalField, ...]) -> list[Values]:
     return [np.arange(1, field.vocabulary_size, dtype=np.int32) for field in fields]
 
 
-def _count(fields: tuple[CategoricalField, ...], values: Values) -> list[Integers]:
+def _count(fields: tuple[CategoricalField, ...], values: Values) -> list[Int64Array]:
     """Count the valid values of each column of ``(rows, F)``."""
     ends = np.cumsum([0, *(field.vocabulary_size for field in fields)])
     counts = np.zeros(ends[-1], np.int64)
@@ -317,7 +315,7 @@ def _count(fields: tuple[CategoricalField, ...], values: Values) -> list[Integer
     return [counts[start + 1 : end] for start, end in pairwise(ends)]
 
 
-def _count_tokens(field: CategoricalField, arrays: Arrays, column: int) -> Integers:
+def _count_tokens(field: CategoricalField, arrays: Arrays, column: int) -> Int64Array:
     """Count the valid tokens of a multi-valued field, a bag once per row that has it."""
     offsets, tokens = (arrays[bag_stem(field.name, part)] for part in ("offsets", "tokens"))
     rows = np.zeros(len(offsets) - 1, np.int64)
@@ -332,7 +330,7 @@ def _count_tokens(field: CategoricalField, arrays: Arrays, column: int) -> Integ
     return counts[1:].astype(np.int64)
 
 
-def _observed(numerical: Values, *, counted: bool) -> tuple[list[Values], list[Integers] | None]:
+def _observed(numerical: Values, *, counted: bool) -> tuple[list[Values], list[Int64Array] | None]:
     """Return the distinct values of evenly spaced rows, and how often each occurs there."""
     rows = np.linspace(0, len(numerical) - 1, min(len(numerical), _SAMPLED_ROWS)).astype(np.int64)
     found = [np.unique(column, return_counts=True) for column in numerical[rows].T]

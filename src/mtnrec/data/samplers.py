@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from mtnrec.batch import Batch
-from mtnrec.data.batches import Rows
+from mtnrec.data.batches import RowIndices
 
 
 def row_dtype(rows: int) -> type[np.integer[Any]]:
@@ -15,14 +15,14 @@ def row_dtype(rows: int) -> type[np.integer[Any]]:
     return np.int32 if rows < 1 << 31 else np.int64
 
 
-def permutation(rng: np.random.Generator, rows: int) -> Rows:
+def permutation(rng: np.random.Generator, rows: int) -> RowIndices:
     """Return ``rng.permutation(rows)`` in half the memory."""
     order = np.arange(rows, dtype=row_dtype(rows))
     rng.shuffle(order)
     return order
 
 
-class TrainSampler(Sampler[Rows]):
+class TrainSampler(Sampler[RowIndices]):
     """Random batches of one rank; their order is a function of (seed, epoch, rank).
 
     Each global batch of ``batch_size * world_size`` rows is dealt to the ranks in turn. All ranks
@@ -46,21 +46,21 @@ class TrainSampler(Sampler[Rows]):
         """Set the epoch, hence the order; Lightning calls it at the start of each epoch."""
         self._epoch = epoch
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[RowIndices]:
         order = self._order(self._epoch)
         epoch, done = self._done
         for batch in range(done if epoch == self._epoch else 0, len(self)):
             self._batches = batch + 1
             yield self._deal(order, batch)[self._rank :: self._world_size]
 
-    def _order(self, epoch: int) -> Rows:
+    def _order(self, epoch: int) -> RowIndices:
         return permutation(np.random.default_rng([self._seed, epoch]), self._all_rows)
 
-    def _deal(self, order: Rows, batch: int) -> Rows:
+    def _deal(self, order: RowIndices, batch: int) -> RowIndices:
         start = batch * self._global_batch
         return order[start : min(start + self._global_batch, self._rows)]
 
-    def batch_rows(self, epoch: int, batch: int, rank: int | None = None) -> Rows:
+    def batch_rows(self, epoch: int, batch: int, rank: int | None = None) -> RowIndices:
         """Return the rows of a batch of an epoch: one rank's, or those of all ranks."""
         rows = self._deal(self._order(epoch), batch)
         return rows if rank is None else rows[rank :: self._world_size]
@@ -87,7 +87,7 @@ class TrainLoader(DataLoader[Batch]):
         self.sampler.load_state_dict(state_dict)
 
 
-class EvaluationSampler(Sampler[Rows]):
+class EvaluationSampler(Sampler[RowIndices]):
     """Every row once and in order; each rank gets contiguous batches.
 
     The rows of rank 0, rank 1 and so on, concatenated, are in the order of a single process, so
@@ -101,7 +101,7 @@ class EvaluationSampler(Sampler[Rows]):
         self._batch_size = batch_size
         self._rank, self._world_size = rank, world_size
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[RowIndices]:
         for batch in range(len(self)):
             start = (self._rank * len(self) + batch) * self._batch_size
             yield np.arange(min(start, self._rows), min(start + self._batch_size, self._rows))

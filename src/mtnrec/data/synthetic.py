@@ -18,8 +18,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mtnrec.arrays import Float64Array, Int64Array
 from mtnrec.checks import InputError, check_integer, check_number
 from mtnrec.data.datamodule import SelfPreparing
 from mtnrec.data.prepared.manifest import Manifest
@@ -43,9 +43,6 @@ _SMALLEST = {
     "numerical_features": 0,
     "generator_seed": 0,
 }
-
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -187,7 +184,7 @@ class Synthetic(SelfPreparing):
 
     def draw_features(
         self, rng: np.random.Generator, searches: int
-    ) -> tuple[Integers, Floats, Integers]:
+    ) -> tuple[Int64Array, Float64Array, Int64Array]:
         """Draw ``(rows, F)`` raw values, ``(rows, N)`` features and ``(rows,)`` search numbers."""
         group = np.repeat(np.arange(searches), self.rows_per_search)
         categorical = np.empty((len(group), len(self.sizes)), np.int64)
@@ -238,21 +235,23 @@ class _Funnel:
         clicks = _sigmoid(click + click_bias)
         self._biases = [click_bias, _fit_bias(conversion, clicks, log.conversion_rate)]
 
-    def logits(self, categorical: Integers, numerical: Floats) -> Floats:
+    def logits(self, categorical: Int64Array, numerical: Float64Array) -> Float64Array:
         """Return the logits of click and of conversion given click, ``(2, rows)``."""
         return (self._scores(categorical, numerical) * self._slopes + self._biases).T
 
-    def _scores(self, categorical: Integers, numerical: Floats) -> Floats:
+    def _scores(self, categorical: Int64Array, numerical: Float64Array) -> Float64Array:
         latent = (self._latent(categorical, numerical) - self._latent_mean) / self._latent_scale
         return latent @ self._tasks
 
-    def _latent(self, categorical: Integers, numerical: Floats) -> Floats:
+    def _latent(self, categorical: Int64Array, numerical: Float64Array) -> Float64Array:
         user, item = self._sides(categorical, numerical)
         # Centred, so that their product is a pure interaction.
         product = (user - self._user_mean) * (item - self._item_mean)
         return np.concatenate([user + item, product], axis=1)
 
-    def _sides(self, categorical: Integers, numerical: Floats) -> tuple[Floats, Floats]:
+    def _sides(
+        self, categorical: Int64Array, numerical: Float64Array
+    ) -> tuple[Float64Array, Float64Array]:
         user = numerical[:, : self._user_numerical] @ self._loadings[: self._user_numerical]
         item = numerical[:, self._user_numerical :] @ self._loadings[self._user_numerical :]
         for column, table in enumerate(self._tables):
@@ -261,29 +260,29 @@ class _Funnel:
         return user, item
 
 
-def _task_vectors(rng: np.random.Generator, rank: int, correlation: float) -> Floats:
+def _task_vectors(rng: np.random.Generator, rank: int, correlation: float) -> Float64Array:
     """Draw two unit vectors with inner product ``correlation``, ``(rank, 2)``."""
     directions, _ = np.linalg.qr(rng.standard_normal((rank, 2)))
     return directions @ np.array([[1.0, correlation], [0.0, np.sqrt(1 - correlation**2)]])
 
 
-def _positive(deviation: Floats) -> Floats:
+def _positive(deviation: Float64Array) -> Float64Array:
     # Constant features have no spread to divide by.
     return np.where(deviation > 0, deviation, 1.0)
 
 
-def _draw_numerical(rng: np.random.Generator, rows: int, columns: int) -> Floats:
+def _draw_numerical(rng: np.random.Generator, rows: int, columns: int) -> Float64Array:
     # In [0, 1], many zeros, 6 decimals, as in AliExpress.
     values = rng.random((rows, columns)) ** 2
     values[rng.random((rows, columns)) < 0.2] = 0
     return values.round(6)
 
 
-def _sigmoid(logits: Floats) -> Floats:
+def _sigmoid(logits: Float64Array) -> Float64Array:
     return 1 / (1 + np.exp(-logits))
 
 
-def _fit_bias(slopes: Floats, weights: Floats, rate: float) -> float:
+def _fit_bias(slopes: Float64Array, weights: Float64Array, rate: float) -> float:
     """Bisect for the bias at which the weighted mean probability is ``rate``."""
     low, high = -60.0, 60.0
     for _ in range(80):

@@ -20,6 +20,7 @@ from rich import box
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from mtnrec.arrays import BoolArray, Float64Array, Int64Array
 from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
 from mtnrec.data.datamodule import SelfPreparing
 from mtnrec.data.prepared.manifest import LARGEST_NUMBER, Manifest
@@ -29,7 +30,6 @@ from mtnrec.data.prepared.writer import Writer, write_prepared
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.column import (
     MOST_CATEGORIES,
-    Floats,
     Moments,
     Profile,
     to_labels,
@@ -40,7 +40,6 @@ from mtnrec.data.raw.column import (
 )
 from mtnrec.data.raw.tabular import (
     ArrowStream,
-    Booleans,
     Chunk,
     FrameSource,
     Source,
@@ -92,7 +91,7 @@ class Table(SelfPreparing):
         categorical: Categorical columns; None to infer them.
         numerical: Numerical columns; None to infer them.
         exclude: Columns to leave out.
-        group: Column of the user or search. Integers are kept, other values are numbered.
+        group: Column of the user or search. Int64Array are kept, other values are numbered.
         time: Column of numbers or dates (``YYYY-MM-DD``, ``YYYY-MM-DD HH:MM:SS``); the rows of each
             split are sorted by it, so that ``validation_split=last`` validates on the latest
             training rows.
@@ -289,26 +288,26 @@ class _Plan(NamedTuple):
     numerical: list[str]
     kinds: dict[str, str]
     groups: TextVocabulary
-    tests: Callable[[Chunk], Booleans]
+    tests: Callable[[Chunk], BoolArray]
 
 
 class _Rows(NamedTuple):
     """Valid rows, whose features are not yet encoded; missing numbers are NaN."""
 
     categorical: list[pl.Series]
-    numerical: Floats
+    numerical: Float64Array
     arrays: Arrays  # labels and group
     time: npt.NDArray[Any]
-    tests: Booleans
+    tests: BoolArray
     orphans: int
 
 
 class _Transforms(NamedTuple):
     """Missing numbers become ``fill``, then ``(value - shift) / scale`` is stored; ``(N,)``."""
 
-    fill: Floats
-    shift: Floats
-    scale: Floats
+    fill: Float64Array
+    shift: Float64Array
+    scale: Float64Array
 
 
 class _Preparation:
@@ -433,7 +432,7 @@ class _Preparation:
 
     def _draw(
         self, rows: int, kinds: dict[str, str], groups: TextVocabulary
-    ) -> Callable[[Chunk], Booleans]:
+    ) -> Callable[[Chunk], BoolArray]:
         """Return a function that marks the test rows of a chunk of ``train``."""
         table = self._table
         if table.test is not None:
@@ -450,7 +449,7 @@ class _Preparation:
         tests[order[: round(table.test_share * rows)]] = True
         return lambda chunk: tests[chunk.first : chunk.first + chunk.frame.height]
 
-    def _latest_first(self, kinds: dict[str, str]) -> npt.NDArray[np.int64]:
+    def _latest_first(self, kinds: dict[str, str]) -> Int64Array:
         time, bad_rows = str(self._table.time), BadRows(self._table.on_error)
         times = [
             to_times(chunk.frame[time], kinds[time]).fill_null(0).to_numpy()
@@ -506,7 +505,7 @@ class _Preparation:
                 self._writer.permute(split, np.concatenate(parts).argsort(kind="stable"))
         return report
 
-    def _count_missing(self, split: str, plan: _Plan, rows: _Rows, keep: Booleans) -> None:
+    def _count_missing(self, split: str, plan: _Plan, rows: _Rows, keep: BoolArray) -> None:
         missing = self._writer.missing[split]
         for name, column in zip(plan.categorical, rows.categorical, strict=True):
             missing[name] += column.filter(keep).null_count()
@@ -577,7 +576,7 @@ class _Rules:
         self._bad_rows = bad_rows
         self.broken = np.zeros(chunk.frame.height, np.bool_)
 
-    def require(self, name: str, holds: Booleans, rule: str) -> None:
+    def require(self, name: str, holds: BoolArray, rule: str) -> None:
         broken = ~(holds | self.broken)
         for row in np.flatnonzero(broken):
             value = self._chunk.frame[name][int(row)]
@@ -594,7 +593,7 @@ class _Rules:
         read = to_labels(self._chunk.frame[name])
         return self.read(name, read, "a label must be 0 or 1 (or false, true)")
 
-    def read_number(self, name: str, *, required: bool) -> Floats:
+    def read_number(self, name: str, *, required: bool) -> Float64Array:
         """Read a numerical feature; missing numbers are NaN."""
         raw = self._chunk.frame[name]
         read = to_numbers(raw)
@@ -607,7 +606,7 @@ class _Rules:
         return values
 
 
-def _side_by_side(columns: list[npt.NDArray[Any]], keep: Booleans) -> npt.NDArray[Any]:
+def _side_by_side(columns: list[npt.NDArray[Any]], keep: BoolArray) -> npt.NDArray[Any]:
     """Stack the kept rows of columns; there may be no columns."""
     empty = np.empty((np.count_nonzero(keep), 0), np.int32)
     return np.column_stack([empty, *(column[keep] for column in columns)])

@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from mtnrec.data.batches import Rows, gather_bags
+from mtnrec.arrays import BoolArray, Float32Array, Float64Array, Int64Array, IntArray, UInt8Array
+from mtnrec.data.batches import RowIndices, gather_bags
 from mtnrec.data.prepared.store import Arrays
 from mtnrec.inspection.statistics import task_rows
 from mtnrec.metric.ranking import weighted_auc
@@ -38,9 +39,6 @@ _QUANTILES = 64
 _BAGS_PER_PIECE = 1 << 13
 
 _logger = logging.getLogger(__name__)
-
-Integers = npt.NDArray[np.integer[Any]]
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -93,17 +91,17 @@ class LeakCheck:
 
 
 class _Outcome(NamedTuple):
-    """Rows of a half that a task is measured on, and the positive ones; masks, ``(n,)``."""
+    """RowIndices of a half that a task is measured on, and the positive ones; masks, ``(n,)``."""
 
-    measured: npt.NDArray[np.bool_]
-    positive: npt.NDArray[np.bool_]
+    measured: BoolArray
+    positive: BoolArray
 
     @classmethod
-    def of(cls, task: Task, labels: npt.NDArray[np.uint8]) -> "_Outcome":
+    def of(cls, task: Task, labels: UInt8Array) -> "_Outcome":
         measured = task_rows(task, labels)
         return cls(measured, measured & (labels[:, task.label] == 1))
 
-    def in_order(self, order: Integers) -> "_Outcome":
+    def in_order(self, order: IntArray) -> "_Outcome":
         return _Outcome(self.measured[order], self.positive[order])
 
     @property
@@ -116,7 +114,7 @@ class _Outcome(NamedTuple):
 Outcomes = list[tuple[_Outcome, _Outcome]]
 
 
-def check_leaks(arrays: Arrays, rows: Rows, schema: Schema) -> LeakCheck:
+def check_leaks(arrays: Arrays, rows: RowIndices, schema: Schema) -> LeakCheck:
     """Judge every feature on at most 262,144 training rows, in evenly spaced runs of 64.
 
     Args:
@@ -147,7 +145,7 @@ def check_leaks(arrays: Arrays, rows: Rows, schema: Schema) -> LeakCheck:
     return LeakCheck(len(rows), {task.name: aucs.get(task) for task in schema.tasks}, leaks)
 
 
-def _sample(rows: Rows) -> tuple[Rows, Integers]:
+def _sample(rows: RowIndices) -> tuple[RowIndices, IntArray]:
     """Return the sampled rows, and the number of the run that each belongs to."""
     if len(rows) <= _SAMPLE:
         return rows, np.arange(len(rows))
@@ -156,7 +154,9 @@ def _sample(rows: Rows) -> tuple[Rows, Integers]:
     return rows[np.add.outer(starts, np.arange(_RUN)).ravel()], np.arange(runs).repeat(_RUN)
 
 
-def _halve(rows: Rows, run: Integers, group: npt.NDArray[np.int64] | None) -> tuple[Rows, Rows]:
+def _halve(
+    rows: RowIndices, run: IntArray, group: Int64Array | None
+) -> tuple[RowIndices, RowIndices]:
     number = run
     if group is not None:
         number = np.unique(group[rows], return_inverse=True)[1]
@@ -164,7 +164,7 @@ def _halve(rows: Rows, run: Integers, group: npt.NDArray[np.int64] | None) -> tu
 
 
 def _feature_aucs(
-    arrays: Arrays, schema: Schema, halves: tuple[Rows, Rows], outcomes: Outcomes
+    arrays: Arrays, schema: Schema, halves: tuple[RowIndices, RowIndices], outcomes: Outcomes
 ) -> Iterator[tuple[str, list[float]]]:
     """Yield the name of each feature and its AUCs, one per judged task."""
     learnt, scored = (arrays["categorical"][rows] for rows in halves)
@@ -178,7 +178,7 @@ def _feature_aucs(
         yield field.name, _bag_aucs(arrays, column, field, halves, outcomes)
 
 
-def _index_aucs(learnt: Integers, scored: Integers, size: int, outcomes: Outcomes) -> list[float]:
+def _index_aucs(learnt: IntArray, scored: IntArray, size: int, outcomes: Outcomes) -> list[float]:
     aucs = []
     for first, second in outcomes:
         rates = _rates(*(np.bincount(learnt[rows], minlength=size) for rows in first))
@@ -186,7 +186,7 @@ def _index_aucs(learnt: Integers, scored: Integers, size: int, outcomes: Outcome
     return aucs
 
 
-def _index_auc(scores: Floats, indices: Integers, outcome: _Outcome) -> float:
+def _index_auc(scores: Float64Array, indices: IntArray, outcome: _Outcome) -> float:
     """Return the AUC if rows with index ``k`` have the score ``scores[k]``."""
     size = len(scores)
     measured, positives = (np.bincount(indices[rows], minlength=size) for rows in outcome)
@@ -203,21 +203,19 @@ def _value_auc(ascending: npt.NDArray[np.floating[Any]], outcome: _Outcome) -> f
 
 def _places(
     edges: npt.NDArray[np.floating[Any]], ascending: npt.NDArray[np.floating[Any]]
-) -> Integers:
+) -> IntArray:
     """Return the bin of each ascending value: odd on an edge, even between two edges."""
     bounds = [ascending.searchsorted(edges, side=side) for side in ("left", "right")]
     lengths = np.diff(np.stack(bounds, axis=1).ravel(), prepend=0, append=len(ascending))
     return np.arange(len(lengths)).repeat(lengths)
 
 
-def _rates(rows: Integers, positives: Integers) -> Floats:
+def _rates(rows: IntArray, positives: IntArray) -> Float64Array:
     overall = positives.sum() / max(1, rows.sum())
     return np.divide(positives, rows, out=np.full(len(rows), overall), where=rows > 0)
 
 
-def _numerical_aucs(
-    learnt: npt.NDArray[np.float32], scored: npt.NDArray[np.float32], outcomes: Outcomes
-) -> list[float]:
+def _numerical_aucs(learnt: Float32Array, scored: Float32Array, outcomes: Outcomes) -> list[float]:
     orders = learnt.argsort(), scored.argsort()
     learnt, scored = learnt[orders[0]], scored[orders[1]]
     outcomes = [
@@ -238,7 +236,7 @@ def _bag_aucs(
     arrays: Arrays,
     column: int,
     field: CategoricalField,
-    halves: tuple[Rows, Rows],
+    halves: tuple[RowIndices, RowIndices],
     outcomes: Outcomes,
 ) -> list[float]:
     learnt, scored = halves
@@ -262,8 +260,8 @@ def _bag_aucs(
 
 
 def _tokens(
-    arrays: Arrays, column: int, field: CategoricalField, rows: Rows
-) -> Iterator[tuple[slice, Integers, Integers]]:
+    arrays: Arrays, column: int, field: CategoricalField, rows: RowIndices
+) -> Iterator[tuple[slice, IntArray, IntArray]]:
     """Yield a slice of rows, their tokens, and each token's row within the slice.
 
     An empty bag has a single token, ``vocabulary_size``.

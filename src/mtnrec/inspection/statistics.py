@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mtnrec.arrays import BoolArray, Float32Array, Float64Array, Int32Array, Int64Array, UInt8Array
 from mtnrec.batch import Batch
-from mtnrec.data.batches import RowGatherer, Rows
+from mtnrec.data.batches import RowGatherer, RowIndices
 from mtnrec.data.prepared.layout import bag_stem
 from mtnrec.data.prepared.store import Arrays
 from mtnrec.schema import Schema, Task
@@ -18,8 +19,7 @@ _ROWS_PER_PIECE = 1 << 16
 _ROWS_PER_COMPARISON = 1 << 13
 _SAMPLE = 1 << 18
 
-Counts = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+Counts = Int64Array
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class SplitStatistics:
 
     Args:
         rows: Number of rows.
-        task_rows: Rows that each task is measured on, per tenth of the split in file order,
+        task_rows: RowIndices that each task is measured on, per tenth of the split in file order,
             ``(10, tasks)``.
         task_positives: Positives among ``task_rows``.
-        zeros: Rows with index 0 (missing, rare or unseen) per categorical field, ``(F,)``.
+        zeros: RowIndices with index 0 (missing, rare or unseen) per categorical field, ``(F,)``.
         minimum: Minimum of each numerical feature as stored, ``(N,)``; NaN without rows.
         mean: Mean, likewise.
         maximum: Maximum, likewise.
-        empty_bags: Rows with an empty bag per multi-valued field, ``(M,)``.
+        empty_bags: RowIndices with an empty bag per multi-valued field, ``(M,)``.
         tokens: Tokens of all rows; a bag counts once per row that has it.
         zero_tokens: Tokens with index 0.
     """
@@ -44,9 +44,9 @@ class SplitStatistics:
     task_rows: Counts
     task_positives: Counts
     zeros: Counts
-    minimum: Floats
-    mean: Floats
-    maximum: Floats
+    minimum: Float64Array
+    mean: Float64Array
+    maximum: Float64Array
     empty_bags: Counts
     tokens: Counts
     zero_tokens: Counts
@@ -57,9 +57,9 @@ class Changes:
     """Changes that noise makes to a split.
 
     Args:
-        rows: Rows compared.
-        noisy_rows: Rows in which a feature changes.
-        features: Rows in which each feature changes.
+        rows: RowIndices compared.
+        noisy_rows: RowIndices in which a feature changes.
+        features: RowIndices in which each feature changes.
     """
 
     rows: int
@@ -68,7 +68,7 @@ class Changes:
 
 
 def count_changes(
-    arrays: Arrays, rows: Rows, schema: Schema, change: Callable[[Rows, Batch], None]
+    arrays: Arrays, rows: RowIndices, schema: Schema, change: Callable[[RowIndices, Batch], None]
 ) -> Changes:
     """Count what noise changes in at most 262,144 evenly spaced rows.
 
@@ -94,7 +94,7 @@ def count_changes(
     return Changes(count, noisy_rows, dict(zip(names, total.tolist(), strict=True)))
 
 
-def _compare(clean: Batch, noisy: Batch) -> npt.NDArray[np.bool_]:
+def _compare(clean: Batch, noisy: Batch) -> BoolArray:
     """Return whether each feature of each row differs, ``(rows, F + M + N)``."""
     bags = []
     for before, after in zip(clean.bags, noisy.bags, strict=True):
@@ -111,7 +111,7 @@ def _compare(clean: Batch, noisy: Batch) -> npt.NDArray[np.bool_]:
     )
 
 
-def task_rows(task: Task, labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+def task_rows(task: Task, labels: UInt8Array) -> BoolArray:
     """Return whether a task is measured on each row of ``labels``, ``(n, T)``."""
     return np.ones(len(labels), np.bool_) if task.given is None else labels[:, task.given] == 1
 
@@ -154,7 +154,7 @@ def _pieces(
         yield start, array[piece]
 
 
-def _count_labels(labels: npt.NDArray[np.uint8], schema: Schema) -> tuple[Counts, Counts]:
+def _count_labels(labels: UInt8Array, schema: Schema) -> tuple[Counts, Counts]:
     rows, positives = np.zeros((2, SLICES, len(schema.tasks)), np.int64)
     edges = [len(labels) * number // SLICES for number in range(SLICES + 1)]
     for number in range(SLICES):
@@ -166,14 +166,14 @@ def _count_labels(labels: npt.NDArray[np.uint8], schema: Schema) -> tuple[Counts
     return rows, positives
 
 
-def _count_zeros(categorical: npt.NDArray[np.int32]) -> Counts:
+def _count_zeros(categorical: Int32Array) -> Counts:
     zeros = np.zeros(categorical.shape[1], np.int64)
     for _, piece in _pieces(categorical):
         zeros += np.count_nonzero(piece == 0, axis=0)
     return zeros
 
 
-def _summarise(numerical: npt.NDArray[np.float32]) -> tuple[Floats, Floats, Floats]:
+def _summarise(numerical: Float32Array) -> tuple[Float64Array, Float64Array, Float64Array]:
     rows, features = numerical.shape
     if not rows:
         unknown = np.full(features, np.nan)

@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mtnrec.arrays import Float64Array, Int64Array
 from mtnrec.metric.ranking import SortedScores, sort_scores
 
 
@@ -65,7 +65,7 @@ def curve_of_sorted(probabilities: SortedScores, bins: int = 20) -> CalibrationC
     return CalibrationCurve(*map(torch.from_numpy, columns))
 
 
-def _bin_starts(ascending: npt.NDArray[np.float64], bins: int) -> npt.NDArray[np.int64]:
+def _bin_starts(ascending: Float64Array, bins: int) -> Int64Array:
     """Return the first row of each bin, ``(bins,)``; ties go to the bin of their mean rank."""
     rows, border = len(ascending), np.arange(bins)
     if not rows:

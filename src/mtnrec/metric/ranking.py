@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Integers = npt.NDArray[np.int64]
+from mtnrec.arrays import Int64Array
+
 Values = npt.NDArray[Any]
 
 _PLACES = 1 << 32
@@ -70,7 +71,7 @@ def weighted_auc(scores: Tensor, positives: Tensor, negatives: Tensor) -> Tensor
 
     Args:
         scores: ``(n,)``; only their order matters.
-        positives: Weight of each row as a positive, ``(n,)``. Integers are summed exactly.
+        positives: Weight of each row as a positive, ``(n,)``. Int64Array are summed exactly.
         negatives: Weight of each row as a negative, ``(n,)``.
 
     Returns:
@@ -136,12 +137,12 @@ def _values(tensor: Tensor) -> Values:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _twice_the_ranks(chosen: Values, ascending: Values) -> Integers:
+def _twice_the_ranks(chosen: Values, ascending: Values) -> Int64Array:
     """Return twice the mean rank, from 1/2, of each sorted chosen value among all."""
     return ascending.searchsorted(chosen, "left") + ascending.searchsorted(chosen, "right")
 
 
-def _numbers(groups: Values) -> Integers:
+def _numbers(groups: Values) -> Int64Array:
     """Map groups to integers below 2^31 - 1, in any order."""
     first, last = int(groups.min()), int(groups.max())
     if last - first < _SIGN - 1:
@@ -149,7 +150,7 @@ def _numbers(groups: Values) -> Integers:
     return np.unique(groups, return_inverse=True)[1]
 
 
-def _places(scores: Values) -> Integers:
+def _places(scores: Values) -> Int64Array:
     """Return integers in [0, 2^32) in the order of the scores, with the same ties."""
     if scores.dtype != np.float32:
         return np.unique(scores, return_inverse=True)[1]

@@ -4,13 +4,12 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from mtnrec.arrays import Float64Array, UInt8Array
 from mtnrec.batch import LogProbabilities
 from mtnrec.metric import calibration, ranking
 from mtnrec.metric.catalogue import METRICS
@@ -127,9 +126,7 @@ def rows_of_task(
     return TaskRows(quotient, complement, labels[chosen, task.label], chosen_groups)
 
 
-def bayes_aucs(
-    schema: Schema, probabilities: npt.NDArray[np.float64], labels: npt.NDArray[np.uint8]
-) -> dict[str, float]:
+def bayes_aucs(schema: Schema, probabilities: Float64Array, labels: UInt8Array) -> dict[str, float]:
     """Return the AUC of the true probabilities for each task, as ``task_bayes_auc``.
 
     No scores have a larger AUC in expectation; a model is compared with it on the same rows.

@@ -4,15 +4,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import torch
 
+from mtnrec.arrays import Float32Array, Float64Array, Int32Array
 from mtnrec.batch import Bags, Batch
 from mtnrec.checks import InputError, format_names
 from mtnrec.data.prepared.manifest import LARGEST_NUMBER
-from mtnrec.data.prepared.vocabulary import Integers, TextVocabulary, Vocabulary
-from mtnrec.data.raw.column import Floats, to_numbers, to_text, transformed
+from mtnrec.data.prepared.vocabulary import TextVocabulary, Vocabulary
+from mtnrec.data.raw.column import to_numbers, to_text, transformed
 from mtnrec.data.raw.tabular import check_row_groups, readable
 from mtnrec.schema import CategoricalField, Schema
 
@@ -100,7 +100,7 @@ class Encoder:
             bags=tuple(self._bags(field.name, frame, place) for field in self._schema.multivalued),
         )
 
-    def _indices(self, name: str, column: pl.Series) -> Integers:
+    def _indices(self, name: str, column: pl.Series) -> Int32Array:
         if name not in self._vocabularies:
             raise InputError(
                 f"the data set that the model was trained on has no vocabulary for {name!r}, so "
@@ -121,9 +121,7 @@ class Encoder:
         self.unseen[name] += int(np.count_nonzero((indices == 0) & ~absent))
         return indices
 
-    def _numbers(
-        self, name: str, column: pl.Series, place: Callable[[int], str]
-    ) -> npt.NDArray[np.float32]:
+    def _numbers(self, name: str, column: pl.Series, place: Callable[[int], str]) -> Float32Array:
         values = _read_numbers(name, column, place)
         absent = np.isnan(values)
         transform = self._transforms.get(name, {})
@@ -168,7 +166,7 @@ def _as_lists(name: str, column: pl.Series) -> pl.Series:
     return column
 
 
-def _read_numbers(name: str, column: pl.Series, place: Callable[[int], str]) -> Floats:
+def _read_numbers(name: str, column: pl.Series, place: Callable[[int], str]) -> Float64Array:
     """Return a column as numbers; NaN where a cell is missing."""
     read = to_numbers(column)
     values = read.fill_null(np.nan).to_numpy()

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from mtnrec.arrays import UInt8Array
 from mtnrec.checks import InputError, check_choice, check_integer
 from mtnrec.metric.catalogue import METRICS, metric_key, parse_metric_key
 from mtnrec.schema import Schema
@@ -85,7 +84,7 @@ def selection_callbacks(
     *,
     stop: str,
     schema: Schema,
-    validation_labels: npt.NDArray[np.uint8],
+    validation_labels: UInt8Array,
 ) -> tuple[ModelCheckpoint, list[L.Callback]]:
     """Return the callback that keeps the best epoch, and all callbacks that follow the monitor.
 
@@ -130,7 +129,7 @@ def selection_callbacks(
     return best, [best, stopping(monitor, patience=patience, mode=mode)]
 
 
-def _undefined(monitor: str, schema: Schema, labels: npt.NDArray[np.uint8]) -> str | None:
+def _undefined(monitor: str, schema: Schema, labels: UInt8Array) -> str | None:
     tasks = {task.name: task for task in schema.tasks}
     key = parse_metric_key(monitor, tasks)
     if key is None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from mtnrec.arrays import BoolArray, Float32Array, Int32Array, Int64Array
 from mtnrec.data.prepared.layout import bag_stem
 from mtnrec.data.prepared.store import Arrays
 from mtnrec.data.prepared.vocabulary import ValueCounts
@@ -22,9 +23,7 @@ COMMON_FIELDS = (
 SKELETON_FIELDS = ("205", "206", "207", "210", "216", "301", "508", "509", "702", "853")
 USER = "101"
 
-Flags = npt.NDArray[np.bool_]
-Integers = npt.NDArray[np.int64]
-Bags = tuple[Integers, npt.NDArray[np.int32], npt.NDArray[np.float32]]
+RawBags = tuple[Int64Array, Int32Array, Float32Array]
 
 
 class Columns:
@@ -67,7 +66,7 @@ class Joined:
     Args:
         arrays: The joined rows, with raw ids and values.
         place: Position of the common line of each row, ``(rows,)``.
-        bags: Bags of the skeleton, one entry per field.
+        bags: RawBags of the skeleton, one entry per field.
         missing: Number of rows that lack each field.
         counts: Ids of each skeleton field and their counts, for training rows only.
         lines: Number of lines in the block.
@@ -76,10 +75,10 @@ class Joined:
     """
 
     arrays: Arrays
-    place: Integers
-    bags: list[Bags]
+    place: Int64Array
+    bags: list[RawBags]
     missing: dict[str, int]
-    counts: dict[str, tuple[npt.NDArray[np.int32], Integers]]
+    counts: dict[str, tuple[Int32Array, Int64Array]]
     lines: int
     orphans: int
     errors: list[tuple[int, str, str]]
@@ -90,7 +89,7 @@ def _errors(block: Block, lines: Lines) -> list[tuple[int, str, str]]:
     return [(row, *describe_error(block.data, lines, row)) for row in rows]
 
 
-def _kept(bags: Bags, keep: Flags) -> Bags:
+def _kept(bags: RawBags, keep: BoolArray) -> RawBags:
     """Return the bags of the kept rows."""
     lengths, tokens, weights = bags
     if keep.all():
@@ -120,7 +119,7 @@ class Log:
         self.counts = {name: ValueCounts() for name in columns.ids}
         self.lowest = np.full(len(columns.values), np.inf)
         self.highest = -self.lowest
-        self._bag_lengths: dict[str, list[Integers]] = {name: [] for name in columns.common.bags}
+        self._bag_lengths: dict[str, list[Int64Array]] = {name: [] for name in columns.common.bags}
         self._rows = self._orphans = 0
 
     def parse_common(self, block: Block) -> Lines:
@@ -224,7 +223,7 @@ class Log:
             self._rows += len(part.place)
             self._meter.advance(part.lines)
 
-    def _count_rows(self, place: Integers) -> None:
+    def _count_rows(self, place: Int64Array) -> None:
         # The impressions of a block share few common lines, which lie close together.
         first = place.min(initial=len(self._common_rows))
         rows = np.bincount(place - first)
@@ -234,7 +233,7 @@ class Log:
         for row, rule, found in errors:
             self._bad_rows.add(f"{block.source}, line {block.first_line + row}", rule, found)
 
-    def _look_up(self, index: npt.NDArray[np.uint64]) -> tuple[Integers, Flags]:
+    def _look_up(self, index: npt.NDArray[np.uint64]) -> tuple[Int64Array, BoolArray]:
         """Return the common line of each row, and whether it exists."""
         if not len(self._sorted):  # every common line was skipped
             return np.zeros(len(index), np.int64), np.zeros(len(index), np.bool_)
@@ -245,7 +244,7 @@ class Log:
         known = self._sorted[found] == index[starts]
         return np.repeat(self._order[found], lengths), np.repeat(known, lengths)
 
-    def _append_bags(self, name: str, bags: Bags) -> None:
+    def _append_bags(self, name: str, bags: RawBags) -> None:
         lengths, tokens, weights = bags
         self._writer.append_bags(self._split, name, lengths, tokens, weights)
         if name in COMMON_FIELDS:

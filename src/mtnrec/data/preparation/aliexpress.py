@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from mtnrec.arrays import BoolArray, Float32Array, Int32Array, Int64Array
 from mtnrec.data.prepared.store import Arrays
 from mtnrec.data.prepared.vocabulary import ValueCounts
 from mtnrec.data.prepared.writer import Writer
@@ -67,13 +68,13 @@ class Searches:
         file: One ``_USER_ROW`` per search.
     """
 
-    def __init__(self, ids: npt.NDArray[np.int64], file: IO[bytes]) -> None:
+    def __init__(self, ids: Int64Array, file: IO[bytes]) -> None:
         self._order = ids.argsort(kind="stable")
         self._sorted = ids[self._order]
         self._file = file
         self.found = np.zeros(len(ids), np.bool_)
 
-    def match(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
+    def match(self, ids: Int64Array) -> tuple[Int64Array, ...]:
         """Return the pairs of item rows and user rows with the same id, item rows ascending."""
         first = np.searchsorted(self._sorted, ids, side="left")
         count = np.searchsorted(self._sorted, ids, side="right") - first
@@ -83,7 +84,7 @@ class Searches:
         self.found[user] = True
         return item, user
 
-    def rows(self, user: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    def rows(self, user: Int64Array) -> npt.NDArray[Any]:
         """Return the features of user rows."""
         if not len(user):
             return np.empty(0, _USER_ROW)
@@ -157,7 +158,7 @@ class Join:
     def join(self, split: str, searches: Searches, blocks: Iterator[Block]) -> None:
         """Append the rows of an item file, each joined with the user of its search."""
         bad_rows, unmatched, last, in_order = self.bad_rows[split], 0, -1, True
-        order: list[npt.NDArray[np.int32]] = [np.empty(0, np.int32)]
+        order: list[Int32Array] = [np.empty(0, np.int32)]
         for rows in read_delimited(blocks, _item_types(), bad_rows, has_header=False):
             label = rows.frame["label"].to_numpy()
             bad = (label < 0) | (label > 2)
@@ -205,8 +206,8 @@ class Join:
 
 
 def _float32(
-    rows: Rows, names: tuple[str, ...], refused: npt.NDArray[np.bool_], bad_rows: BadRows
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    rows: Rows, names: tuple[str, ...], refused: BoolArray, bad_rows: BadRows
+) -> tuple[Float32Array, BoolArray]:
     """Return numerical features and the rows refused because one is not finite.
 
     Rows in ``refused`` are not refused again.

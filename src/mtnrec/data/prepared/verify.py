@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mtnrec.arrays import Int64Array
 from mtnrec.checks import InputError
 from mtnrec.data.prepared.layout import bag_stem
 from mtnrec.data.prepared.manifest import Manifest
@@ -56,7 +57,7 @@ def _largest_values(arrays: Arrays, schema: Schema) -> dict[str, Sequence[int]]:
     return largest
 
 
-def _check_range(path: Path, array: npt.NDArray[Any], most: npt.NDArray[np.int64]) -> None:
+def _check_range(path: Path, array: npt.NDArray[Any], most: Int64Array) -> None:
     unsigned = np.dtype(f"u{array.dtype.itemsize}")  # in which negative values become large ones
     columns = array.reshape(-1, len(most)) if len(most) else array
     for start in range(0, len(columns), _ROWS_PER_CHECK):

@@ -4,28 +4,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
+from mtnrec.arrays import Int32Array, Int64Array
 from mtnrec.data.prepared.writer import Writer
 from mtnrec.schema import CategoricalField
 
 _SMALLEST_MERGE = 1 << 20
 _LARGEST_TABLE = 1 << 26  # entries: 256 MiB
 
-Integers = npt.NDArray[np.int32]
-
 
 class ValueCounts:
     """Number of training rows per value of an integer field."""
 
     def __init__(self) -> None:
-        self._values: Integers = np.empty(0, np.int32)
-        self._counts: npt.NDArray[np.int64] = np.empty(0, np.int64)
-        self._pending: list[tuple[Integers, npt.NDArray[np.int64]]] = []
+        self._values: Int32Array = np.empty(0, np.int32)
+        self._counts: Int64Array = np.empty(0, np.int64)
+        self._pending: list[tuple[Int32Array, Int64Array]] = []
         self._pending_size = 0
 
-    def update(self, column: Integers, rows: npt.NDArray[np.int64] | None = None) -> None:
+    def update(self, column: Int32Array, rows: Int64Array | None = None) -> None:
         """Count the values of a chunk.
 
         Args:
@@ -62,9 +60,7 @@ class ValueCounts:
         self._pending, self._pending_size = [], 0
 
 
-def _sum_by_value(
-    values: Integers, rows: npt.NDArray[np.int64]
-) -> tuple[Integers, npt.NDArray[np.int64]]:
+def _sum_by_value(values: Int32Array, rows: Int64Array) -> tuple[Int32Array, Int64Array]:
     if not len(values):
         return values, rows
     order = values.argsort(kind="stable")
@@ -80,11 +76,11 @@ class Vocabulary:
         values: Values with an index, ascending, ``(n,)``.
     """
 
-    def __init__(self, values: Integers) -> None:
+    def __init__(self, values: Int32Array) -> None:
         self.values = values
         self._lowest = int(values[0]) - 1 if len(values) else 0
         span = int(values[-1]) - self._lowest + 2 if len(values) else 1
-        self._table: Integers | None = None
+        self._table: Int32Array | None = None
         if span <= min(_LARGEST_TABLE, max(64 * len(values), 1 << 16)):
             # One look-up per entry; values out of range are clipped to the ends, which hold 0.
             self._table = np.zeros(span, np.int32)
@@ -95,7 +91,7 @@ class Vocabulary:
         """Number of indices, including 0."""
         return len(self.values) + 1
 
-    def encode(self, column: Integers) -> Integers:
+    def encode(self, column: Int32Array) -> Int32Array:
         """Map raw values ``(rows,)`` to indices.
 
         >>> Vocabulary(np.array([10, 30], np.int32)).encode(np.array([10, 20, 30], np.int32))
@@ -153,7 +149,7 @@ class TextVocabulary:
         """Number of indices, including 0."""
         return len(self.values) + 1
 
-    def encode(self, column: pl.Series) -> Integers:
+    def encode(self, column: pl.Series) -> Int32Array:
         """Map texts ``(rows,)`` to indices; null is 0.
 
         >>> TextVocabulary(pl.Series(["a", "c"])).encode(pl.Series(["c", "b", None])).tolist()
@@ -193,7 +189,7 @@ def encode_in_place(
     """
     writer.close_arrays()
 
-    def encode(rows: Integers) -> Integers:
+    def encode(rows: Int32Array) -> Int32Array:
         for column, vocabulary in enumerate(vocabularies):
             rows[:, column] = vocabulary.encode(rows[:, column])
         return rows

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from mtnrec.arrays import Float32Array, Int32Array, Int64Array
 from mtnrec.checks import InputError
 from mtnrec.data.prepared.layout import BAG_DTYPES, DTYPES, array_dtype, bag_stem
 from mtnrec.data.prepared.manifest import SCHEMA_FILE, Manifest
@@ -55,9 +56,9 @@ class Writer:
         self,
         split: str,
         field: str,
-        lengths: npt.NDArray[np.int64],
-        tokens: npt.NDArray[np.int32],
-        weights: npt.NDArray[np.float32],
+        lengths: Int64Array,
+        tokens: Int32Array,
+        weights: Float32Array,
     ) -> None:
         """Append bags of a multi-valued field: the length of each, and all their tokens."""
         stems = {part: bag_stem(field, part) for part in BAG_DTYPES}
@@ -135,7 +136,7 @@ class Writer:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(rewrite, _windows(self._shapes[name], dtype)))
 
-    def permute(self, split: str, order: npt.NDArray[np.int64]) -> None:
+    def permute(self, split: str, order: Int64Array) -> None:
         """Reorder the rows of a split's finished arrays by ``order``, ``(rows,)``."""
         for stem in DTYPES:
             if not self.has(split, stem):

@@ -6,8 +6,9 @@ A missing cell is null, and a cell that cannot be parsed becomes null.
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
+
+from mtnrec.arrays import Float64Array
 
 MOST_CATEGORIES = 100
 _BLOCK = 4096
@@ -17,10 +18,8 @@ _DATE = r"^\d{4}-\d{2}-\d{2}(?:[T ]|$)"
 _LABELS = {"0": 0, "false": 0, "1": 1, "true": 1}
 _TYPES = {"integer": pl.Int64, "number": pl.Float64}
 
-Floats = npt.NDArray[np.float64]
 
-
-def transformed(values: Floats, fill: Any, shift: Any, scale: Any) -> Floats:
+def transformed(values: Float64Array, fill: Any, shift: Any, scale: Any) -> Float64Array:
     """Return the stored numbers: NaN becomes ``fill``, then ``(value - shift) / scale``.
 
     Args:
@@ -160,7 +159,7 @@ class Moments:
         self._squares = np.zeros(columns)
         self._rest = np.empty((0, columns))
 
-    def update(self, values: Floats) -> None:
+    def update(self, values: Float64Array) -> None:
         """Add rows, ``(rows, columns)``."""
         rows = np.concatenate([self._rest, values])
         whole = len(rows) - len(rows) % _BLOCK
@@ -174,14 +173,14 @@ class Moments:
         self._rest = self._rest[:0]
 
     @property
-    def scale(self) -> Floats:
+    def scale(self) -> Float64Array:
         """Standard deviation; 1 for a column that is constant up to rounding."""
         variance = self._squares / max(self._rows, 1)
         epsilon = np.finfo(np.float64).eps
         rounding = (self._rows * self.mean * epsilon) ** 2 + self._rows * variance * epsilon
         return np.where(variance <= rounding, 1.0, np.sqrt(variance))
 
-    def _add(self, block: Floats) -> None:
+    def _add(self, block: Float64Array) -> None:
         # Update of mean and sum of squares by those of a block: Chan, Golub and LeVeque (1983).
         present = ~np.isnan(block)
         count = present.sum(axis=0)

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import polars as pl
 from polars.exceptions import PolarsError
 
+from mtnrec.arrays import BoolArray, Int64Array
 from mtnrec.checks import InputError, find_duplicates, format_names
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block
@@ -29,12 +30,12 @@ class Rows:
     """
 
     source: str
-    lines: npt.NDArray[np.int64]
+    lines: Int64Array
     frame: pl.DataFrame
 
     def refuse(
         self,
-        bad: npt.NDArray[np.bool_],
+        bad: BoolArray,
         rule: str,
         values: npt.NDArray[np.generic],
         bad_rows: BadRows,

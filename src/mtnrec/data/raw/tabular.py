@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeGuard, cast
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from polars.exceptions import PanicException, PolarsError
 from rich.filesize import decimal
 
+from mtnrec.arrays import BoolArray, Int64Array
 from mtnrec.checks import InputError, find_duplicates, format_names
 from mtnrec.data.raw import blocks
 from mtnrec.data.raw.bad_rows import BadRows
@@ -36,9 +36,6 @@ from mtnrec.schema import MOST_COLUMNS
 _ROWS_PER_CHUNK = 1 << 16  # of Parquet
 _BYTES_PER_VALUE = 16  # at least, for a text
 _UNREADABLE = (pl.Binary, pl.Object, pl.Time, pl.Duration)
-
-Booleans = npt.NDArray[np.bool_]
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Chunk:
     frame: pl.DataFrame
     path: Path | str
     unit: str
-    numbers: Integers
+    numbers: Int64Array
     first: int
 
     def place(self, row: int) -> str:
@@ -246,7 +243,7 @@ folder of .parquet files) or a frame (of pandas, polars, pyarrow or any library 
         )
 
 
-_Rows = tuple[str, Integers, pl.DataFrame]
+_Rows = tuple[str, Int64Array, pl.DataFrame]
 
 
 def _files(key: str, path: Path) -> list[Path]:
@@ -460,7 +457,7 @@ def _lines(block: Block) -> pl.Series:
     return pl.Series([text[:-1]]).str.split("\n").explode().str.strip_suffix("\r")
 
 
-_Lines = tuple[Integers, Integers, Callable[[Booleans], pl.DataFrame]]
+_Lines = tuple[Int64Array, Int64Array, Callable[[BoolArray], pl.DataFrame]]
 
 
 def _split_csv(path: Path, header: list[str]) -> Iterator[_Lines]:
@@ -482,7 +479,7 @@ def _split_csv(path: Path, header: list[str]) -> Iterator[_Lines]:
         commas = lines.str.count_matches(",", literal=True).to_numpy().astype(np.int64)
         widths = np.where(lines.str.len_bytes().to_numpy() > 0, commas + 1, 0)
 
-        def make_frame(keep: Booleans, lines: pl.Series = lines) -> pl.DataFrame:
+        def make_frame(keep: BoolArray, lines: pl.Series = lines) -> pl.DataFrame:
             if len(header) == 1:
                 return lines.filter(keep).to_frame(header[0])
             cells = lines.filter(keep).str.split_exact(",", len(header) - 1)
@@ -514,7 +511,7 @@ def _split_quoted(lines: Iterator[str], line: int, header: list[str]) -> Iterato
         next(rows)
     for part in _in_blocks(rows):
 
-        def make_frame(keep: Booleans, part: list[_Row] = part) -> pl.DataFrame:
+        def make_frame(keep: BoolArray, part: list[_Row] = part) -> pl.DataFrame:
             kept = [cells for (_, _, cells), good in zip(part, keep, strict=True) if good]
             return pl.DataFrame(kept, dict.fromkeys(header, pl.String), orient="row")
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from mtnrec.arrays import Float32Array, Float64Array, Int32Array, Int64Array, UInt8Array
 from mtnrec.data.raw.blocks import count_lines
 
 MISSING = -1  # id of a field that a line lacks; ids are not negative
@@ -77,7 +78,7 @@ class Selection:
     bags: Sequence[str] = ()
     first: Collection[str] = ()
 
-    def table(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    def table(self) -> tuple[npt.NDArray[np.uint64], Int64Array]:
         """Return a hash table: names as integers, and their columns in the three lists, or -1."""
         size = 1 << _TABLE_BITS
         names, columns = np.zeros(size, np.uint64), np.full((size, 3), -1)
@@ -105,13 +106,13 @@ class Lines:
         where: Offset in the block at which the error begins.
     """
 
-    labels: npt.NDArray[np.uint8]
+    labels: UInt8Array
     index: npt.NDArray[np.uint64]
-    ids: npt.NDArray[np.int32]
-    values: npt.NDArray[np.float64]
-    bags: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]]
-    error: npt.NDArray[np.uint8]
-    where: npt.NDArray[np.int64]
+    ids: Int32Array
+    values: Float64Array
+    bags: list[tuple[Int64Array, Int32Array, Float32Array]]
+    error: UInt8Array
+    where: Int64Array
 
 
 def parse_lines(block: bytes, selection: Selection, *, skeleton: bool) -> Lines:
