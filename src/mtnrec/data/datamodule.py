@@ -56,7 +56,7 @@ class DataModule(L.LightningDataModule, ABC):
         name: Name of the data set, as in the config group ``data``.
         dir: Folder of the prepared data set. None for the folder that the YAML file names (usually
             ``name``) in ``$MTNREC_DATA`` or, if that is not set, in ``data``.
-        batch_size: RowIndices per batch in each process.
+        batch_size: Rows per batch in each process.
         validation_share: Share of the training rows used for validation, in (0, 1).
         validation_split: ``random``, ``grouped`` or ``last``.
         split_seed: Seed of the random validation split.

@@ -91,7 +91,7 @@ class LeakCheck:
 
 
 class _Outcome(NamedTuple):
-    """RowIndices of a half that a task is measured on, and the positive ones; masks, ``(n,)``."""
+    """Rows of a half that a task is measured on, and the positive ones; masks, ``(n,)``."""
 
     measured: BoolArray
     positive: BoolArray

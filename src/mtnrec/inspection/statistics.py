@@ -28,14 +28,14 @@ class SplitStatistics:
 
     Args:
         rows: Number of rows.
-        task_rows: RowIndices that each task is measured on, per tenth of the split in file order,
+        task_rows: Rows that each task is measured on, per tenth of the split in file order,
             ``(10, tasks)``.
         task_positives: Positives among ``task_rows``.
-        zeros: RowIndices with index 0 (missing, rare or unseen) per categorical field, ``(F,)``.
+        zeros: Rows with index 0 (missing, rare or unseen) per categorical field, ``(F,)``.
         minimum: Minimum of each numerical feature as stored, ``(N,)``; NaN without rows.
         mean: Mean, likewise.
         maximum: Maximum, likewise.
-        empty_bags: RowIndices with an empty bag per multi-valued field, ``(M,)``.
+        empty_bags: Rows with an empty bag per multi-valued field, ``(M,)``.
         tokens: Tokens of all rows; a bag counts once per row that has it.
         zero_tokens: Tokens with index 0.
     """
@@ -58,8 +58,8 @@ class Changes:
 
     Args:
         rows: RowIndices compared.
-        noisy_rows: RowIndices in which a feature changes.
-        features: RowIndices in which each feature changes.
+        noisy_rows: Rows in which a feature changes.
+        features: Rows in which each feature changes.
     """
 
     rows: int

@@ -71,7 +71,7 @@ def weighted_auc(scores: Tensor, positives: Tensor, negatives: Tensor) -> Tensor
 
     Args:
         scores: ``(n,)``; only their order matters.
-        positives: Weight of each row as a positive, ``(n,)``. Int64Array are summed exactly.
+        positives: Weight of each row as a positive, ``(n,)``. Integers are summed exactly.
         negatives: Weight of each row as a negative, ``(n,)``.
 
     Returns:

@@ -66,7 +66,7 @@ class Joined:
     Args:
         arrays: The joined rows, with raw ids and values.
         place: Position of the common line of each row, ``(rows,)``.
-        bags: RawBags of the skeleton, one entry per field.
+        bags: Bags of the skeleton, one entry per field.
         missing: Number of rows that lack each field.
         counts: Ids of each skeleton field and their counts, for training rows only.
         lines: Number of lines in the block.
