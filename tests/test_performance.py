@@ -2,6 +2,7 @@ import platform
 import resource
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -69,6 +70,25 @@ def test_a_processor_that_would_round_to_bfloat16_keeps_its_setting(
 
     assert not prefer_onednn_matmul(CPU)
     assert product_setting.fp32_precision == "ieee"
+
+
+def test_an_exact_amd_processor_multiplies_with_onednn(amd, product_setting, monkeypatch):
+    monkeypatch.setattr(machine, "_multiply", lambda a, b: (a.double() @ b.double()).float())
+
+    assert prefer_onednn_matmul(CPU)
+    assert product_setting.fp32_precision == "bf16"
+
+
+def test_a_tuned_process_keeps_freed_memory_and_leaves_new_memory_unfilled(monkeypatch):
+    calls = mock.Mock()
+    for name in ("keep_freed_memory", "prefer_onednn_matmul"):
+        monkeypatch.setattr(machine, name, getattr(calls, name))
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+
+    machine.tune_process(CPU)
+
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert calls.mock_calls == [mock.call.keep_freed_memory(), mock.call.prefer_onednn_matmul(CPU)]
 
 
 @pytest.mark.parametrize(("vendor", "device"), [("Intel", "cpu"), ("AMD", "cuda")])
