@@ -1,10 +1,13 @@
 """Checkpoints on the disk: whole, refused where they are not what they should be."""
 
 import errno
+import io
 import os
+import pickle
 import re
 import resource
 import zipfile
+from collections import Counter, OrderedDict
 
 import pytest
 import torch
@@ -89,14 +92,63 @@ def test_a_truncated_file_is_refused(share, path):
         read_checkpoint(path, "Delete it.")
 
 
-def test_a_flipped_bit_is_found(path):
-    content = bytearray(path.read_bytes())
-    middle = content.find(torch.arange(2000.0, 2010.0).numpy().tobytes())
-    content[middle] ^= 1
-    path.write_bytes(content)
+def test_each_flipped_bit_is_found(path):
+    content = path.read_bytes()
+    # Anywhere: in the weights, the pickle, the archive's tables and the checksum.
+    for place in [*range(0, len(content), 101), *range(len(content) - 110, len(content))]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
 
-    with pytest.raises(InputError, match="damaged"):
-        read_checkpoint(path, "Delete it.")
+        with pytest.raises(InputError, match="damaged"):
+            read_checkpoint(path, "Delete it.")
+
+
+def test_a_checkpoint_without_a_checksum_is_read_with_a_warning(path, caplog):
+    torch.save(CONTENT, path)
+
+    for _ in range(2):
+        found = read_checkpoint(path, "")
+
+    assert torch.equal(found["state_dict"]["a"], CONTENT["state_dict"]["a"])
+    (warning,) = caplog.messages
+    assert warning.endswith(
+        "has no checksum, since an earlier version wrote it; damage may go unnoticed"
+    )
+
+
+def test_torch_reads_a_checkpoint_with_a_checksum(path):
+    for mmap in (False, True):
+        content = torch.load(path, weights_only=True, mmap=mmap)
+        assert torch.equal(content["state_dict"]["a"], CONTENT["state_dict"]["a"])
+
+
+def test_all_that_training_saves_is_read_back(path):
+    shared = torch.arange(6, dtype=torch.bfloat16)
+    state = {
+        "numbers": [1, -1, 2**40, 0.5, True, None, "é", b"\x00\xff", b""],
+        "containers": ((), {1, 2}, Counter("aab"), {"a": {"b": [(1, 2)]}}),
+        "tensors": [shared, shared[2:4], shared.view(2, 3).T, torch.tensor(3), torch.empty(0, 2)],
+        "types": [torch.float32, torch.device("cpu"), torch.Size([2, 3])],
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "bools": torch.tensor([True, False]),
+    }
+    weights = torch.nn.BatchNorm1d(2).state_dict()
+    AtomicCheckpointIO().save_checkpoint({"state_dict": weights, "callbacks": state}, path)
+
+    content = read_checkpoint(path, "")
+
+    found = content["callbacks"]
+    for key in ("numbers", "containers", "types"):
+        assert found[key] == state[key]
+    for one, other in zip(found["tensors"], state["tensors"], strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    found["tensors"][0][2] = 7
+    assert found["tensors"][1][0] == 7  # the storage is still shared
+    assert torch.equal(found["parameter"], torch.ones(2))
+    assert torch.equal(found["bools"], state["bools"])
+    assert content["state_dict"]._metadata == weights._metadata
 
 
 class Harmful:
@@ -141,7 +193,7 @@ def test_an_expanded_tensor_is_refused_anywhere(path):
 
 
 def repack(path, change, compression=zipfile.ZIP_STORED):
-    """Write a checkpoint anew, with right checksums."""
+    """Write a checkpoint anew, with right checksums of its parts and none of the whole."""
     with zipfile.ZipFile(path) as archive:
         parts = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -157,6 +209,7 @@ def test_a_checkpoint_that_inflates_is_refused_unread(path):
 
 
 def test_parts_that_share_their_bytes_are_refused(path):
+    torch.save(CONTENT, path)
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
         most = max(info.file_size for info in archive.infolist())
@@ -165,6 +218,92 @@ def test_parts_that_share_their_bytes_are_refused(path):
     path.write_bytes(content)
 
     with pytest.raises(InputError, match="its parts are larger than the file"):
+        read_checkpoint(path, "Delete it.")
+
+
+def with_pickle(path, pickled):
+    """Replace the pickle of a checkpoint."""
+    torch.save(CONTENT, path)
+    repack(path, lambda parts: {n: pickled if "pkl" in n else p for n, p in parts.items()})
+
+
+class Call:
+    """Pickled as a call of a function."""
+
+    def __init__(self, function, *arguments, state=None):
+        self._reduced = (function, arguments, state)
+
+    def __reduce__(self):
+        return self._reduced
+
+
+def laughs():
+    content = [0]
+    for _ in range(40):
+        content = [content, content]
+    return content
+
+
+def nested(depth):
+    content = []
+    for _ in range(depth):
+        content = [content]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (Call(bytearray, 6 * 10**9), "must not hold __builtin__.bytearray"),
+        (Call(bytes, 6 * 10**9), "damaged"),
+        (Call(torch.FloatStorage, 6 * 10**9), "must not hold|damaged"),
+        (Call(torch.Tensor, 6 * 10**9), "must not hold torch"),
+        (Call(torch.empty, 6 * 10**9), "must not hold"),
+        (Call(OrderedDict, state={"items": 1}), "is not a training checkpoint"),
+        (Call(torch._utils._rebuild_tensor_v2, 1, 0, (9,), (1,), False, None), "has no storage"),
+        (laughs(), "nested too deeply, or repeat"),
+        (nested(100), "nested too deeply"),
+    ],
+)
+def test_a_pickle_that_asks_for_memory_or_calls_is_refused(content, message, path):
+    with_pickle(path, pickle.dumps(content, protocol=2))
+
+    with pytest.raises(InputError, match=message):
+        read_checkpoint(path, "Delete it.")
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02}r\xff\xff\xff\x7f.",  # a place in the memory
+        b"\x80\x05\x96\x00\x00\x00\x80\x01\x00\x00\x00.",  # a bytearray of 6 GB
+        b"\x80\x02X\x00\x00\x00\x7f.",  # a text
+        b"\x80\x02" + b"]" * (1 << 24) + b".",
+    ],
+)
+def test_a_pickle_cannot_ask_for_more_than_its_bytes(pickled, path):
+    with_pickle(path, pickled)
+
+    with pytest.raises(InputError, match="damaged"):
+        read_checkpoint(path, "Delete it.")
+
+
+def test_archives_that_readers_understand_differently_are_refused(path):
+    torch.save(CONTENT, path)
+    (second := path.with_name("second")).write_bytes(b"")
+    torch.save({"other": 1}, second)
+    joined = path.read_bytes()[:-2] + len(second.read_bytes()).to_bytes(2, "little")
+
+    path.write_bytes(joined + second.read_bytes())  # an archive in the comment of another
+    with pytest.raises(InputError, match=r"damaged|is not a training checkpoint"):
+        read_checkpoint(path, "Delete it.")
+
+    torch.save(CONTENT, path)
+    content = io.BytesIO(path.read_bytes())
+    with zipfile.ZipFile(content, "a") as archive:
+        archive.writestr("else/data.pkl", pickle.dumps({}, protocol=2))
+    path.write_bytes(content.getvalue())
+    with pytest.raises(InputError, match="two of its parts have one name"):
         read_checkpoint(path, "Delete it.")
 
 
