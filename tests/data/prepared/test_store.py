@@ -87,6 +87,7 @@ def files(directory):
 def rewrite_schema(directory, change):
     path = directory / "schema.json"
     entries = json.loads(path.read_text())
+    del entries["checksum"]  # which would differ
     change(entries)
     path.write_text(json.dumps(entries))
 
@@ -343,6 +344,44 @@ def test_a_schema_that_lacks_an_entry_is_refused(directory, entry):
 
     with pytest.raises(InputError, match=f"schema.json is damaged .*{last}.*mtnrec.prepare"):
         open_prepared(directory)
+
+
+def test_each_flipped_bit_of_a_schema_is_found_or_changes_nothing(directory):
+    expected = write_default(directory)
+    path = directory / "schema.json"
+    text = path.read_bytes()
+    for place in range(len(text)):
+        damaged = bytearray(text)
+        damaged[place] ^= 1 << place % 7
+        path.write_bytes(damaged)
+
+        try:
+            found, _ = open_prepared(directory)
+        except InputError:
+            continue
+        assert found == expected  # for example a space that became another
+
+
+def test_a_changed_scale_is_named_by_the_checksum(directory):
+    write_default(directory)
+    path = directory / "schema.json"
+    path.write_text(path.read_text().replace('"dropped": 3', '"dropped": 4'))
+
+    with pytest.raises(
+        InputError, match=r"schema.json is damaged or was changed: its checksum differs .*Prepare"
+    ):
+        open_prepared(directory)
+
+
+def test_a_schema_without_a_checksum_is_read_with_a_warning(directory, caplog):
+    expected = write_default(directory)
+    rewrite_schema(directory, lambda entries: None)
+
+    for _ in range(2):
+        assert open_prepared(directory)[0] == expected
+
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{directory / 'schema.json'} has no checksum, since an earlier")
 
 
 def test_an_unknown_entry_is_refused(directory):

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ FORMAT_VERSION = 2
 LARGEST_NUMBER = float(np.finfo(np.float32).max)  # in a numerical feature
 SCHEMA_FILE = "schema.json"
 _LONGEST_SCHEMA = 1 << 24  # bytes
+_CHECKSUM = "checksum"  # key of `schema.json`: SHA-256 of the others
+
+_logger = logging.getLogger(__name__)
 
 
 class NotPreparedError(InputError):
@@ -52,16 +57,21 @@ class Manifest:
 
     def to_json(self) -> str:
         """Serialise to JSON; equal manifests give equal text."""
-        content = {"format_version": FORMAT_VERSION, **asdict(self)}
-        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+        return _to_text({"format_version": FORMAT_VERSION, **asdict(self)})
+
+    def to_file(self) -> str:
+        """Return the text of ``schema.json``: the manifest and its checksum."""
+        content = json.loads(self.to_json())  # keys are texts, as they will be read
+        return _to_text(content | {_CHECKSUM: _sha256(_to_text(content))})
 
     @staticmethod
     def from_json(text: bytes, path: Path) -> "Manifest":
         """Parse and check ``text``, the content of ``path``.
 
         Raises:
-            InputError: If it is not JSON, has a different format version, lacks an entry, or has an
-                invalid one, for example a negative size or a file outside the folder.
+            InputError: If it is not JSON, has a different format version, lacks an entry, has an
+                invalid one, for example a negative size or a file outside the folder, or differs
+                from its checksum.
         """
         remedy = "Prepare the data set again with `python -m mtnrec.prepare`."
         try:
@@ -77,6 +87,7 @@ class Manifest:
                 f"{path} has format version {version!r}, but this version of mtnrec reads "
                 f"{FORMAT_VERSION}. {remedy}"
             )
+        checksum = content.pop(_CHECKSUM, None)
         try:
             schema = content.pop("schema")
             fields, multivalued = (
@@ -91,6 +102,10 @@ class Manifest:
             manifest._check()
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{path} is damaged ({error}). {remedy}") from error
+        if checksum not in (None, manifest.checksum):
+            raise InputError(
+                f"{path} is damaged or was changed: its checksum differs from its content. {remedy}"
+            )
         return manifest
 
     def _check(self) -> None:
@@ -119,7 +134,15 @@ class Manifest:
     @property
     def checksum(self) -> str:
         """SHA-256 of the manifest and, through its checksums, of the whole data set."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        return _sha256(self.to_json())
+
+
+def _to_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,7 +174,7 @@ def _is_transform(value: Any) -> bool:
 
 
 def read_schema(path: Path) -> bytes:
-    """Read ``schema.json``.
+    """Read ``schema.json``; warn if it has no checksum, since an earlier version wrote it.
 
     Raises:
         InputError: If it cannot be read, or is too long to be a schema.
@@ -166,4 +189,13 @@ def read_schema(path: Path) -> bytes:
             f"{path} has more than {_LONGEST_SCHEMA:,} bytes, so it is not a schema. "
             "Prepare the data set again."
         )
+    if f'"{_CHECKSUM}":'.encode() not in text:
+        _warn_once(path)
     return text
+
+
+@cache
+def _warn_once(path: Path) -> None:
+    _logger.warning(
+        "%s has no checksum, since an earlier version wrote it; damage may go unnoticed", path
+    )

@@ -205,7 +205,7 @@ class Writer:
             report,
             checksums,
         )
-        (self.directory / SCHEMA_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        (self.directory / SCHEMA_FILE).write_text(manifest.to_file(), encoding="utf-8")
         return manifest
 
 
