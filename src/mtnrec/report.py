@@ -20,7 +20,8 @@ from mtnrec.reporting.table.scores import comparisons, difference_table, score_t
 def main(cfg: DictConfig) -> None:
     """Write the report of finished runs: results, tables, figures and one page."""
     root, out, console = Path(cfg.runs), Path(cfg.out), get_console()
-    runs, left_out = read_runs(root), unfinished(root)
+    runs = read_runs(root)
+    left_out = [*runs.unreadable, *unfinished(root)]
     cells, tables = [], []
     for title, part in split_by_table(runs.results).items():
         compared = comparisons(part, metric=cfg.metric, split=cfg.split)

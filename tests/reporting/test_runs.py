@@ -66,6 +66,23 @@ def test_a_record_that_lacks_a_key_names_it(tmp_path, write_run, key):
         read_runs(tmp_path)
 
 
+def test_an_odd_record_is_named_and_the_others_are_read(tmp_path, write_run, caplog):
+    for name in "abcd":
+        write_run(tmp_path, name, seed=ord(name))
+    (tmp_path / "b" / "result.json").write_text("[1]")
+    edit(tmp_path / "c", lambda record: record.update(seed="0"))
+    edit(tmp_path / "d", lambda record: record["counts"].pop("val/ctr"))
+
+    runs = read_runs(tmp_path)
+
+    assert [run.name for run in runs] == ["a"]
+    assert len(runs.results) == len(read_runs(tmp_path / "a").results)
+    assert [run.name for run in runs.unreadable] == ["b", "c", "d"]
+    for name, message in zip("bcd", caplog.messages, strict=True):
+        assert message.startswith(f"left out: {tmp_path}/{name}/result.json ")
+    assert "lacks the key counts.val/ctr" in runs.unreadable[2].reason
+
+
 def test_a_copy_of_a_run_counts_once(tmp_path, write_run):
     shutil.copytree(write_run(tmp_path, "a"), tmp_path / "b")
 

@@ -109,3 +109,38 @@ def test_the_command_refuses_a_refresh_of_zero(sweep, status):
         SystemExit, match=r"^mtnrec: refresh must be a number in \[0\.1, inf\), got 0"
     ):
         status(f"runs={sweep}", "refresh=0")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("log-esmm-seed0-abc/result.json", '{"seconds": [1]}'),
+        ("log-esmm-seed0-abc/result.json", '{"seconds": {"fit": "1"}}'),
+        ("log-esmm-seed0-abc/result.json", "[]"),
+        ("log-esmm-seed1-abc/failure.json", '{"message": 3}'),
+        ("log-esmm-seed1-abc/failure.json", "{"),
+        ("more/sweep.json", '{"cells": [1]}'),
+        ("more/sweep.json", '{"cells": {"../../a": 1}}'),
+        ("more/sweep.json", "[]"),
+    ],
+)
+def test_an_odd_file_is_named_and_the_other_runs_are_shown(file, text, sweep, caplog):
+    (sweep / "more").mkdir()
+    (sweep / file).write_text(text)
+
+    shown = render(read_progress(sweep))
+
+    assert "4 runs: 1 finished, 1 failed, 2 waiting" in shown
+    assert all(message.startswith(f"{sweep / file} ") for message in caplog.messages)
+    assert len(caplog.messages) == ("message" not in text)
+
+
+@pytest.mark.parametrize("text", ['{"started": "now"}', '{"started": [1], "epochs": {}}', "[]"])
+def test_an_odd_file_of_a_running_run_is_named(text, sweep, caplog):
+    folder = sweep / "log-esmm-seed2-abc"
+    with lock_run_folder(folder, [], []):
+        (folder / "running.json").write_text(text)
+        shown = render(read_progress(sweep))
+
+    assert "1 running" in shown
+    assert caplog.messages[0].startswith(f"{folder / 'running.json'} ")

@@ -3,6 +3,7 @@
 The columns ``data``, ``model``, ``variant`` and ``noise`` together identify an arm.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ import pandas as pd
 
 from mtnrec.checks import InputError
 from mtnrec.files import read_json
-from mtnrec.metric.catalogue import parse_metric_key
+from mtnrec.metric.catalogue import MetricKey, parse_metric_key
 from mtnrec.reporting.labels import label_runs, text_or_none
 from mtnrec.run.folder import FAILURE_FILE, RUNNING_FILE
 from mtnrec.run.record import RECORD_FILE, RunRecord
@@ -26,6 +27,8 @@ _TEXTS = (
     *("run", "cell", "arm", "baseline", "data", "checksum", "model", "variant", *_MTN_TEXTS),
     *("split", "task", "metric", "name"),
 )
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,15 @@ class Runs(Sequence[Run]):
 
     Args:
         runs: Runs, in order.
+        unreadable: Runs whose record could not be read.
 
     Raises:
         InputError: If runs with the same data and noise settings saw different noise.
     """
 
-    def __init__(self, runs: Iterable[Run]) -> None:
+    def __init__(self, runs: Iterable[Run], unreadable: Iterable["UnfinishedRun"] = ()) -> None:
         self._runs = tuple(runs)
+        self.unreadable = tuple(unreadable)
         _check_masks(self._runs)
 
     @overload
@@ -187,30 +192,48 @@ class Runs(Sequence[Run]):
 def read_runs(root: str | Path) -> Runs:
     """Read every finished run below a folder, sorted by name.
 
-    Runs that differ only in their folder count once.
+    Runs that differ only in their folder count once. A record that cannot be read or is not one is
+    left out with a warning, and listed in ``unreadable``.
 
     Raises:
-        InputError: If ``root`` is not a folder or has no finished run, if a record cannot be read
-            or lacks a key, or if two runs with the same settings and seed have different metrics.
+        InputError: If ``root`` is not a folder or has no readable record, or if two runs with the
+            same settings and seed have different metrics.
     """
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root} is not a folder. Choose the one that holds the runs.")
     runs: dict[tuple[str, int], Run] = {}
+    unreadable: list[UnfinishedRun] = []
     for path in sorted(root.rglob(RECORD_FILE), key=lambda path: _name(path, root)):
-        run = Run(path.parent, _name(path, root), RunRecord.read(path))
+        try:
+            run = Run(path.parent, _name(path, root), _read(path))
+        except InputError as error:
+            unreadable.append(UnfinishedRun(_name(path, root), str(error)))
+            continue
         other = runs.setdefault((run.record.identity.arm, run.record.seed), run)
         if other.record.metrics != run.record.metrics:
             raise InputError(
                 f"{other.name} and {run.name} in {root} have the same settings and seed "
                 f"{run.record.seed}, but different metrics. Delete one of them."
             )
+    if unreadable and not runs:
+        raise InputError(unreadable[0].reason)
+    for left_out in unreadable:
+        _logger.warning("left out: %s", left_out.reason)
     if not runs:
         raise InputError(
             f"{root} has no finished run (result.json) below it. Train some with `python -m "
             f"mtnrec.train -m mtn.enabled=false,true 'seed=range(0,10)' hydra.sweep.dir={root}`."
         )
-    return Runs(runs.values())
+    return Runs(runs.values(), unreadable)
+
+
+def _read(path: Path) -> RunRecord:
+    record = RunRecord.read(path)
+    for place in {f"{key.split}/{key.task}" for key in _metric_keys(record)}:
+        if place not in record.counts:
+            raise InputError(f"{path} lacks the key counts.{place}. Delete it and run again.")
+    return record
 
 
 def unfinished(root: Path) -> list[UnfinishedRun]:
@@ -251,10 +274,15 @@ def _check_masks(runs: Sequence[Run]) -> None:
 
 
 def _metrics(record: RunRecord) -> Iterator[dict[str, Any]]:
+    for key in _metric_keys(record):
+        counts = record.counts[f"{key.split}/{key.task}"]
+        yield {**key._asdict(), "value": record.metrics[str(key)], **counts}
+
+
+def _metric_keys(record: RunRecord) -> list[MetricKey]:
     tasks = {place.partition("/")[2] for place in record.counts}
-    for name, value in sorted(record.metrics.items()):
-        if (key := parse_metric_key(name, tasks)) is not None:
-            yield {**key._asdict(), "value": value, **record.counts[f"{key.split}/{key.task}"]}
+    keys = (parse_metric_key(name, tasks) for name in sorted(record.metrics))
+    return [key for key in keys if key is not None]
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:

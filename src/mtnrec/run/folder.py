@@ -180,4 +180,4 @@ def _process_info(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _lock_holder(folder: Path) -> str:
     running = read_json(folder / RUNNING_FILE)
-    return "" if running is None else f" ({running['pid']} on {running['host']})"
+    return "" if running is None else f" ({running.get('pid')} on {running.get('host')})"

@@ -1,11 +1,14 @@
 """Record of a run, ``result.json``: settings, data and results."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from mtnrec.checks import InputError
 from mtnrec.files import write_json
@@ -13,10 +16,30 @@ from mtnrec.run.identity import RunIdentity
 
 FORMAT_VERSION = 1
 RECORD_FILE = "result.json"
-_NESTED = (
-    *("config.data", "config.noise.proportion", "config.model._target_", "config.mtn.enabled"),
-    *("data.name", "data.checksum", "data.parameters", "noise.checksum"),
-)
+_DEEPEST = 50
+_LARGEST = 2**63  # integer of a table
+_NESTED: Mapping[str, Any] = {
+    "config.data": Mapping[str, Any],
+    "config.data.name": str,
+    "config.noise.proportion": float,
+    "config.model._target_": str,
+    "config.mtn.enabled": bool,
+    "config.trainer": Mapping[str, Any],
+    "data.name": str,
+    "data.checksum": str,
+    "data.parameters": Mapping[str, Any],
+    **{f"data.rows.{split}": int for split in ("train", "val", "test")},
+    "data.suspected_leaks": Sequence[Mapping[str, Any]],
+    "noise.checksum": str | None,
+    **{f"seconds.{stage}": float for stage in ("setup", "fit", "test")},
+}
+_IF_GIVEN: Mapping[str, Any] = {"config.mtn.lam": float, "config.mtn.refresh_every": float}
+_ENTRIES: Mapping[str, Sequence[str]] = {
+    "history": ("epoch", "step"),
+    "counts": ("rows", "positives"),
+    "calibration_curves": ("predicted", "observed", "rows"),
+    "data.suspected_leaks": ("feature", "task"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,10 +75,10 @@ class RunRecord:
     data: Mapping[str, Any]
     noise: Mapping[str, Any]
     best_epoch: int
-    metrics: Mapping[str, Any]
-    counts: Mapping[str, Any]
-    history: Sequence[Mapping[str, Any]]
-    calibration_curves: Mapping[str, Mapping[str, Sequence[Any]]]
+    metrics: Mapping[str, float | None]
+    counts: Mapping[str, Mapping[str, int]]
+    history: Sequence[Mapping[str, float | None]]
+    calibration_curves: Mapping[str, Mapping[str, Sequence[float | None]]]
     expert_distances: Sequence[Sequence[float]] | None
     seconds: Mapping[str, float]
     samples_per_second: Mapping[str, float]
@@ -81,7 +104,8 @@ class RunRecord:
         """Read a ``result.json``.
 
         Raises:
-            InputError: If it is not valid JSON, lacks a key, or has a different format version.
+            InputError: If it is not valid JSON, lacks a key, has a value of another type, or has a
+                different format version.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -93,11 +117,11 @@ class RunRecord:
 
     @classmethod
     def from_content(cls, content: Any, path: Path) -> "RunRecord":
-        """Return the record with the parsed content of ``path``."""
+        """Return the record with the parsed content of ``path``; see :meth:`read`."""
         known = {f.name: f for f in fields(cls)}
         required = [name for name, f in known.items() if _is_required(f)]
         for key in (*required, *_NESTED):
-            if not _has(content, key.split(".")):
+            if not _has(content, key):
                 raise _lacks(path, key)
         version = content.get("format_version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
@@ -105,23 +129,96 @@ class RunRecord:
                 f"{path} has format version {version}, this version of mtnrec reads "
                 f"{FORMAT_VERSION}. Read it with the version that wrote it, or run again."
             )
-        for entry in content["history"]:
-            for key in ("epoch", "step"):
-                if key not in entry:
-                    raise _lacks(path, f"history.{key}")
-        return cls(**{name: value for name, value in content.items() if name in known})
+        _check_types(path, content)
+        for key, names in _ENTRIES.items():
+            _check_entries(path, key, _find(content, key), names)
+        record = cls(**{name: value for name, value in content.items() if name in known})
+        try:
+            _ = record.identity.arm, record.identity.baseline, record.identity.tags
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise _is_odd(path, f"its config has another shape, {error!r}"[:200]) from None
+        return record
+
+
+def _check_types(path: Path, content: Mapping[str, Any]) -> None:
+    key = ""
+    try:
+        _check_plain(content)
+        for key, shape in _shapes().items():
+            if _has(content, key):
+                shape.validate_python(_find(content, key), strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        place = ".".join(map(str, (key, *found["loc"])))
+        raise _is_odd(path, f"{place[:200]}: {found['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise _is_odd(path, str(error)[:200]) from None
+    distances = content["expert_distances"] or []
+    if any(len(row) != len(distances) for row in distances):
+        raise _is_odd(path, "expert_distances is not a square")
+
+
+@cache
+def _shapes() -> dict[str, TypeAdapter[Any]]:
+    """Return the types of the entries by dotted key."""
+    types = {**get_type_hints(RunRecord), **_NESTED, **_IF_GIVEN}
+    return {key: TypeAdapter(type_) for key, type_ in types.items()}
+
+
+def _check_plain(value: Any, depth: int = 0) -> None:
+    """Refuse what no table or page can hold.
+
+    Raises:
+        ValueError: If a number is not finite or beyond 64 bits, a text is not Unicode, or values
+            are nested too deeply.
+    """
+    if depth > _DEEPEST:
+        raise ValueError("its values are nested too deeply")
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            _check_plain(item, depth + 1)
+    elif isinstance(value, str):
+        value.encode()
+    elif isinstance(value, int) and abs(value) >= _LARGEST:
+        raise ValueError("an integer has more than 64 bits")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number is not finite")
+
+
+def _check_entries(path: Path, key: str, entries: Any, names: Sequence[str]) -> None:
+    for entry in entries.values() if isinstance(entries, Mapping) else entries:
+        for name in names:
+            if name not in entry:
+                raise _lacks(path, f"{key}.{name}")
+        columns = [entry[name] for name in names if isinstance(entry[name], Sequence)]
+        if len({len(column) for column in columns if not isinstance(column, str)}) > 1:
+            raise _is_odd(path, f"the lists of {key} differ in length")
 
 
 def _is_required(found: Any) -> bool:
     return found.default is MISSING and found.default_factory is MISSING
 
 
-def _has(content: Any, keys: Sequence[str]) -> bool:
-    for key in keys:
-        if not isinstance(content, Mapping) or key not in content:
+def _has(content: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(content, Mapping) or part not in content:
             return False
-        content = content[key]
+        content = content[part]
     return True
+
+
+def _find(content: Any, key: str) -> Any:
+    for part in key.split("."):
+        content = content[part]
+    return content
+
+
+def _is_odd(path: Path, reason: str) -> InputError:
+    return InputError(
+        f"{path} is not the record of a run of mtnrec ({reason}). Delete it and run again."
+    )
 
 
 def _lacks(path: Path, key: str) -> InputError:

@@ -1,13 +1,15 @@
 """Progress of a sweep: finished, running and failed runs, and the time left."""
 
+import logging
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -23,6 +25,10 @@ from mtnrec.run.record import RECORD_FILE
 PLAN_FILE = "sweep.json"
 _TRACES = (RECORD_FILE, FAILURE_FILE, RUNNING_FILE)  # files of a started run
 _ORDER = (State.FINISHED, State.RUNNING, State.FAILED, State.INTERRUPTED, State.WAITING)
+
+T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,46 @@ def read_progress(root: Path) -> list[RunProgress]:
     """
     folders = {path.parent for file in _TRACES for path in root.rglob(file)}
     for path in root.rglob(PLAN_FILE):
-        planned = read_json(path) or {"cells": {}}
-        folders |= {path.parent / name for name in planned["cells"]}
+        folders |= {path.parent / name for name in _or(_planned, path, [])}
     if not folders:
         raise InputError(
             f"runs must be the folder of a sweep, got {root}. Start one in the folder runs with "
             "`python -m mtnrec.train -m seed=0,1,2`."
         )
     return [_read_run(root, folder) for folder in sorted(folders)]
+
+
+def _planned(path: Path) -> list[str]:
+    cells = _read(path).get("cells")
+    if not isinstance(cells, Mapping) or {"/", ".."} & {
+        part for n in cells for part in Path(n).parts
+    }:
+        raise InputError(f"{path} is not the plan of a sweep. Delete it and run again.")
+    return [*cells]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) or {}
+
+
+def _number(path: Path, value: Any) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{path} must hold a number, got {str(value)[:40]}. Delete it.")
+    return float(value)
+
+
+def _or(read: Callable[[Path], T], path: Path, otherwise: T) -> T:
+    """Read a file; if it is of another shape, warn once and return the last argument."""
+    try:
+        return read(path)
+    except InputError as error:
+        _warn_once(str(error))
+        return otherwise
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _logger.warning(message)
 
 
 def _read_run(root: Path, folder: Path) -> RunProgress:
@@ -75,18 +113,31 @@ def _read_run(root: Path, folder: Path) -> RunProgress:
             name, state, seconds=_recorded_seconds(record, record.stat().st_mtime_ns)
         )
     if state is State.RUNNING:
-        progress = read_json(folder / RUNNING_FILE) or {}
-        elapsed = time.time() - progress.get("started", time.time())
+        running = folder / RUNNING_FILE
+        progress = _or(_read, running, {})
+        elapsed = _or(lambda path: _elapsed(path, progress), running, 0.0)
         return RunProgress(name, state, seconds=elapsed, progress=progress)
     if state is State.FAILED:
-        return RunProgress(name, state, failure=read_json(folder / FAILURE_FILE))
+        return RunProgress(name, state, failure=_or(_read, folder / FAILURE_FILE, {}))
     return RunProgress(name, state)
+
+
+def _elapsed(path: Path, progress: Mapping[str, Any]) -> float:
+    now = time.time()
+    return now - _number(path, progress.get("started", now))
 
 
 @cache
 def _recorded_seconds(record: Path, modified: int) -> float:
     """Return a record's total seconds, cached until ``modified`` changes."""
-    return sum((read_json(record) or {"seconds": {}})["seconds"].values())
+    return _or(_sum_of_seconds, record, 0.0)
+
+
+def _sum_of_seconds(record: Path) -> float:
+    seconds = _read(record).get("seconds")
+    if not isinstance(seconds, Mapping):
+        raise InputError(f"{record} lacks the key seconds. Delete it and run again.")
+    return sum(_number(record, value) for value in seconds.values())
 
 
 def seconds_left(runs: Sequence[RunProgress]) -> float | None:
@@ -144,7 +195,7 @@ def _running(runs: Sequence[RunProgress]) -> Iterator[RenderableType]:
 def _failed(runs: Sequence[RunProgress]) -> Iterator[RenderableType]:
     for run in runs:
         if run.failure is not None:
-            yield Text(f"failed: {run.name}: {run.failure['message']}")
+            yield Text(f"failed: {run.name}: {run.failure.get('message', '')}")
             yield Text(f"  {run.failure.get('command', '')}")
 
 

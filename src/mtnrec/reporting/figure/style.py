@@ -37,6 +37,7 @@ _DASHES = ((0, (4, 2)), "-", (0, (6, 1, 1, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1,
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8,
+    "text.parse_math": False,  # names of data and labels may have dollar signs
     "axes.titlesize": 8,
     "axes.labelsize": 8,
     "xtick.labelsize": 7,
