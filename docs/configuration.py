@@ -11,7 +11,17 @@ import yaml
 import mtnrec
 
 # Config files of the commands, and the folders of conf in page order.
-COMMANDS = ("train", "prepare", "describe", "predict", "export", "status", "report", "dashboard")
+COMMANDS = (
+    "train",
+    "prepare",
+    "describe",
+    "predict",
+    "evaluate",
+    "export",
+    "status",
+    "report",
+    "dashboard",
+)
 GROUPS = {
     "data": "Data",
     "model": "Models",

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -29,6 +30,7 @@ from mtnrec.data.preparation.aliexpress import CATEGORICAL, LABELS, NUMERICAL
 from mtnrec.data.prepared.manifest import Manifest
 from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.describe import main as describe_main
+from mtnrec.evaluate import main as evaluate_main
 from mtnrec.export import main as export_main
 from mtnrec.predict import main as predict_main
 from mtnrec.prepare import main as prepare_main
@@ -168,6 +170,41 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return run
 
 
+def write_shop(path: Path, rows: int = 600, seed: int = 0) -> pd.DataFrame:
+    """A log with texts, integers, numbers, missing cells and values that only few rows have."""
+    rng = np.random.default_rng(seed)
+    click = rng.random(rows) < 0.4
+    frame = pd.DataFrame(
+        {
+            "id": np.arange(rows),
+            "brand": rng.choice(["zeta", "Älpha", "beta", None], rows),
+            "shop": rng.integers(-5, 30, rows),
+            "price": np.where(rng.random(rows) < 0.1, np.nan, rng.lognormal(3, 1, rows)),
+            "age": rng.random(rows) * 80,
+            "click": click.astype(int),
+            "buy": (click & (rng.random(rows) < 0.5)).astype(int),
+        }
+    )
+    frame.to_csv(path, index=False)
+    return frame
+
+
+@pytest.fixture(scope="session")
+def shop(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model trained on a table of one's own: the run, the test rows and the data's overrides."""
+    folder = tmp_path_factory.mktemp("shop")
+    write_shop(folder / "train.csv")
+    rows = write_shop(folder / "test.csv", rows=90, seed=1)
+    data = [
+        *("data=table", f"data.train={folder}/train.csv", f"data.test={folder}/test.csv"),
+        *("data.labels=[click,buy]", "data.exclude=[id]", "data.fill=mean", "data.min_count=5"),
+        "data.funnel=true",
+        f"data.dir={folder}/prepared",
+    ]
+    run = train(*data, model="shared_bottom")
+    return run, rows, data
+
+
 @pytest.fixture
 def prepare() -> Callable[..., None]:
     """Run the preparation command in this process."""
@@ -184,6 +221,12 @@ def export() -> Callable[..., None]:
 def predict() -> Callable[..., None]:
     """Run the prediction command in this process."""
     return lambda *overrides: _call(predict_main, *overrides)
+
+
+@pytest.fixture(scope="session")
+def evaluate() -> Callable[..., None]:
+    """Run the evaluation command in this process."""
+    return lambda *overrides: _call(evaluate_main, *overrides)
 
 
 @pytest.fixture

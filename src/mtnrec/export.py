@@ -1,6 +1,6 @@
 """Export a trained model to a file for serving systems.
 
-``python -m mtnrec.export checkpoint=runs/esmm/checkpoints/best.ckpt format=onnx``
+``python -m mtnrec.export checkpoint=runs/esmm format=onnx``
 """
 
 from pathlib import Path
@@ -9,6 +9,7 @@ import rich.table
 from omegaconf import DictConfig
 from rich import box, get_console
 
+from mtnrec.checkpoint.bundle import find_checkpoint
 from mtnrec.checks import InputError, check_choice
 from mtnrec.command.entry_point import entry_point
 from mtnrec.serving.export import FORMATS, export
@@ -20,10 +21,11 @@ def main(cfg: DictConfig) -> None:
     """Export a model if its probabilities match those of the checkpoint."""
     check_choice("format", cfg.format, list(FORMATS))
     suffix = FORMATS[cfg.format]
-    out = Path(cfg.checkpoint).with_suffix(suffix) if cfg.out is None else Path(cfg.out)
+    checkpoint = find_checkpoint(Path(cfg.checkpoint))
+    out = checkpoint.with_suffix(suffix) if cfg.out is None else Path(cfg.out)
     if out.suffix != suffix:
         raise InputError(f"out must be a {suffix} file for format={cfg.format}, got {out}")
-    written = export(load_checkpoint(cfg.checkpoint, "cpu"), cfg.format, out)
+    written = export(load_checkpoint(checkpoint, "cpu", allow=cfg.allow), cfg.format, out)
 
     table = rich.table.Table(box=box.SIMPLE_HEAD, title=f"{written.size:,} bytes")
     table.add_column("input")
@@ -36,7 +38,11 @@ def main(cfg: DictConfig) -> None:
     )
     console = get_console()
     console.print(table)
-    console.print(f"The model is {out}", markup=False, soft_wrap=True)
+    console.print(
+        f"The model is {out}; {written.description} says how to make its inputs from raw values",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,19 @@ def atomic_replace(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Create the folder of a file, and turn an error from writing it into one that names it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} could not be written ({error.strerror or error}). Choose another file with "
+            "out, or delete other files."
+        ) from error
+
+
 def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
     """Write a file atomically; text is UTF-8."""
     with atomic_replace(path) as temporary, temporary.open("wb") as file:

@@ -1,20 +1,30 @@
 """What serving systems run gives the probabilities of the checkpoint, and MTN leaves no trace."""
 
+import dataclasses
+import json
+import re
 import sys
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
+import pandas as pd
+import polars as pl
 import pytest
 import torch
 
 from mtnrec import load_checkpoint
 from mtnrec.batch import Bags, Batch
+from mtnrec.data.prepared.manifest import Manifest
 from mtnrec.model.esmm import ESMM
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.serving import export as serving
+from mtnrec.serving.description import describe
+from mtnrec.serving.encoder import Encoder
+from mtnrec.serving.scorer import Scorer
 
 MODELS = ["shared_bottom", "esmm", "mmoe"]
 LOG = ["data=synthetic", "data.rows=2600"]
@@ -187,3 +197,79 @@ def test_a_package_that_is_not_installed_is_named(trained, export, monkeypatch, 
 
     with pytest.raises(SystemExit, match=r"format=onnx needs onnxruntime.*'mtnrec\[export\]'"):
         export(f"checkpoint={checkpoint}", f"out={tmp_path}/model.onnx")
+
+
+def read_metadata(path):
+    if path.suffix == ".onnx":
+        return onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["mtnrec"]
+    extra = {"mtnrec.json": ""}
+    torch.export.load(path, extra_files=extra)
+    return extra["mtnrec.json"]
+
+
+@pytest.mark.parametrize(("form", "suffix"), [("onnx", ".onnx"), ("torch_export", ".pt2")])
+def test_the_file_and_a_json_beside_it_describe_inputs_and_outputs(
+    form, suffix, shop, export, tmp_path
+):
+    run, _, data = shop
+    out = tmp_path / f"model{suffix}"
+    export(f"checkpoint={run}", f"format={form}", f"out={out}")
+    train = pd.read_csv(data[1].removeprefix("data.train="), dtype={"brand": str, "shop": str})
+
+    found = json.loads(read_metadata(out))
+
+    assert json.loads((tmp_path / f"model{suffix}.json").read_text()) == found
+    assert [output["name"] for output in found["outputs"]] == ["ctr", "cvr", "ctcvr"]
+    manifest = load_checkpoint(run).manifest
+    categorical = found["inputs"]["categorical"]["columns"]
+    assert [column["name"] for column in categorical] == [
+        f.name for f in manifest.schema.categorical
+    ]
+    for column in categorical:
+        counts = train[column["name"]].value_counts()
+        assert set(column["vocabulary"]) == set(counts.index[counts >= 5])  # data.min_count
+        assert sorted(column["vocabulary"].values()) == list(
+            range(1, len(column["vocabulary"]) + 1)
+        )
+    numerical = found["inputs"]["numerical"]["columns"]
+    assert [column["name"] for column in numerical] == list(manifest.schema.numerical)
+    price = next(column for column in numerical if column["name"] == "price")
+    assert price["fill"] == pytest.approx(train["price"].mean())
+    assert price["scale"] != 0
+
+
+def test_the_example_of_the_documentation_scores_a_raw_row(shop, export, tmp_path, monkeypatch):
+    run, _, _ = shop
+    export(f"checkpoint={run}", "format=onnx", f"out={tmp_path}/model.onnx")
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (example,) = re.findall(r"```python\n(import json\n.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+
+    exec(example, names)
+
+    expected = load_checkpoint(run, "cpu").score(pd.DataFrame([names["row"]]))
+    assert {task: score.item() for task, score in names["scores"].items()} == pytest.approx(
+        expected.iloc[0].to_dict(), rel=1e-5
+    )
+    assert "mtnrec" not in re.sub(r'map\["mtnrec"\]', "", example)  # onnxruntime alone
+    assert len(example.splitlines()) < 20
+
+
+def test_a_multi_valued_field_is_described_by_its_tokens_and_weights(funnel_schema):
+    field = CategoricalField("brands", 3)
+    schema = dataclasses.replace(funnel_schema, multivalued=(field,))
+    values = {"brands": pl.Series(["a", "b"])}
+    manifest = Manifest("shop", {}, schema, {}, {}, {}, {}, {}, {})
+    encoder = Encoder(schema, values, {})
+    scorer = Scorer(torch.nn.Identity(), manifest, encoder, torch.device("cpu"))
+
+    inputs = describe(scorer)["inputs"]
+
+    assert list(inputs) == ["categorical", "numerical", "brands_tokens", "brands_weights"]
+    assert inputs["brands_tokens"]["vocabulary"] == {"a": 1, "b": 2}
+    assert inputs["brands_weights"]["column"] == "brands_weights"
+    assert inputs["categorical"]["columns"][0]["vocabulary"] is None  # raw values are indices
+    assert inputs["numerical"]["columns"][0] == {
+        **{"name": "price", "fill": None, "shift": 0.0, "scale": 1.0}
+    }

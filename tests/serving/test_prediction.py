@@ -23,41 +23,6 @@ from mtnrec.data.prepared.store import open_prepared
 TASKS = ["ctr", "cvr", "ctcvr"]
 
 
-def write_shop(path, rows=600, seed=0):
-    """A log with texts, integers, numbers, missing cells and values that only few rows have."""
-    rng = np.random.default_rng(seed)
-    click = rng.random(rows) < 0.4
-    frame = pd.DataFrame(
-        {
-            "id": np.arange(rows),
-            "brand": rng.choice(["zeta", "Älpha", "beta", None], rows),
-            "shop": rng.integers(-5, 30, rows),
-            "price": np.where(rng.random(rows) < 0.1, np.nan, rng.lognormal(3, 1, rows)),
-            "age": rng.random(rows) * 80,
-            "click": click.astype(int),
-            "buy": (click & (rng.random(rows) < 0.5)).astype(int),
-        }
-    )
-    frame.to_csv(path, index=False)
-    return frame
-
-
-@pytest.fixture(scope="module")
-def shop(train, tmp_path_factory):
-    """A model trained on a table of one's own: the run, the test rows and the data's overrides."""
-    folder = tmp_path_factory.mktemp("shop")
-    write_shop(folder / "train.csv")
-    rows = write_shop(folder / "test.csv", rows=90, seed=1)
-    data = [
-        *("data=table", f"data.train={folder}/train.csv", f"data.test={folder}/test.csv"),
-        *("data.labels=[click,buy]", "data.exclude=[id]", "data.fill=mean", "data.min_count=5"),
-        "data.funnel=true",
-        f"data.dir={folder}/prepared",
-    ]
-    run = train(*data, model="shared_bottom")
-    return run, rows, data
-
-
 def checkpoint_of(run):
     return run / "checkpoints" / "best.ckpt"
 
@@ -327,6 +292,12 @@ def with_card(**entries):
     return damage
 
 
+def with_layers(layers):
+    widths = [1] * layers if isinstance(layers, int) else layers
+    name = "mtnrec.model.shared_bottom.SharedBottom"
+    return with_card(network={"_target_": name, "tower_widths": widths})
+
+
 def with_vocabulary_size(path, content):
     manifest = torch.load(path, weights_only=True)["mtnrec"]["manifest"]
     with_card(
@@ -347,8 +318,19 @@ def with_vocabulary_size(path, content):
         (with_card(manifest="[" * 100_000), "is not the schema of a prepared data set"),
         (
             with_card(network={"_target_": "torch.nn.Linear"}),
-            "Linear cannot be built from its config",
+            r"model of mtnrec or of an allowed module, got torch.nn.Linear.*allow=\[torch.nn\]",
         ),
+        (
+            with_card(network={"_target_": "mtnrec.model.esmm.torch.nn.Linear"}),
+            "which cannot be imported",
+        ),
+        (with_card(network={"_target_": "mtnrec.model.mlp.count"}), "cannot be imported|must be a"),
+        (
+            with_card(network={"_target_": "mtnrec.model.esmm.ESMM", "schema": 1}),
+            "cannot be built from its config and weights",
+        ),
+        (with_layers(10**6), "it has more layers than the checkpoint has weights"),
+        (with_layers([[1]] * 3), "cannot be built from its config"),
         (with_vocabulary_size, "the vocabulary of '.*' is damaged"),
         (truncate, "is damaged or not a checkpoint"),
         (lambda path, _: path.write_bytes(b""), "is damaged or not a checkpoint"),
@@ -358,9 +340,9 @@ def with_vocabulary_size(path, content):
         (other_version, "must have format version 1 for this version of mtnrec, got 99"),
         (payload, "is damaged or not a checkpoint"),
         (plain_pickle, "is damaged or not a checkpoint"),
-        (a_call, "needs the model os.mkdir, which cannot be imported"),
-        (a_class, "must be a torch.nn.Module, got subprocess.Popen"),
-        (other_widths, "the weights do not fit mtnrec.model.shared_bottom.SharedBottom"),
+        (a_call, "or of an allowed module, got os.mkdir, whose code would run"),
+        (a_class, "or of an allowed module, got subprocess.Popen, whose code would run"),
+        (other_widths, r"is of another model or schema: .* there and .* here\. Train again"),
     ],
 )
 def test_a_damaged_or_foreign_checkpoint_is_refused_and_runs_no_code(
@@ -382,7 +364,9 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_runs_no_code(
     [
         ([], "one of data and table must be given, got neither.*data=NAME .* or table=FILE"),
         (["data=synthetic", "table=rows.csv"], "one of data and table must be given, got both"),
-        (["table=rows.csv", "out=scores.csv"], "out must be a .parquet file, got scores.csv"),
+        (["table=rows.csv", "out=s.txt"], r"out must be a .parquet or .csv file, got s.txt"),
+        (["table=whole.csv", "out=/proc/s.csv"], r"/proc/s.csv could not be written .*Choose"),
+        (["checkpoint=runs"], r"checkpoint: runs is missing. Choose another file or"),
         (["table=rows.csv", "batch_size=0"], "batch_size must be an integer >= 1, got 0"),
         (["table=rows.csv"], "table: rows.csv is missing"),
         (["table=small.csv"], "small.csv lacks the column 'age', 'price', 'shop'|lacks the column"),
@@ -398,6 +382,124 @@ def test_keys_that_do_not_fit_are_refused(overrides, message, shop, predict, tmp
 
     with pytest.raises(SystemExit, match=message):
         predict(f"checkpoint={checkpoint_of(shop[0])}", "out=scores.parquet", *overrides)
+
+
+def test_a_runs_folder_and_a_csv_file_give_the_same_scores(shop, predict, tmp_path):
+    run, rows, _ = shop
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    table = f"table={tmp_path}/rows.csv"
+
+    predict(f"checkpoint={run}", table, "keep=[id,brand]", f"out={tmp_path}/scores.csv")
+    predict(f"checkpoint={checkpoint_of(run)}", table, f"out={tmp_path}/scores.parquet")
+
+    written = pd.read_csv(tmp_path / "scores.csv", dtype=dict.fromkeys(TASKS, np.float32))
+    assert list(written.columns) == ["id", "brand", *TASKS]
+    assert written["id"].tolist() == rows["id"].tolist()
+    pd.testing.assert_frame_equal(written[TASKS], pd.read_parquet(tmp_path / "scores.parquet"))
+
+
+def test_kept_columns_are_unchanged(shop, predict, tmp_path):
+    run, rows, _ = shop
+    kept = {
+        "code": pl.Series([b"\x00\xff", b"", None] * 30),
+        "at": pl.Series([0, 1, None] * 30).cast(pl.Time),
+        "empty": pl.Series(["", None, "a"] * 30),
+        "nan": pl.Series([np.nan, None, 1.0] * 30),
+        "lists": pl.Series([[1], [], None] * 30),
+    }
+    frame = pl.from_pandas(rows).with_columns(**kept)
+    frame.write_parquet(tmp_path / "rows.parquet")
+    keys = [f"checkpoint={run}", f"table={tmp_path}/rows.parquet", f"keep=[{','.join(kept)},brand]"]
+
+    predict(*keys, f"out={tmp_path}/scores.parquet")
+
+    written = pl.read_parquet(tmp_path / "scores.parquet")
+    assert written.select(*kept, "brand").equals(frame.select(*kept, "brand"))
+    with pytest.raises(SystemExit, match=r"keep must .* csv file can hold, got 'code', 'lists'"):
+        predict(*keys, f"out={tmp_path}/scores.csv")
+
+
+def shown(capsys):
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_mean_prediction_is_shown_next_to_the_rate(shop, predict, tmp_path, capsys):
+    run, rows, data = shop
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    rows.drop(columns="buy").to_csv(tmp_path / "unlabelled.csv", index=False)
+    scores = load_checkpoint(run, device="cpu").score(rows)
+    clicked = rows["click"] == 1
+
+    predict(f"checkpoint={run}", f"table={tmp_path}/rows.csv", f"out={tmp_path}/s.csv")
+    text = shown(capsys)
+
+    assert "observed rate" in text
+    for task, mean, rate, count in (
+        ("ctr", scores["ctr"].mean(), clicked.mean(), 90),
+        ("cvr", scores["cvr"][clicked].mean(), rows["buy"][clicked].mean(), clicked.sum()),
+        ("ctcvr", scores["ctcvr"].mean(), rows["buy"].mean(), 90),
+    ):
+        mean = np.float64(scores[task][clicked if task == "cvr" else slice(None)].mean())
+        found = re.search(rf" {task} ([\d.]+) ([\d.]+) ([\d.]+) (\d+) ", text).groups()
+        assert [float(value) for value in found] == pytest.approx(
+            [mean, rate, mean / rate, count], abs=2e-6
+        )
+
+    predict(f"checkpoint={run}", f"table={tmp_path}/unlabelled.csv", f"out={tmp_path}/s.csv")
+    text = shown(capsys)
+
+    train = pd.read_csv(data[1].removeprefix("data.train="))
+    rate = train["buy"][train["click"] == 1].mean()
+    assert "training rate" in text
+    assert "the rows lack the labels 'click', 'buy'" in text
+    found = re.search(r" cvr ([\d.]+) ([\d.]+) [\d.]+ 90 ", text).groups()
+    mean = scores["cvr"].astype(float).mean()
+    assert [float(value) for value in found] == pytest.approx([mean, rate], abs=2e-6)
+
+
+def test_a_column_whose_values_are_all_unseen_is_a_warning(shop, predict, tmp_path, caplog, capsys):
+    run, rows, _ = shop
+    scorer = load_checkpoint(run, device="cpu")
+    scorer.score(rows)
+    assert caplog.messages == []
+    rows.assign(shop="x").to_csv(tmp_path / "rows.csv", index=False)
+    expected = "column 'shop': none of its 90 values occurs in the training rows"
+
+    scorer.score(rows.assign(shop=10**9))
+    assert [message.startswith(expected) for message in caplog.messages] == [True]
+    predict(f"checkpoint={run}", f"table={tmp_path}/rows.csv", f"out={tmp_path}/s.csv")
+
+    assert expected in shown(capsys)
+
+
+def test_a_model_outside_mtnrec_runs_only_if_its_module_is_allowed(
+    shop, predict, tmp_path, monkeypatch
+):
+    run, rows, _ = shop
+    (tmp_path / "evil.py").write_text(
+        "import pathlib\n"
+        "from mtnrec.model.shared_bottom import SharedBottom\n"
+        "pathlib.Path('executed').touch()\n"
+        "class Net(SharedBottom): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    network = torch.load(checkpoint_of(run), weights_only=True)["mtnrec"]["network"]
+    path = tmp_path / "own.ckpt"
+    shutil.copy(checkpoint_of(run), path)
+    with_card(network=network | {"_target_": "evil.Net"})(path, None)
+    keys = [f"checkpoint={path}", f"table={tmp_path}/rows.csv", f"out={tmp_path}/s.csv"]
+
+    with pytest.raises(SystemExit, match=r"got evil.Net, whose code .* set allow=\[evil\]"):
+        predict(*keys)
+    for other in ("ev", "evil.Net.x", "", "evi*"):
+        with pytest.raises(ValueError, match="of an allowed module"):
+            load_checkpoint(path, allow=[other])
+    assert not (tmp_path / "executed").exists()
+
+    predict(*keys, "allow=[evil]")
+    scores = load_checkpoint(path, "cpu", allow="evil").score(rows)
+    pd.testing.assert_frame_equal(scores, load_checkpoint(run, "cpu").score(rows))
 
 
 def test_a_row_without_a_finite_probability_is_named(shop, predict, tmp_path):

@@ -142,6 +142,23 @@ class Predict:
     out: str = MISSING
     batch_size: int = MISSING
     device: str | None = None
+    allow: Any = MISSING
+    data_root: str = MISSING
+
+
+@dataclass
+class Evaluate:
+    """Keys of ``conf/evaluate.yaml``."""
+
+    checkpoint: str = MISSING
+    data: Any = None
+    table: str | None = None
+    group: str | None = None
+    split: str = MISSING
+    out: str | None = None
+    batch_size: int = MISSING
+    device: str | None = None
+    allow: Any = MISSING
     data_root: str = MISSING
 
 
@@ -152,6 +169,7 @@ class Export:
     checkpoint: str = MISSING
     format: str = MISSING
     out: str | None = None
+    allow: Any = MISSING
 
 
 _store = ConfigStore.instance()
@@ -159,6 +177,7 @@ _store.store(name="train_schema", node=Train)
 _store.store(name="prepare_schema", node=Prepare)
 _store.store(name="describe_schema", node=Describe)
 _store.store(name="predict_schema", node=Predict)
+_store.store(name="evaluate_schema", node=Evaluate)
 _store.store(name="export_schema", node=Export)
 _store.store(name="status_schema", node=Status)
 _store.store(name="report_schema", node=Report)

@@ -38,6 +38,7 @@ class Encoder:
 
     Attributes:
         unseen: By field, number of values without an index so far.
+        known: By field, number of values with an index so far.
         missing: By field, number of cells without a value so far.
     """
 
@@ -57,9 +58,11 @@ class Encoder:
             else Vocabulary(values.to_numpy())
             for name, values in vocabularies.items()
         }
+        self._values = vocabularies
         self._transforms = transforms
         fields = [field.name for field in (*schema.categorical, *schema.multivalued)]
         self.unseen = dict.fromkeys(fields, 0)
+        self.known = dict.fromkeys(fields, 0)
         self.missing = dict.fromkeys([*fields, *schema.numerical], 0)
 
     @property
@@ -72,6 +75,10 @@ class Encoder:
         """Columns that hold lists, including the optional columns of weights."""
         names = [field.name for field in self._schema.multivalued]
         return [*names, *map(_weight_column, names)]
+
+    def values(self, name: str) -> list[int] | list[str] | None:
+        """Return a field's raw values in the order of their indices, from 1; None if unknown."""
+        return self._values[name].to_list() if name in self._values else None
 
     def encode(self, frame: pl.DataFrame, place: Callable[[int], str]) -> Batch:
         """Return the rows of a frame without labels; columns that are not features are ignored.
@@ -119,6 +126,7 @@ class Encoder:
             indices = np.where(known, indices, 0).astype(np.int32)
         self.missing[name] += int(np.count_nonzero(absent))
         self.unseen[name] += int(np.count_nonzero((indices == 0) & ~absent))
+        self.known[name] += int(np.count_nonzero(indices))
         return indices
 
     def _numbers(self, name: str, column: pl.Series, place: Callable[[int], str]) -> Float32Array:

@@ -1,6 +1,7 @@
 """Export of a trained model for serving systems: ONNX, or a program of torch.export."""
 
 import io
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ from torch.export import Dim
 
 from mtnrec.batch import Bags, Batch
 from mtnrec.checks import InputError
-from mtnrec.files import write_atomic
+from mtnrec.files import writable, write_atomic
 from mtnrec.metric.task_metrics import task_probabilities
 from mtnrec.schema import Schema
+from mtnrec.serving import description
 from mtnrec.serving.scorer import Scorer
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
@@ -63,6 +65,7 @@ class Exported(NamedTuple):
         size: Size of the file in bytes.
         difference: Largest relative difference of a probability from the checkpoint's.
         rows: Random rows on which the two were compared.
+        description: The JSON file beside it.
     """
 
     inputs: dict[str, str]
@@ -70,10 +73,14 @@ class Exported(NamedTuple):
     size: int
     difference: float
     rows: int
+    description: Path
 
 
 def export(scorer: Scorer, form: str, out: Path) -> Exported:
     """Write a model after comparing it with the checkpoint on random batches of several sizes.
+
+    What :func:`~mtnrec.serving.description.describe` says is in its metadata, and in a JSON file
+    beside it, ``<out>.json``.
 
     Args:
         scorer: The model, on the CPU.
@@ -81,7 +88,8 @@ def export(scorer: Scorer, form: str, out: Path) -> Exported:
         out: File, written atomically.
 
     Raises:
-        InputError: If a package that the format needs is not installed.
+        InputError: If a package that the format needs is not installed, or a file cannot be
+            written.
         RuntimeError: If the exported model gives different probabilities.
     """
     schema = scorer.manifest.schema
@@ -90,11 +98,12 @@ def export(scorer: Scorer, form: str, out: Path) -> Exported:
     model = ServedModel(scorer.network, schema).eval()
     tensors = tuple(torch.from_numpy(array) for array in example.values())
     shapes = _dynamic_shapes(schema)
+    described = json.dumps(description.describe(scorer), ensure_ascii=False)
     try:
         if form == "onnx":
-            content = _as_onnx(model, tensors, shapes, list(example), scorer.tasks)
+            content = _as_onnx(model, tensors, shapes, list(example), scorer.tasks, described)
         else:
-            content = _as_program(model, tensors, shapes)
+            content = _as_program(model, tensors, shapes, described)
         run = (_runner_of_onnx if form == "onnx" else _runner_of_program)(content)
     except ImportError as error:
         raise InputError(
@@ -114,9 +123,11 @@ def export(scorer: Scorer, form: str, out: Path) -> Exported:
             f"the {form} file must give the checkpoint's probabilities, got a relative difference "
             f"of {difference:.1e} on random rows. Nothing was written."
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, content)
-    return Exported(_shapes(schema), scorer.tasks, len(content), difference, rows)
+    beside = out.with_name(f"{out.name}.json")
+    with writable(out):
+        write_atomic(beside, described + "\n")
+        write_atomic(out, content)
+    return Exported(_shapes(schema), scorer.tasks, len(content), difference, rows, beside)
 
 
 def _shapes(schema: Schema) -> dict[str, str]:
@@ -164,10 +175,12 @@ def _to_batch(categorical: Tensor, numerical: Tensor, *bags: Tensor) -> Batch:
     return Batch(categorical, numerical, bags=tuple(Bags(*parts, none) for parts in fields))
 
 
-def _as_program(model: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...]) -> bytes:
+def _as_program(
+    model: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...], described: str
+) -> bytes:
     program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
     file = io.BytesIO()
-    torch.export.save(program, file)
+    torch.export.save(program, file, extra_files={description.FILE: described})
     return file.getvalue()
 
 
@@ -177,6 +190,7 @@ def _as_onnx(
     shapes: tuple[Any, ...],
     names: list[str],
     tasks: list[str],
+    described: str,
 ) -> bytes:
     with warnings.catch_warnings():
         # Warnings about torch's own exporter, and about its duplicate dimension names.
@@ -192,7 +206,9 @@ def _as_onnx(
             verbose=False,
         )
     assert program is not None  # None only if written to a file
-    content: bytes = program.model_proto.SerializeToString()
+    model_proto = program.model_proto
+    model_proto.metadata_props.add(key=description.NAME, value=described)
+    content: bytes = model_proto.SerializeToString()
     return content
 
 

@@ -1,5 +1,6 @@
-"""Scoring of many rows, from a prepared data set or a table to a Parquet file."""
+"""Scores of many rows, written to a Parquet or csv file, and their calibration."""
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,140 +8,196 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow.csv  # type: ignore[import-untyped]
+import pyarrow.parquet  # type: ignore[import-untyped]
 import rich.table
 from rich import box
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
-from mtnrec.checks import InputError, check_choice, format_names
-from mtnrec.data.batches import RowGatherer
-from mtnrec.data.prepared.store import open_prepared
-from mtnrec.data.raw.bad_rows import BadRows
-from mtnrec.data.raw.tabular import FileSource
-from mtnrec.files import atomic_replace
-from mtnrec.serving.scorer import Scorer, shifted
+from mtnrec.arrays import Float64Array
+from mtnrec.checks import InputError, format_names
+from mtnrec.data.prepared.manifest import Manifest
+from mtnrec.files import atomic_replace, writable
+from mtnrec.schema import Schema, Task
+from mtnrec.serving.rows import Part, Rows
+from mtnrec.serving.scorer import Scorer, warning_of_unseen
+
+FORMATS = (".parquet", ".csv")
 
 
-class Means(NamedTuple):
-    """Number of scored rows, and the mean probability of each task."""
+class Rate(NamedTuple):
+    """Mean prediction of a task and the rate to compare it with.
+
+    Args:
+        predicted: Mean probability.
+        observed: Share of positives; NaN without rows.
+        rows: Rows of both; for the training rate, those of ``predicted``.
+    """
+
+    predicted: float
+    observed: float
+    rows: int
+
+    @property
+    def calibration(self) -> float:
+        """Predicted over observed; NaN if nothing was observed."""
+        return self.predicted / self.observed if self.observed else math.nan
+
+
+class Written(NamedTuple):
+    """Summary of written scores.
+
+    Args:
+        rows: Number of scored rows.
+        rates: Rates by task: on the rows that the task is measured on if the rows have labels;
+            otherwise on all rows, with the rate of the training rows.
+        has_labels: Whether the rows have labels.
+    """
 
     rows: int
-    probabilities: dict[str, float]
+    rates: dict[str, Rate]
+    has_labels: bool
 
 
-class PreparedRows:
-    """The rows of a prepared data set.
-
-    Args:
-        scorer: Scorer of a model trained on a set with the same fields and vocabularies.
-        directory: Folder of the prepared data set.
-        split: ``train`` or ``test``.
-        batch_size: Rows scored at a time.
-
-    Raises:
-        InputError: If indices or scales of the set differ from those the model was trained with.
-    """
-
-    def __init__(self, scorer: Scorer, directory: Path, split: str, batch_size: int) -> None:
-        manifest, arrays = open_prepared(directory)
-        check_choice("split", split, sorted(arrays))
-        known = scorer.manifest
-        if manifest.schema != known.schema or manifest.transforms != known.transforms:
-            what = "fields and scales"
-        elif _vocabulary_checksums(manifest.checksums) != _vocabulary_checksums(known.checksums):
-            what = "vocabularies"
-        else:
-            what = None
-        if what is not None:
-            raise InputError(
-                f"{directory} must have the {what} of the data set that the model was trained on "
-                f"({known.source}), got different ones. Choose table=FILE to score raw values, or "
-                "prepare the set with the same training rows."
-            )
-        self.total: int | None = manifest.rows[split]
-        self._gather = RowGatherer(arrays[split], np.arange(self.total), manifest.schema)
-        self._batch_size = batch_size
-        self._scorer = scorer
-        self._place = lambda row: f"row {row} of {directory / split}"
-
-    def __iter__(self) -> Iterator[pa.Table]:
-        for start in range(0, len(self._gather), self._batch_size):
-            end = min(start + self._batch_size, len(self._gather))
-            rows = self._gather[np.arange(start, end)]
-            scores = self._scorer.score_batch(rows, shifted(self._place, start)).numpy()
-            yield pa.table(dict(zip(self._scorer.tasks, scores.T, strict=True)))
-
-
-class TableRows:
-    """The rows of a table of raw values.
+class _Sums:
+    """Sums of the scores of each task, and of its labels if there are any.
 
     Args:
-        scorer: The model.
-        path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, or a folder of ``.parquet`` files;
-            columns that the model does not need are ignored.
-        keep: Columns copied to the scores unchanged, e.g. an id.
-        batch_size: Rows scored at a time.
+        schema: The tasks.
+        has_labels: Whether to sum over labelled rows that a task is measured on.
     """
 
-    def __init__(self, scorer: Scorer, path: Path, keep: list[str], batch_size: int) -> None:
-        self.total: int | None = None
-        self._source = FileSource("table", path)
-        self._source.require_columns("the model", scorer.encoder.columns)
-        self._source.require_columns("keep", keep)
-        if taken := [name for name in keep if name in scorer.tasks]:
-            raise InputError(
-                f"keep must not name columns of the scores, got {format_names(taken)}. Rename them."
-            )
-        self._keep, self._scorer, self._batch_size = keep, scorer, batch_size
+    def __init__(self, schema: Schema, *, has_labels: bool) -> None:
+        self._schema, self._has_labels = schema, has_labels
+        self.rows = 0
+        self._sums = np.zeros((len(schema.tasks), 3))  # of scores, labels and rows
 
-    def __iter__(self) -> Iterator[pa.Table]:
-        encoder = self._scorer.encoder
-        needed = {*encoder.columns, *encoder.lists, *self._keep}
-        columns = [name for name in self._source.columns if name in needed]
-        for chunk in self._source.chunks(columns, BadRows("refuse"), lists=encoder.lists):
-            kept = {name: chunk.frame[name].to_arrow() for name in self._keep}
-            scores = self._scorer.score_raw(chunk.frame, chunk.place, self._batch_size)
-            yield pa.table(kept | dict(zip(self._scorer.tasks, scores.T, strict=True)))
+    def add(self, scores: Float64Array, labels: Tensor | None) -> None:
+        """Add rows: scores ``(rows, tasks)`` and labels ``(rows, T)``."""
+        self.rows += len(scores)
+        for number, task in enumerate(self._schema.tasks):
+            column = scores[:, number]
+            if labels is None or not self._has_labels:
+                self._sums[number] += column.sum(), 0, len(column)
+                continue
+            label, measured = _measured(task, labels)
+            self._sums[number] += column[measured].sum(), label[measured].sum(), measured.sum()
+
+    def rates(self, manifest: Manifest) -> dict[str, Rate]:
+        """Return the rates by task."""
+        rates = {}
+        for task, (score, label, rows) in zip(self._schema.tasks, self._sums, strict=True):
+            observed = label / rows if rows else math.nan
+            if not self._has_labels:
+                observed = training_rate(manifest, task)
+            rates[task.name] = Rate(score / rows if rows else math.nan, observed, int(rows))
+        return rates
 
 
-def write_scores(scorer: Scorer, rows: PreparedRows | TableRows, out: Path) -> Means:
+def _measured(task: Task, labels: Tensor) -> tuple[Float64Array, np.ndarray]:
+    """Return the labels of a task and the rows it is measured on: valid and, for CVR, clicked."""
+    columns = labels.numpy().astype(np.float64)
+    label = columns[:, task.label]
+    measured = np.isfinite(label)
+    if task.given is not None:
+        measured &= columns[:, task.given] == 1
+    return label, measured
+
+
+def training_rate(manifest: Manifest, task: Task) -> float:
+    """Return the share of positives in the training rows that a task is measured on."""
+    labels, positives = manifest.schema.labels, manifest.positives["train"]
+    rows = manifest.rows["train"] if task.given is None else positives[labels[task.given]]
+    return positives[labels[task.label]] / rows if rows else math.nan
+
+
+def write_scores(scorer: Scorer, rows: Rows, out: Path) -> Written:
     """Write a row of probabilities per row, in order and atomically.
 
     Memory does not grow with the number of rows.
+
+    Raises:
+        InputError: If there are no rows, one cannot be scored, or the file cannot be written.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    columns = (TextColumn("scoring {task.completed:,} rows"), BarColumn(), TimeElapsedColumn())
-    count, sums = 0, np.zeros(len(scorer.tasks))
-    with atomic_replace(out) as temporary, ExitStack() as stack:
-        progress = stack.enter_context(Progress(*columns))
-        bar = progress.add_task("", total=rows.total)
-        writer: pq.ParquetWriter | None = None
-        for part in rows:
-            writer = writer or stack.enter_context(pq.ParquetWriter(temporary, part.schema))
-            writer.write_table(part)
-            count += len(part)
-            sums += [part[task].to_numpy().sum(dtype=np.float64) for task in scorer.tasks]
-            progress.advance(bar, len(part))
+    sums = _Sums(scorer.manifest.schema, has_labels=rows.has_labels)
+    with (
+        writable(out),
+        atomic_replace(out) as temporary,
+        warning_of_unseen(scorer.encoder),
+        ExitStack() as stack,
+    ):
+        writer: pa.parquet.ParquetWriter | pa.csv.CSVWriter | None = None
+        for part in progressing(rows, "scoring"):
+            scores = scorer.score_batch(part.batch, part.place).numpy()
+            columns = {name: part.kept[name] for name in part.kept.column_names}
+            table = pa.table(columns | dict(zip(scorer.tasks, scores.T, strict=True)))
+            writer = writer or stack.enter_context(_open(temporary, out.suffix, table.schema))
+            writer.write_table(table)
+            sums.add(scores.astype(np.float64), part.batch.labels)
         if writer is None:
             raise InputError("there are no rows to score")
-    return Means(count, dict(zip(scorer.tasks, sums / count, strict=True)))
+    return Written(sums.rows, sums.rates(scorer.manifest), rows.has_labels)
 
 
-def means_table(scorer: Scorer, means: Means) -> rich.table.Table:
-    """Lay out the mean of each task, and the number of values unknown to the model."""
+def progressing(rows: Rows, what: str) -> Iterator[Part]:
+    """Yield rows batch by batch, and show how many there were."""
+    columns = (TextColumn(f"{what} {{task.completed:,}} rows"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=rows.total)
+        for part in rows:
+            yield part
+            progress.advance(bar, len(part.batch))
+
+
+def _open(
+    path: Path, suffix: str, schema: pa.Schema
+) -> "pa.parquet.ParquetWriter | pa.csv.CSVWriter":
+    if suffix == ".parquet":
+        return pa.parquet.ParquetWriter(path, schema)
+    _check_csv(schema)
+    return pa.csv.CSVWriter(path, schema, write_options=pa.csv.WriteOptions(quoting_style="needed"))
+
+
+def _check_csv(schema: pa.Schema) -> None:
+    unfit = [
+        column.name
+        for column in schema
+        if pa.types.is_nested(column.type)
+        or pa.types.is_binary(column.type)
+        or pa.types.is_large_binary(column.type)
+    ]
+    if unfit:
+        raise InputError(
+            f"keep must name columns that a csv file can hold, got {format_names(unfit)}. Choose "
+            "a .parquet file with out, or delete them from keep."
+        )
+
+
+def rates_table(scorer: Scorer, written: Written) -> rich.table.Table:
+    """Lay out the rates of each task, and the number of values unknown to the model."""
     unseen = {name: count for name, count in scorer.encoder.unseen.items() if count}
     shown = ", ".join(f"{name} {count:,}" for name, count in unseen.items()) or "none"
+    labels = format_names(scorer.manifest.schema.labels)
+    compared = (
+        "both on the labelled rows that a task is measured on"
+        if written.has_labels
+        else f"the rows lack the labels {labels}, so the rate is that of the training rows"
+    )
     table = rich.table.Table(
-        title=f"{means.rows:,} rows",
-        caption=f"values not in the training rows, scored as missing: {shown}",
+        title=f"{written.rows:,} rows",
+        caption=f"{compared}; values not in the training rows, scored as missing: {shown}",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("task")
-    table.add_column("mean probability", justify="right")
-    for task, mean in means.probabilities.items():
-        table.add_row(task, f"{mean:.6f}")
+    rate = "observed rate" if written.has_labels else "training rate"
+    for header in ("mean prediction", rate, "calibration", "rows"):
+        table.add_column(header, justify="right")
+    for task, found in written.rates.items():
+        numbers = (found.predicted, found.observed, found.calibration)
+        table.add_row(task, *map(_number, numbers), f"{found.rows:,}")
     return table
 
 
-def _vocabulary_checksums(checksums: dict[str, str]) -> dict[str, str]:
-    return {name: sum_ for name, sum_ in checksums.items() if name.startswith("vocabulary/")}
+def _number(value: float) -> str:
+    return f"{value:.6f}" if math.isfinite(value) else "—"

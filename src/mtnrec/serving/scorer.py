@@ -1,8 +1,10 @@
 """A trained model that scores rows."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +13,32 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from mtnrec.batch import Batch
-from mtnrec.checkpoint.bundle import read_manifest, read_model, rebuild_network, vocabulary_files
+from mtnrec.batch import Batch, LogProbabilities
+from mtnrec.checkpoint.bundle import (
+    find_checkpoint,
+    read_manifest,
+    read_model,
+    rebuild_network,
+    vocabulary_files,
+)
 from mtnrec.checks import InputError, check_integer
 from mtnrec.data.prepared.manifest import Manifest
 from mtnrec.metric.task_metrics import task_probabilities
 from mtnrec.serving.encoder import Encoder, read_vocabularies
+
+_logger = logging.getLogger(__name__)
+
+
+class Prediction(NamedTuple):
+    """Output of a model for a batch, on the CPU.
+
+    Args:
+        output: Log-probabilities of the labels.
+        scores: Probabilities of the tasks, ``(B, tasks)``.
+    """
+
+    output: LogProbabilities
+    scores: Tensor
 
 
 class Scorer:
@@ -45,7 +67,7 @@ class Scorer:
         """Return the probability of each task for rows of raw values.
 
         Values not in the training rows count as missing; ``encoder.unseen`` counts them per
-        field.
+        field, and a field none of whose values was seen is logged as a warning.
 
         Args:
             frame: A column for each field and feature of the data set, in any order; others are
@@ -62,7 +84,8 @@ class Scorer:
         needed = {*self.encoder.columns, *self.encoder.lists}
         columns = [name for name in frame.columns if name in needed]
         rows = pl.from_pandas(frame[columns], nan_to_null=True)
-        scores = self.score_raw(rows, "row {}".format, batch_size)
+        with warning_of_unseen(self.encoder):
+            scores = self.score_raw(rows, "row {}".format, batch_size)
         return pd.DataFrame(scores, columns=self.tasks, index=frame.index)
 
     def score_raw(
@@ -82,7 +105,6 @@ class Scorer:
             parts.append(self.score_batch(batch, place_in_batch).numpy())
         return np.concatenate(parts)
 
-    @torch.inference_mode()
     def score_batch(self, batch: Batch, place: Callable[[int], str] = "row {}".format) -> Tensor:
         """Return the probabilities of the tasks, ``(B, tasks)``, on the CPU.
 
@@ -95,8 +117,14 @@ class Scorer:
         Raises:
             InputError: If a probability is not finite.
         """
-        positive = self.network(batch.to(self.device)).positive
-        scores = torch.stack(task_probabilities(self.manifest.schema, positive), dim=1).cpu()
+        return self.predict(batch, place).scores
+
+    @torch.inference_mode()
+    def predict(self, batch: Batch, place: Callable[[int], str] = "row {}".format) -> Prediction:
+        """Return the output of the network and the scores; arguments as in :meth:`score_batch`."""
+        output = self.network(batch.to(self.device))
+        probabilities = task_probabilities(self.manifest.schema, output.positive)
+        scores = torch.stack(probabilities, dim=1).cpu()
         finite = scores.isfinite().all(dim=1)
         if not finite.all():
             first = int(finite.int().argmin())
@@ -105,7 +133,22 @@ class Scorer:
                 "large that float32 overflows, or the checkpoint's weights are not finite. Correct "
                 "the row, or choose another checkpoint."
             )
-        return scores
+        return Prediction(LogProbabilities(*(part.cpu() for part in output)), scores)
+
+
+@contextmanager
+def warning_of_unseen(encoder: Encoder) -> Iterator[None]:
+    """Warn of each field none of whose values in the block occurs in the training rows."""
+    known, unseen = dict(encoder.known), dict(encoder.unseen)
+    yield
+    for name, count in encoder.unseen.items():
+        if count > unseen[name] and encoder.known[name] == known[name]:
+            _logger.warning(
+                "column %r: none of its %s values occurs in the training rows, so all are scored "
+                "as missing. Check that they are written as in the training data",
+                name,
+                f"{count - unseen[name]:,}",
+            )
 
 
 def shifted(place: Callable[[int], str], start: int) -> Callable[[int], str]:
@@ -113,23 +156,29 @@ def shifted(place: Callable[[int], str], start: int) -> Callable[[int], str]:
     return lambda row: place(start + row)
 
 
-def load_checkpoint(path: str | Path, device: str | None = None) -> Scorer:
+def load_checkpoint(
+    path: str | Path, device: str | None = None, *, allow: str | Sequence[str] = ()
+) -> Scorer:
     """Load the model of a checkpoint that ``python -m mtnrec.train`` wrote.
 
     Args:
-        path: ``checkpoints/best.ckpt`` in the folder of a run.
+        path: Folder of a run, or ``checkpoints/best.ckpt`` in it.
         device: ``cpu``, ``cuda``, ...; by default a GPU if available.
+        allow: Modules or packages whose networks the checkpoint may use in addition to mtnrec's,
+            for example ``["my_models"]``. Their code runs, so name only modules that you trust.
 
     Raises:
-        InputError: If it is missing, damaged, not written by mtnrec, or too large for memory.
+        InputError: If it is missing, damaged, not written by mtnrec, too large for memory, or names
+            a network that is not allowed.
 
     Example::
 
         from mtnrec import load_checkpoint
 
-        scores = load_checkpoint("runs/esmm/checkpoints/best.ckpt").score(frame)
+        scores = load_checkpoint("runs/esmm").score(frame)
     """
-    path = Path(path)
+    path = find_checkpoint(Path(path))
+    allow = [allow] if isinstance(allow, str) else allow
     content = read_model(path)
     manifest = read_manifest(content, path)
     encoder = Encoder(
@@ -139,6 +188,7 @@ def load_checkpoint(path: str | Path, device: str | None = None) -> Scorer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
-        return Scorer(rebuild_network(content, manifest.schema, path), manifest, encoder, place)
+        network = rebuild_network(content, manifest.schema, path, allow)
+        return Scorer(network, manifest, encoder, place)
     except RuntimeError as error:
         raise InputError(f"device={device!r} cannot be used: {error}") from error

@@ -57,7 +57,9 @@ class FinishedRun:
     @cached_property
     def scorer(self) -> Scorer:
         """The model of the best epoch."""
-        return load_checkpoint(self.folder / "checkpoints" / "best.ckpt")
+        # The model is the one that `fit` was given, so its module is trusted.
+        module = str(self.record.config["model"]["_target_"]).rpartition(".")[0]
+        return load_checkpoint(self.folder, allow=[module])
 
     def score(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Return the probability of each task for rows of raw values; see ``Scorer.score``."""

@@ -12,7 +12,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, cast
@@ -48,6 +48,7 @@ class Chunk:
         unit: ``line`` in a csv file, otherwise ``row``; both count from 1.
         numbers: Line or row number of each, ``(rows,)``.
         first: Number of earlier rows in the source.
+        unchanged: Columns whose cells are as in the source, to be copied.
     """
 
     frame: pl.DataFrame
@@ -55,6 +56,7 @@ class Chunk:
     unit: str
     numbers: Int64Array
     first: int
+    unchanged: pl.DataFrame = field(default_factory=pl.DataFrame)
 
     def place(self, row: int) -> str:
         """Return the position of a row, for messages."""
@@ -141,16 +143,26 @@ class FileSource(Source):
         return [[file.name, file.stat().st_size] for file in self._files]
 
     def chunks(
-        self, columns: list[str], bad_rows: BadRows, *, lists: Sequence[str] = ()
+        self,
+        columns: list[str],
+        bad_rows: BadRows,
+        *,
+        lists: Sequence[str] = (),
+        unchanged: Sequence[str] = (),
     ) -> Iterator[Chunk]:
-        first = 0
+        """Read some columns; those in ``unchanged`` of any type, in ``Chunk.unchanged``."""
+        first, all_columns = 0, [*dict.fromkeys([*columns, *unchanged])]
         for path in self._files:
             if path.suffix == ".parquet":
-                parts = _read_parquet(path, columns, lists)
+                with readable(path):
+                    types = pl.scan_parquet(path, glob=False).select(columns).collect_schema()
+                _check_types(path, types, lists)
+                parts = _read_parquet(path, all_columns)
             else:
-                parts = _read_csv(path, columns, bad_rows)
+                parts = _read_csv(path, all_columns, bad_rows)
             for unit, numbers, frame in parts:
-                yield Chunk(_missing_to_null(frame), path, unit, numbers, first)
+                read = _missing_to_null(frame.select(columns))
+                yield Chunk(read, path, unit, numbers, first, frame.select(unchanged))
                 first += frame.height
         if not first:
             raise InputError(f"{self.path} has no rows")
@@ -384,12 +396,11 @@ def _missing_to_null(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(changes)
 
 
-def _read_parquet(path: Path, columns: list[str], lists: Sequence[str]) -> Iterator[_Rows]:
+def _read_parquet(path: Path, columns: list[str]) -> Iterator[_Rows]:
     row = 1
     with readable(path):
         check_row_groups(path, path)
         scan = pl.scan_parquet(path, glob=False, hive_partitioning=False).select(columns)
-        _check_types(path, scan.collect_schema(), lists)
         for frame in scan.collect_batches(chunk_size=_ROWS_PER_CHUNK, maintain_order=True):
             yield "row", np.arange(row, row + frame.height), frame
             row += frame.height

@@ -1,0 +1,100 @@
+"""Metrics of labelled rows are those of the training's test, and of scikit-learn."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import log_loss, roc_auc_score
+
+from mtnrec import load_checkpoint
+
+
+def evaluated(evaluate, tmp_path, *overrides):
+    evaluate(*overrides, f"out={tmp_path}/metrics.json")
+    return json.loads((tmp_path / "metrics.json").read_text())
+
+
+def test_the_test_split_has_the_metrics_of_the_record(shop, evaluate, tmp_path):
+    run, _, data = shop
+    record = json.loads((run / "result.json").read_text())
+
+    found = evaluated(evaluate, tmp_path, f"checkpoint={run}", *data)
+
+    assert found["rows"] == 90
+    for task, counts in ((name, record["counts"][f"test/{name}"]) for name in ("ctr", "cvr")):
+        assert found["metrics"][f"{task}_rows"] == counts["rows"]
+        assert found["metrics"][f"{task}_positives"] == counts["positives"]
+    recorded = {k.removeprefix("test/"): v for k, v in record["metrics"].items() if "test" in k}
+    assert {key: found["metrics"][key] for key in recorded} == pytest.approx(recorded, rel=1e-6)
+
+
+def test_a_table_has_the_metrics_of_scikit_learn(shop, evaluate, tmp_path, capsys):
+    run, rows, _ = shop
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    scores = load_checkpoint(run, "cpu").score(rows).astype(np.float64)
+    clicked = rows["click"] == 1
+
+    table = f"table={tmp_path}/rows.csv"
+    metrics = evaluated(evaluate, tmp_path, f"checkpoint={run}", table, "batch_size=7")["metrics"]
+
+    for task, label, chosen in (
+        ("ctr", "click", slice(None)),
+        ("cvr", "buy", clicked),
+        ("ctcvr", "buy", slice(None)),
+    ):
+        truth, score = rows[label][chosen], scores[task][chosen]
+        assert metrics[f"{task}_auc"] == pytest.approx(roc_auc_score(truth, score))
+        assert metrics[f"{task}_log_loss"] == pytest.approx(log_loss(truth, score), rel=1e-5)
+        assert metrics[f"{task}_calibration"] == pytest.approx(score.sum() / truth.sum(), rel=1e-5)
+    assert "buy where click = 1" in capsys.readouterr().out
+
+
+def test_the_grouped_auc_is_that_of_the_column(shop, evaluate, tmp_path):
+    run, rows, _ = shop
+    rows = rows.assign(user=[f"u{row % 9}" for row in range(90)])
+    rows.to_parquet(tmp_path / "rows.parquet")
+    scores = load_checkpoint(run, "cpu").score(rows)["ctr"].astype(np.float64)
+    aucs, weights = [], []
+    for _, part in rows.groupby("user"):
+        if part["click"].nunique() == 2:
+            aucs.append(roc_auc_score(part["click"], scores[part.index]))
+            weights.append(len(part))
+
+    table = f"table={tmp_path}/rows.parquet"
+    found = evaluated(evaluate, tmp_path, f"checkpoint={run}", table, "group=user")["metrics"]
+
+    assert found["ctr_grouped_auc"] == pytest.approx(np.average(aucs, weights=weights))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"click": None}, "the table must have the labels click, buy to be evaluated"),
+        ({"click": ["maybe"] + ["1"] * 89}, r"rows.csv, line 2: a label must be 0 or 1 \(click"),
+        (
+            {"click": pd.array([1] * 89 + [None], "Int64")},
+            r"rows.csv, line 91: a label must be 0 or 1",
+        ),
+        ({"click": 0, "buy": 1}, r"line 2: a conversion must have a click"),
+        ({"user": ["a"] * 5 + [None] * 85}, r"line 7, column 'user': a group must not be missing"),
+    ],
+)
+def test_rows_that_cannot_be_evaluated_are_named(change, message, shop, evaluate, tmp_path):
+    run, rows, _ = shop
+    rows = rows.assign(user="a").assign(**change)
+    if change.get("click", "") is None:
+        rows = rows.drop(columns="click")
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+
+    with pytest.raises(SystemExit, match=message):
+        evaluate(f"checkpoint={run}", f"table={tmp_path}/rows.csv", "group=user")
+
+
+def test_a_row_without_labels_is_no_reason_against_scores(shop, predict, tmp_path):
+    run, rows, _ = shop
+    rows.assign(click=["?"] * 90).to_csv(tmp_path / "rows.csv", index=False)
+
+    predict(f"checkpoint={run}", f"table={tmp_path}/rows.csv", f"out={tmp_path}/scores.csv")
+
+    assert len(pd.read_csv(tmp_path / "scores.csv")) == 90
