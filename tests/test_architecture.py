@@ -24,7 +24,7 @@ ALLOWED = {
     "batch": set(),
     "resources": set(),
     "performance": set(),
-    "data": GROUND | {"resources"},
+    "data": GROUND | {"files", "resources"},
     "metric": GROUND,
     "model": GROUND | {"resources"},
     "optimizer": {"checks"},

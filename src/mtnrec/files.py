@@ -1,15 +1,28 @@
-"""File names, atomic writes and JSON."""
+"""File names, atomic writes, JSON and locks."""
 
+import errno
+import fcntl
 import json
+import logging
 import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, SoftFileLease
+
 from mtnrec.checks import InputError
+
+HEARTBEAT = 15.0  # seconds between two signs of life
+STALE = 120.0  # seconds without a sign of life after which a process counts as gone
+_PATIENCE = 0.2  # seconds to wait for a lock, which `is_locked` briefly holds
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524)  # 524: ENOTSUPP of Linux
+
+_logger = logging.getLogger(__name__)
+_warned: set[int] = set()  # file systems, by device number
 
 
 @contextmanager
@@ -80,6 +93,65 @@ def slug(*parts: str) -> str:
     'noise_curves-ali_ccp-shared_bottom-mtn_lam_1e_05'
     """
     return "-".join(re.sub(r"[\W_]+", "_", part.lower()).strip("_") for part in parts)
+
+
+def acquire_lock(path: Path, *, wait: bool = True) -> AbstractContextManager[Any]:
+    """Acquire an exclusive lock on a file, and return the context that releases it.
+
+    The operating system releases the lock however the process ends. On a file system without locks,
+    a marker file next to ``path`` replaces it, which a thread touches every ``HEARTBEAT`` seconds:
+    the marker of a killed process is taken over at once on the same machine, and after ``STALE``
+    seconds on another one.
+
+    Args:
+        path: The lock file, which stays.
+        wait: Whether to wait until a process that only looks is done or a marker is stale.
+
+    Raises:
+        Timeout: If another process holds the lock.
+    """
+    try:
+        lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+        return lock.acquire(_PATIENCE if wait else 0, poll_interval=_PATIENCE / 10)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _warn_of_missing_locks(path.parent, error.strerror)
+    marker = SoftFileLease(
+        path.with_name(f"{path.name}.marker"),
+        lease_duration=STALE,
+        heartbeat_interval=HEARTBEAT,
+        thread_local=False,
+    )
+    return marker.acquire(STALE + 2 * HEARTBEAT if wait else 0, poll_interval=_PATIENCE)
+
+
+def is_locked(path: Path) -> bool | None:
+    """Return whether a lock is held; None if the file system has no locks."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, as others may look too
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
+def _warn_of_missing_locks(folder: Path, reason: str) -> None:
+    device = folder.stat().st_dev
+    if device not in _warned:
+        _warned.add(device)
+        _logger.warning(
+            "the file system of %s has no locks (%s), so a marker file keeps other processes out; "
+            "that of a process killed on another machine counts for %d s. For locks mount it with "
+            "flock, or choose another folder.",
+            folder,
+            reason,
+            STALE,
+        )
 
 
 def _for_json(value: Any) -> Any:

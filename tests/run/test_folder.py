@@ -1,13 +1,19 @@
+import errno
 import fcntl
 import json
 import multiprocessing
 import os
 import signal
+import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from mtnrec import files
 from mtnrec.checks import InputError
+from mtnrec.run import folder as folder_module
 from mtnrec.run.folder import RunFolderBusyError, State, lock_run_folder, report_progress, run_state
 
 
@@ -88,3 +94,107 @@ def test_a_killed_process_leaves_an_interrupted_run(tmp_path):
     assert run_state(tmp_path) is State.INTERRUPTED
     with lock_run_folder(tmp_path, [], []):
         assert run_state(tmp_path) is State.RUNNING
+
+
+def read_running(folder):
+    return json.loads((folder / "running.json").read_text())
+
+
+def test_a_run_writes_a_heartbeat_and_keeps_its_progress(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module, "HEARTBEAT", 0.01)
+    with lock_run_folder(tmp_path, [], []):
+        report_progress(tmp_path, {"epochs": 3})
+        first = read_running(tmp_path)
+        while read_running(tmp_path)["heartbeat"] == first["heartbeat"]:
+            time.sleep(0.01)
+
+        assert read_running(tmp_path) == first | {"heartbeat": pytest.approx(time.time(), abs=5)}
+    time.sleep(0.05)
+    assert not (tmp_path / "running.json").exists()
+
+
+def _without_locks(fd, operation):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    monkeypatch.setattr("fcntl.flock", _without_locks)
+    monkeypatch.setattr(files, "_warned", set())
+
+
+def test_a_run_is_held_and_followed_on_a_file_system_without_locks(
+    no_locks, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(files, "STALE", 0.1)
+    monkeypatch.setattr(files, "HEARTBEAT", 0.05)
+    folder = tmp_path / "run"
+    with lock_run_folder(folder, [], []):
+        assert run_state(folder) is State.RUNNING
+        with pytest.raises(RunFolderBusyError), lock_run_folder(folder, [], []):
+            pass
+        assert run_state(folder) is State.RUNNING
+    assert run_state(folder) is State.WAITING
+    with lock_run_folder(tmp_path / "other", [], []):
+        (tmp_path / "other" / "result.json").write_text("{}")
+    assert run_state(tmp_path / "other") is State.FINISHED
+
+    (record,) = caplog.records
+    assert "has no locks (No locks available)" in record.getMessage()
+
+
+def _hold_without_locks(folder, ready):
+    fcntl.flock = _without_locks
+    _hold(folder, ready)
+
+
+def test_a_killed_process_is_noticed_at_once_on_its_machine_without_locks(no_locks, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=_hold_without_locks, args=(tmp_path, ready))
+    process.start()
+    assert ready.wait(60)
+    assert run_state(tmp_path) is State.RUNNING
+
+    process.kill()
+    process.join()
+
+    assert run_state(tmp_path) is State.INTERRUPTED
+    with lock_run_folder(tmp_path, [], []):
+        assert run_state(tmp_path) is State.RUNNING
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EROFS])
+@pytest.mark.parametrize(
+    ("host", "age", "state"),
+    [
+        ("elsewhere", 60, State.RUNNING),
+        ("elsewhere", 180, State.INTERRUPTED),
+        (socket.gethostname(), 60, State.RUNNING),
+        (socket.gethostname(), 180, State.INTERRUPTED),
+    ],
+)
+def test_an_old_heartbeat_tells_an_interrupted_run_if_the_lock_cannot(
+    tmp_path, monkeypatch, error, host, age, state
+):
+    def refuse(fd, operation):
+        raise OSError(error, os.strerror(error))
+
+    with lock_run_folder(tmp_path, [], []):
+        running = read_running(tmp_path)
+    running |= {"host": host, "heartbeat": time.time() - age}
+    (tmp_path / "running.json").write_text(json.dumps(running))
+    monkeypatch.setattr("fcntl.flock", refuse)
+
+    assert run_state(tmp_path) is state
+
+
+def test_readers_do_not_take_each_other_for_the_run(tmp_path):
+    with lock_run_folder(tmp_path, [], []):
+        running = (tmp_path / "running.json").read_text()
+    (tmp_path / "running.json").write_text(running)
+
+    with ThreadPoolExecutor(4) as pool:
+        states = set(pool.map(run_state, [tmp_path] * 200))
+
+    assert states == {State.INTERRUPTED}

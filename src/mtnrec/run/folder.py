@@ -1,27 +1,37 @@
 """Run folders: record, failure, lock, and the state that they imply."""
 
-import fcntl
 import os
 import shlex
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import Timeout
 
 from mtnrec.checks import InputError
-from mtnrec.files import read_json, remove_leftovers, write_json
+from mtnrec.files import (
+    HEARTBEAT,
+    STALE,
+    acquire_lock,
+    is_locked,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from mtnrec.run.identity import RunIdentity
 from mtnrec.run.record import RECORD_FILE, RunRecord
 
 FAILURE_FILE = "failure.json"
 RUNNING_FILE = "running.json"
 _LOCK_FILE = ".lock"
-_LOCK_ATTEMPTS = 10
-_PAUSE = 0.02  # seconds between attempts
+
+_writing = threading.Lock()  # the heartbeat and the training both write running.json
 
 Explain = Callable[[Exception], Exception | None]
 """Returns the cause of an error that the user can fix, or None."""
@@ -42,6 +52,7 @@ class State(StrEnum):
     FAILED = "failed"
     RUNNING = "running"
     INTERRUPTED = "interrupted"
+    SUBMITTED = "submitted"
     WAITING = "waiting"
 
 
@@ -67,14 +78,20 @@ def run_state(folder: Path) -> State:
 
 
 def _is_locked(folder: Path) -> bool:
-    try:
-        with (folder / _LOCK_FILE).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
+    locked = is_locked(folder / _LOCK_FILE)
+    return _has_heartbeat(read_json(folder / RUNNING_FILE) or {}) if locked is None else locked
+
+
+def _has_heartbeat(running: Mapping[str, Any]) -> bool:
+    """Return whether the process that wrote ``running.json`` seems to be alive."""
+    if running.get("host") == socket.gethostname():
+        try:
+            os.kill(running["pid"], 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # a process of another user
+            pass
+    return time.time() - running.get("heartbeat", 0) < STALE
 
 
 @contextmanager
@@ -83,7 +100,8 @@ def lock_run_folder(
 ) -> Iterator[None]:
     """Lock a run folder for the block, and write ``failure.json`` if the block raises.
 
-    The operating system releases the lock however the process ends.
+    The lock ends with the process; see :func:`mtnrec.files.acquire_lock`. Meanwhile a thread writes
+    the time as ``heartbeat`` into ``running.json``.
 
     Args:
         folder: Folder of the run.
@@ -95,17 +113,19 @@ def lock_run_folder(
         RunFolderBusyError: If another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK_FILE).open("wb") as lock:
-        if not _lock(lock):
-            raise RunFolderBusyError(
-                f"{folder} is in use by another process{_lock_holder(folder)}. Wait for it, or "
-                "choose another hydra.run.dir."
-            )
+    try:
+        lock = acquire_lock(folder / _LOCK_FILE)
+    except Timeout:
+        raise RunFolderBusyError(
+            f"{folder} is in use by another process{_lock_holder(folder)}. Wait for it, or choose "
+            "another hydra.run.dir."
+        ) from None
+    with lock:
         for name in (RECORD_FILE, FAILURE_FILE, RUNNING_FILE):
             remove_leftovers(folder / name)
         (folder / FAILURE_FILE).unlink(missing_ok=True)
         write_json(folder / RUNNING_FILE, _process_info(overrides))
-        with recording_failure(folder, overrides, command, explain):
+        with recording_failure(folder, overrides, command, explain), _beating(folder):
             yield
         (folder / RUNNING_FILE).unlink()  # kept if the process is killed
 
@@ -151,29 +171,39 @@ def record_failure(
 
 
 def report_progress(folder: Path, progress: dict[str, Any]) -> None:
-    """Add progress to ``running.json`` if it exists."""
-    running = read_json(folder / RUNNING_FILE)
-    if running is not None:
-        write_json(folder / RUNNING_FILE, running | progress)
+    """Add progress and the time to ``running.json`` if it exists."""
+    with _writing:
+        running = read_json(folder / RUNNING_FILE)
+        if running is not None:
+            heartbeat = {"heartbeat": time.time()}
+            write_json(folder / RUNNING_FILE, running | progress | heartbeat)
 
 
-def _lock(file: IO[bytes]) -> bool:
-    # Retry, since `run_state` briefly holds the lock.
-    for _ in range(_LOCK_ATTEMPTS):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_PAUSE)
-        else:
-            return True
-    return False
+@contextmanager
+def _beating(folder: Path) -> Iterator[None]:
+    """Renew the heartbeat in ``running.json`` during the block."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT):
+            with suppress(OSError):  # a full disk, or a server that is away for a while
+                report_progress(folder, {})
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _process_info(overrides: Sequence[str]) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "started": time.time(),
+        "started": (now := time.time()),
+        "heartbeat": now,
         "overrides": list(overrides),
     }
 

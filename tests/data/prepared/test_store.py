@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -815,8 +816,17 @@ def test_a_finished_array_is_read_in_chunks(directory, monkeypatch):
     np.testing.assert_array_equal(np.concatenate(chunks), expected["categorical"])
 
 
-def test_leftovers_of_a_killed_preparation_are_removed_by_the_next(directory):
-    code = f"""
+NO_LOCKS = """
+import errno, fcntl
+def flock(fd, operation):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+"""
+
+
+@pytest.mark.parametrize("locks", ["", NO_LOCKS])
+def test_leftovers_of_a_killed_preparation_are_removed_by_the_next(directory, locks, monkeypatch):
+    code = f"""{locks}
 import os, pathlib
 from mtnrec.data.prepared.writer import write_prepared
 with write_prepared(pathlib.Path({str(directory)!r}), ("train",)) as writer:
@@ -828,9 +838,13 @@ with write_prepared(pathlib.Path({str(directory)!r}), ("train",)) as writer:
     assert killed.returncode == -9
     assert [path.name.startswith(".tiny-") for path in directory.parent.iterdir()] == [True]
 
+    if locks:
+        monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "")))
     write_default(directory)
 
     assert list(directory.parent.iterdir()) == [directory]
+    assert not list(directory.rglob(".lock*"))
+    open_prepared(directory)
 
 
 @pytest.mark.parametrize("column", [0, 1])

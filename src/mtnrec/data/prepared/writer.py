@@ -1,7 +1,6 @@
 """Atomic writing of a prepared data set, chunk by chunk."""
 
 import errno
-import fcntl
 import math
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from mtnrec.data.prepared.layout import BAG_DTYPES, DTYPES, array_dtype, bag_ste
 from mtnrec.data.prepared.manifest import SCHEMA_FILE, Manifest
 from mtnrec.data.prepared.store import Arrays, open_array, open_prepared
 from mtnrec.data.prepared.verify import sha256, verify_prepared
+from mtnrec.files import acquire_lock
 from mtnrec.schema import Schema
 
 _LOCK_FILE = ".lock"
@@ -187,7 +187,9 @@ class Writer:
                     "so there is nothing to learn. Check the label, or choose more rows."
                 )
         files = sorted(
-            path for path in self.directory.rglob("*") if path.is_file() and path.name != _LOCK_FILE
+            path
+            for path in self.directory.rglob("*")
+            if path.is_file() and not path.name.startswith(_LOCK_FILE)
         )
         checksums = {path.relative_to(self.directory).as_posix(): sha256(path) for path in files}
         missing = {
@@ -244,10 +246,10 @@ def write_prepared(directory: Path, splits: tuple[str, ...]) -> Iterator[Writer]
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     writer = Writer(temporary, splits)
     try:
-        with (temporary / _LOCK_FILE).open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it however the process ends
+        with acquire_lock(temporary / _LOCK_FILE):  # it ends with the process
             yield writer
-            (temporary / _LOCK_FILE).unlink()
+            for path in temporary.glob(f"{_LOCK_FILE}*"):
+                path.unlink()
             _put_in_place(temporary, directory)
     except OSError as error:
         if error.errno not in _NO_SPACE:
@@ -264,8 +266,7 @@ def write_prepared(directory: Path, splits: tuple[str, ...]) -> Iterator[Writer]
 def _remove_remains(directory: Path) -> None:
     """Remove the hidden folders of preparations that were killed."""
     for lock in directory.parent.glob(f".{directory.name}-*/{_LOCK_FILE}"):
-        with suppress(OSError), lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its preparation runs
+        with suppress(OSError), acquire_lock(lock, wait=False):  # fails while its preparation runs
             shutil.rmtree(lock.parent)
 
 
