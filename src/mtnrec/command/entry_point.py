@@ -1,6 +1,7 @@
 """Commands: functions of the composed config, run by Hydra."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,20 @@ from mtnrec.command.job import is_rank_zero, is_sweep_job, owns_screen
 _logger = logging.getLogger(__name__)
 
 _INTERRUPTED = 130  # exit status of shells after Ctrl-C
+_SPINS = "1000"  # of a thread that waits for others, before it leaves its core to another process
+
+
+def limit_spinning() -> None:
+    """Keep OpenMP's waiting threads from spinning on cores that other processes need.
+
+    GNU's OpenMP reads the variable when torch loads it, so this has no effect later. Child
+    processes inherit it. ``GOMP_SPINCOUNT`` or ``OMP_WAIT_POLICY`` of the user have precedence.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+
+
+limit_spinning()
 
 
 def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
