@@ -11,11 +11,14 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from lightning_utilities.core.rank_zero import rank_zero_only
+from omegaconf import OmegaConf
 from submitit.core.utils import FailedJobError
 
 import mtnrec.train
+from hydra_plugins.mtnrec_slurm_launcher import MtnrecSlurmLauncher
 from mtnrec.command.config import CONF_DIR
 from mtnrec.run.folder import State, lock_run_folder, run_state
+from mtnrec.sweep.progress import read_progress
 from mtnrec.sweep.subprocess_job import run_in_subprocess
 
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
@@ -48,18 +51,28 @@ def test_the_command_can_be_sent_to_other_processes():
     assert callable(pickle.loads(sent))
 
 
-def test_slurm_gets_the_settings_of_the_config(train, tmp_path, monkeypatch):
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Put shell scripts in place of Slurm's programs."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, script in [("sbatch", f'cp "$1" {tmp_path}/batch; exit 1'), ("srun", "exit 0")]:
-        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
-        (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+
+    def write(**scripts):
+        for name, script in scripts.items():
+            (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+            (programs / name).chmod(0o755)
+
+    return write
+
+
+def test_slurm_gets_the_settings_of_the_config(train, tmp_path, slurm):
+    slurm(sbatch=f'cp "$1" {tmp_path}/batch; exit 1', srun="exit 0")
     keys = ["partition=long", "mem_gb=8", "array_parallelism=2"]
-    slurm = ["hydra/launcher=slurm", *(f"hydra.launcher.{key}" for key in keys)]
+    launcher = ["hydra/launcher=slurm", *(f"hydra.launcher.{key}" for key in keys)]
 
     with pytest.raises(FailedJobError):
-        train(*QUICK, "hydra.mode=MULTIRUN", "seed=0,1,2", *slurm, folder=tmp_path / "runs")
+        train(*QUICK, "hydra.mode=MULTIRUN", "seed=0,1,2", *launcher, folder=tmp_path / "runs")
 
     batch = (tmp_path / "batch").read_text().splitlines()
     for line in [
@@ -72,6 +85,49 @@ def test_slurm_gets_the_settings_of_the_config(train, tmp_path, monkeypatch):
         "export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK",
     ]:
         assert line in batch
+
+
+def test_slurm_without_waiting_submits_the_runs_and_status_follows_them(
+    train, tmp_path, slurm, capsys
+):
+    jobs, queue, root = tmp_path / "jobs", tmp_path / "queue", tmp_path / "runs"
+    jobs.write_text("")
+    slurm(
+        sbatch=f"echo job >> {jobs}; echo Submitted batch job $(wc -l < {jobs})",
+        srun="exit 0",
+        squeue=f"cat {queue}",
+    )
+    command = [*QUICK, "hydra.mode=MULTIRUN", "seed=0,1,2"]
+    command += ["hydra/launcher=slurm", "hydra.launcher.wait=false"]
+
+    def submitted():
+        return list(json.loads((root / "sweep.json").read_text())["submitted"].values())
+
+    train(*command, folder=root)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "3 of 3 runs are submitted" in out
+    assert f"python -m mtnrec.status runs={root}" in out
+    assert submitted() == ["1_0", "1_1", "1_2"]
+    runs = read_progress(root)
+    assert [run.state for run in runs] == [State.SUBMITTED] * 3
+
+    queue.write_text("1_0\n1_2\n9\n")  # 1_1 was cancelled
+    train(*command, folder=root)
+    assert submitted() == ["1_0", "2", "1_2"]
+
+    with lock_run_folder(root / runs[0].name, [], []):
+        queue.unlink()  # squeue fails
+        train(*command, folder=root)
+        states = [run.state for run in read_progress(root)]
+        assert states == [State.RUNNING, State.SUBMITTED, State.SUBMITTED]
+    assert submitted() == ["1_0", "3_0", "3_1"]
+
+
+def test_a_search_refuses_a_launcher_that_does_not_wait():
+    search = OmegaConf.create({"hydra": {"sweeper": {"_target_": "optuna.OptunaSweeper"}}})
+
+    with pytest.raises(SystemExit, match=r"hydra\.launcher\.wait must be true in a search"):
+        MtnrecSlurmLauncher(wait=False).setup(hydra_context=None, task_function=None, config=search)
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ from mtnrec.run.folder import (
     run_state,
 )
 from mtnrec.sweep.progress import PLAN_FILE, read_progress, render_progress
+from mtnrec.sweep.submission import submit_jobs
 
 _MAX_CRASHES = 3  # crashes of its process after which a run counts as failed
 _PAUSE = 1.0  # seconds between two checks of other processes
@@ -89,6 +90,8 @@ def plan(
 def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> None:
     """Run the jobs that are not finished; exit with status 1 if some still are not.
 
+    A launcher with ``wait=False`` only submits them.
+
     Args:
         jobs: All runs of the sweep.
         launcher: Launches the unfinished ones.
@@ -97,15 +100,22 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
     directory = Path(config.hydra.sweep.dir)
     directory.mkdir(parents=True, exist_ok=True)
     planned = {job.folder.relative_to(directory).as_posix(): list(job.overrides) for job in jobs}
-    write_json(directory / PLAN_FILE, {"started": time.time(), "cells": planned})
+    submitted = (read_json(directory / PLAN_FILE) or {}).get("submitted", {})
+    sweep = {"started": time.time(), "cells": planned, "submitted": submitted}
+    write_json(directory / PLAN_FILE, sweep)
     checksums = _prepare_data(jobs)
     pending = [job for job in jobs if not _is_finished(job, checksums[_data_key(job)])]
     _logger.info(
         "%d runs in %s, %d of them finished before", len(jobs), directory, len(jobs) - len(pending)
     )
     for job in pending:
+        if run_state(job.folder) is State.RUNNING:
+            continue
         for stale in (FAILURE_FILE, RUNNING_FILE):
             (job.folder / stale).unlink(missing_ok=True)
+    if not getattr(launcher, "wait", True):
+        submit_jobs({job.folder: job.overrides for job in pending}, launcher, directory)
+        return
     with _on_the_screen(directory, config):
         _launch(pending, launcher)
     _close(jobs, pending)

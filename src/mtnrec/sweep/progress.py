@@ -24,7 +24,14 @@ from mtnrec.run.record import RECORD_FILE
 
 PLAN_FILE = "sweep.json"
 _TRACES = (RECORD_FILE, FAILURE_FILE, RUNNING_FILE)  # files of a started run
-_ORDER = (State.FINISHED, State.RUNNING, State.FAILED, State.INTERRUPTED, State.WAITING)
+_ORDER = (
+    State.FINISHED,
+    State.RUNNING,
+    State.FAILED,
+    State.INTERRUPTED,
+    State.SUBMITTED,
+    State.WAITING,
+)
 
 T = TypeVar("T")
 
@@ -62,23 +69,28 @@ def read_progress(root: Path) -> list[RunProgress]:
         InputError: If there are no runs.
     """
     folders = {path.parent for file in _TRACES for path in root.rglob(file)}
+    submitted: set[Path] = set()
     for path in root.rglob(PLAN_FILE):
-        folders |= {path.parent / name for name in _or(_planned, path, [])}
+        planned, waiting = _or(_planned, path, ([], []))
+        folders |= {path.parent / name for name in planned}
+        submitted |= {path.parent / name for name in waiting}
     if not folders:
         raise InputError(
             f"runs must be the folder of a sweep, got {root}. Start one in the folder runs with "
             "`python -m mtnrec.train -m seed=0,1,2`."
         )
-    return [_read_run(root, folder) for folder in sorted(folders)]
+    return [_read_run(root, folder, folder in submitted) for folder in sorted(folders)]
 
 
-def _planned(path: Path) -> list[str]:
-    cells = _read(path).get("cells")
-    if not isinstance(cells, Mapping) or {"/", ".."} & {
-        part for n in cells for part in Path(n).parts
+def _planned(path: Path) -> tuple[list[str], list[str]]:
+    """Return the planned runs, and those that were submitted."""
+    plan = _read(path)
+    cells, submitted = plan.get("cells"), plan.get("submitted", {})
+    if not (isinstance(cells, Mapping) and isinstance(submitted, Mapping)) or {"/", ".."} & {
+        part for name in (*cells, *submitted) for part in Path(name).parts
     }:
         raise InputError(f"{path} is not the plan of a sweep. Delete it and run again.")
-    return [*cells]
+    return [*cells], [*submitted]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -105,8 +117,10 @@ def _warn_once(message: str) -> None:
     _logger.warning(message)
 
 
-def _read_run(root: Path, folder: Path) -> RunProgress:
+def _read_run(root: Path, folder: Path, submitted: bool) -> RunProgress:
     name, state = folder.relative_to(root).as_posix(), run_state(folder)
+    if state is State.WAITING and submitted:
+        state = State.SUBMITTED
     if state is State.FINISHED:
         record = folder / RECORD_FILE
         return RunProgress(
