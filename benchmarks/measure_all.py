@@ -20,7 +20,7 @@ import torch
 
 from mtnrec.files import write_atomic
 from mtnrec.resources import memory_bytes
-from mtnrec.training.recorder import versions
+from mtnrec.run.environment import versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.md"

@@ -30,6 +30,7 @@ GROUPS = {
     "optimizer": "Optimisers",
     "trainer": "Trainers",
     "logger": "Loggers",
+    "callbacks": "Callbacks",
     "hydra/launcher": "Launchers",
     "hydra/sweeper": "Sweepers",
 }
@@ -62,10 +63,11 @@ def configuration_page(conf: Path) -> str:
         for path in _ordered(conf / folder):
             choice = f"`{folder}={path.stem}`" if path.parent == conf / folder else f"`{path.stem}`"
             parts += [_section(path, choice, f"{folder.replace('/', '.')}.", intro=_intro(path))]
-    parts += ["## Experiments", "`experiment=NAME` is one of these files; each sets what it names."]
-    for path in sorted((conf / "experiment").glob("*.yaml")):
-        text = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n")
-        parts += [f"### `experiment={path.stem}`", f"```yaml\n{text}```"]
+    for folder, title in {"debug": "Debugging", "experiment": "Experiments"}.items():
+        parts += [f"## {title}", f"`{folder}=NAME` is one of these files; each sets what it names."]
+        for path in sorted((conf / folder).glob("*.yaml")):
+            text = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n")
+            parts += [f"### `{folder}={path.stem}`", f"```yaml\n{text}```"]
     return "\n\n".join(parts) + "\n"
 
 

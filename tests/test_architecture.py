@@ -29,7 +29,7 @@ ALLOWED = {
     "model": GROUND | {"resources"},
     "optimizer": {"checks"},
     "mtn": {"checks", "metric", "optimizer"},
-    "run": {"checks", "files"},
+    "run": {"checks", "files", "resources"},
     "command": {"checks", "run"},
     "inspection": GROUND | {"data", "metric"},
     "checkpoint": {"checks", "data", "files", "model", "schema"},

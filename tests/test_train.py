@@ -404,6 +404,15 @@ def test_a_suspected_leak_is_logged_and_recorded(train, tmp_path):
             ["+trainer.check_val_every_n_epoch=9"],
             r".* before its first validation.*no epoch to test",
         ),
+        (["+trainer.max_steps=1"], r".* before its first validation.*after 4 steps.*max_steps=1"),
+        (["+trainer.fast_dev_run=true"], r"trainer\.fast_dev_run must be false.* Set debug=fast"),
+        (["+trainer.limit_val_batches=0"], r"trainer\.limit_val_batches must be above 0, got 0"),
+        (["+trainer.limit_val_batches=0.01"], r"trainer: .*limit_val_batches=0\.01"),
+        (["+trainer.val_check_interval=9"], r"trainer\.val_check_interval must be at most 4"),
+        (
+            ["model.batch_norm=true", "data.batch_size=1919"],
+            r"data\.batch_size must not leave .* Set data\.batch_size=1918 or 1920, or",
+        ),
         (["optimizer.lr=-1"], r"optimizer: Invalid learning rate: -1"),
         (["optimizer.lr=fast"], r"optimizer: .*'str'"),
         (
@@ -426,12 +435,67 @@ def test_bad_input_ends_in_one_message_and_no_record(overrides, message, train, 
     assert not (tmp_path / "result.json").exists()
 
 
-def test_the_closing_lines_name_the_record_on_one_line(train, tmp_path, capsys):
-    folder = tmp_path / ("long" * 30)
+def test_a_run_begins_with_a_panel_and_ends_with_where_things_are(train, tmp_path, capsys):
+    folder = tmp_path / ("long [x] " * 12).strip()
 
-    train(*LOG, folder=folder)
+    train(*LOG, "trainer.max_epochs=1", "mtn.enabled=true", f"hydra.run.dir='{folder}'")
 
-    assert f"The record of the run is {folder / 'result.json'}\n" in capsys.readouterr().out
+    ends = capsys.readouterr().out.splitlines()
+    panel = "\n".join(ends[:12])
+    assert "ESMM: 2,922 parameters, " in panel
+    assert " in embeddings" in panel
+    assert "synthetic: 1,920 training, 480 validation, 600 test rows" in panel
+    assert "cpu, 1 thread" in panel
+    assert "lam=1e-05 on towers" in panel
+    assert "Training ended after all 1 epoch of trainer.max_epochs." in ends
+    assert f"The record of the run is {folder / 'result.json'}" in ends
+    assert f"{'model':<12}{(folder / 'checkpoints' / 'best.ckpt').as_uri()}" in ends
+    assert f"{'epochs':<12}{(folder / 'csv' / 'metrics.csv').as_uri()}" in ends
+    assert f"{'spectra':<12}{(folder / 'spectra').as_uri()}" in ends
+
+
+def test_a_score_that_is_not_a_number_ends_the_run_with_its_row(train, tmp_path):
+    data = [*LOG, f"data.dir={tmp_path / 'log'}", "data.verify=false"]
+    train(*data, "trainer.max_epochs=1")
+    path = tmp_path / "log" / "test" / "numerical.npy"
+    array = np.load(path, mmap_mode="r+")
+    array[5] = np.inf
+    array.flush()
+
+    with pytest.raises(SystemExit) as stop:
+        train(*data, "trainer.max_epochs=1")
+
+    assert (
+        "test scores must be numbers, got NaN for 1 of 600 rows (row 5 of the test file, from 0)"
+        in (stop.value.code)
+    )
+    assert "Their numerical features reach inf. Scale them, or leave" in stop.value.code
+
+
+def test_scores_worse_than_chance_are_warned_of(train, tmp_path):
+    folder = train(*LOG, "trainer.max_epochs=1", "optimizer.lr=30", folder=tmp_path)
+
+    log = (folder / "train.log").read_text()
+    assert re.search(
+        r"\[WARNING\] .*the test log loss is above .*\(ctr [0-9.]+ > 0\.[0-9]+, cvr", log
+    )
+
+
+@pytest.mark.parametrize("name", ["fast", "limit", "overfit"])
+def test_each_preset_for_debugging_runs_to_its_end(name, train):
+    few = ["data.batch_size=32", "monitor=val/ctr_log_loss"]
+    epochs = {"fast": 1, "limit": 5, "overfit": 6}[name]
+    short = [] if name != "overfit" else ["trainer.max_epochs=6", "optimizer.lr=0.02"]
+
+    record = read_record(train(*LOG, *few, f"debug={name}", *short))
+
+    assert len(record["history"]) <= epochs
+    rows = {"fast": 128, "limit": 32, "overfit": 64}[name]
+    assert record["counts"]["test/ctr"]["rows"] == rows
+    assert "test/ctr_bayes_auc" not in record["metrics"]
+    if name == "overfit":
+        losses = [epoch["train/loss"] for epoch in record["history"]]
+        assert losses == sorted(losses, reverse=True)
 
 
 def test_missing_data_ends_in_one_message_with_a_remedy(train, tmp_path, capsys):

@@ -5,7 +5,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -17,7 +17,9 @@ from mtnrec.command.errors import find_input_error
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.noise import Noise
 from mtnrec.mtn.callback import MTN
+from mtnrec.run.identity import RunIdentity
 from mtnrec.schema import CategoricalField, Schema
+from mtnrec.tracking.loggers import make_loggers
 
 
 def choices(group):
@@ -36,6 +38,8 @@ def test_every_group_has_its_choices():
     assert choices("model") == ["esmm", "mmoe", "shared_bottom"]
     assert choices("optimizer") == ["adam", "lazy_adam"]
     assert choices("logger") == ["csv", "tensorboard", "wandb"]
+    assert choices("callbacks") == ["learning_rate"]
+    assert choices("debug") == ["fast", "limit", "overfit"]
 
 
 @pytest.mark.parametrize("name", choices("data"))
@@ -111,19 +115,49 @@ def test_every_trainer_is_built(name, compose_config, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("csv", CSVLogger), ("tensorboard", TensorBoardLogger), ("wandb", WandbLogger)],
-)
-def test_every_logger_is_built_and_writes_to_the_folder_of_the_run(
-    name, kind, compose_config, tmp_path
-):
-    logger = instantiate(compose_config(f"logger={name}", f"output_dir={tmp_path}").logger)
+LOGGERS = {"csv": CSVLogger, "tensorboard": TensorBoardLogger, "wandb": WandbLogger}
 
-    assert isinstance(logger, Logger)
-    assert isinstance(logger, kind)
-    assert logger.save_dir == str(tmp_path)
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *([name] for name in LOGGERS),
+        ["csv", "wandb"],
+        ["csv", "tensorboard"],
+        ["wandb", "tensorboard", "csv"],
+    ],
+    ids=",".join,
+)
+def test_every_logger_of_a_list_is_built_and_writes_to_the_folder_of_the_run(
+    names, compose_config, tmp_path
+):
+    config = compose_config(f"logger=[{','.join(names)}]", f"output_dir={tmp_path}")
+
+    loggers = make_loggers(config.logger, RunIdentity(as_plain(config), "1", ["seed"]))
+
+    assert {type(logger) for logger in loggers} == {LOGGERS[name] for name in names}
+    assert len(loggers) == len(names)
+    assert {logger.save_dir for logger in loggers} == {str(tmp_path)}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_list_of_one_logger_is_that_logger(compose_config):
+    for name in LOGGERS:
+        assert compose_config(f"logger=[{name}]") == compose_config(f"logger={name}")
+
+
+def test_keys_of_wandb_are_set_as_if_it_were_the_only_logger(compose_config, tmp_path):
+    config = compose_config("logger=[csv,wandb]", "logger.offline=true", f"output_dir={tmp_path}")
+
+    csv, wandb = make_loggers(config.logger, RunIdentity(as_plain(config), "1", ["seed"]))
+
+    assert csv.name == "csv"
+    assert wandb._offline
+    assert wandb._wandb_init["name"].endswith(" seed=0")
+
+
+def as_plain(config):
+    return OmegaConf.to_container(config, resolve=True)
 
 
 def test_the_defaults_are_esmm_without_mtn_on_a_synthetic_log(compose_config):
@@ -248,4 +282,4 @@ def test_nothing_is_missing_in_the_default_config(compose_config, tmp_path):
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
     assert resolved["seed"] == 3
-    assert resolved["logger"]["save_dir"] == str(tmp_path)
+    assert resolved["logger"]["csv"]["save_dir"] == str(tmp_path)

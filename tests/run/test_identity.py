@@ -27,7 +27,7 @@ def make_id(compose_config):
 
 
 def test_the_id_does_not_depend_on_where_a_run_reads_and_writes(make_id):
-    assert make_id("logger.name", "other") == make_id()
+    assert make_id("logger.csv.name", "other") == make_id()
     assert make_id("output_dir", "elsewhere") == make_id()
     assert make_id("data_root", "elsewhere") == make_id()
     assert make_id("data.dir", "elsewhere") == make_id()

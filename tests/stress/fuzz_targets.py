@@ -54,7 +54,7 @@ from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.run.identity import CHECKPOINTS, RunIdentity
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.serving.encoder import Encoder, read_vocabularies
-from mtnrec.tracking.loggers import make_logger
+from mtnrec.tracking.loggers import make_loggers
 from mtnrec.training.fit import check_settings
 from mtnrec.training.module import MultiTaskModule
 from mtnrec.training.resume import ResumePoint
@@ -672,7 +672,7 @@ def _build(config: Any, schema: Schema) -> None:
     )
     ResumePoint(folder, "id", config.trainer[CHECKPOINTS])
     settings = OmegaConf.to_container(config, resolve=True)
-    logger = make_logger(config.logger, RunIdentity(settings, "checksum", ["seed"]))
+    logger = make_loggers(config.logger, RunIdentity(settings, "checksum", ["seed"]))
     instantiate(lightning_keys(config.trainer), logger=logger, enable_progress_bar=False)
 
 

@@ -11,10 +11,11 @@ import wandb
 from omegaconf import OmegaConf
 from wandb.proto.wandb_internal_pb2 import Record
 
+from mtnrec.checks import InputError
 from mtnrec.command.config import seed_keys
 from mtnrec.reporting.runs import read_runs
 from mtnrec.run.identity import RunIdentity
-from mtnrec.tracking.loggers import make_logger
+from mtnrec.tracking.loggers import check_login, make_loggers
 from mtnrec.tracking.tables import record_tables
 from mtnrec.training.recorder import RunRecorder
 
@@ -71,13 +72,66 @@ def test_name_and_tags_contain_model_data_mtn_and_noise(labels):
     assert found.tags == ["synthetic", "mmoe", "mtn", "noise_0.15"]
 
 
+@pytest.fixture
+def no_login(tmp_path, monkeypatch):
+    """A home without credentials of W&B."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(variable, raising=False)
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("no_login")
+@pytest.mark.parametrize("names", ["wandb", "[csv,wandb]"])
+def test_wandb_without_a_key_is_refused(names, compose_config):
+    config = compose_config(f"logger={names}", "output_dir=out")
+
+    with pytest.raises(InputError, match=r"an API key.*`wandb login`.*logger\.offline=true"):
+        check_login(config.logger)
+
+
+@pytest.mark.usefixtures("no_login")
+def test_wandb_without_a_key_is_refused_before_the_data_are_prepared(train, tmp_path):
+    with pytest.raises(SystemExit, match=r"^mtnrec: logger=wandb must have an API key"):
+        train(*LOG, f"data.dir={tmp_path / 'log'}", "logger=wandb", folder=tmp_path / "run")
+
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.usefixtures("no_login")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["logger=csv"],
+        ["logger=tensorboard"],
+        ["logger=wandb", "logger.offline=true"],
+        ["logger=wandb", "+logger.settings.mode=offline"],
+        ["logger=wandb", f"+logger.settings.api_key={40 * '0'}"],
+    ],
+)
+def test_a_logger_that_needs_no_key_is_accepted(overrides, compose_config):
+    check_login(compose_config("output_dir=out", *overrides).logger)
+
+
+@pytest.mark.usefixtures("no_login")
+def test_wandb_with_a_key_or_switched_off_by_its_variable_is_accepted(compose_config, monkeypatch):
+    node = compose_config("logger=wandb", "output_dir=out").logger
+    for variable, value in (("WANDB_MODE", "disabled"), ("WANDB_API_KEY", 40 * "0")):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            wandb.teardown()
+            check_login(node)
+
+
 def test_a_given_name_is_kept_and_tags_are_added(compose_config, tmp_path):
     config = compose_config(
         "logger=wandb", f"output_dir={tmp_path}", "logger.name=mine", "logger.tags=[pilot]"
     )
 
     resolved = OmegaConf.to_container(config, resolve=True)
-    logger = make_logger(config.logger, RunIdentity(resolved, "1", ["seed"]))
+    (logger,) = make_loggers(config.logger, RunIdentity(resolved, "1", ["seed"]))
 
     assert logger.name == "mtnrec"  # Lightning's is the project's
     assert logger._wandb_init["name"] == "mine"

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from mtnrec.run.environment import versions
 from mtnrec.schema import Schema
-from mtnrec.training.recorder import peak_memory_bytes, split_counts, versions
-from mtnrec.training.summary import summary_table
+from mtnrec.training.recorder import peak_memory_bytes, split_counts
+from mtnrec.training.summary import summary_table, warn_of_weak_scores
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_the_table_shows_which_rows_a_metric_is_measured_on(funnel_schema, make_
     assert headers[:4] == ["task", "definition", "rows", "positives"]
     assert headers[4:] == ["val AUC", "test AUC", "log loss", "Bayes AUC"]
     assert task == ["CTR", "CVR", "CTCVR"]
-    assert definition == [
+    assert [words(text) for text in definition] == [
         "click on all rows",
         "conversion where click = 1",
         "conversion on all rows",
@@ -129,3 +130,28 @@ def test_an_undefined_value_is_shown_as_such(funnel_schema, make_record):
     text = render(summary_table(funnel_schema, record))
 
     assert "nan" in text
+
+
+def test_scores_worse_than_chance_or_a_constant_are_warned_of_once(
+    funnel_schema, make_record, caplog
+):
+    record = make_record()
+    record.metrics |= {"test/ctr_auc": 0.4607, "test/cvr_log_loss": 9.0}
+    record.metrics |= {f"test/{task}_log_loss": 0.01 for task in ("ctr", "ctcvr")}
+
+    warn_of_weak_scores(funnel_schema, record)
+
+    (message,) = caplog.messages
+    assert "the test AUC is below the 0.5 of chance (ctr 0.4607), and" in message
+    assert "(cvr 9.0000 > 0.16" in message
+    assert message.endswith("whether the numerical features are scaled")
+
+
+def test_good_and_undefined_scores_are_not_warned_of(funnel_schema, make_record, caplog):
+    record = make_record()
+    record.metrics |= {f"test/{task}_log_loss": 0.01 for task in ("ctr", "cvr", "ctcvr")}
+    record.metrics["test/cvr_auc"] = math.nan
+
+    warn_of_weak_scores(funnel_schema, record)
+
+    assert caplog.messages == []

@@ -5,6 +5,7 @@ import resource
 import pytest
 import torch
 from shared_fixtures import Killed
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtnrec.files import read_json
 from mtnrec.training.recorder import RunRecorder
@@ -297,6 +298,61 @@ def test_a_restarted_run_does_not_leave_the_old_point_behind(train, kill, interr
         train(*RUN, "optimizer.lr=0.01", folder=interrupted)
 
     assert not (interrupted / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_run_of_other_settings_leaves_nothing_of_the_one_before(train, kill, tmp_path):
+    run = [*LOG, "logger=[csv,tensorboard]", "mtn.enabled=true"]
+    train(*run, "trainer.max_epochs=3", folder=tmp_path)
+    (tmp_path / "wandb").mkdir()
+    resume = tmp_path / "wandb" / "wandb-resume.json"
+    resume.write_text("{}")
+
+    train(*run, "trainer.max_epochs=2", "optimizer.lr=0.01", folder=tmp_path)
+
+    spectra = sorted(path.name for path in (tmp_path / "spectra").iterdir())
+    assert spectra == ["epoch_000.npz", "epoch_001.npz"]
+    assert not resume.exists()
+    aucs = [epoch["val/cvr_auc"] for epoch in read_record(tmp_path)["history"]]
+    assert points(tmp_path) == pytest.approx(aucs, rel=1e-6)
+    assert len(read_csv(tmp_path)) > 0
+    train(*LOG, "logger=csv", "trainer.max_epochs=1", folder=tmp_path)
+    assert not (tmp_path / "tensorboard").exists()
+    assert not (tmp_path / "spectra").exists()
+
+
+def points(folder):
+    """The validation AUCs of a folder's only event file with any."""
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return [event.value for event in events.Scalars("val/cvr_auc")]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_each_epoch_once_in_tensorboard(train, kill, tmp_path):
+    run = [*LOG, "logger=tensorboard", "trainer.max_epochs=3"]
+    kill("on_train_epoch_start", 3)
+    with pytest.raises(Killed):
+        train(*run, folder=tmp_path)
+
+    train(*run, folder=tmp_path)
+
+    assert len(points(tmp_path)) == 3
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_fewest_epochs_ends_with_the_bits_of_an_uninterrupted_one(
+    train, kill, tmp_path
+):
+    run = [*RUN, "+trainer.min_epochs=6"]
+    whole = train(*run)
+    assert len(outcome(whole)["history"]) == 6  # patience alone would end it before
+    kill("on_train_epoch_start", 6)
+    with pytest.raises(Killed):
+        train(*run, folder=tmp_path)
+
+    train(*run, folder=tmp_path)
+
+    assert outcome(tmp_path) == outcome(whole)
+    assert_same_weights(tmp_path, whole)
 
 
 @pytest.mark.parametrize(

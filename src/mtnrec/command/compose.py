@@ -1,7 +1,7 @@
 """Compose the config of a run from Python: choices, keys or objects per group."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +29,9 @@ def compose_run(groups: Mapping[str, Any], keys: Mapping[str, Any]) -> DictConfi
         if isinstance(entry, str):
             continue
         ((group, choice),) = entry.items()
-        if group in Train.__annotations__:
+        if group == "callbacks":
+            found["callbacks"] = _callback_configs(groups.get("callbacks", ()))
+        elif group in Train.__annotations__:
             found[str(group)] = group_config(str(group), groups.get(str(group), choice), choice)
     del root["hydra"]
     return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Train), root, found, dict(keys)))
@@ -40,9 +42,9 @@ def group_config(group: str, value: Any, default: str) -> DictConfig:
 
     Args:
         group: Name of the group, for example ``model``.
-        value: Name of a choice (``"mmoe"``), keys that replace those of the default choice
-            (``{"lr": 0.01}``; with ``_target_``, all keys), or an object or partial call as in
-            :func:`describe_call`.
+        value: Name of a choice (``"mmoe"``), a list of names, whose keys are merged, keys that
+            replace those of the default choice (``{"lr": 0.01}``; with ``_target_``, all keys), or
+            an object or partial call as in :func:`describe_call`.
         default: Name of the default choice.
 
     Raises:
@@ -52,6 +54,9 @@ def group_config(group: str, value: Any, default: str) -> DictConfig:
         choices = sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
         check_choice(group, value, choices)
         return _load(group, value)
+    if isinstance(value, list | tuple):
+        configs = [group_config(group, item, default) for item in value]
+        return cast(DictConfig, OmegaConf.merge(*configs))
     if not isinstance(value, Mapping):
         return OmegaConf.create(describe_call(group, value))
     if "_target_" in value:
@@ -63,6 +68,24 @@ def group_config(group: str, value: Any, default: str) -> DictConfig:
             f"from {', '.join(str(key) for key in base if not str(key).startswith('_'))}."
         )
     return cast(DictConfig, OmegaConf.merge(base, dict(value)))
+
+
+def _callback_configs(callbacks: Sequence[Any]) -> list[Any] | None:
+    """Return the config of each callback, in order; None without any.
+
+    A class or partial call needs no more arguments, so it is described as the object it makes.
+    """
+    found: list[Any] = []
+    for value in callbacks:
+        if isinstance(value, str):
+            found += group_config("callbacks", value, value).values()
+        elif isinstance(value, Mapping):
+            found.append(dict(value))
+        else:
+            described = describe_call("callbacks", value)
+            described.pop("_partial_", None)
+            found.append(described)
+    return found or None
 
 
 def describe_call(name: str, value: Any) -> dict[str, Any]:

@@ -68,6 +68,7 @@ class Train:
     optimizer: Any = MISSING
     trainer: Any = MISSING
     logger: Any = MISSING
+    callbacks: Any = None
     seed: int = 0
     monitor: str = MISSING
     stop: str = MISSING

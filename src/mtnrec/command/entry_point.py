@@ -14,7 +14,8 @@ from rich.logging import RichHandler
 
 from mtnrec.command.config import CONF_DIR
 from mtnrec.command.errors import find_input_error
-from mtnrec.command.job import is_rank_zero, is_sweep_job, owns_screen
+from mtnrec.command.job import is_rank_zero, is_sweep_job, name_callbacks, owns_screen
+from mtnrec.run.secrets import redact_log, redact_text
 
 _logger = logging.getLogger(__name__)
 
@@ -58,10 +59,13 @@ def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
                     raise
                 if known is None:
                     raise
-                sys.exit(f"mtnrec: {known}")
+                sys.exit(redact_text(f"mtnrec: {known}"))
 
-        command.__doc__ = task.__doc__
-        main: Callable[[], None] = command
+        def main() -> None:
+            sys.argv[1:] = map(name_callbacks, sys.argv[1:])
+            command()
+
+        main.__doc__ = task.__doc__
         return main
 
     return decorate
@@ -95,5 +99,7 @@ def _quiet() -> None:
         logging.captureWarnings(capture=True)
         root = logging.getLogger()
         root.handlers = [found for found in root.handlers if not isinstance(found, RichHandler)]
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(redact_log)
     if not is_rank_zero():  # rank 0 logs the same; errors are still raised
         logging.getLogger().handlers = [logging.NullHandler()]

@@ -1,11 +1,18 @@
 """Job of this process: overrides, command line and screen."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from lightning_utilities.core.rank_zero import rank_zero_only
+
+_LISTS_CALLBACKS = re.compile(r"\+{0,2}callbacks=\s*\[\s*\{")
 
 
 def is_sweep_job() -> bool:
@@ -38,6 +45,24 @@ def job_overrides() -> list[str]:
 def job_command(output_dir: Path) -> list[str]:
     """Return the command that repeats this run alone, in the same folder."""
     return train_command(output_dir, job_overrides())
+
+
+def name_callbacks(argument: str) -> str:
+    """Name the callbacks of ``callbacks=[{…},{…}]``, which Hydra would read as names of files.
+
+    >>> name_callbacks("+callbacks=[{_target_:my.A},{_target_:my.B,rate:0.1}]")
+    'callbacks={callback_0:{_target_:my.A},callback_1:{_target_:my.B,rate:0.1}}'
+    >>> name_callbacks("callbacks=[learning_rate]")
+    'callbacks=[learning_rate]'
+    """
+    if not _LISTS_CALLBACKS.match(argument):
+        return argument
+    try:
+        items = OverridesParser.create().parse_override(argument)._value
+    except HydraException:  # Hydra will report it
+        return argument
+    named = {f"callback_{number}": item for number, item in enumerate(cast(list[Any], items))}
+    return f"callbacks={Override._get_value_element_as_str(cast(Any, named))}"
 
 
 def train_command(folder: Path, overrides: Sequence[str]) -> list[str]:

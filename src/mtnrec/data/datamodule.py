@@ -28,6 +28,7 @@ from mtnrec.data.prepared.store import (
 from mtnrec.data.prepared.verify import verify_once
 from mtnrec.data.samplers import (
     EvaluationSampler,
+    RepeatedSampler,
     TrainLoader,
     TrainSampler,
     permutation,
@@ -233,7 +234,9 @@ class DataModule(L.LightningDataModule, ABC):
             raise InputError(
                 f"each process must have a training row, got {rows} rows for {world_size} processes"
             )
-        sampler = TrainSampler(rows, self.batch_size, self.seed, rank, world_size)
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
+        kind = RepeatedSampler if overfits else TrainSampler
+        sampler = kind(rows, self.batch_size, self.seed, rank, world_size)
         return self._loader("train", sampler, TrainLoader)
 
     def val_dataloader(self) -> DataLoader[Batch]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 
 from mtnrec.batch import Batch
 from mtnrec.data.batches import RowIndices
@@ -75,6 +75,16 @@ class TrainSampler(Sampler[RowIndices]):
         return -(-self._rows // self._global_batch)
 
 
+class RepeatedSampler(TrainSampler, SequentialSampler):
+    """The same batches in every epoch, for ``trainer.overfit_batches``.
+
+    Lightning replaces any other sampler than a sequential one then.
+    """
+
+    def _order(self, epoch: int) -> RowIndices:
+        return super()._order(0)
+
+
 class TrainLoader(DataLoader[Batch]):
     """Loader whose position in the epoch Lightning saves in each training checkpoint."""
 
@@ -87,7 +97,7 @@ class TrainLoader(DataLoader[Batch]):
         self.sampler.load_state_dict(state_dict)
 
 
-class EvaluationSampler(Sampler[RowIndices]):
+class EvaluationSampler(SequentialSampler):
     """Every row once and in order; each rank gets contiguous batches.
 
     The rows of rank 0, rank 1 and so on, concatenated, are in the order of a single process, so

@@ -148,7 +148,8 @@ class TaskMetrics(Metric):
     Metrics are never averaged over batches; under DDP the predictions of all ranks are gathered
     first. Keeps ``9 T + 8`` bytes per row (8 of them for groups); computing takes as many again
     plus about 25. ``curves`` holds the calibration curves of the last ``compute()`` by task; their
-    bins are those of the calibration error, at no extra cost.
+    bins are those of the calibration error, at no extra cost. ``nan_rows`` holds the positions of
+    the rows that have a score that is not a number, as an int64 tensor.
 
     Args:
         schema: Fields and labels of the data.
@@ -164,6 +165,7 @@ class TaskMetrics(Metric):
         super().__init__()
         self._schema = schema
         self.curves: dict[str, calibration.CalibrationCurve] = {}
+        self.nan_rows = torch.zeros(0, dtype=torch.long)
         for state in ("positive", "negative", "labels", "groups"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
@@ -192,6 +194,7 @@ class TaskMetrics(Metric):
         )
         groups = dim_zero_cat(self.groups).cpu() if len(self.groups) else None
         labels = dim_zero_cat(self.labels).cpu()
+        self.nan_rows = output.positive.isnan().any(dim=1).nonzero().squeeze(1)
         values: dict[str, Tensor] = {}
         for task in self._schema.tasks:
             rows = rows_of_task(task, output, labels, groups)

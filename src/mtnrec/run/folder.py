@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import socket
 import threading
 import time
@@ -26,6 +27,7 @@ from mtnrec.files import (
 )
 from mtnrec.run.identity import RunIdentity
 from mtnrec.run.record import RECORD_FILE, RunRecord
+from mtnrec.run.secrets import redact_text
 
 FAILURE_FILE = "failure.json"
 RUNNING_FILE = "running.json"
@@ -161,13 +163,29 @@ def record_failure(
     failure = {
         "status": "failed",
         "error": type(named).__name__,
-        "message": str(named),
-        "traceback": "".join(traceback.format_exception(error)),
-        "overrides": list(overrides),
-        "command": shlex.join(command),
+        "message": redact_text(str(named)),
+        "traceback": redact_text("".join(traceback.format_exception(error))),
+        "overrides": [redact_text(override) for override in overrides],
+        "command": redact_text(shlex.join(command)),
     }
     write_json(folder / FAILURE_FILE, failure)
     (folder / RUNNING_FILE).unlink(missing_ok=True)
+
+
+def clear_earlier_run(folder: Path, *, resumes: bool) -> None:
+    """Delete what an earlier training in the folder logged, before the next one logs.
+
+    Args:
+        folder: Folder of the run.
+        resumes: Whether the same training continues: it keeps its spectra and its W&B run. Its
+            other logs are deleted as well, since it logs the earlier epochs again.
+    """
+    names = ["csv", "tensorboard"] if resumes else ["csv", "tensorboard", "spectra"]
+    for name in names:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    if not resumes:
+        # The id that W&B resumes; what the earlier run has not sent yet stays in wandb/.
+        (folder / "wandb" / "wandb-resume.json").unlink(missing_ok=True)
 
 
 def report_progress(folder: Path, progress: dict[str, Any]) -> None:
@@ -204,7 +222,7 @@ def _process_info(overrides: Sequence[str]) -> dict[str, Any]:
         "pid": os.getpid(),
         "started": (now := time.time()),
         "heartbeat": now,
-        "overrides": list(overrides),
+        "overrides": [redact_text(override) for override in overrides],
     }
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from mtnrec.run.secrets import redact
+
 TREATMENTS = ("mtn",)  # config groups that a baseline lacks
 # Keys that say where a run reads and writes, or how it is displayed and computed, but do not change
 # its result. The checksum stands for the data.
@@ -32,15 +34,22 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     Of a part that is switched off, no other key counts: runs without MTN are the same run at every
     ``mtn.lam``.
     """
-    settings = {key: value for key, value in config.items() if key not in _NOT_OF_THE_RUN}
+    settings = {
+        key: redact(value, key) for key, value in config.items() if key not in _NOT_OF_THE_RUN
+    }
     for part, keys in (("data", _NOT_OF_THE_DATA), ("trainer", _NOT_OF_THE_TRAINER)):
-        settings[part] = {key: value for key, value in config[part].items() if key not in keys}
+        settings[part] = {key: v for key, v in settings[part].items() if key not in keys}
     settings |= {group: {"enabled": False} for group in TREATMENTS if not config[group]["enabled"]}
     # MTN recomputes its factors at each checkpoint; nothing else depends on the interval.
     if not config["mtn"]["enabled"] or not config["trainer"].get(CHECKPOINTS):
         settings["trainer"].pop(CHECKPOINTS, None)
     if not config["noise"]["proportion"]:
         settings["noise"] = {"proportion": 0}
+    # Their order matters, their names do not.
+    callbacks = settings.pop("callbacks", None)
+    if callbacks:
+        found = callbacks.values() if isinstance(callbacks, Mapping) else callbacks
+        settings["callbacks"] = list(found)
     return settings
 
 

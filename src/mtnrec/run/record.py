@@ -1,8 +1,10 @@
 """Record of a run, ``result.json``: settings, data and results."""
 
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -12,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mtnrec.checks import InputError
 from mtnrec.files import write_json
+from mtnrec.run.environment import code_of_run, describe_changes, sources, versions
 from mtnrec.run.identity import RunIdentity
 
 FORMAT_VERSION = 1
@@ -42,6 +45,9 @@ _ENTRIES: Mapping[str, Sequence[str]] = {
 }
 
 
+_logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """Record of a run; training writes it and everything else reads it.
@@ -61,6 +67,11 @@ class RunRecord:
         calibration_curves: ``predicted``, ``observed`` and ``rows`` per bin, by ``split/task``.
         expert_distances: Matrix ``(E, E)``; None for models without experts.
         threads: Threads of the process.
+        machine: Host, operating system, processor, cores, memory and GPUs.
+        commits: Git ``commit`` of the working directory and of mtnrec's checkout, and whether it
+            was ``dirty``; None outside a checkout.
+        sources: Hash of each module of the user's own that the config names.
+        stopped: Why the training ended.
         seconds: Durations of ``setup``, ``fit`` and ``test``.
         samples_per_second: Throughput of ``train`` and ``evaluate``, loading included.
         peak_memory_bytes: Peak memory of the process so far, GPU memory included.
@@ -86,6 +97,10 @@ class RunRecord:
     versions: Mapping[str, str] = field(default_factory=dict)
     mtn: Mapping[str, Any] = field(default_factory=dict)
     threads: int | None = None
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    commits: Mapping[str, Any] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    stopped: str | None = None
     keys_of_seed: Sequence[str] = field(default_factory=lambda: ["seed", "data.seed"])
     status: str = "finished"
     format_version: int = FORMAT_VERSION
@@ -94,6 +109,15 @@ class RunRecord:
     def identity(self) -> RunIdentity:
         """Identity of the run, by which runs are grouped and compared."""
         return RunIdentity(self.config, self.data["checksum"], self.keys_of_seed)
+
+    def code_changes(self, threads: int | None) -> list[str]:
+        """Return the differences in versions, own sources and threads between then and now.
+
+        Args:
+            threads: Threads that a run would have now; None if unknown.
+        """
+        before = code_of_run(self.versions, self.sources, self.threads)
+        return describe_changes(before, code_of_run(versions(), sources(self.config), threads))
 
     def write(self, folder: Path) -> None:
         """Write ``result.json`` atomically; NaN becomes null."""
@@ -195,6 +219,24 @@ def _check_entries(path: Path, key: str, entries: Any, names: Sequence[str]) -> 
         columns = [entry[name] for name in names if isinstance(entry[name], Sequence)]
         if len({len(column) for column in columns if not isinstance(column, str)}) > 1:
             raise _is_odd(path, f"the lists of {key} differ in length")
+
+
+def warn_of_changes(finished: Iterable[tuple[RunRecord, int | None]]) -> None:
+    """Warn of finished runs that are kept although their code or threads are not those of now.
+
+    Args:
+        finished: Records, each with the threads that the run would have now; None if unknown.
+    """
+    changes = Counter(", ".join(record.code_changes(threads)) for record, threads in finished)
+    del changes[""]
+    for change, runs in changes.items():
+        _logger.warning(
+            "%d finished run%s kept, made by other code (%s): results may differ now. Set "
+            "resume=false to train again, or choose another folder",
+            runs,
+            " is" if runs == 1 else "s are",
+            change,
+        )
 
 
 def _is_required(found: Any) -> bool:

@@ -37,6 +37,8 @@ from mtnrec.run.folder import (
     record_failure,
     run_state,
 )
+from mtnrec.run.record import RunRecord, warn_of_changes
+from mtnrec.run.secrets import redact_text
 from mtnrec.sweep.progress import PLAN_FILE, read_progress, render_progress
 from mtnrec.sweep.submission import submit_jobs
 
@@ -99,14 +101,18 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
     """
     directory = Path(config.hydra.sweep.dir)
     directory.mkdir(parents=True, exist_ok=True)
-    planned = {job.folder.relative_to(directory).as_posix(): list(job.overrides) for job in jobs}
+    planned = {job.folder.relative_to(directory).as_posix(): _shown(job) for job in jobs}
     submitted = (read_json(directory / PLAN_FILE) or {}).get("submitted", {})
     sweep = {"started": time.time(), "cells": planned, "submitted": submitted}
     write_json(directory / PLAN_FILE, sweep)
     checksums = _prepare_data(jobs)
-    pending = [job for job in jobs if not _is_finished(job, checksums[_data_key(job)])]
+    finished = {job.folder: _find_finished(job, checksums[_data_key(job)]) for job in jobs}
+    pending = [job for job in jobs if finished[job.folder] is None]
     _logger.info(
         "%d runs in %s, %d of them finished before", len(jobs), directory, len(jobs) - len(pending)
+    )
+    warn_of_changes(
+        (record, job.config["threads"]) for job in jobs if (record := finished[job.folder])
     )
     for job in pending:
         if run_state(job.folder) is State.RUNNING:
@@ -119,6 +125,10 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
     with _on_the_screen(directory, config):
         _launch(pending, launcher)
     _close(jobs, pending)
+
+
+def _shown(job: Job) -> list[str]:
+    return [redact_text(override) for override in job.overrides]
 
 
 def _data_key(job: Job) -> str:
@@ -148,10 +158,10 @@ def _prepare_data(jobs: Sequence[Job]) -> dict[str, str | None]:
     return checksums
 
 
-def _is_finished(job: Job, checksum: str | None) -> bool:
+def _find_finished(job: Job, checksum: str | None) -> RunRecord | None:
     if not job.config["resume"] or run_state(job.folder) is not State.FINISHED:
-        return False
-    return find_record(job.folder, job.config, checksum) is not None
+        return None
+    return find_record(job.folder, job.config, checksum)
 
 
 def _launch(pending: Sequence[Job], launcher: Launcher) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from mtnrec.checks import InputError
 from mtnrec.run.identity import RunIdentity, flatten
 from mtnrec.run.record import RunRecord
 from mtnrec.tracking.tables import record_tables
@@ -24,21 +25,76 @@ from mtnrec.tracking.tables import record_tables
 _logger = logging.getLogger(__name__)
 
 
-def make_logger(node: DictConfig, identity: RunIdentity) -> Logger:
-    """Build the logger, with a name, group and tags for the run where the config has none.
+def make_loggers(node: DictConfig, identity: RunIdentity) -> list[Logger]:
+    """Build the loggers, with a name, group and tags for the run where the config has none.
 
     Args:
-        node: ``cfg.logger``; null ``name`` and ``group`` are filled in, tags are added, and W&B's
-            ``resume`` is set to null if the run must restart.
+        node: ``cfg.logger``; null ``name`` and ``group`` are filled in, and tags are added.
         identity: Identity of the run, which has the name, the group (its arm) and the tags.
     """
+    return [_make_logger(part, identity) for part in _split(node)]
+
+
+def _make_logger(node: DictConfig, identity: RunIdentity) -> Logger:
     labels = {"name": identity.name, "group": identity.group}
     filled: dict[str, Any] = {k: v for k, v in labels.items() if k in node and node[k] is None}
-    if "resume" in node and not identity.config["resume"]:
-        filled["resume"] = None
     if "tags" in node:
         filled["tags"] = [*node.tags, *_experiment(), *identity.tags]
     return instantiate(node, **filled, _convert_="all")
+
+
+def _split(node: DictConfig) -> list[DictConfig]:
+    """Return the config of each logger.
+
+    Hydra merges the files of ``logger=[csv,wandb]`` into one node. The loggers of most files are
+    under their own name in it; the keys of one, W&B's, are those of the node itself.
+    """
+    named = [
+        key
+        for key in node
+        if not OmegaConf.is_interpolation(node, key) and _builds_logger(node[key])
+    ]
+    own = OmegaConf.masked_copy(node, [key for key in node if key not in named])
+    own._set_parent(node._get_parent())  # its interpolations are relative to the whole config
+    return [*(node[key] for key in named), *([own] if "_target_" in own else [])]
+
+
+def _builds_logger(node: Any) -> bool:
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        return False
+    made = get_object(node._target_)
+    return isinstance(made, type) and issubclass(made, Logger)
+
+
+def check_login(node: DictConfig) -> None:
+    """Refuse a W&B logger without an API key, before any work; in a terminal W&B asks for it.
+
+    Args:
+        node: ``cfg.logger``.
+
+    Raises:
+        InputError: If there is no key.
+    """
+    for part in _split(node):
+        online = os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun")
+        settings = part.get("settings") or {}
+        if not part._target_.endswith("WandbLogger") or part.get("offline") or not online:
+            continue
+        if settings.get("api_key") or settings.get("mode"):
+            continue
+        import wandb
+
+        try:
+            wandb.login(verify=False)
+        except wandb.errors.Error as error:
+            raise _no_key(error) from error
+
+
+def _no_key(error: Exception) -> InputError:
+    return InputError(
+        f"logger=wandb must have an API key, got none ({error}). Run `wandb login`, set "
+        "WANDB_API_KEY, or set logger.offline=true."
+    )
 
 
 def _experiment() -> list[str]:
@@ -89,6 +145,8 @@ def _start(logger: WandbLogger) -> None:
 
     try:
         _ = logger.experiment
+    except wandb.errors.UsageError as error:
+        raise _no_key(error) from error
     except wandb.errors.CommError as error:
         _logger.warning(
             "W&B does not answer (%s). The run is written to %s/wandb only; send it later with "

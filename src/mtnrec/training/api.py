@@ -2,12 +2,13 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pandas as pd
 from omegaconf import DictConfig
 from torch import nn
@@ -74,7 +75,8 @@ def fit(
     noise: Noise | Mapping[str, Any] | None = None,
     optimizer: str | Mapping[str, Any] | Callable[..., Any] = "adam",
     trainer: str | Mapping[str, Any] = "default",
-    logger: str | Mapping[str, Any] = "csv",
+    logger: str | Sequence[str] | Mapping[str, Any] = "csv",
+    callbacks: Sequence[L.Callback | type[L.Callback] | str | Mapping[str, Any]] = (),
     seed: int = 0,
     monitor: str = "val/cvr_auc",
     stop: str = "decreased",
@@ -101,7 +103,11 @@ def fit(
         optimizer: A choice of ``conf/optimizer``, keys of the default choice, or a class or partial
             call that takes the parameters.
         trainer: A choice of ``conf/trainer``, or keys of the default choice: ``{"max_epochs": 5}``.
-        logger: A choice of ``conf/logger``, or its keys with their ``_target_``.
+        logger: A choice of ``conf/logger``, a list of them, or keys with their ``_target_``.
+        callbacks: More Lightning callbacks, which run in order after those of the protocol. Each
+            is built from its constructor's arguments, which are settings of the run: an object
+            that stores them under their names, a class or a ``functools.partial`` of one, keys
+            with their ``_target_``, or a choice of ``conf/callbacks``.
         seed: Seed of the initial weights and the row order.
         monitor: Validation metric that chooses the epoch and stops the training.
         stop: ``decreased`` or ``patience``, as in ``conf/train.yaml``.
@@ -131,6 +137,7 @@ def fit(
         "optimizer": optimizer,
         "trainer": trainer,
         "logger": logger,
+        "callbacks": callbacks,
     }
     keys = {
         "seed": seed,

@@ -16,7 +16,7 @@ from mtnrec.checks import InputError
 
 _CHECK_EVERY_N_STEPS = 16  # a check waits for the accelerator and reads all gradients
 _SHOWN_ROWS = 5
-_HUGE = 1e4  # prepared features are of the order of 1
+HUGE = 1e4  # prepared features are of the order of 1
 
 
 class Divergence(L.Callback):
@@ -113,7 +113,7 @@ def _error(
 
 def _cause(trainer: L.Trainer, batch: Batch) -> str:
     values = largest(iter([batch.numerical, *(bag.weights for bag in batch.bags)]))
-    if not values <= _HUGE:
+    if not values <= HUGE:
         return f"Its numerical features reach {values:g}. Scale them, or leave their rows out."
     if str(trainer.precision).startswith("16"):
         return "fp16 ends at 65504. Choose trainer.precision=bf16-mixed or 32-true."

@@ -1,6 +1,8 @@
 """Fit a model by the protocol, test its best epoch once, and return the record of the run."""
 
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,31 +12,54 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from rich import get_console
+from rich.panel import Panel
+from torch import nn
 
+from mtnrec.arrays import UInt8Array
 from mtnrec.checkpoint.bundle import model_metadata
 from mtnrec.checkpoint.io import AtomicCheckpointIO
-from mtnrec.checks import InputError, check_choice, check_flag, check_integer
+from mtnrec.checks import InputError, check_choice, check_flag, check_integer, find_duplicates
 from mtnrec.command.config import lightning_keys, seed_keys
-from mtnrec.command.job import owns_screen
+from mtnrec.command.job import is_rank_zero, owns_screen
 from mtnrec.data.datamodule import DataModule
 from mtnrec.inspection.leaks import LeakCheck, check_leaks
 from mtnrec.metric.task_metrics import bayes_aucs
 from mtnrec.model.loss import TASK_LOSSES
 from mtnrec.model.network import build_network
 from mtnrec.performance import tune_process
-from mtnrec.run.folder import find_record
+from mtnrec.run.environment import (
+    code_of_run,
+    describe_machine,
+    find_commits,
+    sources,
+    versions,
+)
+from mtnrec.run.folder import clear_earlier_run, find_record
 from mtnrec.run.identity import CHECKPOINTS, RunIdentity
-from mtnrec.run.record import RECORD_FILE, RunRecord
-from mtnrec.tracking.loggers import describe_run, make_logger, report_run
+from mtnrec.run.record import RECORD_FILE, RunRecord, warn_of_changes
+from mtnrec.run.secrets import redact
+from mtnrec.tracking.loggers import check_login, describe_run, make_loggers, report_run
 from mtnrec.training.divergence import Divergence
 from mtnrec.training.expert_distances import ExpertDistances
+from mtnrec.training.limits import (
+    check_batch_norm,
+    check_first_validation,
+    check_trainer_keys,
+    limit_batches,
+)
 from mtnrec.training.module import MultiTaskModule
-from mtnrec.training.recorder import RunRecorder, peak_memory_bytes, split_counts, versions
+from mtnrec.training.recorder import RunRecorder, gpu_names, peak_memory_bytes, split_counts
 from mtnrec.training.resume import ResumePoint
-from mtnrec.training.selection import STOPS, selection_callbacks
-from mtnrec.training.summary import summary_table
+from mtnrec.training.selection import STOPS, selection_callbacks, stop_reason
+from mtnrec.training.summary import (
+    closing_lines,
+    opening_panel,
+    summary_table,
+    warn_of_weak_scores,
+)
 
 _LARGEST_SEED = 2**32 - 1  # that numpy's global stream takes
 _MOST_THREADS = 1024  # torch ends the process if there are too many
@@ -50,13 +75,20 @@ def find_or_fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) 
         InputError: If a setting is out of range.
     """
     check_settings(cfg)
-    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    config = _resolve(cfg)
     output_dir = Path(cfg.output_dir)
     record = find_record(output_dir, config, datamodule.find_checksum()) if cfg.resume else None
     if record is None:
         return fit(cfg, datamodule, recorder)
     _logger.info("%s is finished; resume=false trains again", output_dir)
+    threads = torch.get_num_threads() if cfg.threads is None else cfg.threads
+    warn_of_changes([(record, threads)])
     return record
+
+
+def _resolve(cfg: DictConfig) -> dict[str, Any]:
+    """Return the config as plain containers without secrets, for everything that is written."""
+    return cast(dict[str, Any], redact(OmegaConf.to_container(cfg, resolve=True)))
 
 
 def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRecord:
@@ -69,7 +101,10 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
     """
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    if is_rank_zero():
+        check_login(cfg.logger)
+    config = _resolve(cfg)
+    commits, own_sources = find_commits(), sources(config)
     output_dir = Path(cfg.output_dir)
     datamodule.seed, datamodule.noise = cfg.seed, instantiate(cfg.noise, _convert_="all")
     mtn = instantiate(cfg.mtn, _convert_="all")
@@ -86,27 +121,45 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         output_dir,
         stop=cfg.stop,
         schema=datamodule.schema,
-        validation_labels=datamodule.split_labels("val"),
+        validation_labels=_validation_labels(cfg, datamodule),
     )
-    resume_point = ResumePoint(output_dir, identity.id, cfg.trainer[CHECKPOINTS])
+    code = code_of_run(versions(), own_sources, torch.get_num_threads())
+    resume_point = ResumePoint(output_dir, identity.id, cfg.trainer[CHECKPOINTS], code=code)
     divergence, experts = Divergence(), ExpertDistances()
-    callbacks = [mtn, divergence, recorder, experts, *followers, resume_point]
-    trainer = _make_trainer(cfg, identity, callbacks)
+    callbacks = [
+        mtn,
+        divergence,
+        recorder,
+        experts,
+        *followers,
+        *_more_callbacks(cfg),
+        resume_point,
+    ]
+    trainer = _make_trainer(cfg, callbacks)
+    _check_batches(trainer, datamodule, module.network)
     tune_process(trainer.strategy.root_device)
-    describe_run(trainer.loggers, identity)
     (output_dir / RECORD_FILE).unlink(missing_ok=True)  # from an earlier run in this folder
     start = resume_point.find(trainer, module) if cfg.resume else None
     if start is None:
         resume_point.discard()  # it does not belong to the run that starts now
-    with divergence.explain_failures(trainer):
+    if trainer.is_global_zero:
+        clear_earlier_run(output_dir, resumes=start is not None)
+        get_console().print(_panel(config, trainer, datamodule, module.network))
+    trainer.loggers = make_loggers(cfg.logger, identity)
+    describe_run(trainer.loggers, identity)
+    with divergence.explain_failures(trainer), _one_message():
         trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
+    stopped = stop_reason(trainer, len(recorder.epochs))
     best = checkpoint.best_model_path
     if not best:
         raise InputError(
             "training ended before its first validation, so there is no epoch to test. Set more "
             "epochs or steps."
         )
-    trainer.test(module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False)
+    with _one_message():
+        trainer.test(
+            module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False
+        )
 
     chosen = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
     results = recorder.validations[chosen["global_step"]] | module.results["test"]
@@ -121,12 +174,16 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         noise=datamodule.noise.record(datamodule.row_numbers),
         mtn=config["mtn"],
         best_epoch=chosen["epoch"],
-        metrics=metrics | _bayes_aucs(datamodule),
+        metrics=metrics | _bayes_aucs(datamodule, counts),
         counts=counts,
         history=recorder.epochs,
         calibration_curves=module.calibration_curves,
         expert_distances=experts.distances,
         threads=torch.get_num_threads(),
+        machine=describe_machine() | {"gpus": gpu_names()},
+        commits=commits,
+        sources=own_sources,
+        stopped=stopped,
         seconds=recorder.seconds,
         samples_per_second=recorder.samples_per_second(),
         peak_memory_bytes=peak_memory_bytes(),
@@ -136,10 +193,75 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         resume_point.discard()
         report_run(trainer.loggers, record)
         get_console().print(summary_table(datamodule.schema, record))
-        get_console().print(
-            f"The record of the run is {output_dir / RECORD_FILE}", markup=False, soft_wrap=True
-        )
+        warn_of_weak_scores(datamodule.schema, record)
+        for line in closing_lines(output_dir, record):
+            get_console().print(line, markup=False, soft_wrap=True)
     return record
+
+
+@contextmanager
+def _one_message() -> Iterator[None]:
+    """Turn an error of Lightning about its settings into an input error."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def _more_callbacks(cfg: DictConfig) -> list[L.Callback]:
+    """Build the callbacks of ``cfg.callbacks``, a mapping by name or a list."""
+    if not cfg.callbacks:
+        return []
+    made = instantiate(cfg.callbacks, _convert_="all")
+    named = made if isinstance(made, Mapping) else dict(enumerate(made))
+    for name, callback in named.items():
+        if not isinstance(callback, L.Callback):
+            raise InputError(
+                f"callbacks.{name} must be a Lightning callback, got {callback!r}. Give it a "
+                "_target_, the import path of its class, and the keywords of its constructor."
+            )
+    keys = [callback.state_key for callback in named.values()]
+    if repeated := find_duplicates(keys):
+        raise InputError(
+            f"callbacks must have different state keys, got {', '.join(repeated)} twice. Override "
+            "the property state_key in the class, so that each keeps its state in a checkpoint."
+        )
+    return list(named.values())
+
+
+def _validation_labels(cfg: DictConfig, datamodule: DataModule) -> UInt8Array:
+    """Return the labels of the validation rows that ``cfg.trainer`` leaves."""
+    labels = datamodule.split_labels("val")
+    size, limits = datamodule.batch_size, ("overfit_batches", "limit_val_batches")
+    limit = next((cfg.trainer[key] for key in limits if cfg.trainer.get(key)), None)
+    return labels[: size * limit_batches(limit, -(-len(labels) // size))]
+
+
+def _check_batches(trainer: L.Trainer, datamodule: DataModule, network: nn.Module) -> None:
+    rows, ranks = datamodule.split_rows["train"], trainer.world_size
+    batches = -(-(rows // ranks) // datamodule.batch_size)
+    check_first_validation(trainer, batches)
+    check_batch_norm(
+        network,
+        rows=rows,
+        batch_size=datamodule.batch_size,
+        world_size=ranks,
+        limited=limit_batches(trainer.limit_train_batches, batches) < batches,
+    )
+
+
+def _panel(
+    config: Mapping[str, Any], trainer: L.Trainer, datamodule: DataModule, network: nn.Module
+) -> Panel:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return opening_panel(
+        config,
+        network,
+        datamodule.split_rows,
+        device=name if trainer.world_size == 1 else f"{trainer.world_size} x {name}",
+        threads=torch.get_num_threads(),
+    )
 
 
 def _make_module(cfg: DictConfig, datamodule: DataModule) -> MultiTaskModule:
@@ -161,13 +283,13 @@ def _make_module(cfg: DictConfig, datamodule: DataModule) -> MultiTaskModule:
     return module
 
 
-def _make_trainer(cfg: DictConfig, identity: RunIdentity, callbacks: list[L.Callback]) -> L.Trainer:
-    shown = owns_screen()
+def _make_trainer(cfg: DictConfig, callbacks: list[L.Callback]) -> L.Trainer:
+    shown = owns_screen() and cfg.trainer.get("enable_progress_bar", True)
     trainer: L.Trainer = instantiate(
         lightning_keys(cfg.trainer),
         callbacks=[*callbacks, RichProgressBar(_REFRESHES_PER_SECOND)] if shown else callbacks,
         enable_progress_bar=shown,
-        logger=make_logger(cfg.logger, identity),
+        logger=False,  # until it is clear whether the run resumes
         default_root_dir=Path(cfg.output_dir),
     )
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -192,6 +314,7 @@ def check_settings(cfg: DictConfig) -> None:
     Raises:
         InputError: If a value is out of range.
     """
+    check_trainer_keys(cfg.trainer)
     check_flag("resume", cfg.resume)
     check_choice("stop", cfg.stop, STOPS)
     check_choice("task_loss", cfg.task_loss, TASK_LOSSES)
@@ -220,11 +343,12 @@ def _check_repeats(cfg: DictConfig) -> None:
             )
 
 
-def _bayes_aucs(datamodule: DataModule) -> dict[str, float]:
+def _bayes_aucs(datamodule: DataModule, counts: Mapping[str, Any]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for split in ("val", "test"):
         probabilities = datamodule.column(split, "probabilities")
-        if probabilities is not None:
+        measured = max(counts[f"{split}/{task.name}"]["rows"] for task in datamodule.schema.tasks)
+        if probabilities is not None and measured == datamodule.split_rows[split]:
             bayes = bayes_aucs(datamodule.schema, probabilities, datamodule.split_labels(split))
             metrics |= {f"{split}/{name}": value for name, value in bayes.items()}
     return metrics

@@ -6,12 +6,14 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from mtnrec.arrays import Int64Array
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError, check_choice, check_flag
 from mtnrec.metric.task_metrics import TaskMetrics
@@ -21,8 +23,10 @@ from mtnrec.model.network import require_network
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import Schema
 from mtnrec.training.cuda_graph import CudaGraphLoss, can_be_captured
+from mtnrec.training.divergence import HUGE
 
 _ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
+_SHOWN_ROWS = 5
 _SUM_EVERY_N_STEPS = 16  # reading a value waits for the accelerator
 
 
@@ -167,10 +171,32 @@ class MultiTaskModule(L.LightningModule):
     def _log_metrics(self, split: str, metrics: TaskMetrics) -> None:
         values = {f"{split}/{name}": value.item() for name, value in metrics.compute().items()}
         metrics.reset()
+        if len(metrics.nan_rows):
+            raise self._nan_scores(split, metrics.nan_rows.numpy())
         self.results[split] = values
         for name, value in values.items():
             if not name.endswith(("_rows", "_positives")):
                 self.log(name, value, sync_dist=True)
+
+    def _nan_scores(self, split: str, positions: Int64Array) -> InputError:
+        """Return the error that names rows whose scores are NaN, as a feature of them may be."""
+        if (data := getattr(self.trainer, "datamodule", None)) is None:
+            return InputError(f"scores must be numbers, got NaN for {len(positions)} {split} rows")
+        arrays, rows = data.stored(split)
+        numbers = rows[positions]
+        values = np.abs(arrays["numerical"][numbers]).max(initial=0)
+        name = "test" if split == "test" else "training"
+        shown = ", ".join(map(str, numbers[:_SHOWN_ROWS]))
+        remedy = (
+            f"Their numerical features reach {values:g}. Scale them, or leave these rows out."
+            if not values <= HUGE
+            else "Set a lower optimizer.lr, or choose trainer.precision=32-true."
+        )
+        return InputError(
+            f"{split} scores must be numbers, got NaN for {len(numbers)} of {len(rows)} rows (row "
+            f"{shown}{', …' if len(numbers) > _SHOWN_ROWS else ''} of the {name} file, from 0). "
+            f"{remedy}"
+        )
 
     def setup(self, stage: str) -> None:
         if stage == "fit":

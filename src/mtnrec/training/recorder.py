@@ -1,12 +1,10 @@
 """Times, metrics and versions of a run, for its record ``result.json``."""
 
 import logging
-import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +14,6 @@ import torch
 from mtnrec.batch import Batch
 from mtnrec.metric.catalogue import COUNTS, parse_metric_key
 from mtnrec.run.folder import report_progress
-
-_PACKAGES = ("mtnrec", "torch", "lightning", "torchmetrics", "numpy", "hydra-core")
 
 _logger = logging.getLogger(__name__)
 
@@ -156,15 +152,9 @@ def _is_training_metric(name: str) -> bool:
     return name.startswith(("train/", "mtn/"))
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that a result may depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # a checkout that is not installed
-            found[package] = "not installed"
-    return found
+def gpu_names() -> list[str]:
+    """Return the names of the GPUs of this machine."""
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def peak_memory_bytes() -> int:

@@ -1,7 +1,9 @@
 """The checkpoint from which an interrupted run resumes."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -13,6 +15,8 @@ from mtnrec.batch import Batch
 from mtnrec.checkpoint.io import check_format, check_weights, read_checkpoint
 from mtnrec.checks import InputError, check_integer
 from mtnrec.files import remove_leftovers
+from mtnrec.run.environment import describe_changes
+from mtnrec.training.selection import has_stopped
 
 BEST, _LAST = "best.ckpt", "last.ckpt"
 _FORMAT = 1  # of the state of callbacks and module; raised when older files no longer work
@@ -30,6 +34,8 @@ class ResumePoint(Checkpoint):
     Args:
         directory: Folder of the run; the file is ``checkpoints/last.ckpt`` in it.
         cell: Hash of everything that determines the result.
+        code: Versions, threads and own sources, :func:`~mtnrec.run.environment.code_of_run`. A run
+            whose own sources have changed restarts; other changes are warned about.
         every_n_steps: Optimiser steps after which it is also written within an epoch; None writes
             it only at the end of epochs.
 
@@ -38,11 +44,19 @@ class ResumePoint(Checkpoint):
             validation also runs within epochs.
     """
 
-    def __init__(self, directory: Path, cell: str, every_n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        cell: str,
+        every_n_steps: int | None = None,
+        *,
+        code: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         if every_n_steps is not None:
             check_integer("trainer.checkpoint_every_n_steps", every_n_steps, minimum=1)
         self.path = directory / "checkpoints" / _LAST
         self._cell = cell
+        self._code = dict(code)
         self._every_n_steps = every_n_steps
         self._step = 0
         self._random_state: dict[str, Any] = {}
@@ -65,6 +79,7 @@ class ResumePoint(Checkpoint):
         state = {
             "format": _FORMAT,
             "origin": self._origin(),
+            "code": self._code,
             "ranks": dist.get_world_size() if dist.is_initialized() else 1,
             "cpu": torch.get_rng_state(),
         }
@@ -83,10 +98,7 @@ class ResumePoint(Checkpoint):
         if torch.cuda.is_available() and "cuda" in self._random_state:
             torch.cuda.set_rng_state(self._random_state["cuda"])
         # Lightning does not restore that the last epoch ended the training.
-        trainer.should_stop = any(
-            callback is not None and callback.wait_count >= callback.patience
-            for callback in trainer.early_stopping_callbacks
-        )
+        trainer.should_stop = any(map(has_stopped, trainer.early_stopping_callbacks))
 
     def on_train_batch_end(
         self,
@@ -136,6 +148,17 @@ class ResumePoint(Checkpoint):
                 self.path,
             )
             return None
+        changes = describe_changes(state.get("code", {}), self._code)
+        if changes:
+            own = any(change.startswith("source") for change in changes)
+            _logger.warning(
+                "%s was written by other code (%s): training %s",
+                self.path,
+                ", ".join(changes),
+                "restarts" if own else "resumes, and may end with other bits",
+            )
+            if own:
+                return None
         best = self.path.with_name(BEST)
         if any(kept.get("best_model_path") for kept in checkpoint["callbacks"].values()):
             if not best.is_file():

@@ -77,6 +77,35 @@ class StopAfterDecreases(EarlyStopping):
         return True, f"{self.monitor} got worse in each of the last {self.patience} epochs"
 
 
+def has_stopped(stopping: EarlyStopping | None) -> bool:
+    """Return whether an early stopping has asked the training to stop, at any epoch so far.
+
+    ``trainer.min_epochs`` may let the training continue; it stops as soon as it may.
+    """
+    if stopping is None:
+        return False
+    return stopping.wait_count >= stopping.patience or stopping.stopped_epoch > 0
+
+
+def stop_reason(trainer: L.Trainer, epochs_done: int) -> str:
+    """Describe why the training of a trainer ended after so many epochs."""
+    epochs = f"{epochs_done} epoch{'' if epochs_done == 1 else 's'}"
+    for stopping in filter(has_stopped, trainer.early_stopping_callbacks):
+        assert stopping is not None
+        if stopping.wait_count < stopping.patience:
+            problem = f"{stopping.monitor} called for it in epoch {stopping.stopped_epoch}"
+        elif isinstance(stopping, StopAfterDecreases):
+            problem = f"{stopping.monitor} got worse {stopping.patience} times in a row"
+        else:
+            problem = f"{stopping.monitor} had no new best value {stopping.patience} times in a row"
+        return f"stopped early after {epochs}: {problem}"
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return f"ended after trainer.max_steps={trainer.max_steps} steps, {epochs}"
+    if epochs_done == trainer.max_epochs:
+        return f"ended after all {epochs} of trainer.max_epochs"
+    return f"stopped early after {epochs}: a callback or trainer.max_time called for it"
+
+
 def selection_callbacks(
     monitor: str,
     patience: int,

@@ -1,13 +1,69 @@
-"""Table printed after training."""
+"""Panel printed before training; table, warnings and places printed after it."""
 
+import logging
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from rich import box
+from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
+from torch import nn
 
 from mtnrec.metric.catalogue import metric_key
-from mtnrec.run.record import RunRecord
+from mtnrec.run.record import RECORD_FILE, RunRecord
 from mtnrec.schema import Schema
+
+_PLACES = {  # what a run leaves, by its path in the run folder
+    "folder": ".",
+    "model": "checkpoints/best.ckpt",
+    "epochs": "csv/metrics.csv",
+    "TensorBoard": "tensorboard",
+    "W&B": "wandb",
+    "spectra": "spectra",
+}
+
+_logger = logging.getLogger(__name__)
+
+
+def opening_panel(
+    config: Mapping[str, Any],
+    network: nn.Module,
+    rows: Mapping[str, int],
+    *,
+    device: str,
+    threads: int,
+) -> Panel:
+    """Return the panel that names what is about to be trained, on what, and where.
+
+    Args:
+        config: Resolved config of the run.
+        network: Network to train.
+        rows: Rows by split.
+        device: Device of this process, and how many processes there are.
+        threads: Threads of this process.
+    """
+    tables = [m for m in network.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    embeddings = sum(table.weight.numel() for table in tables)
+    others = sum(parameter.numel() for parameter in network.parameters()) - embeddings
+    splits = {"train": "training", "val": "validation", "test": "test"}
+    counts = ", ".join(f"{rows[split]:,} {name}" for split, name in splits.items())
+    mtn, proportion = config["mtn"], config["noise"]["proportion"]
+    lines = {
+        "model": f"{type(network).__name__}: {others:,} parameters, {embeddings:,} in embeddings",
+        "data": f"{config['data']['name']}: {counts} rows",
+        "device": f"{device}, {threads} thread{'' if threads == 1 else 's'}",
+        "MTN": f"lam={mtn['lam']:g} on {mtn['target']}" if mtn["enabled"] else "off",
+        "folder": str(Path(config["output_dir"]).absolute()),
+    }
+    if proportion:
+        lines["noise"] = f"{proportion:.0%} of the {', '.join(config['noise']['splits'])} rows"
+    grid = Table.grid(padding=(0, 2))
+    for name, text in lines.items():
+        grid.add_row(name, Text(text, overflow="fold"))
+    return Panel(grid, title="mtnrec.train", title_align="left", box=box.ROUNDED, expand=False)
 
 
 def summary_table(schema: Schema, record: RunRecord) -> Table:
@@ -18,34 +74,80 @@ def summary_table(schema: Schema, record: RunRecord) -> Table:
         record: Record of the run.
     """
     metrics, counts = record.metrics, record.counts
-    shown = {"test\nAUC": "auc", "log\nloss": "log_loss", "Bayes\nAUC": "bayes_auc"}
+    shown = {"test AUC": "auc", "log loss": "log_loss", "Bayes AUC": "bayes_auc"}
     monitor = record.config["monitor"]
     title = f"Best epoch {record.best_epoch}, chosen by {monitor}"
     if math.isnan(metrics[monitor]):
         title = f"Last epoch {record.best_epoch}: {monitor} is undefined"
     table = Table(
         title=title,
+        title_justify="left",
         caption="rows, positives and log loss: test set",
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
     )
     if metric_key("test", schema.tasks[0].name, "bayes_auc") not in metrics:
-        del shown["Bayes\nAUC"]
+        del shown["Bayes AUC"]
     else:
-        table.caption = f"{table.caption}; Bayes AUC: of the true probabilities on its rows"
-    table.add_column("task")
-    table.add_column("definition")
-    for header in ("rows", "positives", "val\nAUC", *shown):
-        table.add_column(header, justify="right")
+        table.caption = f"{table.caption}\nBayes AUC: of the true probabilities on its rows"
+    table.add_column("task", no_wrap=True)
+    table.add_column("definition")  # the only column that wraps in a narrow window
+    for header in ("rows", "positives", "val AUC", *shown):
+        table.add_column(header, justify="right", no_wrap=True)
     for task in schema.tasks:
         count = counts[f"test/{task.name}"]
         keys = [metric_key("val", task.name, "auc")]
         keys += [metric_key("test", task.name, metric) for metric in shown.values()]
         table.add_row(
             task.name.upper() if schema.funnel else task.name,
-            schema.definition(task),
+            schema.definition(task).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"),
             f"{count['rows']:,}",
             f"{count['positives']:,}",
             *(f"{metrics[key]:.4f}" for key in keys),
         )
     return table
+
+
+def warn_of_weak_scores(schema: Schema, record: RunRecord) -> None:
+    """Warn of tasks whose test scores are worse than chance, or than one constant for all rows.
+
+    The constant is the share of positives in the test rows, which has the least log loss.
+    """
+    low, high = [], []
+    for task in schema.tasks:
+        auc, loss = (record.metrics[metric_key("test", task.name, m)] for m in ("auc", "log_loss"))
+        count = record.counts[f"test/{task.name}"]
+        share = count["positives"] / count["rows"] if count["rows"] else 0
+        constant = -sum(p * math.log(p) for p in (share, 1 - share) if p)
+        if auc < 0.5:
+            low.append(f"{task.name} {auc:.4f}")
+        if loss > constant:
+            high.append(f"{task.name} {loss:.4f} > {constant:.4f}")
+    problems = [f"the test AUC is below the 0.5 of chance ({', '.join(low)})"] if low else []
+    if high:
+        problems.append(
+            "the test log loss is above that of the share of positives as the score of every row "
+            f"({', '.join(high)})"
+        )
+    if problems:
+        _logger.warning(
+            "%s. Check the learning rate, the number of epochs, and whether the numerical "
+            "features are scaled",
+            ", and ".join(problems),
+        )
+
+
+def closing_lines(folder: Path, record: RunRecord) -> list[str]:
+    """Return the lines below the table: why the training ended, and links to what it left."""
+    folder = folder.absolute()
+    links = [
+        f"{name:<12}{path.as_uri()}"
+        for name, path in ((name, folder / place) for name, place in _PLACES.items())
+        if path.exists()
+    ]
+    return [
+        f"Training {record.stopped}.",
+        f"The record of the run is {folder / RECORD_FILE}",
+        *links,
+    ]
