@@ -51,6 +51,7 @@ def test_the_value_of_a_secret_variable_is_hidden_wherever_it_stands(monkeypatch
         ('{"token": "abc"}', '{"token": #}'),
         ("data.train=logs/token=3/part.csv", "data.train=logs/token=3/part.csv"),
         ("optimizer.lr=0.1 seed=3", "optimizer.lr=0.1 seed=3"),
+        ("a.token='${oc.env:T}',b.token=abc", "a.token='${oc.env:T}',b.token=#"),
     ],
 )
 def test_assignments_in_texts_are_hidden(text, hidden):

@@ -3,6 +3,7 @@
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -25,8 +26,8 @@ import torch
 class Scaled(L.Callback):
     """Shrinks all weights a little after each epoch, and draws random numbers for it."""
 
-    def __init__(self, rate: float = 0.1) -> None:
-        self.rate = rate
+    def __init__(self, rate: float = 0.1, token: str = "", note: str = "") -> None:
+        self.rate, self.token, self.note = rate, token, note
         self.epochs = 0
 
     @property
@@ -146,7 +147,8 @@ def test_python_and_the_command_line_name_the_same_callbacks(compose_config):
     epoch = LearningRateMonitor(logging_interval="epoch")
 
     assert settings("learning_rate", partial(own, rate=0.3))["callbacks"] == expected
-    assert settings("learning_rate", own(rate=0.3))["callbacks"] == expected
+    (_, described) = settings("learning_rate", own(rate=0.3))["callbacks"]
+    assert described == {**expected[1], "token": "", "note": ""}
     assert settings(epoch, own(0.3))["callbacks"][0].items() >= expected[0].items()
     assert settings("learning_rate", {"_target_": SCALED, "rate": 0.3})["callbacks"] == expected
     assert settings("learning_rate", own)["callbacks"][1] == {"_target_": SCALED}
@@ -217,16 +219,21 @@ def test_the_record_names_machine_commits_and_why_it_stopped(train):
 
 
 def test_a_secret_reaches_no_file_of_a_run(train, tmp_path, monkeypatch):
-    secret = "4f2a9c81d7e6b3"
-    monkeypatch.setenv("MY_TOKEN", secret)
-    keys = ["+model.api_key=9e8d7c6b5a43", "+data.source='${oc.env:MY_TOKEN}'"]
+    variable, literal = "4f2a9c81d7e6b3", "9e8d7c6b5a43"
+    monkeypatch.setenv("MY_TOKEN", variable)
+    run = [
+        *LOG,
+        f"+callbacks.a={{_target_:{SCALED},note:x,token:{literal}}}",
+        "trainer.max_epochs=1",
+    ]
+    run += ["callbacks.a.note='${oc.env:MY_TOKEN}'", "logger=[csv,tensorboard]"]
+    train(*run, folder=tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        train(*run, f"+callbacks.a.password={literal}", folder=tmp_path / "failed")
 
-    with pytest.raises(SystemExit):  # unknown to the constructors, so that all errors are written
-        train(*LOG, *keys, folder=tmp_path / "run")
-    folder = train(*LOG, "+trainer.profiler=null", "noise.sampling=uniform", folder=tmp_path / "b")
-
-    for path in [*(tmp_path / "run").rglob("*"), *folder.rglob("*")]:
-        if path.is_file():
-            content = path.read_bytes()
-            assert secret.encode() not in content, path
-            assert b"9e8d7c6b5a43" not in content, path
+    files = (*tmp_path.glob("run/**/*"), *tmp_path.glob("failed/**/*"))
+    for path in filter(Path.is_file, files):
+        for secret in (variable, literal):
+            assert secret.encode() not in path.read_bytes(), path
+    assert (tmp_path / "failed" / "failure.json").is_file()
+    assert literal not in str(stop.value.code)

@@ -24,7 +24,7 @@ def compose_run(groups: Mapping[str, Any], keys: Mapping[str, Any]) -> DictConfi
         keys: Values of keys outside the groups.
     """
     root = cast(DictConfig, OmegaConf.load(CONF_DIR / "train.yaml"))
-    found = {}
+    found: dict[str, Any] = {}
     for entry in root.pop("defaults"):
         if isinstance(entry, str):
             continue

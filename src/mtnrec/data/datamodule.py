@@ -234,7 +234,7 @@ class DataModule(L.LightningDataModule, ABC):
             raise InputError(
                 f"each process must have a training row, got {rows} rows for {world_size} processes"
             )
-        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
+        overfits = getattr(self.trainer, "overfit_batches", 0) > 0
         kind = RepeatedSampler if overfits else TrainSampler
         sampler = kind(rows, self.batch_size, self.seed, rank, world_size)
         return self._loader("train", sampler, TrainLoader)
@@ -253,7 +253,7 @@ class DataModule(L.LightningDataModule, ABC):
     def _loader(
         self,
         split: str,
-        sampler: "Sampler[RowIndices]",
+        sampler: "Sampler[Any]",
         loader: type[DataLoader[Batch]] = DataLoader[Batch],
     ) -> DataLoader[Batch]:
         change = None if self.noise is None else partial(self.noise.apply, split)

@@ -75,7 +75,7 @@ class TrainSampler(Sampler[RowIndices]):
         return -(-self._rows // self._global_batch)
 
 
-class RepeatedSampler(TrainSampler, SequentialSampler):
+class RepeatedSampler(TrainSampler, SequentialSampler):  # type: ignore[misc]
     """The same batches in every epoch, for ``trainer.overfit_batches``.
 
     Lightning replaces any other sampler than a sequential one then.
@@ -111,7 +111,7 @@ class EvaluationSampler(SequentialSampler):
         self._batch_size = batch_size
         self._rank, self._world_size = rank, world_size
 
-    def __iter__(self) -> Iterator[RowIndices]:
+    def __iter__(self) -> Iterator[RowIndices]:  # type: ignore[override]
         for batch in range(len(self)):
             start = (self._rank * len(self) + batch) * self._batch_size
             yield np.arange(min(start, self._rows), min(start + self._batch_size, self._rows))

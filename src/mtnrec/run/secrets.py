@@ -22,7 +22,7 @@ _NAME = (
 _IS_SECRET = re.compile(rf"{_NAME}$", re.IGNORECASE)
 # In overrides and messages: logger.settings.api_key=…, 'token': '…', but not a path a/token=1/b.
 _ASSIGNED = re.compile(
-    rf"""(?<![\w./-])((?:[\w.]*[._])?{_NAME}["']?\s*[=:]\s*)(?:"[^"]+"|'[^']+'|[^\s,}}\]"']+)""",
+    rf"""(?<![\w./-])((?:[\w.]*[._])?{_NAME}["']?\s*[=:]\s*)(?!["']?\$\{{)(?:"[^"]+"|'[^']+'|[^\s,}}\]"']+)""",
     re.IGNORECASE,
 )
 _found: set[str] = set()  # values that `redact` has hidden by their key
@@ -80,7 +80,6 @@ def redact_files(folder: Path) -> None:
     """Hide secrets in the YAML files of a folder, if it exists."""
     for path in folder.glob("*.yaml"):
         text = path.read_text(encoding="utf-8")
-        # Hydra writes interpolations unresolved.
-        hidden = "\n".join(line if "${" in line else redact_text(line) for line in text.split("\n"))
+        hidden = redact_text(text)  # leaves interpolations, which Hydra writes unresolved
         if hidden != text:
             write_atomic(path, hidden)

@@ -49,12 +49,13 @@ def _split(node: DictConfig) -> list[DictConfig]:
     Hydra merges the files of ``logger=[csv,wandb]`` into one node. The loggers of most files are
     under their own name in it; the keys of one, W&B's, are those of the node itself.
     """
+    keys = [str(key) for key in node]
     named = [
         key
-        for key in node
+        for key in keys
         if not OmegaConf.is_interpolation(node, key) and _builds_logger(node[key])
     ]
-    own = OmegaConf.masked_copy(node, [key for key in node if key not in named])
+    own = OmegaConf.masked_copy(node, [key for key in keys if key not in named])
     own._set_parent(node._get_parent())  # its interpolations are relative to the whole config
     return [*(node[key] for key in named), *([own] if "_target_" in own else [])]
 

@@ -68,7 +68,8 @@ def check_first_validation(trainer: L.Trainer, batches: int) -> None:
     Raises:
         InputError: If it would.
     """
-    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    interval: Any = trainer.val_check_interval
+    every = trainer.check_val_every_n_epoch
     if not isinstance(interval, int | float):  # a time
         return
     batches = limit_batches(trainer.limit_train_batches, batches)
