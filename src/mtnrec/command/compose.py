@@ -30,7 +30,7 @@ def compose_run(groups: Mapping[str, Any], keys: Mapping[str, Any]) -> DictConfi
             continue
         ((group, choice),) = entry.items()
         if group == "callbacks":
-            found["callbacks"] = _callback_configs(groups.get("callbacks", ()))
+            found["callbacks"] = _callback_configs(groups.get("callbacks") or ())
         elif group in Train.__annotations__:
             found[str(group)] = group_config(str(group), groups.get(str(group), choice), choice)
     del root["hydra"]

@@ -76,7 +76,8 @@ def fit(
     optimizer: str | Mapping[str, Any] | Callable[..., Any] = "adam",
     trainer: str | Mapping[str, Any] = "default",
     logger: str | Sequence[str] | Mapping[str, Any] = "csv",
-    callbacks: Sequence[L.Callback | type[L.Callback] | str | Mapping[str, Any]] = (),
+    callbacks: Sequence[L.Callback | Callable[..., L.Callback] | str | Mapping[str, Any]]
+    | None = None,
     seed: int = 0,
     monitor: str = "val/cvr_auc",
     stop: str = "decreased",
