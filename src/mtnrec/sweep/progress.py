@@ -128,11 +128,11 @@ def _read_run(root: Path, folder: Path, submitted: bool) -> RunProgress:
         )
     if state is State.RUNNING:
         running = folder / RUNNING_FILE
-        progress = _or(_read, running, {})
+        progress = _or(_read, running, dict[str, Any]())
         elapsed = _or(lambda path: _elapsed(path, progress), running, 0.0)
         return RunProgress(name, state, seconds=elapsed, progress=progress)
     if state is State.FAILED:
-        return RunProgress(name, state, failure=_or(_read, folder / FAILURE_FILE, {}))
+        return RunProgress(name, state, failure=_or(_read, folder / FAILURE_FILE, dict[str, Any]()))
     return RunProgress(name, state)
 
 

@@ -77,7 +77,7 @@ def summary_table(schema: Schema, record: RunRecord) -> Table:
     shown = {"test AUC": "auc", "log loss": "log_loss", "Bayes AUC": "bayes_auc"}
     monitor = record.config["monitor"]
     title = f"Best epoch {record.best_epoch}, chosen by {monitor}"
-    if math.isnan(metrics[monitor]):
+    if (value := metrics[monitor]) is None or math.isnan(value):
         title = f"Last epoch {record.best_epoch}: {monitor} is undefined"
     table = Table(
         title=title,

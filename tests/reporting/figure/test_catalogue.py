@@ -375,6 +375,8 @@ def test_a_panel_without_data_is_blank_under_the_name_of_its_column():
 
 def test_names_with_dollar_signs_are_drawn_as_they_are(make_runs, tmp_path):
     names = {"auc": {"$buy$": 0.7, "a_$x^$": 0.8}, "data": "$\\frac{$"}
-    runs = make_runs(*({**names, "seed": seed, "mtn": mtn} for seed in (0, 1) for mtn in (0, 1)))
+    runs = make_runs(
+        *({**names, "seed": seed, "mtn": mtn} for seed in (0, 1) for mtn in (False, True))
+    )
 
     assert write_figures(tmp_path / "figures", runs)
