@@ -12,11 +12,15 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 with suppress(ImportError):  # without the extra `slurm`
-    from hydra_plugins.hydra_submitit_launcher import submitit_launcher
-    from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
+    from hydra_plugins.hydra_submitit_launcher import (  # type: ignore[import-untyped]
+        submitit_launcher,
+    )
+    from hydra_plugins.hydra_submitit_launcher.config import (  # type: ignore[import-untyped]
+        SlurmQueueConf,
+    )
 
     @dataclass
-    class SlurmSettings(SlurmQueueConf):
+    class SlurmSettings(SlurmQueueConf):  # type: ignore[misc]
         """Keys of ``conf/hydra/launcher/slurm.yaml``: those of the plugin, and ``wait``."""
 
         _target_: str = f"{__name__}.MtnrecSlurmLauncher"
@@ -26,7 +30,7 @@ with suppress(ImportError):  # without the extra `slurm`
         group="hydra/launcher", name="submitit_slurm_schema", node=SlurmSettings()
     )
 
-    class MtnrecSlurmLauncher(submitit_launcher.SlurmLauncher):
+    class MtnrecSlurmLauncher(submitit_launcher.SlurmLauncher):  # type: ignore[misc]
         """Submits the runs as a job array.
 
         Args:

@@ -116,7 +116,7 @@ def acquire_lock(path: Path, *, wait: bool = True) -> AbstractContextManager[Any
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        _warn_of_missing_locks(path.parent, error.strerror)
+        _warn_of_missing_locks(path.parent, error)
     marker = SoftFileLease(
         path.with_name(f"{path.name}.marker"),
         lease_duration=STALE,
@@ -140,16 +140,15 @@ def is_locked(path: Path) -> bool | None:
     return False
 
 
-def _warn_of_missing_locks(folder: Path, reason: str) -> None:
+def _warn_of_missing_locks(folder: Path, error: OSError) -> None:
     device = folder.stat().st_dev
     if device not in _warned:
         _warned.add(device)
         _logger.warning(
-            "the file system of %s has no locks (%s), so a marker file keeps other processes out; "
-            "that of a process killed on another machine counts for %d s. For locks mount it with "
-            "flock, or choose another folder.",
+            "the file system of %s has no locks (%s), so a marker file keeps other processes out, for "
+            "up to %d s after its process was killed. Mount it with flock, or choose another folder.",
             folder,
-            reason,
+            error.strerror,
             STALE,
         )
 
