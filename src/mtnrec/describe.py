@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from rich import get_console
 
 from mtnrec.command.entry_point import entry_point
+from mtnrec.command.job import job_overrides, make_datamodule
 from mtnrec.data.prepared.store import open_prepared
 from mtnrec.files import write_atomic
 from mtnrec.inspection.layout import check_destination, render_summary
@@ -23,7 +24,7 @@ from mtnrec.inspection.statistics import count_changes, count_split
 @entry_point("describe")
 def main(cfg: DictConfig) -> None:
     """Describe a prepared data set, on the screen and in a text file."""
-    datamodule = instantiate(cfg.data, _convert_="all")
+    datamodule = make_datamodule(cfg.data, job_overrides())
     out = Path(cfg.out)
     check_destination(out, datamodule.dir)
     datamodule.prepare_data()

@@ -5,11 +5,11 @@
 
 from pathlib import Path
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich import get_console
 
 from mtnrec.command.entry_point import entry_point
+from mtnrec.command.job import job_overrides, make_datamodule
 from mtnrec.files import writable, write_json
 from mtnrec.performance import prefer_onednn_matmul
 from mtnrec.serving.evaluation import evaluate, metrics_table
@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
     prefer_onednn_matmul(scorer.device)
     rows = open_rows(
         scorer,
-        data=instantiate(cfg.data, _convert_="all"),
+        data=None if cfg.data is None else make_datamodule(cfg.data, job_overrides()),
         table=cfg.table,
         split=cfg.split,
         batch_size=cfg.batch_size,

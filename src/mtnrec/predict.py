@@ -5,12 +5,12 @@
 
 from pathlib import Path
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich import get_console
 
 from mtnrec.checks import InputError
 from mtnrec.command.entry_point import entry_point
+from mtnrec.command.job import job_overrides, make_datamodule
 from mtnrec.performance import prefer_onednn_matmul
 from mtnrec.serving.prediction import FORMATS, rates_table, write_scores
 from mtnrec.serving.rows import open_rows
@@ -27,7 +27,7 @@ def main(cfg: DictConfig) -> None:
     prefer_onednn_matmul(scorer.device)
     rows = open_rows(
         scorer,
-        data=instantiate(cfg.data, _convert_="all"),
+        data=None if cfg.data is None else make_datamodule(cfg.data, job_overrides()),
         table=cfg.table,
         split=cfg.split,
         batch_size=cfg.batch_size,

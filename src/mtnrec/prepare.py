@@ -3,17 +3,21 @@
 ``python -m mtnrec.prepare data=aliexpress_nl data.raw_dir=DIR``
 """
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich import get_console
 
+from mtnrec.checks import check_flag
 from mtnrec.command.entry_point import entry_point
+from mtnrec.command.job import job_overrides, make_datamodule
 
 
 @entry_point("prepare")
 def main(cfg: DictConfig) -> None:
     """Turn raw logs into a prepared data set, atomically."""
-    datamodule = instantiate(cfg.data, _convert_="all")
+    check_flag("overwrite", cfg.overwrite)
+    datamodule = make_datamodule(cfg.data, job_overrides())
+    if not cfg.overwrite:
+        datamodule.check_replaceable()
     manifest = datamodule.prepare()
     console = get_console()
     console.print(

@@ -5,12 +5,17 @@
 
 from pathlib import Path
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from mtnrec.command.entry_point import entry_point
 from mtnrec.command.errors import find_input_error
-from mtnrec.command.job import is_rank_zero, is_sweep_job, job_command, job_overrides
+from mtnrec.command.job import (
+    is_rank_zero,
+    is_sweep_job,
+    job_command,
+    job_overrides,
+    make_datamodule,
+)
 from mtnrec.run.folder import lock_run_folder, recording_failure
 from mtnrec.run.secrets import redact_files
 from mtnrec.sweep.subprocess_job import run_in_subprocess
@@ -35,7 +40,7 @@ def main(cfg: DictConfig) -> float | None:
     command = job_command(output_dir)
     with hold(output_dir, job_overrides(), command, find_input_error), closing_wandb_run():
         recorder = RunRecorder()
-        record = find_or_fit(cfg, instantiate(cfg.data, _convert_="all"), recorder)
+        record = find_or_fit(cfg, make_datamodule(cfg.data, job_overrides()), recorder)
     return record.metrics[cfg.monitor]
 
 

@@ -45,7 +45,7 @@ def draw(rows=ROWS, seed=0):
             "nullable_integer": pd.array(np.where(gaps, None, click * 7), dtype="Int64"),
             "nullable_boolean": pd.array(np.where(gaps, None, click == 1), dtype="boolean"),
             "nullable_number": pd.array(np.where(gaps, None, numbers), dtype="Float32"),
-            "many": rng.permutation(10 * rows)[:rows].astype(np.uint32),
+            "many": rng.integers(0, 40, rows).astype(np.uint32),
             "number": np.where(gaps, np.nan, numbers),
             "half": rng.integers(0, 9, rows).astype(np.float16) / 4,
             "empty_text": np.where(gaps, "", "full"),
@@ -132,7 +132,7 @@ def test_an_index_of_pandas_is_ignored(tmp_path, index):
 
 
 def test_integer_names_of_pandas_columns_are_their_digits(tmp_path):
-    frame = pd.DataFrame({0: np.arange(50.0), 1: np.arange(50) % 2})
+    frame = pd.DataFrame({0: np.arange(50) / 2, 1: np.arange(50) % 2})
 
     manifest = Table(train=frame, labels=[1], dir=tmp_path / "set").prepare()
 
@@ -282,7 +282,7 @@ def test_a_changed_frame_of_the_same_size_is_refused(tmp_path):
     assert (folder / "schema.json").stat() == before
     frame.loc[17, "many"] += 1
 
-    message = rf"{folder} holds a table data set with different settings \(train\)\. Choose another"
+    message = rf"{folder} holds a table data set with different settings \(train: other .*Choose"
     with pytest.raises(InputError, match=message):
         Table(train=frame, **settings).prepare_data()
     Table(train=frame, **settings).prepare()
@@ -290,7 +290,7 @@ def test_a_changed_frame_of_the_same_size_is_refused(tmp_path):
 
 
 def identity(frame):
-    return FrameSource("data.train", frame).identity
+    return FrameSource("data.train", frame).identity(str)
 
 
 def test_the_identity_of_a_frame_is_its_content_whatever_its_memory_layout():
@@ -383,9 +383,9 @@ BAD_FRAMES = {
         pa.table({"x": pa.array([(1, 2, 3)], pa.month_day_nano_interval()), "click": [0]}),
         "cannot be read as Arrow data .*month_day_nano_interval",
     ),
-    "lists": (
-        pl.DataFrame({"x": [[1], [2]], "click": [0, 1]}),
-        r"the frame of data.train: the column 'x' is of type List\(Int64\)\. Leave it out",
+    "lists of lists": (
+        pl.DataFrame({"x": [[[1]], [[2]]], "click": [0, 1]}),
+        r"the frame of data.train: the column 'x' is of type List\(List\(Int64\)\)\. Leave it out",
     ),
     "bytes": (
         pl.DataFrame({"x": [b"a", b"b"], "click": [0, 1]}),

@@ -87,6 +87,7 @@ class Prepare:
     """Keys of ``conf/prepare.yaml``."""
 
     data: Any = MISSING
+    overwrite: bool = False
     data_root: str = MISSING
 
 

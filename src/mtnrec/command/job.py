@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 _LISTS_CALLBACKS = re.compile(r"\+{0,2}callbacks=\s*\[\s*\{")
@@ -40,6 +41,19 @@ def draws_on_screen(launcher: str) -> bool:
 def job_overrides() -> list[str]:
     """Return the config overrides of the job, without those of Hydra's keys."""
     return list(HydraConfig.get().overrides.task)
+
+
+def make_datamodule(data: Any, overrides: Sequence[str]) -> Any:
+    """Instantiate the data set of a config, and tell it which settings were given.
+
+    Args:
+        data: Config of the group ``data``.
+        overrides: Overrides of the command line.
+    """
+    datamodule = instantiate(data, _convert_="all")
+    keys = [line.lstrip("+~").partition("=")[0] for line in overrides]
+    datamodule.given |= {key.removeprefix("data.") for key in keys if key.startswith("data.")}
+    return datamodule
 
 
 def job_command(output_dir: Path) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mtnrec.checks import InputError, check_choice
 from mtnrec.data.datamodule import DataModule
@@ -66,6 +66,12 @@ class AliExpress(DataModule):
         )
         check_choice("data.on_error", self.on_error, BadRows.CHOICES)
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Settings that determine the prepared data set, apart from the raw files."""
+        keys = ("conversion_without_click", "on_error")
+        return {key: getattr(self, key) for key in keys}
+
     def prepare(self) -> Manifest:
         """Read the raw files once, in bounded memory, and write the prepared data set.
 
@@ -104,10 +110,7 @@ class AliExpress(DataModule):
             fields = encode_in_place(writer, _SPLITS, CATEGORICAL, vocabularies)
             return writer.finish(
                 source=self.name,
-                parameters={
-                    "conversion_without_click": self.conversion_without_click,
-                    "on_error": self.on_error,
-                },
+                parameters=self.parameters,
                 schema=Schema(fields, NUMERICAL, LABELS, funnel=True),
                 report=join.report(),
             )

@@ -98,6 +98,7 @@ class DataModule(L.LightningDataModule, ABC):
         self._verified = False
         self._arrays: dict[str, Arrays] | None = None
         self._original: DataModule | None = None
+        self.given: set[str] = set()  # settings that the user gave; the commands add theirs
 
     def copy_for_run(self) -> "DataModule":
         """Return a copy with the same folder, not set up, for a run that sets seed and noise."""
@@ -132,6 +133,57 @@ class DataModule(L.LightningDataModule, ABC):
         if self.verify and not self._verified:
             verify_once(self.folder, manifest)
             self._verified = True
+        if differing := self._find_differing(manifest.parameters):
+            raise InputError(
+                f"{self._describe_differing(manifest.parameters, differing)} Choose another "
+                "data.dir, leave out or correct these settings, or prepare it again with them "
+                "(`python -m mtnrec.prepare ... overwrite=true`, or `prepare()` in Python)."
+            )
+
+    def check_replaceable(self) -> None:
+        """Refuse to replace a prepared data set with different settings.
+
+        Raises:
+            InputError: If the folder holds one.
+        """
+        try:
+            found = open_prepared(self.folder)[0]
+        except InputError:  # missing, or damaged
+            return
+        parameters = {"name": found.source, **found.parameters}
+        differing = self._find_differing(found.parameters)
+        if found.source != self.name:
+            differing = {"name": self.name} | differing
+        if differing:
+            raise InputError(
+                f"{self._describe_differing(parameters, differing)} Set overwrite=true to replace "
+                "it, or choose another data.name or data.dir."
+            )
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Settings that determine the prepared bytes; stored in the manifest."""
+        return {}
+
+    def _find_differing(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings that differ from the stored ones, ``found``."""
+        return {key: v for key, v in self.parameters.items() if key in found and found[key] != v}
+
+    def _describe_differing(self, found: dict[str, Any], differing: dict[str, Any]) -> str:
+        parts = [
+            f"{key}: other files or content"
+            if key in ("train", "test")
+            else f"{key}: {str(found.get(key))[:40]} there, {str(value)[:40]} here"
+            for key, value in differing.items()
+        ]
+        return (
+            f"{self.folder} holds a {self.name} data set with different settings "
+            f"({'; '.join(parts)})."
+        )
+
+    def settings_used(self) -> dict[str, Any]:
+        """Return settings of the prepared set that replace those of this object in a record."""
+        return {}
 
     def _open_prepared(self) -> tuple[Manifest, dict[str, Arrays]]:
         try:
@@ -318,15 +370,9 @@ class SelfPreparing(DataModule):
         Raises:
             InputError: If the folder was prepared with different settings.
         """
-        directory = self.folder
-        if not (directory / SCHEMA_FILE).is_file():
+        if not (self.folder / SCHEMA_FILE).is_file():
             self.prepare()
         super().prepare_data()
-        found, wanted = open_prepared(directory)[0].parameters, self.parameters
-        if found != wanted:
-            differing = sorted(name for name, value in wanted.items() if found.get(name) != value)
-            raise InputError(
-                f"{directory} holds a {self.name} data set with different settings "
-                f"({', '.join(differing)}). Choose another data.dir, or prepare it again with "
-                "these settings (`python -m mtnrec.prepare`, or `prepare()` in Python)."
-            )
+
+    def _find_differing(self, found: dict[str, Any]) -> dict[str, Any]:
+        return {key: v for key, v in self.parameters.items() if found.get(key) != v}

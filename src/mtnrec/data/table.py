@@ -2,7 +2,7 @@
 
 import tempfile
 import weakref
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +12,8 @@ from mtnrec.checks import InputError, check_choice, check_flag, check_integer, c
 from mtnrec.data.datamodule import SelfPreparing
 from mtnrec.data.preparation.table import SPLITS, TablePreparation, TableSettings
 from mtnrec.data.prepared.manifest import LARGEST_NUMBER, Manifest
+from mtnrec.data.prepared.store import open_prepared
+from mtnrec.data.prepared.verify import noted_sha256
 from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.tabular import (
@@ -26,39 +28,44 @@ from mtnrec.schema import Schema
 
 _OTHER = ("origin", "name")  # do not determine the prepared bytes
 _LISTS = ("labels", "categorical", "numerical", "exclude")
+_TABLES = ("train", "test")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Table(SelfPreparing):
     """A custom table; training prepares it if its folder is missing.
 
-    The kind of a column that ``categorical`` and ``numerical`` do not name is inferred from
-    ``train``: text, booleans and integers with at most 100 distinct values are categorical, other
-    numbers are numerical; dates are refused. If both are given, other columns are left out. Labels,
-    group, time and excluded columns are never features.
+    The kind of a column that ``categorical`` and ``numerical`` do not name is inferred from the
+    values in ``train``, not from the type that stores them. Texts, booleans and whole numbers are
+    categorical, numbers of which one has a fraction are numerical, lists are multi-valued (and the
+    column ``NAME_weights`` of lists holds the weights of their items). Refused are dates, a column
+    of more than 100 values that has as many values as rows (a row id), and a column in which most
+    cells, but not all, are numbers or dates. If both are given, other columns are left out. Labels,
+    group, time, excluded columns and pandas' index are never features.
 
-    Categorical values are strings (an integer is its digits), numbered in byte order; missing, rare
-    and unseen values have index 0.
+    Categorical values are texts, one per value, whatever stores it (``3`` for 3.0, ``true`` for
+    True, moments in UTC), numbered in byte order; missing, rare and unseen values have index 0.
 
     Args:
         dir: Folder of the prepared data set. If None, a table in memory uses a temporary
             folder that is deleted with this object; other processes and copies of this object
             create their own.
-        train: ``.csv``, ``.csv.gz`` or ``.parquet`` file, a folder of ``.parquet`` files, or a
-            table in memory: a frame of pandas (without its index), polars, pyarrow or any library
-            with the Arrow PyCapsule stream interface. If None, training uses what ``dir`` holds,
-            regardless of the other settings.
+        train: ``.csv``, ``.tsv`` or ``.parquet`` file, a compressed one (``.csv.gz``,
+            ``.csv.zst``), a pattern with ``*`` for several files, a folder of ``.parquet`` files,
+            or a table in memory: a frame of pandas (without its index), polars, pyarrow or any
+            library with the Arrow PyCapsule stream interface. If None, training uses what ``dir``
+            holds; settings that are given must be those it was prepared with.
         test: Table of the test rows, as for ``train``; if None, ``split`` takes them from
             ``train``.
-        labels: Columns of 0 and 1 or true and false, without missing values.
+        labels: Columns of 0 and 1 or true and false, without missing values; see ``positive``.
         funnel: Whether the second label requires the first (click, conversion).
         categorical: Categorical columns; None to infer them.
         numerical: Numerical columns; None to infer them.
         exclude: Columns to leave out.
         group: Column of the user or search. Integers are kept, other values are numbered.
-        time: Column of numbers or dates (``YYYY-MM-DD``, ``YYYY-MM-DD HH:MM:SS``); the rows of each
-            split are sorted by it, so that ``validation_split=last`` validates on the latest
-            training rows.
+        time: Column of numbers or dates (``YYYY-MM-DD``, ``YYYY-MM-DD HH:MM:SS``, with ``Z`` or
+            ``+01:00`` if it has a zone, else in UTC); the rows of each split are sorted by it, so
+            that ``validation_split=last`` validates on the latest training rows.
         split: ``random``, ``grouped`` (whole groups drawn at random) or ``time`` (the last rows).
         test_share: Share of the rows (or groups) in the test split, in (0, 1).
         test_seed: Seed of the random test split.
@@ -66,6 +73,11 @@ class Table(SelfPreparing):
             None refuses missing numbers.
         standardise: Whether to store ``(value - mean) / deviation``, both of the filled training
             rows; a constant column is divided by 1.
+        positive: Value of the labels that counts as 1, for example ``yes``, if they are not 0 and 1
+            or true and false; then only one other value may occur. A list of values makes all
+            others 0. Case is ignored.
+        separator: Character between the cells of csv files; None to infer it.
+        decimal: Decimal sign of the numbers in csv files, ``.`` or ``,``; None to infer it.
         min_count: Minimum number of training rows with a categorical value to give it an index.
         conversion_without_click: ``refuse`` a conversion without a click under ``funnel``, or
             ``drop`` and count it.
@@ -88,10 +100,19 @@ class Table(SelfPreparing):
     test_share: float = 0.2
     test_seed: int = 0
     fill: float | str | None = None
-    standardise: bool = False
+    standardise: bool = True
+    positive: Any = None
+    separator: str | None = None
+    decimal: str | None = None
     min_count: int = 1
     conversion_without_click: str = "refuse"
     on_error: str = "refuse"
+
+    def __new__(cls, **arguments: Any) -> "Table":
+        table = super().__new__(cls)
+        # Hydra passes every argument, given or not.
+        table._arguments = set(arguments) if len(arguments) < len(fields(cls)) - 1 else set()
+        return table
 
     def __post_init__(self) -> None:
         self._identities: dict[str, Any] | None = None  # of tables in memory: see _open
@@ -119,7 +140,38 @@ class Table(SelfPreparing):
         drop = ["refuse", "drop"]
         check_choice("data.conversion_without_click", self.conversion_without_click, drop)
         check_choice("data.on_error", self.on_error, BadRows.CHOICES)
+        self._check_form()
         self._check_roles()
+        self._find_given()
+
+    def _find_given(self) -> None:
+        self.given |= self._arguments
+        for setting in fields(Table):
+            default = setting.default
+            if default is MISSING:
+                default = [] if setting.default_factory is list else None
+            value = getattr(self, setting.name)
+            if setting.name not in _TABLES and value != default:
+                self.given.add(setting.name)
+
+    def _check_form(self) -> None:
+        values = self.positive if isinstance(self.positive, list | tuple) else [self.positive]
+        if any(isinstance(value, bool) for value in values):
+            raise InputError(
+                f"data.positive must be a text or a number, got {self.positive!r} (YAML reads yes "
+                "and no as true and false). Quote it, or leave it out if labels are true and false."
+            )
+        if self.separator == r"\t":
+            self.separator = "\t"
+        if self.separator is not None and (
+            len(str(self.separator)) != 1 or str(self.separator) in '"\r\n' or self.separator == " "
+        ):
+            raise InputError(
+                f"data.separator must be one character, got {self.separator!r}. Set a comma, a "
+                "semicolon, a bar or a tab."
+            )
+        if self.decimal is not None:
+            check_choice("data.decimal", self.decimal, [".", ","])
 
     def _check_tables(self) -> None:
         for key in SPLITS:
@@ -156,6 +208,8 @@ class Table(SelfPreparing):
                 roles[name] = key
         if self.labels is not None:
             Schema((), (), tuple(self.labels), self.funnel)  # raises on a wrong number of labels
+        if self.train is None and self.test is not None:
+            raise InputError("data.test must come with data.train, got data.test alone. Set both.")
         needed = {"grouped": "group", "time": "time"}.get(self.split)
         if self.test is None and needed is not None and getattr(self, needed) is None:
             raise InputError(f"data.split={self.split} needs a column. Set data.{needed}=COLUMN.")
@@ -179,14 +233,41 @@ class Table(SelfPreparing):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Settings, and the identity of each table: names and sizes of files, hashes of frames.
+        """Settings, and the identity of each table: names and hashes of files, hashes of frames.
 
-        A hash dates from the last time that ``prepare`` read the frames.
+        A hash of a frame dates from the last time that ``prepare`` read it; that of a file is
+        computed anew if the file has changed.
         """
-        settings = {key: getattr(self, key) for key in Table.__annotations__ if key not in _OTHER}
-        if self._identities is not None:
-            return settings | self._identities
-        return settings | {split: source.identity for split, source in self._open().items()}
+        identities = self._identities
+        if identities is None:
+            identities = {k: source.identity(self._checksum) for k, source in self._open().items()}
+        return {key: getattr(self, key) for key in self._settings} | {"test": None} | identities
+
+    @property
+    def _settings(self) -> list[str]:
+        return [key for key in Table.__annotations__ if key not in (*_OTHER, *_TABLES)]
+
+    def _checksum(self, file: Path) -> str:
+        return noted_sha256(file, self.folder.with_name(f".{self.folder.name}.raw"))
+
+    def _find_differing(self, found: dict[str, Any]) -> dict[str, Any]:
+        if self.train is not None:
+            return super()._find_differing(found)
+        given = {key: getattr(self, key) for key in self._settings if key in self.given}
+        return {
+            key: value
+            for key, value in given.items()
+            if value is not None and found.get(key) != _unquoted(value, found.get(key))
+        }
+
+    def settings_used(self) -> dict[str, Any]:
+        if self.train is not None:
+            return {}
+        try:
+            found = open_prepared(self.folder)[0].parameters
+        except InputError:
+            return {}
+        return {key: found[key] for key in self._settings if key in found}
 
     def setup(self, stage: str | None = None) -> None:
         if self._is_temporary and self._arrays is None:
@@ -226,22 +307,44 @@ class Table(SelfPreparing):
                 "data.train and data.labels must be given. Set them to the table and its columns "
                 "of 0 and 1, `data.train=FILE data.labels=[COLUMN,COLUMN]`."
             )
-        sources = {"train": open_source("data.train", self.train)}
+        form = self.separator, self.decimal
+        sources = {"train": open_source("data.train", self.train, *form)}
         if self.test is not None:
-            sources["test"] = open_source("data.test", self.test)
+            sources["test"] = open_source("data.test", self.test, *form)
+        self._unquote_names(sources["train"].columns)
         for source in sources.values():
             for key, names in self.named.items():
                 if key != "data.exclude" or source is sources["train"]:
                     source.require_columns(key, names)
         if any(isinstance(source, FrameSource) for source in sources.values()):
             # Cached: reading a frame again is slow, and a stream cannot be read twice.
-            self._identities = {split: source.identity for split, source in sources.items()}
+            self._identities = {k: source.identity(self._checksum) for k, source in sources.items()}
         return sources
+
+    def _unquote_names(self, columns: list[str]) -> None:
+        """Undo that YAML and Hydra read the name 109_14 as the number 10914."""
+        for key in _LISTS:
+            if getattr(self, key) is not None:
+                setattr(self, key, _unquoted(getattr(self, key), columns))
+        for key in ("group", "time"):
+            if getattr(self, key) is not None:
+                setattr(self, key, _unquoted([getattr(self, key)], columns)[0])
 
 
 def _names(key: str, names: Any) -> list[str]:
     if not isinstance(names, list | tuple) or not all(
         isinstance(name, str | int) and not isinstance(name, bool) for name in names
     ):
-        raise InputError(f"{key} must name columns, `{key}=[COLUMN,COLUMN]`, got {names!r}")
+        raise InputError(
+            f"{key} must name columns, `{key}=[COLUMN,COLUMN]`, got {names!r}. Quote a name that "
+            f"is read as a number or as true, `{key}=['1e3']`."
+        )
     return [str(name) for name in names]
+
+
+def _unquoted(names: Any, columns: Any) -> Any:
+    """Replace 10914 with the column 109_14, if there is one and none is called 10914."""
+    if not isinstance(names, list) or not isinstance(columns, list):
+        return names
+    by_number = {str(name).replace("_", ""): name for name in columns if str(name)[:1].isdigit()}
+    return [name if name in columns else by_number.get(name, name) for name in names]

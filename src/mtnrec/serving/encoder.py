@@ -7,12 +7,12 @@ import numpy as np
 import polars as pl
 import torch
 
-from mtnrec.arrays import Float32Array, Float64Array, Int32Array
+from mtnrec.arrays import BoolArray, Float32Array, Float64Array, Int32Array
 from mtnrec.batch import Bags, Batch
 from mtnrec.checks import InputError, format_names
 from mtnrec.data.prepared.manifest import LARGEST_NUMBER
 from mtnrec.data.prepared.vocabulary import TextVocabulary, Vocabulary
-from mtnrec.data.raw.column import to_numbers, to_text, transformed
+from mtnrec.data.raw.column import to_bags, to_numbers, to_text, transformed
 from mtnrec.data.raw.tabular import check_row_groups, readable
 from mtnrec.schema import CategoricalField, Schema
 
@@ -114,12 +114,13 @@ class Encoder:
                 "its raw values cannot be scored. Choose prepared rows with data=NAME."
             )
         vocabulary = self._vocabularies[name]
-        absent = column.is_null().to_numpy()
+        text = to_text(column)
+        absent = text.is_null().to_numpy()
         if isinstance(vocabulary, TextVocabulary):
-            indices = vocabulary.encode(to_text(column))
+            indices = vocabulary.encode(text)
         else:
             # Through text, since casting 2.5 to an integer would give 2.
-            whole = to_text(column).cast(pl.Int64, strict=False)
+            whole = text.cast(pl.Int64, strict=False)
             known = whole.is_between(_INT32.min, _INT32.max).fill_null(value=False).to_numpy()
             values = whole.fill_null(0).to_numpy()
             indices = vocabulary.encode(np.where(known, values, 0).astype(np.int32))
@@ -141,24 +142,25 @@ class Encoder:
                 )
             self.missing[name] += int(np.count_nonzero(absent))
         parts = {"fill": np.nan, "shift": 0.0, "scale": 1.0} | dict(transform)
-        return transformed(values, **parts).astype(np.float32)
+        stored = transformed(values, **parts)
+        _require_finite(name, np.abs(stored) > LARGEST_NUMBER, column, place)
+        return stored.astype(np.float32)
 
     def _bags(self, name: str, frame: pl.DataFrame, place: Callable[[int], str]) -> Bags:
-        lists = _as_lists(name, frame[name])
-        lengths = lists.list.len().fill_null(0)
-        tokens = self._indices(name, lists.explode().drop_nulls())
-        if len(tokens) != lengths.sum():
+        lengths, items = to_bags(_as_lists(name, frame[name]))
+        items = to_text(items)
+        if items.null_count():
             raise InputError(f"column {name!r}: a list must not hold missing values. Delete them.")
+        tokens = self._indices(name, items)
         self.missing[name] += int((lengths == 0).sum())
         weights = np.ones(len(tokens), np.float32)
         if (given := _weight_column(name)) in frame.columns:
-            weight_lists = _as_lists(given, frame[given])
-            if not weight_lists.list.len().fill_null(0).equals(lengths):
-                row = int((weight_lists.list.len().fill_null(0) != lengths).arg_max() or 0)
+            others, values = to_bags(_as_lists(given, frame[given]))
+            if (differ := others != lengths).any():
+                row = int(differ.argmax())
                 raise InputError(f"{place(row)}: the lists {name!r} and {given!r} differ in length")
-            values = weight_lists.explode().drop_nulls()
             weights = _read_numbers(given, values, lambda _: "a list").astype(np.float32)
-        offsets = np.concatenate([[0], lengths.to_numpy().cumsum()]).astype(np.int32)
+        offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
         return Bags(*map(torch.from_numpy, (tokens, weights, offsets)))
 
 
@@ -179,13 +181,19 @@ def _read_numbers(name: str, column: pl.Series, place: Callable[[int], str]) -> 
     read = to_numbers(column)
     values = read.fill_null(np.nan).to_numpy()
     wrong = (read.is_null() & column.is_not_null()).to_numpy() | (np.abs(values) > LARGEST_NUMBER)
+    _require_finite(name, wrong, column, place)
+    return values
+
+
+def _require_finite(
+    name: str, wrong: BoolArray, column: pl.Series, place: Callable[[int], str]
+) -> None:
     if wrong.any():
         row = int(wrong.argmax())
         raise InputError(
             f"{place(row)}, column {name!r}: a number must be finite in 32 bits, got "
             f"{column[row]!r}"
         )
-    return values
 
 
 def _check_vocabulary(field: CategoricalField, values: pl.Series) -> None:

@@ -101,8 +101,9 @@ class TableRows:
 
     Args:
         scorer: The model.
-        path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, or a folder of ``.parquet`` files;
-            columns that the model does not need are ignored.
+        path: A file, a pattern or a folder as in
+            :class:`~mtnrec.data.raw.tabular.FileSource`; columns that the model does not need are
+            ignored.
         batch_size: Rows scored at a time.
         keep: Columns copied to the scores unchanged, e.g. an id.
         group: Column of the user or search, for the grouped AUC.
@@ -137,10 +138,13 @@ class TableRows:
 
     def __iter__(self) -> Iterator[Part]:
         encoder = self._encoder
-        needed = {*encoder.columns, *encoder.lists, *self._labels, self._group}
-        columns = [name for name in self._source.columns if name in needed]
+        read = {*encoder.columns, *encoder.lists, *self._labels, self._group}
+        names = (*self._source.columns, *self._source.index)
         chunks = self._source.chunks(
-            columns, BadRows("refuse"), lists=encoder.lists, unchanged=self._keep
+            [name for name in names if name in read or name in self._keep],
+            BadRows("refuse"),
+            lists=encoder.lists,
+            any_type=[name for name in self._keep if name not in read],
         )
         for chunk in chunks:
             for start in range(0, chunk.frame.height, self._batch_size):
@@ -154,7 +158,7 @@ class TableRows:
             batch.labels = read_labels(frame, self._schema)
         if self._group is not None:
             batch.group = _read_groups(frame[self._group], place)
-        kept = chunk.unchanged.slice(start, self._batch_size).to_arrow()
+        kept = chunk.stored.select(self._keep).slice(start, self._batch_size).to_arrow()
         return Part(batch, place, kept)
 
 

@@ -23,6 +23,7 @@ from mtnrec.checkpoint.bundle import (
 )
 from mtnrec.checks import InputError, check_integer
 from mtnrec.data.prepared.manifest import Manifest
+from mtnrec.data.raw.tabular import ArrowStream, missing_to_null, read_frame
 from mtnrec.metric.task_metrics import task_probabilities
 from mtnrec.serving.encoder import Encoder, read_vocabularies
 
@@ -63,30 +64,31 @@ class Scorer:
         self.device = device
         self.tasks = [task.name for task in manifest.schema.tasks]
 
-    def score(self, frame: pd.DataFrame, batch_size: int = 8192) -> pd.DataFrame:
+    def score(self, frame: pd.DataFrame | ArrowStream, batch_size: int = 8192) -> pd.DataFrame:
         """Return the probability of each task for rows of raw values.
 
         Values not in the training rows count as missing; ``encoder.unseen`` counts them per
         field, and a field none of whose values was seen is logged as a warning.
 
         Args:
-            frame: A column for each field and feature of the data set, in any order; others are
-                ignored.
+            frame: A frame of pandas, polars, pyarrow or any library with the Arrow PyCapsule stream
+                interface, with a column for each field and feature of the data set, in any order;
+                others are ignored.
             batch_size: Rows computed at a time.
 
         Returns:
-            A column for each task, with the index of ``frame``.
+            A column for each task, with the index of ``frame`` if it is of pandas.
 
         Raises:
             InputError: If a column is missing or holds invalid values.
         """
         check_integer("batch_size", batch_size, minimum=1)
         needed = {*self.encoder.columns, *self.encoder.lists}
-        columns = [name for name in frame.columns if name in needed]
-        rows = pl.from_pandas(frame[columns], nan_to_null=True)
+        rows = missing_to_null(read_frame("the frame", frame, needed)[0])
         with warning_of_unseen(self.encoder):
             scores = self.score_raw(rows, "row {}".format, batch_size)
-        return pd.DataFrame(scores, columns=self.tasks, index=frame.index)
+        index = frame.index if isinstance(frame, pd.DataFrame) else None
+        return pd.DataFrame(scores, columns=self.tasks, index=index)
 
     def score_raw(
         self, frame: pl.DataFrame, place: Callable[[int], str], batch_size: int

@@ -19,14 +19,13 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import InstantiationException
 from hydra.plugins.launcher import Launcher
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich import get_console
 from rich.live import Live
 
 from mtnrec.checks import InputError
 from mtnrec.command.config import resolve_settings
-from mtnrec.command.job import draws_on_screen, train_command
+from mtnrec.command.job import draws_on_screen, make_datamodule, train_command
 from mtnrec.data.datamodule import DataModule
 from mtnrec.files import read_json, write_json
 from mtnrec.run.folder import (
@@ -105,8 +104,8 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
     submitted = (read_json(directory / PLAN_FILE) or {}).get("submitted", {})
     sweep = {"started": time.time(), "cells": planned, "submitted": submitted}
     write_json(directory / PLAN_FILE, sweep)
-    checksums = _prepare_data(jobs)
-    finished = {job.folder: _find_finished(job, checksums[_data_key(job)]) for job in jobs}
+    prepared = _prepare_data(jobs)
+    finished = {job.folder: _find_finished(job, *prepared[_data_key(job)]) for job in jobs}
     pending = [job for job in jobs if finished[job.folder] is None]
     _logger.info(
         "%d runs in %s, %d of them finished before", len(jobs), directory, len(jobs) - len(pending)
@@ -136,32 +135,33 @@ def _data_key(job: Job) -> str:
     return json.dumps(job.config["data"])
 
 
-def _prepare_data(jobs: Sequence[Job]) -> dict[str, str | None]:
+def _prepare_data(jobs: Sequence[Job]) -> dict[str, tuple[str | None, dict[str, Any]]]:
     """Prepare the data sets before the runs share them, and warn early of missing ones.
 
     Returns:
-        Checksum of each data set; None if it is missing.
+        Checksum of each data set, None if it is missing, and the settings that its record has.
     """
-    checksums: dict[str, str | None] = {}
+    prepared: dict[str, tuple[str | None, dict[str, Any]]] = {}
     uses = Counter(map(_data_key, jobs))
     for job in jobs:
         data = _data_key(job)
-        if data in checksums:
+        if data in prepared:
             continue
-        checksums[data] = None
+        prepared[data] = None, {}
         try:
-            datamodule: DataModule = instantiate(job.config["data"], _convert_="all")
+            datamodule: DataModule = make_datamodule(job.config["data"], job.overrides)
             datamodule.prepare_data()
-            checksums[data] = datamodule.find_checksum()
+            prepared[data] = datamodule.find_checksum(), datamodule.settings_used()
         except (InputError, InstantiationException) as error:
             _logger.warning("%d of %d runs will fail: %s", uses[data], len(jobs), error)
-    return checksums
+    return prepared
 
 
-def _find_finished(job: Job, checksum: str | None) -> RunRecord | None:
+def _find_finished(job: Job, checksum: str | None, used: Mapping[str, Any]) -> RunRecord | None:
     if not job.config["resume"] or run_state(job.folder) is not State.FINISHED:
         return None
-    return find_record(job.folder, job.config, checksum)
+    config = job.config | {"data": {**job.config["data"], **used}}
+    return find_record(job.folder, config, checksum)
 
 
 def _launch(pending: Sequence[Job], launcher: Launcher) -> None:

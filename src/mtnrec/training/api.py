@@ -20,6 +20,7 @@ from mtnrec.command.entry_point import silence_libraries
 from mtnrec.command.errors import find_input_error
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.noise import Noise
+from mtnrec.data.raw.tabular import ArrowStream
 from mtnrec.mtn.callback import MTN
 from mtnrec.run.folder import lock_run_folder
 from mtnrec.run.identity import folder_name
@@ -62,7 +63,7 @@ class FinishedRun:
         module = str(self.record.config["model"]["_target_"]).rpartition(".")[0]
         return load_checkpoint(self.folder, allow=[module])
 
-    def score(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def score(self, frame: pd.DataFrame | ArrowStream) -> pd.DataFrame:
         """Return the probability of each task for rows of raw values; see ``Scorer.score``."""
         return self.scorer.score(frame)
 

@@ -75,6 +75,8 @@ def find_or_fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) 
         InputError: If a setting is out of range.
     """
     check_settings(cfg)
+    if used := datamodule.settings_used():
+        cfg.data = OmegaConf.merge(cfg.data, used)
     config = _resolve(cfg)
     output_dir = Path(cfg.output_dir)
     record = find_record(output_dir, config, datamodule.find_checksum()) if cfg.resume else None

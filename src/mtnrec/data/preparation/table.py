@@ -4,7 +4,8 @@ Memory is bounded: only the vocabularies grow with the data, and 9 bytes per row
 split and 17 to sort by time.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,16 +19,16 @@ from rich.progress import Progress
 from rich.text import Text
 
 from mtnrec.arrays import BoolArray, Float64Array, Int64Array
-from mtnrec.checks import InputError
+from mtnrec.checks import InputError, format_names
 from mtnrec.data.prepared.manifest import LARGEST_NUMBER, Manifest
 from mtnrec.data.prepared.store import Arrays
 from mtnrec.data.prepared.vocabulary import TextCounts, TextVocabulary
 from mtnrec.data.prepared.writer import Writer
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.column import (
-    MOST_CATEGORIES,
     Moments,
     Profile,
+    to_bags,
     to_labels,
     to_numbers,
     to_text,
@@ -37,14 +38,20 @@ from mtnrec.data.raw.column import (
 from mtnrec.data.raw.tabular import Chunk, Source
 from mtnrec.schema import CategoricalField, Schema
 
+_logger = logging.getLogger(__name__)
+
 SPLITS = ("train", "test")
-_TIMES = {"integer": "an integer", "number": "a number", "date": "a date"}
+_DATES = "YYYY-MM-DD or YYYY-MM-DD HH:MM:SS, with Z or +01:00 if it has a zone"
+_TIMES = {"integer": "an integer", "number": "a number", "date": f"a date ({_DATES})"}
 _INFERRED = {
-    "text": ("categorical", "not a number"),
+    "list": ("multi-valued", "lists"),
+    "text": ("categorical", "text"),
     "boolean": ("categorical", "boolean"),
-    "integer": ("numerical", f"more than {MOST_CATEGORIES} distinct integers"),
-    "number": ("numerical", "number"),
+    "integer": ("categorical", "whole numbers; data.numerical for a measurement"),
+    "number": ("numerical", "numbers with a fraction"),
 }
+WEIGHTS = "_weights"  # ends the name of the column of weights of a multi-valued field
+_MOST_VALUES = 20  # of a label in a chunk
 _NEEDS_CLICK = (
     "a conversion needs a click (set data.conversion_without_click=drop to drop and count it)"
 )
@@ -74,6 +81,7 @@ class TableSettings:
     test_seed: int
     fill: float | str | None
     standardise: bool
+    positive: Any
     min_count: int
     conversion_without_click: str
     on_error: str
@@ -84,9 +92,23 @@ class _Plan(NamedTuple):
 
     categorical: list[str]
     numerical: list[str]
+    multivalued: list[str]
     kinds: dict[str, str]
     groups: TextVocabulary
     tests: Callable[[Chunk], BoolArray]
+
+
+class _Bags(NamedTuple):
+    """Bags of a multi-valued field, not yet encoded."""
+
+    lengths: Int64Array
+    items: pl.Series
+    weights: Float64Array
+
+    def filter(self, keep: BoolArray) -> "_Bags":
+        """Return the bags of the kept rows."""
+        items = np.repeat(keep, self.lengths)
+        return _Bags(self.lengths[keep], self.items.filter(items), self.weights[items])
 
 
 class _Rows(NamedTuple):
@@ -94,6 +116,7 @@ class _Rows(NamedTuple):
 
     categorical: list[pl.Series]
     numerical: Float64Array
+    bags: list[_Bags]
     arrays: Arrays  # labels and group
     time: npt.NDArray[Any]
     tests: BoolArray
@@ -125,14 +148,22 @@ class TablePreparation:
         plan = self._plan()
         vocabularies, transforms = self._fit(plan)
         report = self._write(plan, vocabularies, transforms)
+        names = [*plan.categorical, *plan.multivalued]
         fields = tuple(
             vocabulary.write(self._writer.directory, name)
-            for name, vocabulary in zip(plan.categorical, vocabularies, strict=True)
+            for name, vocabulary in zip(names, vocabularies, strict=True)
         )
+        count = len(plan.categorical)
         return self._writer.finish(
             source=table.name,
             parameters=table.parameters,
-            schema=Schema(fields, tuple(plan.numerical), tuple(self._labels), table.funnel),
+            schema=Schema(
+                fields[:count],
+                tuple(plan.numerical),
+                tuple(self._labels),
+                table.funnel,
+                multivalued=fields[count:],
+            ),
             report=report,
             transforms=self._recorded(plan, transforms),
         )
@@ -156,7 +187,9 @@ class TablePreparation:
     ) -> Iterator[Chunk]:
         source = self._sources[split]
         bar = self._progress.add_task(f"{action} {source.name}:", total=None)
-        for chunk in source.chunks(columns, bad_rows):
+        not_lists = {*(self._table.numerical or []), *self._labels, *self._keys()}
+        lists = [name for name in columns if name not in not_lists]
+        for chunk in source.chunks(columns, bad_rows, lists=lists):
             yield chunk
             self._progress.advance(bar, chunk.frame.height)
 
@@ -166,32 +199,65 @@ class TablePreparation:
         features = self._features()
         for source in self._sources.values():
             source.require_columns("the features", features)
+        profiles, groups, rows = self._inspect(features)
+        if table.time is not None and profiles[table.time].kind not in _TIMES:
+            _refuse_word(table.time, profiles[table.time])
+            raise InputError(
+                f"{path}: data.time must be a column of numbers or dates, got {table.time!r}"
+            )
+        weights = {name + WEIGHTS for name in features if profiles[name].kind == "list"}
+        features = [name for name in features if name not in weights]
+        reasons = {name: _kind(path, name, profiles[name], table) for name in features}
+        categorical, numerical, multivalued = (
+            [name for name in features if reasons[name][0] == kind]
+            for kind in ("categorical", "numerical", "multi-valued")
+        )
+        for name in (*categorical, *multivalued):
+            CategoricalField(name, 1)  # raises on a name that is not a valid file name
+        self._show(reasons, rows)
+        kinds = {name: profiles[name].kind for name in self._keys()}
+        for name in self._groups():
+            if kinds[name] == "integer" and groups.values.cast(pl.Int64, strict=False).has_nulls():
+                kinds[name] = "text"  # too large for 64 bits: numbered like texts
+        tests = self._draw(rows, kinds, groups)
+        return _Plan(categorical, numerical, multivalued, kinds, groups, tests)
+
+    def _inspect(self, features: list[str]) -> tuple[dict[str, Profile], TextVocabulary, int]:
+        """Read the profiles of the columns, the groups of all tables and the count of rows."""
+        table = self._table
         profiles = {name: Profile() for name in [*features, *self._keys()]}
+        values: dict[str, set[str]] = {label: set() for label in self._labels}
         groups = TextCounts()
         rows = 0
         for split in self._sources if table.group is not None else ("train",):
             names = list(profiles) if split == "train" else self._groups()
-            for chunk in self._chunks("inspecting", split, names, BadRows(table.on_error)):
+            labels = self._labels if split == "train" else []
+            chunks = self._chunks("inspecting", split, [*names, *labels], BadRows(table.on_error))
+            for chunk in chunks:
                 for name in names:
-                    profiles[name].update(chunk.frame[name])
+                    profiles[name].update(chunk.frame[name], chunk.place)
                 for name in self._groups():
                     groups.update(to_text(chunk.frame[name]))
+                for name in labels:
+                    found = to_text(chunk.frame[name]).drop_nulls().unique()
+                    values[name].update(found.head(_MOST_VALUES))
                 rows += chunk.frame.height if split == "train" else 0
-        if table.time is not None and profiles[table.time].kind not in _TIMES:
-            raise InputError(
-                f"{path}: data.time must be a column of numbers or dates, got {table.time!r}"
-            )
-        reasons = {name: _kind(path, name, profiles[name], table) for name in features}
-        categorical, numerical = (
-            [name for name in features if reasons[name][0] == kind]
-            for kind in ("categorical", "numerical")
-        )
-        for name in categorical:
-            CategoricalField(name, 1)  # raises on a name that is not a valid file name
-        self._show(reasons, rows)
-        kinds = {name: profiles[name].kind for name in self._keys()}
-        vocabulary = groups.vocabulary()
-        return _Plan(categorical, numerical, kinds, vocabulary, self._draw(rows, kinds, vocabulary))
+        self._check_labels(values)
+        return profiles, groups.vocabulary(), rows
+
+    def _check_labels(self, values: dict[str, set[str]]) -> None:
+        """Refuse a third value under a single positive one, which may be misspelled."""
+        positive = positive_texts(self._table.positive)
+        if positive is None or isinstance(self._table.positive, list | tuple):
+            return
+        for label, found in values.items():
+            others = sorted(value for value in found if value.lower() not in positive)
+            if len(others) > 1:
+                raise InputError(
+                    f"the label {label!r} must have one value besides "
+                    f"data.positive={self._table.positive}, got {format_names(others)}. Correct "
+                    "it, or give data.positive as a list, [VALUE], to make all others negative."
+                )
 
     def _features(self) -> list[str]:
         """Return the columns named as features, and those whose kind is to be inferred."""
@@ -218,14 +284,29 @@ class TablePreparation:
             if key not in ("data.categorical", "data.numerical"):
                 role = key.removeprefix("data.").removesuffix("s").replace("exclude", "left out")
                 reasons = reasons | dict.fromkeys(names, (role, key))
-        for name in self._sources["train"].columns:
+        source = self._sources["train"]
+        lists = [name for name, (kind, _) in reasons.items() if kind == "multi-valued"]
+        reasons |= {
+            name + WEIGHTS: ("weights", f"of {name}")
+            for name in lists
+            if name + WEIGHTS in source.columns
+        }
+        reasons = dict.fromkeys(source.index, ("left out", "the index of pandas")) | reasons
+        for name in (*source.columns, *source.index):
             kind, why = reasons.get(name, ("left out", "categorical and numerical are both given"))
-            shown.add_row(Text(name), kind, why)
+            shown.add_row(Text(name), kind, Text(why))
         kinds = [kind for kind, _ in reasons.values()]
         features = kinds.count("categorical") + kinds.count("numerical")
         width = 4 * features + len(self._labels) + 8 * len(self._groups())
         console = self._progress.console
         console.print(shown)
+        for of_split in self._sources.values():
+            if of_split.dialect is not None:
+                separator, decimal = of_split.dialect
+                console.print(
+                    f"{of_split.name}: separator {separator!r}, decimal sign {decimal!r}",
+                    markup=False,
+                )
         console.print(f"{rows:,} rows to write, about {rows * width / 1e6:,.1f} MB of disk")
 
     def _draw(
@@ -258,11 +339,13 @@ class TablePreparation:
     def _fit(self, plan: _Plan) -> tuple[list[TextVocabulary], _Transforms]:
         """Read to fit the vocabularies and means to the training rows."""
         table = self._table
-        counts = [TextCounts() for _ in plan.categorical]
+        counts = [TextCounts() for _ in (*plan.categorical, *plan.multivalued)]
         moments = Moments(len(plan.numerical))
         for rows in self._rows("fitting to", "train", plan, BadRows(table.on_error)):
-            for values, column in zip(counts, rows.categorical, strict=True):
-                values.update(column.filter(~rows.tests))
+            columns = [column.filter(~rows.tests) for column in rows.categorical]
+            columns += [bags.filter(~rows.tests).items for bags in rows.bags]
+            for values, column in zip(counts, columns, strict=True):
+                values.update(column)
             numerical = rows.numerical[~rows.tests]
             if isinstance(table.fill, int | float):
                 numerical = np.where(np.isnan(numerical), table.fill, numerical)
@@ -281,19 +364,23 @@ class TablePreparation:
     ) -> dict[str, int]:
         """Read and write the rows; return the counts."""
         report: dict[str, int] = {}
+        count = len(plan.categorical)
+        unseen = set(plan.categorical)  # fields of which no test value is known
         times: dict[str, list[npt.NDArray[Any]]] = {split: [] for split in SPLITS}
         for source in self._sources:
             bad_rows, orphans = BadRows(self._table.on_error), 0
-            for rows in self._rows("writing", source, plan, bad_rows):
-                indices = map(TextVocabulary.encode, vocabularies, rows.categorical)
+            for rows in self._rows("writing", source, plan, bad_rows, transforms):
+                indices = list(map(TextVocabulary.encode, vocabularies[:count], rows.categorical))
                 arrays = rows.arrays | {
-                    "categorical": _side_by_side(list(indices), np.ones_like(rows.tests)),
+                    "categorical": _side_by_side(indices, np.ones_like(rows.tests)),
                     "numerical": transformed(rows.numerical, *transforms),
                 }
                 for split, keep in (("train", ~rows.tests), ("test", rows.tests)):
-                    self._writer.append(split, {stem: a[keep] for stem, a in arrays.items()})
+                    self._append(split, arrays, rows, keep, vocabularies[count:], plan)
                     self._count_missing(split, plan, rows, keep)
                     times[split].append(rows.time[keep])
+                known = zip(plan.categorical, indices, strict=True)
+                unseen -= {name for name, index in known if index[rows.tests].any()}
                 orphans += rows.orphans
             bad_rows.warn()
             report |= self._counted(source, bad_rows.count, orphans)
@@ -301,7 +388,30 @@ class TablePreparation:
             self._writer.close_arrays()
             for split, parts in times.items():
                 self._writer.permute(split, np.concatenate(parts).argsort(kind="stable"))
+        missing, rows_of_test = self._writer.missing["test"], self._writer.rows("test")
+        for name in sorted(name for name in unseen if missing[name] < rows_of_test):
+            _logger.warning("no test value of the column %r occurs in the training rows", name)
         return report
+
+    def _append(
+        self,
+        split: str,
+        arrays: Arrays,
+        rows: _Rows,
+        keep: BoolArray,
+        vocabularies: list[TextVocabulary],
+        plan: _Plan,
+    ) -> None:
+        """Append the kept rows; each has bags of its own."""
+        kept = {stem: array[keep] for stem, array in arrays.items()}
+        if plan.multivalued:
+            own = self._writer.rows(split) + np.arange(np.count_nonzero(keep))
+            kept["bag"] = np.repeat(own[:, None], len(plan.multivalued), axis=1)
+        self._writer.append(split, kept)
+        for name, vocabulary, bags in zip(plan.multivalued, vocabularies, rows.bags, strict=True):
+            lengths, items, weights = bags.filter(keep)
+            tokens = vocabulary.encode(items)
+            self._writer.append_bags(split, name, lengths, tokens, weights.astype(np.float32))
 
     def _count_missing(self, split: str, plan: _Plan, rows: _Rows, keep: BoolArray) -> None:
         missing = self._writer.missing[split]
@@ -309,6 +419,8 @@ class TablePreparation:
             missing[name] += column.filter(keep).null_count()
         for name, lacking in zip(plan.numerical, np.isnan(rows.numerical).T, strict=True):
             missing[name] += int(np.count_nonzero(lacking & keep))
+        for name, bags in zip(plan.multivalued, rows.bags, strict=True):
+            missing[name] += int(np.count_nonzero((bags.lengths == 0) & keep))
 
     def _counted(self, source: str, skipped: int, orphans: int) -> dict[str, int]:
         table = self._table
@@ -319,15 +431,29 @@ class TablePreparation:
             counted[f"{source}_conversions_without_click"] = orphans
         return counted
 
-    def _rows(self, action: str, source: str, plan: _Plan, bad_rows: BadRows) -> Iterator[_Rows]:
+    def _rows(
+        self,
+        action: str,
+        source: str,
+        plan: _Plan,
+        bad_rows: BadRows,
+        transforms: _Transforms | None = None,
+    ) -> Iterator[_Rows]:
+        weights = [name + WEIGHTS for name in plan.multivalued]
+        weights = [name for name in weights if name in self._sources[source].columns]
         columns = [*plan.categorical, *plan.numerical, *self._labels, *self._keys()]
+        columns += [*plan.multivalued, *weights]
+        positive = positive_texts(self._table.positive)
         for chunk in self._chunks(action, source, columns, bad_rows):
             rules = _Rules(chunk, bad_rows)
-            labels = [rules.read_label(name) for name in self._labels]
+            labels = [rules.read_label(name, positive) for name in self._labels]
             numerical = [
                 rules.read_number(name, required=self._table.fill is None)
                 for name in plan.numerical
             ]
+            if transforms is not None:
+                rules.require_stored(plan.numerical, numerical, transforms)
+            bags = [rules.read_bags(name, weights) for name in plan.multivalued]
             group, time = self._read_keys(chunk, plan, rules)
             orphan = np.zeros(chunk.frame.height, np.bool_)
             if self._table.funnel:
@@ -339,6 +465,7 @@ class TablePreparation:
             yield _Rows(
                 [to_text(chunk.frame[name]).filter(keep) for name in plan.categorical],
                 _side_by_side(numerical, keep),
+                [of_field.filter(keep) for of_field in bags],
                 {stem: array[keep] for stem, array in group.items()}
                 | {"labels": np.stack(labels, axis=1)[keep]},
                 time[keep],
@@ -353,10 +480,11 @@ class TablePreparation:
         for name in self._groups():
             column = chunk.frame[name]
             if plan.kinds[name] == "integer":
-                read = column.cast(pl.Int64, strict=False)
+                read = to_text(column).cast(pl.Int64, strict=False)
             else:
-                read = pl.Series(plan.groups.encode(to_text(column)), dtype=pl.Int64)
-                read = read.set(column.is_null(), None)
+                text = to_text(column)
+                read = pl.Series(plan.groups.encode(text), dtype=pl.Int64)
+                read = read.set(text.is_null(), None)
             rule = "a group must be given and, if it is an integer, fit in 64 bits"
             arrays["group"] = rules.read(name, read, rule)
         if self._table.time is None:
@@ -387,9 +515,38 @@ class _Rules:
         self.require(name, read.is_not_null().to_numpy(), rule)
         return read.fill_null(0).to_numpy()
 
-    def read_label(self, name: str) -> npt.NDArray[Any]:
-        read = to_labels(self._chunk.frame[name])
-        return self.read(name, read, "a label must be 0 or 1 (or false, true)")
+    def read_label(self, name: str, positive: list[str] | None) -> npt.NDArray[Any]:
+        read = to_labels(self._chunk.frame[name], positive)
+        rule = "a label must be 0 or 1 (or false, true; set data.positive=VALUE for others)"
+        return self.read(name, read, rule if positive is None else "a label must be given")
+
+    def read_bags(self, name: str, weights: Collection[str]) -> _Bags:
+        """Read a multi-valued feature; a missing list is empty, and weights are 1 by default."""
+        lengths, raw = to_bags(self._chunk.frame[name])
+        items, numbers = to_text(raw), np.ones(len(raw))
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        bad = np.bincount(row[items.is_null().to_numpy()], minlength=len(lengths)) > 0
+        self.require(name, ~bad, "a list must not hold missing values")
+        if name + WEIGHTS in weights:
+            others, raw = to_bags(self._chunk.frame[name + WEIGHTS])
+            fits = others == lengths
+            self.require(name + WEIGHTS, fits, f"expected as many weights as {name}")
+            given = to_numbers(raw).fill_null(np.nan).to_numpy()
+            numbers[np.repeat(fits, lengths)] = given[np.repeat(fits, others)]
+            wrong = ~(np.abs(numbers) <= LARGEST_NUMBER)
+            bad = np.bincount(row[wrong], minlength=len(lengths)) > 0
+            self.require(name + WEIGHTS, ~bad, "a weight must be finite in 32 bits")
+        return _Bags(lengths, items, numbers)
+
+    def require_stored(
+        self, names: list[str], values: list[Float64Array], transforms: _Transforms
+    ) -> None:
+        """Refuse numbers that the transform makes too large for 32 bits."""
+        for column, name in enumerate(names):
+            parts = (numbers[column] for numbers in transforms)
+            stored = transformed(values[column], *parts)
+            rule = "a number must be finite in 32 bits, also after (value - mean) / deviation"
+            self.require(name, ~(np.abs(stored) > LARGEST_NUMBER), rule)
 
     def read_number(self, name: str, *, required: bool) -> Float64Array:
         """Read a numerical feature; missing numbers are NaN."""
@@ -419,13 +576,44 @@ def _kind(path: Path | str, name: str, profile: Profile, table: TableSettings) -
         )
     for kind in ("categorical", "numerical"):
         if name in (getattr(table, kind) or []):
-            return kind, "given"
+            return "multi-valued" if profile.kind == "list" else kind, "given"
+    _refuse_word(name, profile)
     if profile.kind == "date":
         raise InputError(
             f"{path}: the kind of the column {name!r} cannot be inferred, got dates. Set "
             "data.exclude to leave it out, name it in data.time or data.categorical, or convert it "
             "to numbers."
         )
-    if profile.kind == "integer" and profile.distinct is not None:
-        return "categorical", f"{profile.distinct} distinct integers"
+    if profile.is_unique and profile.kind in ("integer", "text"):
+        raise InputError(
+            f"{path}: the column {name!r} must not have as many values as rows, as a row id has, "
+            f"got {profile.count:,}. Set data.exclude=[{name}] to leave it out, or name it in "
+            "data.numerical (a measurement) or data.categorical."
+        )
     return _INFERRED[profile.kind]
+
+
+def _refuse_word(name: str, profile: Profile) -> None:
+    """Refuse a cell that is not a number, or a date, in a column of numbers or dates."""
+    if (word := profile.word) is None:
+        return
+    remedy = "Correct it"
+    if word.kind == "number":
+        remedy += ", set data.decimal if numbers have another decimal sign"
+    raise InputError(
+        f"{word.place}, column {name!r}: expected a {word.kind}, as {word.share} cells seem to be, "
+        f"got {word.value[:40]!r}. {remedy}, or name the column in data.categorical if its cells "
+        "are names."
+    )
+
+
+def positive_texts(positive: Any) -> list[str] | None:
+    """Return the canonical texts of the setting ``data.positive``, in lower case.
+
+    >>> positive_texts(["Yes", 5.0])
+    ['yes', '5']
+    """
+    if positive is None:
+        return None
+    values = positive if isinstance(positive, list | tuple) else [positive]
+    return to_text(pl.Series([str(value) for value in values])).str.to_lowercase().to_list()

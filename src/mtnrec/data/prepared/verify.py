@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -121,3 +122,34 @@ def sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error}). Prepare the data set again.") from error
+
+
+def noted_sha256(path: Path, note: Path) -> str:
+    """Return the SHA-256 of a file, from a note if the file is unchanged since it was written.
+
+    Args:
+        path: The file.
+        note: JSON file of checksums by size, inode, and modification and change times. It is
+            written if its folder exists. A file that changed less than 2 s before is hashed again,
+            as in :func:`verify_once`.
+
+    Raises:
+        InputError: If the file cannot be read.
+    """
+    path = path.resolve()
+    found = path.stat()
+    state = [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+    known: Any = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(note.read_bytes()) if note.is_file() else {}
+    known = known if isinstance(known, dict) else {}
+    entry = known.get(str(path))
+    if isinstance(entry, list) and len(entry) == 2 and entry[0] == state:
+        return str(entry[1])
+    checksum = sha256(path)
+    is_settled = time.time() - max(found.st_mtime, found.st_ctime) >= _SETTLED_SECONDS
+    if is_settled and note.parent.is_dir():
+        with suppress(OSError):
+            note.unlink(missing_ok=True)
+            note.write_text(json.dumps({**known, str(path): [state, checksum]}), encoding="utf-8")
+    return checksum

@@ -71,7 +71,7 @@ class Writer:
         self.append(split, {stems[part]: array for part, array in parts.items()})
 
     def _append(self, name: str, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> None:
-        chunk = np.ascontiguousarray(array, dtype=dtype)
+        chunk = _checked(name, array, dtype)
         if name not in self._files:
             path = self.directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +109,10 @@ class Writer:
         """Return whether an array was written."""
         return f"{split}/{stem}.npy" in self._shapes
 
+    def rows(self, split: str) -> int:
+        """Return the number of rows of a split so far."""
+        return self._shapes.get(f"{split}/labels.npy", (0,))[0]
+
     def chunks(self, split: str, stem: str) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Read a finished array in bounded memory: first row number and rows of each chunk."""
         shape = self._shapes[f"{split}/{stem}.npy"]
@@ -128,7 +132,7 @@ class Writer:
 
         def rewrite(window: tuple[int, int]) -> None:
             start, stop = window
-            rows = np.ascontiguousarray(change(self._read(split, stem, start, stop)), dtype)
+            rows = _checked(name, change(self._read(split, stem, start, stop)), dtype)
             with (self.directory / name).open("rb+", buffering=0) as file:
                 file.seek(self._starts[name] + start * (rows.nbytes // max(len(rows), 1)))
                 file.write(rows.data if rows.size else b"")
@@ -209,6 +213,18 @@ class Writer:
         )
         (self.directory / SCHEMA_FILE).write_text(manifest.to_file(), encoding="utf-8")
         return manifest
+
+
+def _checked(name: str, array: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Convert rows to the type of their array, and refuse numbers that are not finite in it."""
+    with np.errstate(over="ignore"):  # refused below
+        rows = np.ascontiguousarray(array, dtype)
+    if dtype.kind == "f" and not np.isfinite(rows).all():
+        raise InputError(
+            f"{name} must hold numbers that are finite in {8 * dtype.itemsize} bits, got one that "
+            "is missing or too large, perhaps after scaling. Correct the raw files."
+        )
+    return rows
 
 
 def _windows(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[tuple[int, int]]:

@@ -67,9 +67,14 @@ class BoundedStream:
 
 
 def inflated(file: IO[bytes], path: Path) -> BoundedStream:
-    """Decompress a gzip file as a stream of at most ``LARGEST_RATIO`` times its size."""
+    """Decompress a gzip or zst file as a stream of at most ``LARGEST_RATIO`` times its size."""
     most = max(READ_BYTES, LARGEST_RATIO * path.stat().st_size)
-    stream = cast(IO[bytes], gzip.GzipFile(fileobj=file))
+    if path.suffix == ".zst":
+        import pyarrow as pa  # type: ignore[import-untyped]  # slow, and seldom needed
+
+        stream = cast(IO[bytes], pa.CompressedInputStream(file, "zstd"))
+    else:
+        stream = cast(IO[bytes], gzip.GzipFile(fileobj=file))
     return BoundedStream(
         stream, most, f"{path} inflates to more than {LARGEST_RATIO} times its size"
     )

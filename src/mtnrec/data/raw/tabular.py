@@ -1,21 +1,26 @@
-"""Read tables with any columns: csv, csv.gz, Parquet, folders of Parquet parts, frames in memory.
+"""Read tables with any columns: csv, tsv, Parquet, several files as one, frames in memory.
 
-A csv file has a header, commas, and quotes where a cell holds a comma, a quote or a line break. All
-its cells are text. Empty cells are missing, as are empty texts and NaN in Parquet.
+A csv file has a header, a separator, and quotes where a cell holds the separator, a quote or a line
+break; it may be compressed (``.gz``, ``.zst``). All its cells are text. Empty cells are missing, as
+are empty texts and NaN in Parquet.
 """
 
 import csv
+import glob
 import hashlib
 import io
+import json
 import os
+import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, cast
+from typing import IO, Any, NamedTuple, Protocol, TypeGuard, cast
 
 import numpy as np
 import polars as pl
@@ -29,13 +34,20 @@ from mtnrec.checks import InputError, find_duplicates, format_names
 from mtnrec.data.raw import blocks
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block, read_blocks
-from mtnrec.data.raw.limits import inflated
+from mtnrec.data.raw.limits import BoundedStream, inflated
 from mtnrec.resources import memory_bytes
 from mtnrec.schema import MOST_COLUMNS
 
 _ROWS_PER_CHUNK = 1 << 16  # of Parquet
 _BYTES_PER_VALUE = 16  # at least, for a text
 _UNREADABLE = (pl.Binary, pl.Object, pl.Time, pl.Duration)
+_FORMS = re.compile(r"\.(?:[ct]sv(?:\.gz|\.zst)?|parquet)$")
+FORMS = "a .csv, .tsv or .parquet file, a compressed one (.csv.gz, .csv.zst)"
+_SEPARATORS = (",", ";", "\t", "|")
+_SAMPLE = 1000  # lines from which the separator and the decimal sign are inferred
+_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+")  # names that pandas gives its index
+_MOST_BLANKS = 1 << 16  # bytes of line ends at the end of a file
+_DECIMAL_COMMA = r"^([+-]?[0-9]*),([0-9]+(?:[eE][+-]?[0-9]+)?)$"
 
 
 @dataclass(frozen=True)
@@ -44,23 +56,30 @@ class Chunk:
 
     Args:
         frame: Cells of the rows; missing ones are null.
+        stored: The same rows as they are stored: empty texts and NaN are kept.
         path: The file, or a description of the frame.
         unit: ``line`` in a csv file, otherwise ``row``; both count from 1.
         numbers: Line or row number of each, ``(rows,)``.
         first: Number of earlier rows in the source.
-        unchanged: Columns whose cells are as in the source, to be copied.
     """
 
     frame: pl.DataFrame
+    stored: pl.DataFrame
     path: Path | str
     unit: str
     numbers: Int64Array
     first: int
-    unchanged: pl.DataFrame = field(default_factory=pl.DataFrame)
 
     def place(self, row: int) -> str:
         """Return the position of a row, for messages."""
         return f"{self.path}, {self.unit} {self.numbers[row]}"
+
+
+class Dialect(NamedTuple):
+    """Separator of the cells of a csv file, and decimal sign of its numbers."""
+
+    separator: str = ","
+    decimal: str = "."
 
 
 class ArrowStream(Protocol):
@@ -76,26 +95,38 @@ class Source(ABC):
     Attributes:
         path: The file or folder, or a description of the frame, for messages.
         name: Short form of ``path``.
-        columns: Names of the columns.
+        columns: Names of the columns, without those of an index of pandas.
+        index: Names of the columns that hold an index of pandas.
+        dialect: Form of its csv files; None if it has none.
     """
 
     path: Path | str
     name: str
     columns: list[str]
+    index: list[str]
+    dialect: Dialect | None = None
 
-    @property
     @abstractmethod
-    def identity(self) -> list[list[str | int]]:
-        """JSON that identifies the content, stored in the manifest."""
+    def identity(self, checksum: Callable[[Path], str]) -> list[list[str | int]]:
+        """Return JSON that identifies the content, stored in the manifest.
+
+        Args:
+            checksum: Returns the SHA-256 of a file.
+        """
 
     @abstractmethod
     def chunks(
-        self, columns: list[str], bad_rows: BadRows, *, lists: Sequence[str] = ()
+        self,
+        columns: list[str],
+        bad_rows: BadRows,
+        *,
+        lists: Sequence[str] = (),
+        any_type: Sequence[str] = (),
     ) -> Iterator[Chunk]:
         """Read some columns of all rows, in order and in bounded memory.
 
         Rows of a csv file with too few or too many cells go to ``bad_rows``. In Parquet files and
-        frames, the columns named in ``lists`` may hold lists.
+        frames, the columns named in ``lists`` may hold lists, those in ``any_type`` anything.
 
         Raises:
             InputError: If a file is damaged or truncated, a column has an unsupported type, or
@@ -104,7 +135,7 @@ class Source(ABC):
 
     def require_columns(self, key: str, names: list[str]) -> None:
         """Refuse names that are not columns; ``key`` is the setting that lists them."""
-        if missing := [name for name in names if name not in self.columns]:
+        if missing := [name for name in names if name not in (*self.columns, *self.index)]:
             raise InputError(
                 f"{self.path} lacks the column {format_names(missing)} of {key}; it has "
                 f"{format_names(self.columns)}"
@@ -116,7 +147,10 @@ class FileSource(Source):
 
     Args:
         key: The setting that names it, for example ``data.train``.
-        path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, or a folder of ``.parquet`` files.
+        path: A ``.csv``, ``.tsv`` or ``.parquet`` file, one of them with ``.gz`` or ``.zst`` if it
+            is text, a pattern with ``*`` for several files, or a folder of ``.parquet`` files.
+        separator: Separator of the cells of csv files; None to infer it.
+        decimal: Decimal sign of the numbers in csv files; None to infer it.
 
     Raises:
         InputError: If it cannot be read, or a column name is repeated or empty.
@@ -124,23 +158,33 @@ class FileSource(Source):
 
     path: Path
 
-    def __init__(self, key: str, path: str | Path) -> None:
+    def __init__(
+        self,
+        key: str,
+        path: str | Path,
+        separator: str | None = None,
+        decimal: str | None = None,
+    ) -> None:
         self.path = Path(path)
         self.name = self.path.name
+        self._key = key
         self._files = _files(key, self.path)
-        self.columns = _header(self._files[0])
+        if text := [file for file in self._files if file.suffix != ".parquet"]:
+            self.dialect = _infer_dialect(text[0], separator, decimal)
+        header = _header(self._files[0], self.dialect)
+        self.index = _index(self._files[0], header)
+        self.columns = [name for name in header if name not in self.index]
         for file in self._files[1:]:
-            header = _header(file)
-            if differing := sorted(set(header) ^ set(self.columns)):
+            other = _header(file, self.dialect)
+            if differing := sorted(set(header) ^ set(other)):
                 raise InputError(
                     f"{file} and {self._files[0].name} differ in the columns "
                     f"{format_names(differing)}; the parts of a folder must have the same columns"
                 )
 
-    @property
-    def identity(self) -> list[list[str | int]]:
-        """Name and size of each file."""
-        return [[file.name, file.stat().st_size] for file in self._files]
+    def identity(self, checksum: Callable[[Path], str]) -> list[list[str | int]]:
+        """Return name, size and SHA-256 of each file."""
+        return [[file.name, file.stat().st_size, checksum(file)] for file in self._files]
 
     def chunks(
         self,
@@ -148,21 +192,17 @@ class FileSource(Source):
         bad_rows: BadRows,
         *,
         lists: Sequence[str] = (),
-        unchanged: Sequence[str] = (),
+        any_type: Sequence[str] = (),
     ) -> Iterator[Chunk]:
-        """Read some columns; those in ``unchanged`` of any type, in ``Chunk.unchanged``."""
-        first, all_columns = 0, [*dict.fromkeys([*columns, *unchanged])]
+        first = 0
         for path in self._files:
             if path.suffix == ".parquet":
-                with readable(path):
-                    types = pl.scan_parquet(path, glob=False).select(columns).collect_schema()
-                _check_types(path, types, lists)
-                parts = _read_parquet(path, all_columns)
+                check = partial(_check_types, self._key, path, lists=lists, any_type=any_type)
+                parts = _read_parquet(path, columns, check)
             else:
-                parts = _read_csv(path, all_columns, bad_rows)
+                parts = _read_csv(path, columns, bad_rows, cast(Dialect, self.dialect))
             for unit, numbers, frame in parts:
-                read = _missing_to_null(frame.select(columns))
-                yield Chunk(read, path, unit, numbers, first, frame.select(unchanged))
+                yield Chunk(missing_to_null(frame), frame, path, unit, numbers, first)
                 first += frame.height
         if not first:
             raise InputError(f"{self.path} has no rows")
@@ -187,46 +227,78 @@ class FrameSource(Source):
 
     def __init__(self, key: str, frame: ArrowStream) -> None:
         self.path = self.name = f"the frame of {key}"
+        self._key = key
+        self._frame, self.index = read_frame(self.path, frame)
         with _representable(self.path):
-            self._frame = cast(pl.DataFrame, pl.from_arrow(self._to_arrow(frame), rechunk=False))
             self._sha256 = _hash_content(self._frame)
         if not self._frame.height:
             raise InputError(f"{self.path} has no rows")
-        self.columns = self._frame.columns
+        self.columns = [name for name in self._frame.columns if name not in self.index]
 
-    @property
-    def identity(self) -> list[list[str | int]]:
-        """SHA-256 of names, types and values, independent of the memory layout."""
+    def identity(self, checksum: Callable[[Path], str]) -> list[list[str | int]]:
+        """Return the SHA-256 of names, types and values, independent of the memory layout."""
         return [["sha256", self._sha256]]
 
-    def _to_arrow(self, frame: ArrowStream) -> pa.Table:
-        pandas = sys.modules.get("pandas")  # absent unless pandas was imported
-        if pandas is not None and isinstance(frame, pandas.DataFrame):
-            names = ["" if pandas.isna(label) is True else str(label) for label in frame.columns]
-            _check_names(self.path, names)
-            return pa.Table.from_pandas(frame, preserve_index=False)
-        reader = pa.RecordBatchReader.from_stream(frame)
-        _check_names(self.path, reader.schema.names)
-        return reader.read_all()
-
     def chunks(
-        self, columns: list[str], bad_rows: BadRows, *, lists: Sequence[str] = ()
+        self,
+        columns: list[str],
+        bad_rows: BadRows,
+        *,
+        lists: Sequence[str] = (),
+        any_type: Sequence[str] = (),
     ) -> Iterator[Chunk]:
         frame = self._frame.select(columns)
-        _check_types(self.path, frame.schema, lists)
+        _check_types(self._key, self.path, frame.schema, lists, any_type)
         for first in range(0, frame.height, _ROWS_PER_CHUNK):
             part = frame.slice(first, _ROWS_PER_CHUNK)
             numbers = np.arange(first + 1, first + 1 + part.height)
-            yield Chunk(_missing_to_null(part), self.path, "row", numbers, first)
+            yield Chunk(missing_to_null(part), part, self.path, "row", numbers, first)
 
 
-def open_source(key: str, table: str | Path | ArrowStream) -> Source:
-    """Open the table, a path or a frame, of the setting ``key``.
+def open_source(
+    key: str,
+    table: str | Path | ArrowStream,
+    separator: str | None = None,
+    decimal: str | None = None,
+) -> Source:
+    """Open the table, a path or a frame, of the setting ``key``; see :class:`FileSource`.
 
     Raises:
         InputError: If it cannot be read.
     """
-    return FrameSource(key, table) if is_frame(table) else FileSource(key, cast(str, table))
+    if is_frame(table):
+        return FrameSource(key, table)
+    return FileSource(key, cast(str, table), separator, decimal)
+
+
+def read_frame(
+    path: str, frame: ArrowStream, columns: Collection[str] | None = None
+) -> tuple[pl.DataFrame, list[str]]:
+    """Import a frame, and find the columns that hold an index of pandas.
+
+    Args:
+        path: Description of the frame, for messages.
+        frame: The frame; the index of one of pandas is ignored.
+        columns: Columns to import, of those that it has; None for all.
+
+    Raises:
+        InputError: If a column name is repeated or empty, or a type is not supported.
+    """
+    with _representable(path):
+        pandas = sys.modules.get("pandas")  # absent unless pandas was imported
+        if pandas is not None and isinstance(frame, pandas.DataFrame):
+            names = ["" if pandas.isna(label) is True else str(label) for label in frame.columns]
+            kept = [i for i, name in enumerate(names) if columns is None or name in columns]
+            _check_names(path, [names[i] for i in kept])
+            table = pa.Table.from_pandas(frame.iloc[:, kept], preserve_index=False)
+        else:
+            table = pa.RecordBatchReader.from_stream(frame).read_all()
+            names = table.schema.names
+            kept = [i for i, name in enumerate(names) if columns is None or name in columns]
+            _check_names(path, [names[i] for i in kept])
+            table = table.select(kept)
+        index = _index_of(table.schema.metadata, table.schema.names)
+        return cast(pl.DataFrame, pl.from_arrow(table, rechunk=False)), index
 
 
 def is_frame(table: object) -> TypeGuard[ArrowStream]:
@@ -243,15 +315,15 @@ def check_table(key: str, table: object) -> None:
 
     >>> check_table("data.train", {"click": [0, 1]})
     Traceback (most recent call last):
-    mtnrec.checks.InputError: data.train must be a path (a .csv, .csv.gz or .parquet file, or a \
-folder of .parquet files) or a frame (of pandas, polars, pyarrow or any library with \
-`__arrow_c_stream__`), got an object of type dict
+    mtnrec.checks.InputError: data.train must be a path (a .csv, .tsv or .parquet file, a \
+compressed one (.csv.gz, .csv.zst), a pattern, or a folder of .parquet files) or a frame (of \
+pandas, polars, pyarrow or any library with `__arrow_c_stream__`), got an object of type dict
     """
     if not isinstance(table, str | os.PathLike) and not is_frame(table):
         raise InputError(
-            f"{key} must be a path (a .csv, .csv.gz or .parquet file, or a folder of .parquet "
-            "files) or a frame (of pandas, polars, pyarrow or any library with "
-            f"`__arrow_c_stream__`), got an object of type {type(table).__name__}"
+            f"{key} must be a path ({FORMS}, a pattern, or a folder of .parquet files) or a frame "
+            "(of pandas, polars, pyarrow or any library with `__arrow_c_stream__`), "
+            f"got an object of type {type(table).__name__}"
         )
 
 
@@ -266,14 +338,20 @@ def _files(key: str, path: Path) -> list[Path]:
         if others := [part.name for part in parts if not part.is_file()]:
             raise InputError(f"{key}: {path} holds {format_names(others)}, which are not files")
         return parts
-    if not path.is_file():
-        raise InputError(f"{key}: {path} is missing")
-    if not path.name.endswith((".csv", ".csv.gz", ".parquet")):
-        raise InputError(
-            f"{key} must be a .csv, .csv.gz or .parquet file or a folder of .parquet files, got "
-            f"{path}"
-        )
-    return [path]
+    is_pattern = not path.exists() and glob.has_magic(str(path))
+    files = sorted(filter(Path.is_file, _matches(path))) if is_pattern else [path]
+    if not files:
+        raise InputError(f"{key}: the pattern {path} matches no file")
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{key}: {file} is missing")
+        if not _FORMS.search(file.name):
+            raise InputError(f"{key} must be {FORMS} or a folder of .parquet files, got {file}")
+    return files
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    return Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
 
 
 @contextmanager
@@ -346,14 +424,32 @@ def _hash_content(frame: pl.DataFrame) -> str:
     return stream.sha256.hexdigest()
 
 
-def _header(path: Path) -> list[str]:
+def _header(path: Path, dialect: Dialect | None) -> list[str]:
     with readable(path):
         if path.suffix == ".parquet":
             names = pl.scan_parquet(path, glob=False).collect_schema().names()
         else:
-            names = _csv_header(path)
+            names = _csv_header(path, cast(Dialect, dialect))
     _check_names(path, names)
     return names
+
+
+def _index(path: Path, header: list[str]) -> list[str]:
+    if path.suffix != ".parquet":
+        return _index_of(None, header)
+    with readable(path):
+        return _index_of(pq.read_schema(path).metadata, header)
+
+
+def _index_of(metadata: Mapping[bytes, bytes] | None, columns: Sequence[str]) -> list[str]:
+    """Return the columns that hold an index of pandas, by pandas' metadata or by name."""
+    found: Any = []
+    try:
+        found = json.loads((metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
+    except (ValueError, AttributeError, RecursionError):  # not written by pandas
+        found = []
+    named = [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+    return [name for name in columns if name in named or _INDEX.fullmatch(name)]
 
 
 def _check_names(path: Path | str, names: list[str]) -> None:
@@ -368,20 +464,55 @@ def _check_names(path: Path | str, names: list[str]) -> None:
         raise InputError(f"{path} names the column {format_names(twice)} twice. Rename one.")
 
 
-def _csv_header(path: Path) -> list[str]:
+def _infer_dialect(path: Path, separator: str | None, decimal: str | None) -> Dialect:
+    """Infer what is not given from the first lines of a csv file."""
+    with readable(path):
+        lines = [line.removeprefix("\ufeff") for line in _lines(next(_blocks(path)))[:_SAMPLE]]
+    if separator is None:
+        is_tab = ".tsv" in path.suffixes
+        separator = "\t" if is_tab else max(_SEPARATORS, key=partial(_rows_split_alike, lines))
+    if decimal is None:
+        cells = [cell for row in _split_sample(lines, separator) for cell in row]
+        commas = [cell for cell in cells if re.match(_DECIMAL_COMMA, cell)]
+        points = any(re.fullmatch(r"[+-]?[0-9]+\.[0-9]+", cell) for cell in cells)
+        # Three digits each may be thousands. Between commas, a quoted 1,2 may be a list.
+        is_comma = separator != "," and any(len(cell.partition(",")[2]) != 3 for cell in commas)
+        decimal = "," if is_comma and not points else "."
+    return Dialect(separator, decimal)
+
+
+def _split_sample(lines: Sequence[str], separator: str) -> list[list[str]]:
+    try:
+        return list(csv.reader((line + "\n" for line in lines), delimiter=separator))
+    except csv.Error:
+        return []
+
+
+def _rows_split_alike(lines: Sequence[str], separator: str) -> tuple[bool, int, int]:
+    """Return how well a separator fits: most rows have the width of the header, wide at best."""
+    widths = [len(row) for row in _split_sample(lines, separator)]
+    if not widths or widths[0] < 2:
+        return False, 0, 0
+    alike = sum(width == widths[0] for width in widths)
+    return 2 * alike > len(widths), alike, widths[0]
+
+
+def _csv_header(path: Path, dialect: Dialect) -> list[str]:
     first = _lines(next(_blocks(path)))[0]
     if not first:
         raise InputError(f"{path} must start with a header, got an empty line. Delete that line.")
-    if first.count(",") >= MOST_COLUMNS:
+    if first.count(dialect.separator) >= MOST_COLUMNS:
         raise _too_wide(path)
-    return next(csv.reader([first.removeprefix("\ufeff")], strict=True))
+    reader = csv.reader([first.removeprefix("\ufeff")], strict=True, delimiter=dialect.separator)
+    return next(reader)
 
 
 def _too_wide(path: Path | str) -> InputError:
     return InputError(f"{path} has more than {MOST_COLUMNS:,} columns. Leave some out.")
 
 
-def _missing_to_null(frame: pl.DataFrame) -> pl.DataFrame:
+def missing_to_null(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return a frame whose missing cells are null; categories become texts."""
     changes = []
     for name, dtype in frame.schema.items():
         column = pl.col(name)
@@ -389,30 +520,44 @@ def _missing_to_null(frame: pl.DataFrame) -> pl.DataFrame:
             column, dtype = column.cast(pl.String), pl.String()
         if dtype == pl.String:
             changes.append(pl.when(column != "").then(column).alias(name))
-        elif dtype.is_decimal():
-            changes.append(column.cast(pl.Float64))
         elif dtype.is_float():
             changes.append(column.fill_nan(None))
+        elif dtype == pl.List(pl.String):
+            changes.append(column.list.eval(pl.when(pl.element() != "").then(pl.element())))
     return frame.with_columns(changes)
 
 
-def _read_parquet(path: Path, columns: list[str]) -> Iterator[_Rows]:
+def _read_parquet(
+    path: Path, columns: list[str], check: Callable[[pl.Schema], None]
+) -> Iterator[_Rows]:
     row = 1
     with readable(path):
         check_row_groups(path, path)
         scan = pl.scan_parquet(path, glob=False, hive_partitioning=False).select(columns)
+        check(scan.collect_schema())
         for frame in scan.collect_batches(chunk_size=_ROWS_PER_CHUNK, maintain_order=True):
             yield "row", np.arange(row, row + frame.height), frame
             row += frame.height
 
 
-def _check_types(path: Path | str, schema: pl.Schema, lists: Sequence[str]) -> None:
+def _check_types(
+    key: str,
+    path: Path | str,
+    schema: pl.Schema,
+    lists: Sequence[str],
+    any_type: Sequence[str],
+) -> None:
+    leave_out = "Leave it out with data.exclude, or turn" if key.startswith("data.") else "Turn"
     for name, dtype in schema.items():
-        nested = dtype.is_nested() and not (name in lists and isinstance(dtype, pl.List))
-        if nested or dtype in _UNREADABLE:
+        if name in any_type:
+            continue
+        is_list = isinstance(dtype, pl.List) and not (
+            dtype.inner.is_nested() or dtype.inner in _UNREADABLE
+        )
+        if (dtype.is_nested() and not (name in lists and is_list)) or dtype in _UNREADABLE:
             raise InputError(
-                f"{path}: the column {name!r} is of type {dtype}. Leave it out with "
-                "data.exclude, or turn it into numbers or texts."
+                f"{path}: the column {name!r} is of type {dtype}. {leave_out} it into numbers or "
+                "texts."
             )
 
 
@@ -441,21 +586,42 @@ def check_row_groups(name: object, file: Any) -> None:
         )
 
 
-def _read_csv(path: Path, columns: list[str], bad_rows: BadRows) -> Iterator[_Rows]:
-    header = _header(path)
+def _read_csv(
+    path: Path, columns: list[str], bad_rows: BadRows, dialect: Dialect
+) -> Iterator[_Rows]:
+    header = _header(path, dialect)
     with readable(path):
-        for numbers, widths, make_frame in _split_csv(path, header):
+        for numbers, widths, make_frame in _split_csv(path, header, dialect.separator):
             bad = widths != len(header)
             rule = f"expected {len(header)} values (the row is truncated or malformed)"
             for row in np.flatnonzero(bad):
                 bad_rows.add(f"{path}, line {numbers[row]}", rule, str(widths[row]))
-            yield "line", numbers[~bad], make_frame(~bad).select(columns)
+            frame = make_frame(~bad).select(columns)
+            if dialect.decimal == ",":
+                frame = frame.with_columns(pl.all().str.replace(_DECIMAL_COMMA, "$1.$2"))
+            yield "line", numbers[~bad], frame
 
 
 def _blocks(path: Path) -> Iterator[Block]:
     with path.open("rb") as file:
-        stream = inflated(file, path) if path.suffix == ".gz" else file
-        yield from read_blocks(stream, str(path))
+        stream: IO[bytes] | BoundedStream = file
+        if path.suffix in (".gz", ".zst"):
+            stream = inflated(file, path)
+        yield from _without_last_blanks(read_blocks(stream, str(path)))
+
+
+def _without_last_blanks(blocks: Iterator[Block]) -> Iterator[Block]:
+    """Drop blank lines at the end of a file."""
+    held = b""
+    for block in blocks:
+        data, first_line = held + block.data, block.first_line - held.count(b"\n")
+        content = len(data.rstrip(b"\r\n"))
+        end = data.find(b"\n", content) + 1 if content else 0
+        if len(data) - end > _MOST_BLANKS or (first_line == 1 and not content):
+            end = len(data)  # refused as rows
+        held = data[end:]
+        if end:
+            yield Block(block.source, first_line, data[:end])
 
 
 def _lines(block: Block) -> pl.Series:
@@ -471,7 +637,7 @@ def _lines(block: Block) -> pl.Series:
 _Lines = tuple[Int64Array, Int64Array, Callable[[BoolArray], pl.DataFrame]]
 
 
-def _split_csv(path: Path, header: list[str]) -> Iterator[_Lines]:
+def _split_csv(path: Path, header: list[str], separator: str) -> Iterator[_Lines]:
     """Split lines into cells: first line and width of each row, and a function to make a frame.
 
     Polars' csv reader would pad short rows with nulls. From the first quote on, rows are split by
@@ -482,18 +648,18 @@ def _split_csv(path: Path, header: list[str]) -> Iterator[_Lines]:
         lines, line = _lines(block), block.first_line
         if b'"' in block.data:
             rest = chain.from_iterable(map(_lines, blocks))
-            yield from _split_quoted(chain(lines, rest), line, header)
+            yield from _split_quoted(chain(lines, rest), line, header, separator)
             return
         numbers = np.arange(line, line + len(lines))
         if line == 1:
             lines, numbers = lines[1:], numbers[1:]
-        commas = lines.str.count_matches(",", literal=True).to_numpy().astype(np.int64)
-        widths = np.where(lines.str.len_bytes().to_numpy() > 0, commas + 1, 0)
+        separators = lines.str.count_matches(separator, literal=True).to_numpy().astype(np.int64)
+        widths = np.where(lines.str.len_bytes().to_numpy() > 0, separators + 1, 0)
 
         def make_frame(keep: BoolArray, lines: pl.Series = lines) -> pl.DataFrame:
             if len(header) == 1:
                 return lines.filter(keep).to_frame(header[0])
-            cells = lines.filter(keep).str.split_exact(",", len(header) - 1)
+            cells = lines.filter(keep).str.split_exact(separator, len(header) - 1)
             return cells.struct.rename_fields(header).struct.unnest()
 
         yield numbers, widths, make_frame
@@ -502,8 +668,10 @@ def _split_csv(path: Path, header: list[str]) -> Iterator[_Lines]:
 _Row = tuple[int, int, list[str]]  # first line, width, and the cells if the width is the header's
 
 
-def _split_quoted(lines: Iterator[str], line: int, header: list[str]) -> Iterator[_Lines]:
-    reader = csv.reader((text + "\n" for text in lines), strict=True)
+def _split_quoted(
+    lines: Iterator[str], line: int, header: list[str], separator: str
+) -> Iterator[_Lines]:
+    reader = csv.reader((text + "\n" for text in lines), strict=True, delimiter=separator)
     before = line - 1
 
     def numbered() -> Iterator[_Row]:
