@@ -145,8 +145,9 @@ def _warn_of_missing_locks(folder: Path, error: OSError) -> None:
     if device not in _warned:
         _warned.add(device)
         _logger.warning(
-            "the file system of %s has no locks (%s), so a marker file keeps other processes out, for "
-            "up to %d s after its process was killed. Mount it with flock, or choose another folder.",
+            "the file system of %s has no locks (%s), so a marker file keeps other processes out, "
+            "for up to %d s after its process was killed. Mount it with flock, or choose another "
+            "folder.",
             folder,
             error.strerror,
             STALE,
