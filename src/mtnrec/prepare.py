@@ -6,7 +6,6 @@
 from omegaconf import DictConfig
 from rich import get_console
 
-from mtnrec.checks import check_flag
 from mtnrec.command.entry_point import entry_point
 from mtnrec.command.job import job_overrides, make_datamodule
 
@@ -14,7 +13,6 @@ from mtnrec.command.job import job_overrides, make_datamodule
 @entry_point("prepare")
 def main(cfg: DictConfig) -> None:
     """Turn raw logs into a prepared data set, atomically."""
-    check_flag("overwrite", cfg.overwrite)
     datamodule = make_datamodule(cfg.data, job_overrides())
     if not cfg.overwrite:
         datamodule.check_replaceable()

@@ -141,8 +141,8 @@ def test_multi_valued_fields_are_lists(train, predict, prepare, tmp_path):
         texts = [f"{line[0]},{two},{line[3]}\n" for line, two in zip(lines, labels, strict=True)]
         skeleton.write_text("".join(texts))
     data = ["data=ali_ccp", "data.preset=null", "data.fields=[101,205,210,853,109_14]"]
-    data += ["data.tokens=all", f"data.dir={tmp_path}/log"]
-    prepare(*data, f"data.raw_dir={tmp_path}/raw", "data.min_count=2")
+    data += ["data.tokens=all", f"data.dir={tmp_path}/log", "data.min_count=2"]
+    prepare(*data, f"data.raw_dir={tmp_path}/raw")
     run = train(*data)
     checkpoint = f"checkpoint={checkpoint_of(run)}"
     rows = raw_rows(tmp_path / "log", "test")

@@ -61,7 +61,7 @@ COLUMNS = {
         lambda cells: pd.Series([None if x is None else x / 100 for x in cells], dtype="float32")
     ),
     "float16": without_gaps(st.integers(-99, 99)).map(
-        lambda cells: pd.Series([x / 10 for x in cells], dtype="float16")
+        lambda cells: pd.Series([x / 4 for x in cells], dtype="float16")
     ),
     "decimal": with_gaps(st.decimals(-9999, 9999, places=2)).map(
         lambda cells: pd.Series([*cells, Decimal("1.10")], dtype="object")
