@@ -207,18 +207,28 @@ def read_metadata(path):
     return extra["mtnrec.json"]
 
 
+@pytest.fixture(scope="module")
+def exported(shop, export, tmp_path_factory):
+    """The file of a model of raw values, exported once in each format."""
+
+    @cache
+    def make(form, suffix):
+        out = tmp_path_factory.mktemp("exported") / f"model{suffix}"
+        export(f"checkpoint={shop[0]}", f"format={form}", f"out={out}")
+        return out
+
+    return make
+
+
 @pytest.mark.parametrize(("form", "suffix"), [("onnx", ".onnx"), ("torch_export", ".pt2")])
-def test_the_file_and_a_json_beside_it_describe_inputs_and_outputs(
-    form, suffix, shop, export, tmp_path
-):
+def test_the_file_and_a_json_beside_it_describe_inputs_and_outputs(form, suffix, shop, exported):
     run, _, data = shop
-    out = tmp_path / f"model{suffix}"
-    export(f"checkpoint={run}", f"format={form}", f"out={out}")
+    out = exported(form, suffix)
     train = pd.read_csv(data[1].removeprefix("data.train="), dtype={"brand": str, "shop": str})
 
     found = json.loads(read_metadata(out))
 
-    assert json.loads((tmp_path / f"model{suffix}.json").read_text()) == found
+    assert json.loads(out.with_name(f"{out.name}.json").read_text()) == found
     assert [output["name"] for output in found["outputs"]] == ["ctr", "cvr", "ctcvr"]
     manifest = load_checkpoint(run).manifest
     categorical = found["inputs"]["categorical"]["columns"]
@@ -238,12 +248,11 @@ def test_the_file_and_a_json_beside_it_describe_inputs_and_outputs(
     assert price["scale"] != 0
 
 
-def test_the_example_of_the_documentation_scores_a_raw_row(shop, export, tmp_path, monkeypatch):
+def test_the_example_of_the_documentation_scores_a_raw_row(shop, exported, monkeypatch):
     run, _, _ = shop
-    export(f"checkpoint={run}", "format=onnx", f"out={tmp_path}/model.onnx")
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     (example,) = re.findall(r"```python\n(import json\n.*?)```", page, flags=re.DOTALL)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(exported("onnx", ".onnx").parent)
     names = {}
 
     exec(example, names)

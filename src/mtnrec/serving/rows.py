@@ -175,7 +175,8 @@ def open_rows(
     """Open a split of a prepared data set, or a table; see the two classes above.
 
     Raises:
-        InputError: If not exactly one of ``data`` and ``table`` is given, or it cannot be read.
+        InputError: If not exactly one of ``data`` and ``table`` is given, columns are named without
+            a table, or it cannot be read.
     """
     check_integer("batch_size", batch_size, minimum=1)
     if (data is None) == (table is None):
@@ -187,6 +188,11 @@ def open_rows(
     if table is not None:
         return TableRows(scorer, Path(table), batch_size, keep=keep, group=group)
     assert data is not None
+    for key, given in (("keep", list(keep)), ("group", group)):
+        if given:
+            raise InputError(
+                f"{key} must name columns of a table, got {given} with data. Leave {key} out."
+            )
     data.prepare_data()
     return PreparedRows(scorer, data.folder, split, batch_size)
 
