@@ -106,7 +106,7 @@ def _write_run(
         "peak_memory_bytes": 500_000_000 + int(rng.integers(1000)),
     }
     (folder / "result.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-    if spectra and enabled:
+    if spectra:
         _write_spectra(folder / "spectra", epochs, rng)
     return folder
 

@@ -49,6 +49,7 @@ ALLOWED = {
     "export": {"checkpoint", "checks", "command", "serving"},
     "status": {"checks", "command", "run", "sweep"},
     "report": {"command", "reporting"},
+    "compare": {"checks", "reporting", "run"},
     "dashboard": {"checks", "command", "files", "tracking"},
     "__init__": {"data", "model", "mtn", "optimizer", "reporting", "serving", "training"},
 }

@@ -14,11 +14,11 @@ def runs(train):
     return train(*SWEEP, model="mmoe")
 
 
-def mark(figure, folder, name):
+def mark(figure, folder, name, title):
     """Replace the drawing, which takes seconds and is tested elsewhere."""
     paths = tuple(folder / f"{name}.{suffix}" for suffix in ("pdf", "svg", "png"))
     for path in paths:
-        path.touch()
+        path.write_text("<svg></svg>")
     return paths
 
 
@@ -34,7 +34,7 @@ def reported(runs, report, tmp_path_factory):
 def test_a_sweep_becomes_results_tables_figures_and_a_page(reported):
     names = {path.name for path in reported.rglob("*") if path.is_file()}
     assert {"index.html", "results.csv", "results.parquet", "costs.csv", "epochs.csv"} <= names
-    assert {f"models_without_noise.{suffix}" for suffix in ("md", "tex", "html")} <= names
+    assert {f"models_without_noise.{suffix}" for suffix in ("md", "tex", "html", "csv")} <= names
     kinds = {path.name.partition("-")[0] for path in (reported / "figures").glob("*.png")}
     assert kinds >= {"training_curves", "alphas", "effective_ranks", "spectra", "reliability"}
     assert kinds >= {"paired_differences", "expert_distances"}
@@ -55,6 +55,20 @@ def test_every_metric_of_every_record_is_in_the_results(runs, reported):
         assert set(own["seed"]) == {record["seed"]}
         assert set(own["mtn"]) == {record["mtn"]["enabled"]}
     assert parquet["value"].tolist() == table["value"].tolist()
+
+
+def test_runs_are_compared_with_the_baseline_of_the_command_line(
+    runs, report, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(figures, "save", mark)
+
+    report(f"runs={runs}", f"out={tmp_path / 'out'}", "baseline=mtn.enabled=true")
+
+    settings = pd.read_csv(tmp_path / "out" / "results.csv").drop_duplicates("run")
+    assert dict(zip(settings["mtn"], settings["treated"], strict=True)) == {
+        False: True,
+        True: False,
+    }
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ HEARTBEAT = 15.0  # seconds between two signs of life
 STALE = 120.0  # seconds without a sign of life after which a process counts as gone
 _PATIENCE = 0.2  # seconds to wait for a lock, which `is_locked` briefly holds
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524)  # 524: ENOTSUPP of Linux
+_LONGEST_SLUG = 120  # bytes; file systems take 255, of which temporary names need some
 
 _logger = logging.getLogger(__name__)
 _warned: set[int] = set()  # file systems, by device number
@@ -89,10 +91,24 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def slug(*parts: str) -> str:
     """Return a file name: parts joined by ``-``, with ``_`` for anything but letters and digits.
 
+    A long one ends with a hash, so that any file system takes it with a suffix.
+
     >>> slug("noise_curves", "ali_ccp", "Shared-bottom", "+MTN (lam=1e-05)")
     'noise_curves-ali_ccp-shared_bottom-mtn_lam_1e_05'
     """
-    return "-".join(re.sub(r"[\W_]+", "_", part.lower()).strip("_") for part in parts)
+    name = "-".join(re.sub(r"[\W_]+", "_", part.lower()).strip("_") for part in parts)
+    content = name.encode()
+    if len(content) <= _LONGEST_SLUG:
+        return name
+    end = f"-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
+    return content[: _LONGEST_SLUG - len(end)].decode(errors="ignore") + end
+
+
+def remove_files(folder: Path, suffixes: Iterable[str]) -> None:
+    """Remove the files in a folder that have one of the suffixes."""
+    for suffix in suffixes:
+        for path in folder.glob(f"*.{suffix}"):
+            path.unlink()
 
 
 def acquire_lock(path: Path, *, wait: bool = True) -> AbstractContextManager[Any]:

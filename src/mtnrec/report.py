@@ -1,15 +1,19 @@
 """Write the report of finished runs: results, tables, figures and one page.
 
-``python -m mtnrec.report runs=runs/table_1 out=report``
+``python -m mtnrec.report runs=runs/table_1 baseline=optimizer.lr=1e-3``
 """
 
+import json
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 from rich import get_console
+from rich.progress import track
 
 from mtnrec.command.entry_point import entry_point
-from mtnrec.reporting.figure.catalogue import write_figures
+from mtnrec.reporting.figure.catalogue import PlannedFigure, write_figures
 from mtnrec.reporting.page import write_page
 from mtnrec.reporting.runs import read_runs, unfinished
 from mtnrec.reporting.table.render import write_tables
@@ -17,30 +21,62 @@ from mtnrec.reporting.table.scores import comparisons, difference_table, score_t
 
 
 @entry_point("report")
-def main(cfg: DictConfig) -> None:
+def _report(cfg: DictConfig) -> None:
     """Write the report of finished runs: results, tables, figures and one page."""
     root, out, console = Path(cfg.runs), Path(cfg.out), get_console()
-    runs = read_runs(root)
+    runs = read_runs(root, cfg.baseline)
     left_out = [*runs.unreadable, *unfinished(root)]
-    cells, tables = [], []
+    compared = comparisons(runs.results, metric=cfg.metric, split=cfg.split)
+    scores, differences = [], []
     for title, part in split_by_table(runs.results).items():
-        compared = comparisons(part, metric=cfg.metric, split=cfg.split)
-        cells.append(compared)
-        tables.append(score_table(compared, title))
-        if (compared["pairs"] > 0).any():
-            tables.append(difference_table(compared, f"{title}: differences"))
+        cells = comparisons(part, metric=cfg.metric, split=cfg.split)
+        scores.append(score_table(cells, title))
+        if (cells["pairs"] > 0).any():
+            differences.append(difference_table(cells, f"{title}: differences"))
 
     runs.write(out)
-    write_tables(out / "tables", tables)
-    with console.status("drawing"):
-        figures = write_figures(out / "figures", runs)
+    write_tables(out / "tables", [*scores, *differences])
+    figures = write_figures(out / "figures", runs, _track)
     page = out / "index.html"
-    write_page(page, runs, left_out=left_out, cells=cells, tables=tables, figures=figures)
+    write_page(
+        page,
+        runs,
+        left_out=left_out,
+        compared=compared,
+        scores=scores,
+        differences=differences,
+        figures=figures,
+    )
+    tables = len(scores) + len(differences)
     console.print(
-        f"{len(runs)} runs, {len(tables)} tables and {len(figures)} figures; the page is {page}",
+        f"{len(runs)} runs, {tables} tables and {len(figures)} figures; the page is "
+        f"{page.resolve().as_uri()}",
         markup=False,
         soft_wrap=True,
     )
+
+
+def main() -> None:
+    """Write the report of finished runs: results, tables, figures and one page."""
+    sys.argv[1:] = map(_quoted, sys.argv[1:])
+    _report()
+
+
+def _quoted(argument: str) -> str:
+    """Quote the value of ``baseline=key=value``, in which Hydra's grammar takes no second ``=``.
+
+    >>> _quoted("baseline=optimizer.lr=1e-3")
+    'baseline="optimizer.lr=1e-3"'
+    """
+    key, _, value = argument.partition("=")
+    is_plain = key == "baseline" and "=" in value and value[0] not in "'\""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}" if is_plain else argument
+
+
+def _track(planned: Sequence[PlannedFigure]) -> Iterable[PlannedFigure]:
+    """Iterate over the figures behind a progress bar; without a terminal, only iterate."""
+    console = get_console()
+    return track(planned, "figures", console=console) if console.is_terminal else planned
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from mtnrec.model.esmm import ESMM
 from mtnrec.model.loss import cross_entropies
 from mtnrec.model.mmoe import MMoE
 from mtnrec.model.shared_bottom import SharedBottom
-from mtnrec.mtn.callback import MTN, gradient_scale
+from mtnrec.mtn.callback import MTN, gradient_scale, measure_spectra
 from mtnrec.mtn.penalty import Deviation, Penalty
 from mtnrec.mtn.trace_norm import effective_rank
 from mtnrec.optimizer.penalty import add_to_gradients
@@ -460,6 +460,34 @@ def test_each_epoch_logs_the_mechanism(fit, funnel_schema, tmp_path):
     assert logged["mtn/penalty"].item() == pytest.approx(penalty, rel=1e-4)
     assert logged["mtn/loss_share"].item() == pytest.approx(penalty / (loss + penalty), rel=1e-4)
     assert 0 <= logged["mtn/zero_gradient_share"].item() <= 1
+
+
+def test_spectra_are_measured_without_mtn_too(fit, funnel_schema, tmp_path):
+    model, trainer = fit(make_network(funnel_schema), make_mtn(enabled=False), optimizer=ADAM)
+
+    assert not [name for name in trainer.callback_metrics if name.startswith("mtn/")]
+    with np.load(tmp_path / "spectra" / "epoch_001.npz") as saved:
+        for depth, layers in enumerate(model.network.task_layers()):
+            stack = torch.stack([layer.weight for layer in layers]).detach()
+            for mode, name in enumerate(("task", "output", "input")):
+                spectrum = torch.linalg.svdvals(stack.movedim(mode, 0).flatten(1))
+                np.testing.assert_allclose(saved[f"layer_{depth}/{name}"], spectrum, rtol=1e-5)
+
+
+def test_layers_that_mtn_could_not_stack_have_no_spectra():
+    class Towers:
+        def task_layers(self):
+            broken = nn.Linear(2, 2)
+            nn.init.constant_(broken.weight, torch.nan)
+            return [
+                [nn.Linear(3, 2), nn.Linear(3, 2)],
+                [nn.Linear(2, 2), nn.Linear(2, 1)],
+                [nn.Linear(2, 2)],
+                [nn.Linear(2, 2), broken],
+            ]
+
+    assert set(measure_spectra(Towers())) == {f"layer_0/{m}" for m in ("task", "output", "input")}
+    assert measure_spectra(nn.Linear(2, 2)) == {}
 
 
 def test_the_share_of_weights_without_a_data_gradient_is_counted(fit, funnel_schema):

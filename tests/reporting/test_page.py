@@ -1,4 +1,3 @@
-import base64
 import json
 import re
 from html.parser import HTMLParser
@@ -6,12 +5,13 @@ from html.parser import HTMLParser
 import pytest
 
 from mtnrec.reporting.figure.catalogue import WrittenFigure
-from mtnrec.reporting.page import summarise, write_page
+from mtnrec.reporting.page import write_page
 from mtnrec.reporting.runs import read_runs, unfinished
+from mtnrec.reporting.summary import lay_out_forest, summarise
 from mtnrec.reporting.table.appendix import cost_table, deviation_tables, settings_tables
 from mtnrec.reporting.table.scores import comparisons, difference_table, score_table, split_by_table
 
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 
 
 class Page(HTMLParser):
@@ -45,24 +45,26 @@ class Page(HTMLParser):
 
 def draw(out, kind):
     path = out / f"{kind}.svg"
-    path.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
-    return WrittenFigure(kind, f"{kind} of a < b", "what it is", f"lines of {kind}", (path,))
+    path.write_text("<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'></svg>")
+    return WrittenFigure(
+        kind, ("a",), f"{kind} of a < b", "what it is", f"lines of {kind}", (path,)
+    )
 
 
-def make_page(root, out):
-    runs = read_runs(root)
-    parts = split_by_table(runs.results)
-    cells = [comparisons(part) for part in parts.values()]
-    tables = [
-        lay_out(cell, title)
-        for cell, title in zip(cells, parts, strict=True)
-        for lay_out in (score_table, difference_table)
-    ]
+def make_page(root, out, baseline=None):
+    runs = read_runs(root, baseline)
+    parts = {title: comparisons(part) for title, part in split_by_table(runs.results).items()}
     out.mkdir()
-    figures = [draw(out, kind) for kind in ("alphas", "noise_curves", "alphas")]
     path = out / "index.html"
-    left_out = unfinished(root)
-    write_page(path, runs, left_out=left_out, cells=cells, tables=tables, figures=figures)
+    write_page(
+        path,
+        runs,
+        left_out=unfinished(root),
+        compared=comparisons(runs.results),
+        scores=[score_table(cells, title) for title, cells in parts.items()],
+        differences=[difference_table(cells, f"{title}: d") for title, cells in parts.items()],
+        figures=[draw(out, kind) for kind in ("alphas", "noise_curves", "alphas")],
+    )
     return path.read_text(encoding="utf-8")
 
 
@@ -88,33 +90,98 @@ def test_the_page_is_self_contained_and_has_every_figure(root, tmp_path):
 
     page = Page(text)
     assert page.open == []
-    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-    alts = [image["alt"] for image in page.images]
-    assert alts == ["lines of noise_curves", "lines of alphas", "lines of alphas"]  # by kind
-    for image in page.images:
-        form, content = image["src"].split(",")
-        assert form == "data:image/svg+xml;base64"
-        assert base64.b64decode(content) == (tmp_path / "report" / "alphas.svg").read_bytes()
+    inner = [link for link in page.links if link.startswith("#")]
+    assert {link[1:] for link in inner} <= page.ids
+    assert page.images == []
+    figures = re.findall(r'<svg[^>]*role="img" aria-label="(lines of \w+)"', text)
+    assert figures == ["lines of noise_curves", "lines of alphas", "lines of alphas"]
     assert "alphas of a < b" in page.text
-    assert not re.search(r"<(script|link|iframe)|@import|url\(", text)
+    assert not re.search(r"<(link|iframe)|src=|@import|url\(", text)
 
 
-def test_the_page_reports_missing_runs_and_the_outcome(root, tmp_path):
+def test_tables_carry_their_latex_and_csv(root, tmp_path):
+    links = Page(make_page(root, tmp_path / "report")).links
+
+    assert sum(link.startswith("data:text/plain") for link in links) % 2 == 0
+    assert "results.csv" in links
+
+
+def test_the_page_reports_missing_runs_and_the_verdict(root, tmp_path):
     page = Page(make_page(root, tmp_path / "report"))
 
     assert "1 started run without a result" in page.text
     assert "unlucky : ValueError: no <luck> at all" in page.text
     # CVR is better at both proportions; the other tasks are equal.
-    assert "the baseline's in 2 of 6 comparisons (2 significant at p < 0.05, " in page.text
-    assert "It is equal or worse in 4 (0 significant at p < 0.05, 0 after Holm's" in page.text
+    assert (
+        "With 5 seeds 2 of 6 differences in test AUC between MTN and its baseline are significant, "
+        "2 better and 0 worse; largest: CVR +0.0120 [+0.0100, +0.0140], MMoE +MTN, noise 0."
+    ) in page.text
     assert "MTN on ali_ccp" in page.text
     for said in (
         "Our test AUCs compared with the paper's",
         "2.13.0",
         "data.batch_size",
         "Costs of the runs",
+        "ali_ccp: 1,920 training, 480 validation, 600 test rows",
+        "0 to 4",
     ):
         assert said in page.text
+
+
+def test_the_page_lists_every_run_with_its_folder_and_command(root, tmp_path):
+    folder = root / "0.1-True-3"
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra" / "overrides.yaml").write_text("- seed=3\n- 'mtn.layers=[0,1]'\n")
+
+    page = Page(make_page(root, tmp_path / "report"))
+
+    for run in root.glob("*/result.json"):
+        assert f"../runs/{run.parent.name}/" in page.links
+        assert f"../runs/{run.parent.name}/result.json" in page.links
+    assert (
+        f"mtnrec.train hydra.mode=RUN 'hydra.run.dir='\"'\"'{folder}'\"'\"'' seed=3 " in page.text
+    )
+
+
+def test_without_a_significant_difference_the_verdict_says_so(tmp_path, write_run):
+    for seed, change in enumerate((0.003, -0.001, 0.002, -0.002)):
+        write_run(tmp_path, f"off-{seed}", seed=seed, auc={"buy": 0.7})
+        write_run(tmp_path, f"on-{seed}", seed=seed, mtn=True, auc={"buy": 0.7 + change})
+
+    verdict, sure = summarise(comparisons(read_runs(tmp_path).results))
+
+    assert verdict == (
+        "With 4 seeds no difference in test AUC between MTN and its baseline is significant; "
+        "largest: buy +0.0005 [-0.0033, +0.0043], MMoE +MTN."
+    )
+    assert sure.startswith("Paired t-tests at 5 %, corrected by Holm for 1 comparison. To detect")
+
+
+def test_a_forest_plot_has_every_difference_and_holds_every_interval(root):
+    compared = comparisons(read_runs(root).results)
+
+    forest = lay_out_forest(compared)
+
+    assert [row.task for row in forest.differences] == ["CTR", "CVR", "CTCVR"] * 2
+    ends = [end for row in forest.differences for end in (row.low, row.high) if end is not None]
+    assert all(0 < end < 100 for end in [*ends, forest.zero])
+    better = [row.at > forest.zero for row in forest.differences]
+    assert better == [False, True, False] * 2
+    assert {row.color for row in forest.differences} == {1}
+
+
+def test_arms_without_mtn_are_compared_with_the_baseline_that_is_named(tmp_path, write_run):
+    for seed in range(3):
+        for rate, auc in ((0.001, 0.7), (0.01, 0.72), (0.1, 0.71)):
+            auc = {"buy": auc + seed / 1000}
+            write_run(
+                tmp_path / "runs", f"{rate}-{seed}", seed=seed, auc=auc, **{"optimizer.lr": rate}
+            )
+
+    page = Page(make_page(tmp_path / "runs", tmp_path / "report", "optimizer.lr=1e-2"))
+
+    assert "from MMoE (optimizer.lr=0.01) can be tested; largest: buy -0.0200" in page.text
+    assert "3 arms on synthetic" in page.text
 
 
 def test_published_numbers_are_next_to_ours(tmp_path, write_run):
@@ -173,6 +240,6 @@ def test_settings_are_split_into_varying_and_constant_ones(tmp_path, write_run):
 def test_without_pairs_the_summary_claims_nothing(tmp_path, write_run):
     write_run(tmp_path, "a", mtn=True)
 
-    (sentence,) = summarise([comparisons(read_runs(tmp_path).results)])
+    (sentence,) = summarise(comparisons(read_runs(tmp_path).results))
 
-    assert sentence.startswith("No run with MTN has a baseline run with the same seed")
+    assert sentence.startswith("No run has a baseline run with the same seed")

@@ -156,8 +156,99 @@ def test_variants_name_only_the_mtn_settings_that_differ(tmp_path, write_run):
     table = arms(tmp_path)
 
     assert table.loc["a", "variant"] == "+MTN (lam=0.0001, layers=[0, 1])"
-    assert table.loc["b", "variant"] == "+MTN (lam=0.01, layers=all)"
+    assert table.loc["b", "variant"] == "+MTN (lam=0.01)"
     assert table.loc["a", "layers"] == "[0, 1]"
+
+
+def test_a_variant_has_one_name_for_every_model(tmp_path, write_run):
+    for model, variants in (
+        ("ESMM", [{}]),
+        ("MMoE", [{}, {"target": "shared"}]),
+        ("Shared-bottom", [{}, {"lam": 0.1}, {"lam": 0.1, "coupling": "decoupled"}]),
+    ):
+        for number, keys in enumerate([None, *variants]):
+            mtn = False if keys is None else {"lam": 1e-5} | keys
+            write_run(tmp_path, f"{model}-{number}", model=model, mtn=mtn)
+
+    table = arms(tmp_path)
+
+    assert table["label"].to_dict() == {
+        "ESMM-0": "ESMM",
+        "ESMM-1": "ESMM +MTN",
+        "MMoE-0": "MMoE",
+        "MMoE-1": "MMoE +MTN",
+        "MMoE-2": "MMoE +MTN (target=shared)",
+        "Shared-bottom-0": "Shared-bottom",
+        "Shared-bottom-1": "Shared-bottom +MTN",
+        "Shared-bottom-2": "Shared-bottom +MTN (lam=0.1)",
+        "Shared-bottom-3": "Shared-bottom +MTN (coupling=decoupled, lam=0.1)",
+    }
+    assert table.groupby("line")["color"].nunique().eq(1).all()
+    assert set(table.loc[~table["treated"], "color"]) == {0}
+
+
+def test_every_swept_setting_is_a_column(tmp_path, write_run):
+    for name, keys in (
+        ("a", {"optimizer.lr": 0.01, "model.widths": [8, 4]}),
+        ("b", {"optimizer.lr": 0.1, "model.widths": [8]}),
+    ):
+        write_run(tmp_path, name, auc={"ctr": 0.7}, **keys)
+
+    table = read_runs(tmp_path).results.drop_duplicates("run").set_index("run")
+
+    assert table["optimizer.lr"].to_dict() == {"a": 0.01, "b": 0.1}
+    assert table["model.widths"].to_dict() == {"a": "[8, 4]", "b": "[8]"}
+    assert "trainer.max_epochs" not in table
+
+
+@pytest.mark.parametrize(
+    ("baseline", "compared"),
+    [
+        (None, {"MMoE": {"ESMM"}, "MMoE lr": {"ESMM"}, "ESMM lr": {"ESMM"}}),
+        ("optimizer.lr=1e-2", {"MMoE": {"MMoE lr"}, "ESMM": {"ESMM lr"}}),
+        ("model=mmoe", {"ESMM": {"MMoE"}, "ESMM lr": {"MMoE lr"}}),
+    ],
+)
+def test_arms_are_compared_with_any_setting_of_the_baseline(
+    baseline, compared, tmp_path, write_run
+):
+    for model in ("ESMM", "MMoE"):
+        write_run(tmp_path, model, model=model)
+        write_run(tmp_path, f"{model} lr", model=model, **{"optimizer.lr": 0.01})
+
+    table = read_runs(tmp_path, baseline).settings.set_index("run")
+
+    found = {
+        run: set(table.index[(table["baseline"] == row["baseline"]) & ~table["treated"]])
+        for run, row in table[table["treated"]].iterrows()
+    }
+    assert found == compared
+
+
+@pytest.mark.parametrize("baseline", ["optimizer.lr=5", "optimizer.rate=1", "lr"])
+def test_a_baseline_that_no_run_has_is_refused_with_the_choices(baseline, tmp_path, write_run):
+    write_run(tmp_path, "a")
+    write_run(tmp_path, "b", **{"optimizer.lr": 0.01})
+
+    with pytest.raises(InputError, match=r"baseline must be .* 'optimizer.lr=0.001', 'optimizer.l"):
+        _ = read_runs(tmp_path, baseline).settings
+
+
+def test_tasks_are_in_the_order_of_the_labels(tmp_path, write_run):
+    auc = {"click": 0.7, "fav": 0.8, "buy": 0.9}
+    for seed in (0, 1):
+        edit(
+            write_run(tmp_path, f"{seed}", seed=seed, auc=auc),
+            lambda record: record["data"]["parameters"].update(labels=["click", "fav", "buy"]),
+        )
+
+    runs = read_runs(tmp_path)
+
+    assert runs.tasks == ["click", "fav", "buy"]
+    assert list(runs.results["task"].unique()) == ["click", "fav", "buy"]
+    assert list(runs.bins["task"].unique()) == ["click", "fav", "buy"]
+    validated = runs.epochs.loc[runs.epochs["name"].str.startswith("val/"), "name"]
+    assert list(validated.unique()) == ["val/click_auc", "val/fav_auc", "val/buy_auc"]
 
 
 def test_a_setting_tuned_for_each_model_makes_no_variants(tmp_path, write_run):

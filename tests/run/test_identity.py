@@ -122,3 +122,42 @@ def test_a_run_folder_is_named_after_its_settings(compose_config):
 
     assert len(names) == 2
     assert all(re.fullmatch("synthetic-esmm-seed[01]-[0-9a-f]{8}", name) for name in names)
+
+
+def test_swept_settings_are_part_of_the_folder_name(compose_config):
+    config = resolve_settings(
+        compose_config("mtn.enabled=true", "mtn.lam=1e-3", "optimizer.lr=0.1")
+    )
+    swept = {
+        "mtn.lam": 1e-3,
+        "optimizer.lr": 0.1,
+        "model.tower_widths": [64, 32],
+        "optimizer": "adam",
+        "seed": 0,  # named in any case
+        "mtn.enabled": True,
+        "threads": 2,  # do not change the result
+        "experiment": "table_1",
+    }
+
+    name = folder_name(config, swept)
+
+    words = "lam_0.001-lr_0.1-tower_widths_64_32-optimizer_adam"
+    assert re.fullmatch(f"synthetic-esmm-mtn-{words}-seed0-[0-9a-f]{{8}}", name)
+    assert name.endswith(folder_name(config)[-15:])
+
+
+def test_settings_that_are_off_are_not_part_of_the_folder_name(compose_config):
+    config = resolve_settings(compose_config())
+
+    assert folder_name(config, {"mtn.lam": 0.1, "noise.seed": 3}) == folder_name(config)
+
+
+def test_a_folder_name_is_short_and_of_safe_characters(compose_config):
+    config = resolve_settings(compose_config())
+    config["data"]["name"] = "a=b, 'c' é" * 30
+    swept = {"model.tower_widths": list(range(90)), "model.dropout": "{a: [1]}\\", "patience": 2}
+
+    name = folder_name(config, swept)
+
+    assert re.fullmatch("[A-Za-z0-9._-]{1,120}", name)
+    assert re.search("-seed0-[0-9a-f]{8}$", name)

@@ -1,5 +1,8 @@
 """Location of the configuration, and the typed root of each command."""
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +14,7 @@ from mtnrec.run.identity import CHECKPOINTS, flatten, folder_name
 
 _package = Path(__file__).resolve().parents[1]
 _packaged = _package / "conf"  # only in an installed wheel; see force-include in pyproject.toml
+_KEYS_IN_NAMES: ContextVar[Collection[str] | None] = ContextVar("keys_in_names", default=None)
 CONF_DIR = _packaged if _packaged.is_dir() else _package.parents[1] / "conf"
 
 
@@ -40,8 +44,35 @@ def seed_keys(config: DictConfig) -> list[str]:
     return sorted(key for key, value in one.items() if two[key] != value)
 
 
+@contextmanager
+def naming_folders_after(keys: Collection[str]) -> Iterator[None]:
+    """Name the folders of runs that are composed in the block after these overridden keys only."""
+    token = _KEYS_IN_NAMES.set(keys)
+    try:
+        yield
+    finally:
+        _KEYS_IN_NAMES.reset(token)
+
+
+def named_settings(config: DictConfig) -> dict[str, Any]:
+    """Return what a run's folder is named after: overridden keys, dotted, and groups' choices."""
+    choices, found = config.hydra.runtime.choices, {}
+    keys = _KEYS_IN_NAMES.get()
+    for override in config.hydra.overrides.task:
+        key = override.partition("=")[0].lstrip("+~").partition("@")[0]
+        if keys is not None and key not in keys:
+            continue
+        value = choices[key] if key in choices else OmegaConf.select(config, key)
+        found[key] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+    return found
+
+
 def _folder_of_run(_root_: DictConfig) -> str:
-    return folder_name(resolve_settings(_root_))
+    """Return the name of a run's folder: that of a run with the same settings, if there is one."""
+    name = folder_name(resolve_settings(_root_), named_settings(_root_))
+    end = name[name.rindex("-seed") :]
+    same = sorted(path.name for path in Path(_root_.hydra.sweep.dir).glob(f"*{end}"))
+    return same[0] if same and name not in same else name
 
 
 # Hydra resolves the folder of a job before the keys that depend on it.
@@ -117,6 +148,7 @@ class Report:
     out: str = MISSING
     metric: str = MISSING
     split: str = MISSING
+    baseline: str | None = None
 
 
 @dataclass

@@ -17,6 +17,7 @@ from mtnrec.checks import InputError, check_choice, check_flag, check_integer, c
 from mtnrec.metric.catalogue import layer_key
 from mtnrec.mtn.mixing import LAYER_WEIGHTINGS, MixingWeights
 from mtnrec.mtn.penalty import Penalty, mean_distance
+from mtnrec.mtn.polar import polar_factors
 from mtnrec.mtn.schedule import RefreshPolicy
 from mtnrec.mtn.trace_norm import effective_rank
 from mtnrec.optimizer.penalty import add_to_gradients, move_parameters
@@ -49,7 +50,7 @@ class MTN(L.Callback):
     between two decompositions: ``gap`` (relative error of the norm), ``angle`` (degrees between the
     penalty's gradient and the exact one, weights without a data gradient included) and ``length``
     (relative error of its length). The spectra are written to ``spectra/epoch_*.npz`` in the run's
-    folder.
+    folder; without MTN too, as :func:`measure_spectra` returns them, to compare with.
 
     Args:
         enabled: Whether the callback is active; ``false`` in ``conf``, so that runs opt in to MTN.
@@ -270,6 +271,7 @@ class MTN(L.Callback):
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._penalty is None:
+            _measure_without_penalty(trainer, pl_module)
             return
         spectra = self._measure(self._penalty, trainer.global_step)
         norms = self._penalty.norms()
@@ -306,14 +308,12 @@ class MTN(L.Callback):
         pl_module.log_dict(on_device, sync_dist=True)
         self._zero_gradient_shares.clear()
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir) / "spectra"
-            folder.mkdir(parents=True, exist_ok=True)
             named = {
                 f"layer_{depth}/{name}": spectrum.numpy()
                 for depth, layer_spectra in zip(self._penalty.depths, spectra, strict=True)
                 for name, spectrum in zip(names, layer_spectra, strict=True)
             }
-            np.savez(folder / f"epoch_{trainer.current_epoch:03d}.npz", **cast(Any, named))
+            _write_spectra(trainer, named)
 
     def _unfolding_names(self) -> tuple[str, ...]:
         return UNFOLDINGS if self.target == "towers" else ("expert", *UNFOLDINGS[1:])
@@ -344,6 +344,45 @@ class MTN(L.Callback):
             name,
             largest,
         )
+
+
+def measure_spectra(network: Any) -> dict[str, np.ndarray]:
+    """Return the spectra of the layers that MTN can penalise, without penalising them.
+
+    Returns:
+        Descending singular values by ``layer_<depth>/<unfolding>`` (towers) and
+        ``shared_<depth>/<unfolding>`` (experts). Layers without a parallel one of equal shape, and
+        those whose weights are not finite, are left out.
+    """
+    found = {}
+    for place, method, first in (
+        ("layer", "task_layers", UNFOLDINGS[0]),
+        ("shared", "shared_layers", "expert"),
+    ):
+        for depth, layers in enumerate(getattr(network, method, list)()):
+            weights = [layer.weight.detach() for layer in layers]
+            if len(weights) < 2 or len({weight.shape for weight in weights}) > 1:
+                continue
+            stack = torch.stack(weights).cpu()
+            stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
+            if stack.isfinite().all():
+                names = (first, *UNFOLDINGS[1:])
+                for name, polar in zip(names, polar_factors(stack), strict=True):
+                    found[f"{place}_{depth}/{name}"] = polar.singular_values.numpy()
+    return found
+
+
+def _measure_without_penalty(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    if trainer.is_global_zero:
+        _write_spectra(trainer, measure_spectra(getattr(pl_module, "network", None)))
+
+
+def _write_spectra(trainer: L.Trainer, spectra: dict[str, np.ndarray]) -> None:
+    if not spectra:
+        return
+    folder = Path(trainer.default_root_dir) / "spectra"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / f"epoch_{trainer.current_epoch:03d}.npz", **cast(Any, spectra))
 
 
 def gradient_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:

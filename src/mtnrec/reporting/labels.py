@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mtnrec.reporting.table.published import PAPER_MTN
 from mtnrec.run.identity import flatten
 from mtnrec.run.record import RunRecord
 
@@ -23,15 +24,22 @@ class Labels(NamedTuple):
     model: str
     variant: str
 
+    @property
+    def arm(self) -> str:
+        """Name of the arm, the same wherever it is shown."""
+        return f"{self.model} {self.variant}".strip()
+
 
 def label_runs(records: Sequence[RunRecord]) -> list[Labels]:
     """Return the labels of each run.
 
     A label is a name and, where runs with that name differ, the settings that differ, e.g.
-    ``MMoE (optimizer.lr=0.01)`` or ``+MTN (target=shared)``.
+    ``MMoE (optimizer.lr=0.01)``. A variant of MTN names the settings that are not the paper's, of
+    those in which any model's variants differ: ``+MTN`` and ``+MTN (target=shared)`` are the same
+    for every model.
     """
-    models = _model_labels(records)
-    parts = zip(_data_labels(records), models, _variant_labels(models, records), strict=True)
+    variants = _variant_labels(records)
+    parts = zip(_data_labels(records), _model_labels(records), variants, strict=True)
     return [Labels(*part) for part in parts]
 
 
@@ -59,7 +67,7 @@ def _model_labels(records: Sequence[RunRecord]) -> list[str]:
     return _labels(names, groups, settings)
 
 
-def _variant_labels(models: Sequence[str], records: Sequence[RunRecord]) -> list[str]:
+def _variant_labels(records: Sequence[RunRecord]) -> list[str]:
     settings = [
         {
             key.partition(".")[2]: value
@@ -68,14 +76,17 @@ def _variant_labels(models: Sequence[str], records: Sequence[RunRecord]) -> list
         }
         for record in records
     ]
-    names = ["+".join(group.upper() for group in r.identity.treatments) for r in records]
-    # Compared with their baseline, which has no MTN settings, variants would differ in all.
-    groups = [(r.identity.baseline, name) for r, name in zip(records, names, strict=True)]
-    labels = _labels(models, groups, settings)
-    return [
-        f"+{name}{label.removeprefix(model)}" if name else ""
-        for model, label, name in zip(models, labels, names, strict=True)
-    ]
+    blocks: dict[str, list[dict[str, Any]]] = {}
+    for record, own in zip(records, settings, strict=True):
+        if record.identity.treatments:
+            blocks.setdefault(record.identity.baseline, []).append(own)
+    varied = {key for block in blocks.values() for key in _differing(block)}
+    labels = []
+    for record, own in zip(records, settings, strict=True):
+        name = "+".join(group.upper() for group in record.identity.treatments)
+        named = {k: own[k] for k in sorted(varied & own.keys()) if own[k] != PAPER_MTN.get(k)}
+        labels.append(_label(f"+{name}", named) if name else "")
+    return labels
 
 
 def _labels(

@@ -1,35 +1,47 @@
-"""One self-contained page: tables, figures and how the runs were made."""
+"""One self-contained page: the verdict, a section per question, and how the runs were made."""
 
 import base64
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mtnrec.files import write_atomic
-from mtnrec.reporting.figure.catalogue import KINDS, WrittenFigure
+from mtnrec.files import slug, write_atomic
+from mtnrec.reporting.figure.catalogue import WrittenFigure
+from mtnrec.reporting.figure.style import COLORS
 from mtnrec.reporting.runs import Runs, UnfinishedRun
+from mtnrec.reporting.summary import Forest, costs_of_arms, facts, lay_out_forest, summarise
 from mtnrec.reporting.table.appendix import (
     cost_table,
     data_table,
     deviation_tables,
+    runs_table,
     settings_tables,
     version_table,
 )
-from mtnrec.reporting.table.render import Table, to_html
+from mtnrec.reporting.table.render import Table, to_csv, to_html, to_latex
+from mtnrec.reporting.table.scores import comparisons, score_table
 
-_PIXELS_PER_POINT = 96 / 72 * 1.3  # figure text is 8 points, sized for print
 _PROTOCOL = (
     "A share of the training rows is held out for validation. The monitored validation metric "
     "selects the epoch and stops training early; the weights of that epoch are evaluated once on "
     "the test rows. AUCs are exact, over all rows of a split, with ties counted as one half. CTR "
     "and CTCVR are measured on all rows, CVR on the clicked rows. Runs are paired by seed, split "
-    "and noise. All other settings are listed below."
+    "and noise. All other settings are listed here."
+)
+_MECHANISM = (
+    "MTN stacks the weights of parallel layers (a layer of each tower, or of each expert) into a "
+    "tensor and lays it out as a matrix in three ways: by task or expert, by output and by input. "
+    "It penalises the sum of each matrix's singular values, its trace norm, weighted by alpha: the "
+    "smaller singular values shrink first, the effective rank falls, and the layers share "
+    "directions. The grey line is the same model without MTN."
 )
 
 
@@ -37,17 +49,20 @@ _PROTOCOL = (
 class _Image:
     title: str
     caption: str
-    alt: str
-    source: str
-    width: int
+    svg: Markup
+    links: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class _Section:
+    """A section: what is shown at once, and what is folded, by the text that unfolds it."""
+
     title: str
-    texts: Sequence[str] = ()
+    text: str = ""
     tables: Sequence[Markup] = ()
     images: Sequence[_Image] = ()
+    folded: Sequence[tuple[str, Sequence[Markup]]] = ()
+    more: Sequence[_Image] = ()
 
     @property
     def anchor(self) -> str:
@@ -59,95 +74,145 @@ def write_page(
     runs: Runs,
     *,
     left_out: Sequence[UnfinishedRun],
-    cells: Sequence[pd.DataFrame],
-    tables: Sequence[Table],
+    compared: pd.DataFrame,
+    scores: Sequence[Table],
+    differences: Sequence[Table],
     figures: Sequence[WrittenFigure],
 ) -> None:
-    """Write a page with embedded style and figures, which any browser opens offline.
+    """Write a page with embedded style, script and figures, which any browser opens offline.
 
     Args:
-        path: File of the page.
+        path: File of the page, in the folder of the report.
         runs: Finished runs.
         left_out: Runs without a result.
-        cells: Output of :func:`mtnrec.reporting.table.scores.comparisons`, by table.
-        tables: Scores and differences.
+        compared: Output of :func:`mtnrec.reporting.table.scores.comparisons` for all runs.
+        scores: Tables of scores.
+        differences: Tables of the differences.
         figures: Written figures; their SVG is embedded.
     """
-    settings = runs.settings
     environment = Environment(
         loader=PackageLoader("mtnrec.reporting", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
+        lstrip_blocks=True,
     )
+    names = ", ".join(sorted(runs.settings["data"].unique()))
+    subject = "MTN" if runs.settings["mtn"].any() else f"{runs.settings['arm'].nunique()} arms"
+    forest: Forest = lay_out_forest(compared)
     page = environment.get_template("page.html.jinja").render(
-        title=f"MTN on {', '.join(sorted(settings['data'].unique()))}",
-        summary=list(summarise(cells)),
-        numbers={
-            "runs": len(runs),
-            "arms": settings["arm"].nunique(),
-            "models": settings["model"].nunique(),
-            "data sets": settings["data"].nunique(),
-            "noise proportions": settings["noise"].nunique(),
-            "seeds": settings["seed"].nunique(),
-        },
+        title=f"{subject} on {names}",
+        summary=list(summarise(compared)),
+        forest=forest,
+        costs=costs_of_arms(runs),
+        facts=facts(runs),
         left_out=left_out,
-        sections=list(_sections(runs, cells, tables, figures)),
+        sections=list(_sections(path, runs, compared, scores, differences, figures)),
+        runs=runs_table(runs, path.parent),
+        colors=COLORS,
         version=metadata.version("mtnrec"),
     )
     write_atomic(path, page)
 
 
-def summarise(cells: Sequence[pd.DataFrame]) -> Iterator[str]:
-    """Yield sentences that sum up the comparisons of all tables.
+def _sections(
+    path: Path,
+    runs: Runs,
+    compared: pd.DataFrame,
+    scores: Sequence[Table],
+    differences: Sequence[Table],
+    figures: Sequence[WrittenFigure],
+) -> Iterator[_Section]:
+    def section(title: str, *kinds: str, most: int = 1, **parts: object) -> _Section:
+        """Show the first figure of the first kinds at once, and fold the others."""
+        found = [[f for f in figures if f.kind == kind] for kind in kinds]
+        shown = [of_kind[0] for of_kind in found if of_kind][:most]
+        rest = [
+            figure for of_kind in found for figure in of_kind if all(figure is not s for s in shown)
+        ]
+        images, more = ([_image(f, path.parent) for f in part] for part in (shown, rest))
+        return _Section(title, images=images, more=more, **parts)  # type: ignore[arg-type]
 
-    Args:
-        cells: Output of :func:`mtnrec.reporting.table.scores.comparisons`, by table.
-    """
-    compared = pd.concat([table[table["pairs"] > 0] for table in cells])
-    if compared.empty:
-        yield "No run with MTN has a baseline run with the same seed to be compared with."
-        return
-    better = compared["improved"]
-    yield (
-        f"The mean with MTN is better than the baseline's in {better.sum()} of {len(compared)} "
-        f"comparisons ({_significant(compared[better])}). It is equal or worse in "
-        f"{(~better).sum()} ({_significant(compared[~better])})."
+    yield section(
+        "Results",
+        "paired_differences",
+        most=0,
+        tables=_rendered(scores),
+        folded=[("Each difference, with p-values", _rendered(differences))] if differences else (),
+    )
+    published = list(deviation_tables(compared))
+    if published:
+        yield _Section("Published numbers", tables=_rendered(published))
+    for title, text, kinds in (
+        ("Robustness", "", ("noise_curves",)),
+        ("Lambda", "", ("lambda_curves",)),
+        ("Training", "", ("training_curves",)),
+        (
+            "What MTN does" if runs.settings["mtn"].any() else "Spectra",
+            _MECHANISM if runs.settings["mtn"].any() else "",
+            ("effective_ranks", "spectra", "alphas", "expert_distances"),
+        ),
+    ):
+        found = section(title, *kinds, most=2, text=text)
+        if found.images:
+            yield found
+    yield section("Calibration", "reliability", tables=_calibration(runs))
+    yield _Section("Costs", folded=[("Costs of each arm", _rendered([cost_table(runs)]))])
+    differing, shared = settings_tables(runs)
+    yield _Section(
+        "Settings",
+        _PROTOCOL,
+        tables=_rendered([differing]) if differing.rows else (),
+        folded=[
+            ("Data sets", _rendered([data_table(runs)])),
+            ("Settings shared by all runs", _rendered([shared])),
+            ("Versions", _rendered([version_table(runs)])),
+        ],
     )
 
 
-def _significant(cells: pd.DataFrame) -> str:
-    plain, corrected = ((cells[key] < 0.05).sum() for key in ("p_value", "holm_p"))
-    return f"{plain} significant at p < 0.05, {corrected} after Holm's correction"
-
-
-def _sections(
-    runs: Runs,
-    cells: Sequence[pd.DataFrame],
-    tables: Sequence[Table],
-    figures: Sequence[WrittenFigure],
-) -> Iterator[_Section]:
-    yield _Section("Results", tables=_rendered(tables))
-    published = [found for table in cells for found in deviation_tables(table)]
-    if published:
-        yield _Section("Published numbers", tables=_rendered(published))
-    for name, kind in KINDS.items():
-        images = [_image(figure) for figure in figures if figure.kind == name]
-        if images:
-            yield _Section(kind.title, images=images)
-    yield _Section("Cost", tables=_rendered([cost_table(runs)]))
-    how = [data_table(runs), *settings_tables(runs), version_table(runs)]
-    yield _Section("Protocol", (_PROTOCOL,), _rendered(how))
+def _calibration(runs: Runs) -> list[Markup]:
+    results = runs.results
+    if not ((results["metric"] == "calibration") & (results["split"] == "test")).any():
+        return []
+    cells = comparisons(results, metric="calibration")
+    return _rendered([score_table(cells, "Sum of predictions over sum of labels; 1 is calibrated")])
 
 
 def _rendered(tables: Sequence[Table]) -> list[Markup]:
-    return [Markup(to_html(table)) for table in tables]
+    """Render tables with links to their LaTeX and csv, which the page holds."""
+    return [Markup(to_html(table).replace("<figcaption>", _links(table), 1)) for table in tables]
 
 
-def _image(figure: WrittenFigure) -> _Image:
-    (svg,) = (path for path in figure.paths if path.suffix == ".svg")
-    content = svg.read_bytes()
-    source = f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
-    points = re.search(rb'width="([\d.]+)pt"', content)
-    width = 0 if points is None else round(float(points[1]) * _PIXELS_PER_POINT)
-    return _Image(figure.title, figure.caption, figure.alt, source, width)
+def _links(table: Table) -> str:
+    name = slug(table.title)
+    links = [
+        f'<a download="{name}.{suffix}" href="data:text/plain;charset=utf-8;base64,'
+        f'{base64.b64encode(content.encode()).decode()}">{title}</a>'
+        for suffix, title, content in (
+            ("tex", "LaTeX", to_latex(table)),
+            ("csv", "csv", to_csv(table)),
+        )
+    ]
+    return f'<figcaption><p class="links">{" ".join(links)}</p>'
+
+
+def _image(figure: WrittenFigure, folder: Path) -> _Image:
+    (path,) = (path for path in figure.paths if path.suffix == ".svg")
+    links = [
+        (path.suffix.removeprefix("."), quote(Path(os.path.relpath(path, folder)).as_posix()))
+        for path in figure.paths
+    ]
+    return _Image(figure.title, figure.caption, _inline(path, figure.alt), links)
+
+
+def _inline(path: Path, alt: str) -> Markup:
+    """Return an SVG as an element of the page, in the page's colours and at any width."""
+    text = path.read_text(encoding="utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    opening, rest = text[: text.index(">")], text[text.index(">") :]
+    opening = re.sub(r' (width|height|version)="[^"]*"', "", opening)
+    rest = rest.replace("#000000", "currentColor").replace("#ffffff", "var(--page)")
+    label = Markup(' role="img" aria-label="{}"').format(alt)
+    return Markup(opening) + label + Markup(rest)

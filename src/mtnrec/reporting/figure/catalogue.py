@@ -1,8 +1,11 @@
 """Figures of the report: the runs that each shows, its file, title, caption and alt text."""
 
+import logging
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +13,20 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mtnrec.files import slug
-from mtnrec.reporting.figure import results as result_figures
+from mtnrec.files import remove_files, slug
+from mtnrec.metric.catalogue import LayerKey
+from mtnrec.reporting.figure import results as figures
 from mtnrec.reporting.figure import training as training_figures
-from mtnrec.reporting.figure.style import BASELINE, ordered, save
+from mtnrec.reporting.figure.style import FORMATS, ordered, save
 from mtnrec.reporting.runs import Run, Runs
 
-MTN = "MTN"
-_MOST_ROWS = 5  # rows of panels per figure
-_MOST_VARIANTS = 8  # variants per figure of paired differences
-_Drawn = tuple[str, tuple[str, ...], Figure | None]  # kind, parts of the name, figure
-_DISTANCE_TITLES = {"shared": "MTN on experts", "": "no MTN", "towers": "MTN on towers"}
+_MOST_LINES = 6  # arms per figure next to their baseline; more have another figure
 _INTERVAL = "the mean over seeds with its 95 % confidence interval (Student's t)"
 _MEDIAN = "the median over seeds, with a band from the smallest to the largest value"
 _WHILE_ALL_TRAIN = "A curve ends at the epoch in which the first of its seeds stopped."
+_Drawn = tuple[str, tuple[str, ...], Figure | None]  # kind, parts of the name, figure
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class WrittenFigure:
 
     Args:
         kind: Key of ``KINDS``.
+        parts: What the figure shows: data set, model, noise.
         title: Title on a page.
         caption: Caption on a page or in a paper.
         alt: Alt text of the image.
@@ -54,10 +58,26 @@ class WrittenFigure:
     """
 
     kind: str
+    parts: tuple[str, ...]
     title: str
     caption: str
     alt: str
     paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class PlannedFigure:
+    """A figure to be drawn.
+
+    Args:
+        kind: Key of ``KINDS``.
+        parts: What the figure shows: data set, model, noise.
+        draw: Draws it; returns None if the runs hold no data for it.
+    """
+
+    kind: str
+    parts: tuple[str, ...]
+    draw: Callable[[], Figure | None]
 
 
 KINDS = {
@@ -69,8 +89,8 @@ KINDS = {
     ),
     "paired_differences": Kind(
         "Differences between paired runs",
-        "Test AUC with MTN minus without, for each seed that both arms have (circles), and "
-        f"{_INTERVAL}. Right of the line, the AUC is higher with MTN.",
+        "Test AUC of an arm minus that of its baseline, for each seed that both have (circles), "
+        f"and {_INTERVAL}. Right of the line, the AUC is higher than the baseline's.",
         "Dot plots of the differences in test AUC, one row per model and noise, one column per "
         "task.",
     ),
@@ -83,191 +103,259 @@ KINDS = {
     ),
     "training_curves": Kind(
         "Training curves",
-        "Training loss (without the penalty) and validation AUCs over epochs, with and without "
-        f"MTN: {_INTERVAL}. {_WHILE_ALL_TRAIN} Marks above the axis: best epoch of each seed.",
+        f"Training loss (without the penalty) and validation AUCs over epochs: {_INTERVAL}. "
+        f"{_WHILE_ALL_TRAIN} Marks above the axis: best epoch of each seed.",
         "Line charts of training loss and validation AUCs over epochs.",
     ),
     "reliability": Kind(
         "Calibration",
         "Observed against predicted rates on the test set, in bins of equal mass pooled over all "
         "seeds, on log axes; the grey line is perfect calibration. Bins without positives cannot "
-        "be shown on a log axis. Numbers: sum of predictions over sum of labels; 1 is calibrated.",
-        "Reliability diagrams with and without MTN, one column per task.",
-    ),
-    "alphas": Kind(
-        "Weights of the unfoldings",
-        f"Alpha of each unfolding over epochs: {_INTERVAL}. {_WHILE_ALL_TRAIN}",
-        "Line charts of the three alphas of each layer over epochs.",
+        "be shown on a log axis.",
+        "Reliability diagrams of all arms, one column per task.",
     ),
     "effective_ranks": Kind(
         "Effective ranks",
-        "Effective rank exp(H(s / sum s)) of each unfolding with singular values s over epochs: "
-        f"{_INTERVAL}. {_WHILE_ALL_TRAIN}",
-        "Line charts of the effective rank of each layer's unfoldings over epochs, on a log axis.",
+        "Effective rank exp(H(s / sum s)) of each unfolding with singular values s over epochs, "
+        f"with and without MTN: {_INTERVAL}. A penalty of the trace norm lowers it. "
+        f"{_WHILE_ALL_TRAIN}",
+        "Line charts of the effective rank of each layer's unfoldings over epochs.",
+    ),
+    "alphas": Kind(
+        "Weights of the unfoldings",
+        f"Alpha of each unfolding over epochs, of arms with MTN: {_INTERVAL}. {_WHILE_ALL_TRAIN}",
+        "Line charts of the three alphas of each layer over epochs.",
     ),
     "spectra": Kind(
         "Spectra at the best epoch",
-        f"Singular values of each unfolding at each run's best epoch: {_MEDIAN}. Values below "
-        f"{training_figures.LEAST_SHOWN:g} times the largest are not shown.",
+        "Singular values of each unfolding at each run's best epoch, with and without MTN: "
+        f"{_MEDIAN}. Values below {training_figures.LEAST_SHOWN:g} times the largest are not "
+        "shown. A trace norm is their sum.",
         "Line charts of singular values on a log axis, one row per layer and one column per "
         "unfolding.",
-    ),
-    "spectra_over_epochs": Kind(
-        "Spectra over epochs",
-        "Singular values of each unfolding after each run's first, middle and last epoch: "
-        f"{_MEDIAN}. Values below {training_figures.LEAST_SHOWN:g} times the largest are not "
-        "shown.",
-        "Line charts of singular values at three epochs on a log axis.",
     ),
     "expert_distances": Kind(
         "Distances between experts",
         "Euclidean distance between two experts' outputs, averaged over test rows and seeds, on "
-        "one colour scale. Experts are not matched across seeds: compare levels, not pairs.",
+        "one colour scale. Experts are not matched across seeds: compare the means, not pairs.",
         "Heat maps of the distances between experts; brighter is farther apart.",
     ),
 }
 
 
-def write_figures(out: Path, runs: Runs) -> list[WrittenFigure]:
+def write_figures(
+    out: Path,
+    runs: Runs,
+    track: Callable[[Sequence[PlannedFigure]], Iterable[PlannedFigure]] = iter,
+) -> list[WrittenFigure]:
     """Write every figure that the runs have data for, as pdf, svg and png.
 
-    The same runs give the same bytes.
+    The same runs give the same bytes. Figures of an earlier report in the folder are removed.
+
+    Args:
+        out: Folder of the files.
+        runs: Finished runs.
+        track: Iterates over the planned figures, for example behind a progress bar.
     """
     out.mkdir(parents=True, exist_ok=True)
+    remove_files(out, FORMATS)
     written, pages = [], Counter[str]()
-    for kind, parts, figure in drawn_figures(runs):
-        if figure is None:
-            continue
-        texts, name = KINDS[kind], slug(kind, *parts)
-        pages[name] += 1
-        page = f"-{pages[name]}" if pages[name] > 1 else ""
-        title = ", ".join((texts.title, *parts)) + page.replace("-", ", page ")
-        paths = save(figure, out, name + page)
-        alt = f"{texts.alt} {', '.join(parts)}."
-        written.append(WrittenFigure(kind, title, texts.caption, alt, paths))
+    with warnings.catch_warnings(record=True) as caught:
+        for planned in track(plan_figures(runs)):
+            if (figure := planned.draw()) is None:
+                continue
+            texts, name = KINDS[planned.kind], slug(planned.kind, *planned.parts)
+            pages[name] += 1
+            page = f"-{pages[name]}" if pages[name] > 1 else ""
+            title = ", ".join((texts.title, *planned.parts)) + page.replace("-", ", part ")
+            paths = save(figure, out, name + page, title)
+            alt = f"{texts.alt} {', '.join(planned.parts)}."
+            found = WrittenFigure(planned.kind, planned.parts, title, texts.caption, alt, paths)
+            written.append(found)
+    _report_glyphs(caught)
     return written
 
 
-def contrasts(settings: pd.DataFrame) -> pd.DataFrame:
-    """Return ``run``, ``row`` and ``line``: each row of panels has an MTN arm and its baseline.
-
-    A baseline is in the row of each of its arms; one without arms has its own row.
-
-    Args:
-        settings: Rows of :attr:`Runs.settings` for one data set and model.
-    """
-    parts = []
-    settings = settings.sort_values(["lam", "variant", "seed"], kind="stable")
-    for noise, group in settings.groupby("noise"):
-        without = group[~group["mtn"]].assign(line=BASELINE)
-        for variant, arm in group[group["mtn"]].groupby("variant", sort=False):
-            pair = pd.concat([without, arm.assign(line=MTN)])
-            parts.append(pair.assign(row=f"{variant}, noise {noise:g}"))
-        if not group["mtn"].any():
-            parts.append(without.assign(row=f"noise {noise:g}"))
-    return pd.concat(parts)[["run", "row", "line"]]
+def _report_glyphs(caught: Sequence[warnings.WarningMessage]) -> None:
+    """Log once that letters have no font, and repeat the other warnings."""
+    glyphs = [found for found in caught if str(found.message).startswith("Glyph ")]
+    for found in caught:
+        if found not in glyphs:
+            warnings.warn_explicit(found.message, found.category, found.filename, found.lineno)
+    if glyphs:
+        _logger.warning(
+            "The pdf and png figures show boxes for letters that no font of this machine has. "
+            "Install one, for example Noto Sans CJK. The page shows them in the reader's fonts."
+        )
 
 
 def drawn_figures(runs: Runs) -> Iterator[_Drawn]:
     """Yield every kind of figure for every data set, model and noise; None without data."""
+    for planned in plan_figures(runs):
+        yield planned.kind, planned.parts, planned.draw()
+
+
+def plan_figures(runs: Runs) -> list[PlannedFigure]:
+    """Return every kind of figure for every data set, model and noise, to be drawn."""
+    return [*_of_results(runs), *_of_training(runs), *_of_arrays(runs)]
+
+
+def _of_results(runs: Runs) -> Iterator[PlannedFigure]:
     results = ordered(runs.results)
-    by = ["data", "model", "noise", "mtn", "lam", "variant", "seed"]
-    settings = runs.settings.sort_values(by, kind="stable")
     for (data,), of_data in _groups(results, "data"):
-        yield "noise_curves", (data,), result_figures.noise_curves(of_data)
-        variants = of_data["variant"].unique()
-        for page in _pages([name for name in variants if name], _MOST_VARIANTS):
-            rows = of_data[of_data["variant"].isin([*page, ""])]
-            yield "paired_differences", (data,), result_figures.paired_differences(rows)
+        yield PlannedFigure("noise_curves", (data,), partial(figures.noise_curves, of_data))
+        for rows in _pages(of_data):
+            yield PlannedFigure(
+                "paired_differences", (data,), partial(figures.paired_differences, rows)
+            )
         for (model, noise), rows in _groups(of_data, "model", "noise"):
-            yield "lambda_curves", _parts(data, model, noise), result_figures.lambda_curves(rows)
-    epochs = runs.epochs.merge(settings[["run", "best_epoch"]], on="run")
-    for (data, model), of_model in _groups(settings, "data", "model"):
-        arms = contrasts(of_model)
-        for page in _pages(list(arms["row"].unique()), _MOST_ROWS):
-            shown = arms[arms["row"].isin(page)]
-            curves = shown.merge(epochs, on="run")
-            yield "training_curves", (data, model), training_figures.training_curves(curves)
-            yield "alphas", (data, model), training_figures.alphas(curves)
-            yield "effective_ranks", (data, model), training_figures.effective_ranks(curves)
-            rates = shown.merge(runs.bins, on="run")
-            yield "reliability", (data, model), result_figures.reliability(rates)
-    yield from _figures_of_arrays(runs, settings)
+            parts = _parts(data, model, noise)
+            yield PlannedFigure("lambda_curves", parts, partial(figures.lambda_curves, rows))
 
 
-def _figures_of_arrays(runs: Runs, settings: pd.DataFrame) -> Iterator[_Drawn]:
-    by_name = {run.name: run for run in runs}
-    for (data, model, noise), group in _groups(settings, "data", "model", "noise"):
-        parts = _parts(data, model, noise)
-        arms = {
-            variant: [by_name[name] for name in arm["run"]]
-            for (variant,), arm in _groups(group, "variant")
-        }
-        for matrices in _distances(arms):
-            yield "expert_distances", parts, training_figures.expert_distances(matrices)
-        measured = {
-            name: kept
-            for name, arm in arms.items()
-            if (kept := [run for run in arm if run.record.best_epoch in _spectrum_files(run)])
-        }
-        for target, suffix in (("towers", ()), ("shared", ("experts",))):
-            of_target = [name for name in measured if _target(arms[name]) == target]
-            for page in _pages(of_target, _MOST_ROWS):
-                best = pd.concat(_best_spectra(name, measured[name]) for name in page)
-                yield "spectra", (*parts, *suffix), training_figures.spectra(best)
-        for variant, arm in measured.items():
-            three = pd.concat(map(_three_spectra, arm))
-            yield "spectra_over_epochs", (*parts, variant), training_figures.spectra(three)
+def _of_training(runs: Runs) -> Iterator[PlannedFigure]:
+    settings = blocks(runs.settings)
+    epochs = runs.epochs.drop(columns=["line", "color"])
+    by_run = {name: rows for (name,), rows in _groups(epochs, "run")}
+    bins = {name: rows for (name,), rows in _groups(runs.bins, "run")}
+    for (data, block), of_block in _groups(settings, "data", "block"):
+        several = of_block["noise"].nunique() > 1
+        rows = of_block["noise"].map(lambda noise: f"noise {noise:g}") if several else ""
+        arms = of_block.assign(row=rows)[["run", "row", "line", "color", "best_epoch", "treated"]]
+        for page in _pages(arms):
+            for kind, draw, tables in (
+                ("training_curves", training_figures.training_curves, by_run),
+                ("reliability", figures.reliability, bins),
+            ):
+                found = _joined(page, tables)
+                if not found.empty:
+                    yield PlannedFigure(kind, (data, block), partial(draw, found))
 
 
-def _distances(arms: Mapping[str, Sequence[Run]]) -> Iterator[dict[str, list[np.ndarray]]]:
-    """Yield the panels of each page in order: MTN on experts, no MTN, MTN on towers."""
-    found = {
-        variant: [np.asarray(run.record.expert_distances) for run in arm]
-        for variant, arm in arms.items()
-        if all(run.record.expert_distances for run in arm)
+def _joined(arms: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of the runs in ``arms``, with their columns."""
+    found = [tables[name] for name in arms["run"] if name in tables]
+    if not found:
+        return pd.DataFrame()
+    of_runs = pd.concat(found)
+    other = [name for name in of_runs.columns if name in arms.columns and name != "run"]
+    return arms.merge(of_runs.drop(columns=other), on="run")
+
+
+def _of_arrays(runs: Runs) -> Iterator[PlannedFigure]:
+    settings, by_name = blocks(runs.settings), {run.name: run for run in runs}
+    history = runs.epochs[runs.epochs["name"].str.startswith("mtn/")]
+    logged = {name: rows for (name,), rows in _groups(history, "run")}
+    for (data, block, noise), group in _groups(settings, "data", "block", "noise"):
+        parts = _parts(data, block, noise)
+        experts = (group["target"] == "shared").fillna(value=False).astype(bool)
+        for place, arms in (("layer", group[~experts]), ("shared", group[experts | ~group["mtn"]])):
+            if place == "shared" and not experts.any():
+                continue
+            suffix = ("experts",) if place == "shared" else ()
+            for page in _pages(arms[["run", "arm", "line", "color", "treated", "mtn"]]):
+                of_page = [by_name[name] for name in page["run"]]
+                shown = (*parts, *suffix)
+                curves = partial(_mechanism_curves, page, of_page, logged, place)
+                for kind, draw in (
+                    ("effective_ranks", training_figures.effective_ranks),
+                    ("alphas", training_figures.alphas),
+                ):
+                    yield PlannedFigure(kind, shown, partial(_draw, draw, curves))
+                yield PlannedFigure(
+                    "spectra",
+                    shown,
+                    partial(
+                        _draw,
+                        training_figures.spectra,
+                        partial(_best_spectra, page, of_page, place),
+                    ),
+                )
+        yield PlannedFigure("expert_distances", parts, partial(_distances, group, by_name))
+
+
+def _draw(
+    draw: Callable[[pd.DataFrame], Figure | None], make: Callable[[], pd.DataFrame]
+) -> Figure | None:
+    table = make()
+    return None if table.empty else draw(table)
+
+
+def blocks(settings: pd.DataFrame) -> pd.DataFrame:
+    """Return the settings in drawing order, with ``block``: the label of an arm's baseline."""
+    baselines = settings[~settings["treated"]].drop_duplicates("baseline").set_index("baseline")
+    names = settings["baseline"].map(baselines["model"]).fillna(settings["model"])
+    by = ["data", "block", "noise", "treated", "color", "seed"]
+    return settings.assign(block=names).sort_values(by, kind="stable")
+
+
+def _mechanism_curves(
+    arms: pd.DataFrame, runs: Sequence[Run], logged: Mapping[str, pd.DataFrame], place: str
+) -> pd.DataFrame:
+    """Return what runs with MTN logged, and the effective ranks of the others' spectra."""
+    tables = {
+        run.name: logged[run.name]
+        if run.name in logged
+        else pd.DataFrame(_ranks(run, place), columns=["run", "epoch", "name", "value"])
+        for run in runs
     }
-    places = {name: _target(arms[name]) if name else "" for name in found}
-    titles = {
-        name: _DISTANCE_TITLES[place] if list(places.values()).count(place) == 1 else name
-        for name, place in places.items()
-    }
-    order = sorted(found, key=lambda name: list(_DISTANCE_TITLES).index(places[name]))
-    for page in _pages([name for name in order if name], _MOST_ROWS) if any(order) else [order]:
-        # Every page shows the baseline.
-        yield {titles[name]: found[name] for name in order if name in page or not name}
+    return _joined(arms, tables)
 
 
-def _target(arm: Sequence[Run]) -> str:
-    return arm[0].record.config["mtn"]["target"]
+def _ranks(run: Run, place: str) -> Iterator[tuple[str, int, str, float]]:
+    for epoch, path in _spectrum_files(run).items():
+        with np.load(path) as arrays:
+            for layer, unfolding in (name.split("/") for name in arrays):
+                where, _, depth = layer.rpartition("_")
+                if where == place:
+                    shares = arrays[f"{layer}/{unfolding}"]
+                    shares = shares[shares > 0] / shares.sum()
+                    rank = float(np.exp(-(shares * np.log(shares)).sum()))
+                    yield (
+                        run.name,
+                        epoch,
+                        str(LayerKey(int(depth), "effective_rank", unfolding)),
+                        rank,
+                    )
 
 
 def _spectrum_files(run: Run) -> dict[int, Path]:
-    """Return a run's spectrum files by epoch, in order."""
+    """Return a run's spectrum files by epoch, in order, of the epochs in its record."""
+    trained = {entry["epoch"] for entry in run.record.history}
     files = {int(path.stem[6:]): path for path in run.folder.glob("spectra/epoch_*.npz")}
-    return dict(sorted(files.items()))
+    return {epoch: files[epoch] for epoch in sorted(files) if epoch in trained}
 
 
-def _best_spectra(line: str, arm: Sequence[Run]) -> pd.DataFrame:
-    files = [(run, _spectrum_files(run)[run.record.best_epoch]) for run in arm]
-    return pd.concat(_spectrum(run, path, line) for run, path in files)
+def _best_spectra(arms: pd.DataFrame, runs: Sequence[Run], place: str) -> pd.DataFrame:
+    tables = {}
+    for run in runs:
+        path = _spectrum_files(run).get(run.record.best_epoch)
+        if path is not None:
+            tables[run.name] = _spectrum(run, path, place)
+    return _joined(arms, tables)
 
 
-def _three_spectra(run: Run) -> pd.DataFrame:
-    files = list(_spectrum_files(run).values())
-    chosen = {"first epoch": files[0], "middle": files[(len(files) - 1) // 2], "last": files[-1]}
-    return pd.concat(_spectrum(run, path, line) for line, path in chosen.items())
-
-
-def _spectrum(run: Run, path: Path, line: str) -> pd.DataFrame:
+def _spectrum(run: Run, path: Path, place: str) -> pd.DataFrame:
+    # MTN on experts calls its layers `layer`, as MTN on towers does.
+    wanted = "layer" if run.record.identity.treatments else place
+    columns = ["run", "row", "column", "x", "value"]
     with np.load(path) as arrays:
-        tables = [
-            pd.DataFrame({"x": np.arange(1, len(values) + 1), "value": values}).assign(
-                row=layer.replace("_", " "), column=unfolding
-            )
-            for (layer, unfolding), values in ((n.split("/"), arrays[n]) for n in arrays)
+        rows = [
+            (run.name, f"layer {layer.rpartition('_')[2]}", f"{unfolding} unfolding", index, value)
+            for layer, unfolding in (name.split("/") for name in arrays)
+            if layer.rpartition("_")[0] == wanted
+            for index, value in enumerate(arrays[f"{layer}/{unfolding}"], start=1)
         ]
-    return pd.concat(tables).assign(run=run.name, line=line)
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _distances(group: pd.DataFrame, by_name: Mapping[str, Run]) -> Figure | None:
+    matrices = {
+        str(line): [np.asarray(by_name[name].record.expert_distances) for name in arm["run"]]
+        for (line,), arm in _groups(group, "line")
+        if all(by_name[name].record.expert_distances for name in arm["run"])
+    }
+    return training_figures.expert_distances(matrices)
 
 
 def _groups(table: pd.DataFrame, *keys: str) -> Iterator[tuple[Any, pd.DataFrame]]:
@@ -279,6 +367,9 @@ def _parts(data: str, model: str, noise: float) -> tuple[str, ...]:
     return (data, model, f"noise {noise:g}") if noise else (data, model)
 
 
-def _pages(names: Sequence[str], most: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(names), most):
-        yield names[start : start + most]
+def _pages(table: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Yield the rows of a few arms at a time, each with those of the baselines."""
+    lines = list(table.loc[table["treated"], "line"].unique())
+    for start in range(0, max(len(lines), 1), _MOST_LINES):
+        shown = table["line"].isin(lines[start : start + _MOST_LINES])
+        yield table[~table["treated"] | shown]

@@ -13,6 +13,7 @@ from mtnrec.reporting.figure.style import (
     Style,
     along_funnel,
     facets,
+    hover,
     legend,
     line_style,
     log_scale,
@@ -21,9 +22,9 @@ from mtnrec.reporting.figure.style import (
     points,
     row_title,
     styled,
-    task_title,
 )
 from mtnrec.reporting.significance import mean_interval
+from mtnrec.reporting.table.published import task_title
 
 CALIBRATION_BINS = 20
 
@@ -63,22 +64,24 @@ def lambda_curves(results: pd.DataFrame) -> Figure | None:
     line = table["line"].str.replace(lam, "", regex=True).str.strip()
     table = table.assign(line=line, x=table["lam"])
     swept = table[table["lam"] > 0]
+    swept = swept.assign(color=swept.groupby("line")["color"].transform("min"))
     swept = swept[swept.groupby("line")["lam"].transform("nunique") > 1]
     if swept.empty:
         return None
     figure, found = facets(swept, points, x="lambda", y="", sharex=True, sharey="col")
-    baselines = table[~table["mtn"] & table["baseline"].isin(swept["baseline"])]
+    baselines = table[~table["treated"] & table["baseline"].isin(swept["baseline"])]
     for (row, column), axes in found.items():
-        axes.set_xscale("log")
+        log_scale(axes, "x", swept["x"].min() / 2, swept["x"].max() * 2)
         values = baselines[(baselines["row"] == row) & (baselines["column"] == column)]["value"]
-        _draw_level(axes, values)
+        if len(values):
+            _draw_level(axes, values)
     legend(figure)
     return figure
 
 
 @styled
 def paired_differences(results: pd.DataFrame) -> Figure | None:
-    """Draw test AUC with MTN minus baseline: a dot per seed, a diamond for mean and interval.
+    """Draw an arm's test AUC minus its baseline's: a dot per seed, a diamond for mean and interval.
 
     Args:
         results: Rows of :attr:`Runs.results` for one data set. Runs are paired by seed; a seed
@@ -87,8 +90,8 @@ def paired_differences(results: pd.DataFrame) -> Figure | None:
     pairs = differences(_aucs(results, "test"))
     if pairs.empty:
         return None
-    variants, tasks = pairs["variant"].unique(), pairs["column"].unique()
-    labels = {variant: _groups(of_variant) for variant, of_variant in pairs.groupby("variant")}
+    variants, tasks = pairs["line"].unique(), pairs["column"].unique()
+    labels = {variant: _groups(of_variant) for variant, of_variant in pairs.groupby("line")}
     heights = [len(labels[variant]) + 1 for variant in variants]  # plus a line for the variant
     figure, grid = panels(
         len(variants),
@@ -101,7 +104,7 @@ def paired_differences(results: pd.DataFrame) -> Figure | None:
         row_title(axes_of_row[0], variant)
         last = variant == variants[-1]
         for axes, task in zip(axes_of_row, tasks, strict=True):
-            part = pairs[(pairs["variant"] == variant) & (pairs["column"] == task)]
+            part = pairs[(pairs["line"] == variant) & (pairs["column"] == task)]
             _draw_differences(axes, part, labels[variant], named=axes is axes_of_row[0])
             axes.spines.bottom.set_visible(last)
             axes.tick_params(bottom=last)
@@ -112,14 +115,14 @@ def paired_differences(results: pd.DataFrame) -> Figure | None:
 
 
 def differences(aucs: pd.DataFrame) -> pd.DataFrame:
-    """Return MTN minus baseline, ``difference``, for each seed that both arms have.
+    """Return arm minus baseline, ``difference``, for each seed that both have.
 
     Args:
         aucs: One metric on one split, one row per run and task.
     """
     pair = ["baseline", "seed", "task"]
-    without = aucs[~aucs["mtn"]][[*pair, "value"]]
-    pairs = aucs[aucs["mtn"]].merge(without, on=pair, suffixes=("", "_without"))
+    without = aucs[~aucs["treated"]][[*pair, "value"]]
+    pairs = aucs[aucs["treated"]].merge(without, on=pair, suffixes=("", "_without"))
     pairs["difference"] = pairs["value"] - pairs["value_without"]
     return pairs.dropna(subset="difference")
 
@@ -147,7 +150,7 @@ def reliability(bins: pd.DataFrame) -> Figure | None:
         axes.set_aspect("equal")
         log_scale(axes, "x", *limits, unit=0.01)
         log_scale(axes, "y", *limits, unit=0.01)
-        axes.legend(loc="lower right", title="predicted / observed", fontsize=6, title_fontsize=6)
+    legend(figure)
     return figure
 
 
@@ -162,7 +165,6 @@ def pooled(bins: pd.DataFrame, count: int = CALIBRATION_BINS) -> pd.DataFrame:
 
 def _aucs(results: pd.DataFrame, split: str) -> pd.DataFrame:
     aucs = results[(results["split"] == split) & (results["metric"] == "auc")]
-    aucs = aucs.assign(line=aucs["variant"].mask(~aucs["mtn"], BASELINE))
     return ordered(aucs.assign(column=aucs["task"].map(task_title)))
 
 
@@ -181,7 +183,7 @@ def _groups(pairs: pd.DataFrame) -> list[tuple[str, float]]:
 def _draw_differences(
     axes: Axes, pairs: pd.DataFrame, groups: list[tuple[str, float]], *, named: bool
 ) -> None:
-    dots, mean_style = line_style(0), line_style(1)
+    dots, mean_style = line_style(0), line_style(int(pairs["color"].max()))
     for height, (model, noise) in enumerate(groups):
         found = pairs[(pairs["model"] == model) & (pairs["noise"] == noise)]["difference"]
         mean, low, high = mean_interval(found.to_numpy())
@@ -210,12 +212,10 @@ def _draw_differences(
 
 
 def _draw_reliability(axes: Axes, bins: pd.DataFrame, name: str, style: Style) -> None:
-    means = np.average(bins[["predicted", "observed"]], axis=0, weights=bins["rows"])
     seen = pooled(bins)
     seen = seen[seen["observed"] > 0]
-    axes.plot(
-        seen["predicted"],
-        seen["observed"],
-        label=f"{name}: {means[0] / means[1]:.3f}",
-        **{**style, "markersize": 3},
+    (drawn,) = axes.plot(
+        seen["predicted"], seen["observed"], label=name, **{**style, "markersize": 3}
     )
+    rates = seen[["predicted", "observed"]].itertuples(index=False)
+    hover(drawn, [f"{name}: predicted {p:.3%}, observed {o:.3%}" for p, o in rates])

@@ -6,9 +6,11 @@ vision. Lines also differ in marker and dashes, so that no figure relies on colo
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import numpy as np
@@ -16,9 +18,12 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from mtnrec.files import write_atomic
+from mtnrec.reporting.baseline import BASELINE
 from mtnrec.reporting.significance import mean_interval
 from mtnrec.reporting.table.published import TASKS
 
@@ -28,14 +33,19 @@ Style = Mapping[str, Any]  # keywords of Axes.plot
 Draw = Callable[[Axes, pd.DataFrame, str, Style], None]
 
 FORMATS = ("pdf", "svg", "png")
-BASELINE = "baseline"
 SEQUENTIAL = "cividis"  # perceptually uniform, also in grey and to the colour-blind
 _ONE_COLUMN, _TWO_COLUMNS = 3.3, 7.0  # inches, on a two-column page
-_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLORS = ("#80868f", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_FEW_POINTS = 3
 _DASHES = ((0, (4, 2)), "-", (0, (6, 1, 1, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
+_SVG = "http://www.w3.org/2000/svg"
+_HOVER = "hover:"
+# The first comes with matplotlib; the others have the signs of most other scripts.
+_FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Noto Sans", "Unifont")
 _STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.family": [name for name in _FONTS if name in {font.name for font in fontManager.ttflist}],
+    "text.parse_math": False,  # names may contain $
     "font.size": 8,
     "text.parse_math": False,  # names of data and labels may have dollar signs
     "axes.titlesize": 8,
@@ -54,6 +64,7 @@ _STYLE: dict[Any, Any] = {
     "errorbar.capsize": 2,
     "pdf.fonttype": 42,  # TrueType; publishers reject Type 3, the default
     "svg.hashsalt": "mtnrec",  # reproducible ids
+    "svg.fonttype": "none",  # text, in the reader's fonts
     "savefig.dpi": 200,
 }
 
@@ -70,33 +81,24 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Return colour, marker and dashes of a figure's ``index``-th line; 0 is the baseline."""
+    """Return colour, marker and dashes of an arm by its number; 0, grey, is a baseline."""
     return {
-        "color": _COLORS[index % len(_COLORS)],
+        "color": COLORS[index % len(COLORS)],
         "marker": _MARKERS[index % len(_MARKERS)],
         "linestyle": _DASHES[index % len(_DASHES)],
-        "markerfacecolor": "white" if index == 0 else _COLORS[index % len(_COLORS)],
+        "markerfacecolor": "white" if index == 0 else COLORS[index % len(COLORS)],
     }
 
 
-def task_title(task: str) -> str:
-    """Return the paper's name of a funnel task; other names are unchanged.
-
-    >>> task_title("ctcvr"), task_title("buy_now")
-    ('CTCVR', 'buy_now')
-    """
-    return task.upper() if task in TASKS else task
-
-
 def along_funnel(tasks: pd.Series) -> pd.Series:
-    """Return sort keys of tasks: funnel tasks first, in funnel order; others by name."""
-    return tasks.map(lambda task: f"{(*TASKS, task).index(task)} {task}")
+    """Return sort keys of tasks: funnel tasks first, in funnel order; others in their order."""
+    return tasks.map(lambda task: (*TASKS, task).index(task))
 
 
 def ordered(table: pd.DataFrame) -> pd.DataFrame:
-    """Sort results in drawing order: baselines first, by model, lambda, noise and task."""
+    """Sort results in drawing order: baselines first, by model, arm, noise and task."""
     by_task = table.sort_values("task", key=along_funnel, kind="stable")
-    return by_task.sort_values(["data", "mtn", "model", "lam", "variant", "noise"], kind="stable")
+    return by_task.sort_values(["data", "treated", "model", "color", "noise"], kind="stable")
 
 
 def panels(
@@ -121,8 +123,9 @@ def facets(
     """Draw a panel per ``row`` and ``column`` of a table, with every ``line`` in it.
 
     Args:
-        table: ``row``, ``column``, ``line`` (names, drawn in order of first occurrence) and the
-            columns that ``draw`` needs.
+        table: ``row``, ``column``, ``line`` (names, drawn in order of first occurrence),
+            ``color`` (number of a line's style; by default, in order) and the columns that ``draw``
+            needs.
         draw: Draws the rows of one line into a panel.
         x: Label of the horizontal axes.
         y: Label of the vertical axes.
@@ -132,7 +135,10 @@ def facets(
         The figure, and its axes by row and column; a panel without data is left blank.
     """
     rows, columns, lines = (list(table[key].unique()) for key in ("row", "column", "line"))
-    styles = {line: line_style(i + (BASELINE not in lines)) for i, line in enumerate(lines)}
+    numbers = {line: number + (BASELINE not in lines) for number, line in enumerate(lines)}
+    if "color" in table:
+        numbers = dict(zip(table["line"], table["color"], strict=True))
+    styles = {line: line_style(numbers[line]) for line in lines}
     figure, grid = panels(len(rows), len(columns), **subplots)
     found = {}
     for (row, column), axes in zip(itertools.product(rows, columns), grid.flat, strict=True):
@@ -167,7 +173,7 @@ def points(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
     """
     found = intervals(line)
     shift = 3 * len(axes.containers)
-    axes.errorbar(
+    bars = axes.errorbar(
         found.index,
         found["mean"],
         [found["mean"] - found["low"], found["high"] - found["mean"]],
@@ -176,6 +182,7 @@ def points(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
         elinewidth=0.8,
         **style,
     )
+    _hover(bars.lines[0], name, found)
     # Matplotlib ignores shifted artists when it computes the limits.
     axes.update_datalim(np.column_stack([np.repeat(found.index, 3), found.to_numpy().ravel()]))
     axes.margins(x=0.05 + 0.03 * len(axes.containers))
@@ -185,7 +192,9 @@ def points(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
 def curve(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
     """Draw the mean at each x as a line with its interval as a band."""
     found = intervals(line)
-    axes.plot(found.index, found["mean"], label=name, **_marked(found, style))
+    marked = _marked(found, style)
+    (drawn,) = axes.plot(found.index, found["mean"], label=name, **marked)
+    _hover(drawn, name, found[:: marked["markevery"]])
     if found["low"].notna().any():
         axes.fill_between(
             found.index, found["low"], found["high"], color=style["color"], alpha=0.18, linewidth=0
@@ -195,7 +204,11 @@ def curve(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
 def median(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
     """Draw the median at each x as a line, with a band from the smallest to the largest value."""
     values = line.groupby("x")["value"].agg(["median", "min", "max"])
-    axes.plot(values.index, values["median"], label=name, **_marked(values, style))
+    marked = _marked(values, style)
+    if len(values) <= _FEW_POINTS:
+        marked["linestyle"] = "none"  # a line between two values would suggest others
+    (drawn,) = axes.plot(values.index, values["median"], label=name, **marked)
+    _hover(drawn, name, values[:: marked["markevery"]])
     axes.fill_between(
         values.index, values["min"], values["max"], color=style["color"], alpha=0.18, linewidth=0
     )
@@ -214,6 +227,8 @@ def log_scale(axes: Axes, axis: str, low: float, high: float, unit: float = 1) -
 
 def row_title(axes: Axes, name: str, line: int = 0) -> None:
     """Write the name of a row above its first panel, beyond whose width it may extend."""
+    if not name:
+        return
     axes.set_title(" \n" * line + " ", loc="left")  # only space: a long one would widen the panel
     title = axes.annotate(
         name,
@@ -242,14 +257,55 @@ def _marked(values: pd.DataFrame, style: Style) -> dict[str, Any]:
     return {**style, "markersize": 3, "markevery": max(1, len(values) // 8)}
 
 
+def hover(artist: Artist, texts: Sequence[str]) -> None:
+    """Show a text at each marker of a line in the SVG, when the pointer is on it."""
+    artist.set_gid(_HOVER + json.dumps(list(texts)))
+
+
+def _hover(artist: Artist, name: str, points: pd.DataFrame) -> None:
+    """Show the values at each point: the first column, and the others as a range."""
+    hover(
+        artist,
+        [
+            f"{name}, {x:g}: {middle:.4g} [{low:.4g}, {high:.4g}]"
+            for x, middle, low, high in points.itertuples()
+        ],
+    )
+
+
 @styled
-def save(figure: Figure, folder: Path, name: str) -> tuple[Path, ...]:
-    """Write a figure in each format; the same figure gives the same bytes."""
+def save(figure: Figure, folder: Path, name: str, title: str = "") -> tuple[Path, ...]:
+    """Write a figure in each format; the same figure gives the same bytes.
+
+    Args:
+        figure: Figure.
+        folder: Folder of the files.
+        name: Name of the files, without suffix.
+        title: Title in the files' metadata.
+    """
     figure.draw_without_rendering()
     figure.set_layout_engine(None)  # layout is done; all formats share it
     paths = []
     for suffix, date in zip(FORMATS, ("CreationDate", "Date", None), strict=True):
         path = folder / f"{name}.{suffix}"
-        figure.savefig(path, metadata={date: None} if date else None)
+        figure.savefig(path, metadata={"Title": title} | ({date: None} if date else {}))
         paths.append(path)
+        if suffix == "svg":
+            write_atomic(path, _with_titles(path.read_text(encoding="utf-8")))
     return tuple(paths)
+
+
+def _with_titles(svg: str) -> str:
+    """Move the texts of :func:`hover` from the ids of lines to titles of their markers."""
+    ElementTree.register_namespace("", _SVG)
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    root = ElementTree.fromstring(svg)
+    for group in root.iter(f"{{{_SVG}}}g"):
+        if not group.get("id", "").startswith(_HOVER):
+            continue
+        texts = json.loads(group.attrib.pop("id").removeprefix(_HOVER))
+        markers = list(group.iter(f"{{{_SVG}}}use"))
+        if len(markers) == len(texts):  # otherwise some lie outside the axes
+            for marker, text in zip(markers, texts, strict=True):
+                ElementTree.SubElement(marker, f"{{{_SVG}}}title").text = text
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"

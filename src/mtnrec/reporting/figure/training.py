@@ -28,8 +28,8 @@ from mtnrec.reporting.figure.style import (
     median,
     panels,
     styled,
-    task_title,
 )
+from mtnrec.reporting.table.published import task_title
 
 LEAST_SHOWN = 1e-6  # relative to the largest singular value; float32 rounding hides less
 _MOST_COLUMNS = 3
@@ -54,26 +54,22 @@ def training_curves(epochs: pd.DataFrame) -> Figure | None:
 
 @styled
 def alphas(epochs: pd.DataFrame) -> Figure | None:
-    """Draw the weight of each unfolding: a row per arm, a column per layer.
+    """Draw the weight of each unfolding: a row per layer, a column per unfolding, a line per arm.
 
     Args:
-        epochs: Rows of :attr:`Runs.epochs`, with the ``row`` of their run.
+        epochs: Rows of :attr:`Runs.epochs`.
     """
-    return over_epochs(_of_unfoldings(epochs, "alpha"), curve, y="alpha", ylim=(-0.03, 1.03))
+    return over_epochs(_of_unfoldings(epochs, "alpha"), curve, y="alpha", sharey=True)
 
 
 @styled
 def effective_ranks(epochs: pd.DataFrame) -> Figure | None:
-    """Draw the effective rank of each unfolding on a log axis: a row per arm, a column per layer.
+    """Draw the effective rank of each unfolding: a row per layer, a column per unfolding.
 
     Args:
-        epochs: Rows of :attr:`Runs.epochs`, with the ``row`` of their run.
+        epochs: Rows of :attr:`Runs.epochs`, of runs with and without MTN.
     """
-    ranks = _of_unfoldings(epochs, "effective_rank")
-    figure = over_epochs(ranks, curve, y="effective rank", sharey=True)
-    for axes in figure.axes if figure else ():
-        log_scale(axes, "y", 0.9, 1.2 * ranks["value"].max())
-    return figure
+    return over_epochs(_of_unfoldings(epochs, "effective_rank"), curve, y="effective rank")
 
 
 @styled
@@ -84,6 +80,8 @@ def spectra(values: pd.DataFrame) -> Figure | None:
         values: ``row`` (layer), ``column`` (unfolding), ``line``, ``x`` (1 is the largest) and
             ``value`` of each run.
     """
+    # A matrix with one row or column has one value: nothing to compare.
+    values = values[values.groupby(["row", "column"])["x"].transform("max") > 1]
     if values.empty:
         return None
     figure, found = facets(values, median, x="index", y="singular value")
@@ -116,7 +114,9 @@ def expert_distances(matrices: Mapping[str, Sequence[np.ndarray]]) -> Figure | N
     for panel, (name, mean) in zip(drawn, means.items(), strict=True):
         images.append(panel.imshow(mean, cmap=SEQUENTIAL, norm=scale))
         count = len(matrices[name])
-        panel.set_title(f"{textwrap.fill(name, 30)}\n{count} seed{'s' * (count > 1)}")
+        level = mean.sum() / (mean.size - len(mean))  # the diagonal is 0
+        seeds = f"{count} seed{'s' * (count > 1)}"
+        panel.set_title(f"{textwrap.fill(name, 30)}\nmean {level:.3g}, {seeds}")
         panel.set(xticks=range(len(mean)), yticks=range(len(mean)))
         panel.spines[:].set_visible(False)
         panel.tick_params(length=0)
@@ -136,7 +136,6 @@ def over_epochs(
     draw: Draw = curve,
     *,
     y: str = "",
-    ylim: tuple[float, float] | None = None,
     **subplots: Any,
 ) -> Figure | None:
     """Draw logged values over the epochs that all seeds of an arm trained.
@@ -145,34 +144,33 @@ def over_epochs(
         curves: Rows of :attr:`Runs.epochs`, with the ``row``, ``column`` and ``line`` of `facets`.
         draw: Draws one line.
         y: Label of the vertical axes.
-        ylim: Limits of the vertical axes.
         subplots: See `panels`.
     """
     if curves.empty:
         return None
+    curves = curves.dropna(subset="value")
     last = curves.groupby(["arm", "run"])["epoch"].max().groupby("arm").min()
     curves = curves[curves["epoch"] <= curves["arm"].map(last)]
     curves = curves.assign(x=curves["epoch"])
     figure, found = facets(curves, draw, x="epoch", y=y, sharex=True, **subplots)
     for axes in found.values():
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_ylim(ylim)
     legend(figure)
     return figure
 
 
 def _of_unfoldings(epochs: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """Return one quantity's rows, with the layer as ``column``, the unfolding as ``line``."""
+    """Return one quantity's rows, with the layer as ``row`` and the unfolding as ``column``."""
     keys = {name: parse_layer_key(name) for name in epochs["name"].unique()}
     chosen = {name: key for name, key in keys.items() if key and key.quantity == quantity}
     curves = epochs[epochs["name"].isin(chosen)]
     found = [chosen[name] for name in curves["name"]]
     curves = curves.assign(
-        column=[f"layer {key.layer}" for key in found],
-        line=[key.unfolding for key in found],
-        place=[_UNFOLDINGS[key.unfolding] for key in found],
+        row=[f"layer {key.layer}" for key in found],
+        column=[f"{key.unfolding} unfolding" for key in found],
+        place=[(key.layer, _UNFOLDINGS[key.unfolding]) for key in found],
     )
-    return curves.sort_values("place", kind="stable")
+    return curves.sort_values(["place", "color"], kind="stable")
 
 
 def _curve_and_best(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:

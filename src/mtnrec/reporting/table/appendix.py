@@ -1,12 +1,18 @@
-"""Tables of the runs' costs, settings, data and versions, and of published numbers."""
+"""Tables of the runs, their costs, settings, data and versions, and of published numbers."""
 
+import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
+import yaml  # type: ignore[import-untyped]
 
 from mtnrec.reporting.labels import as_text
-from mtnrec.reporting.runs import Runs
+from mtnrec.reporting.runs import Run, Runs
 from mtnrec.reporting.table.published import (
     MTRECLIB_PROTOCOL,
     PAPER_PROTOCOL,
@@ -14,6 +20,7 @@ from mtnrec.reporting.table.published import (
     deviations,
     mtreclib_results,
     paper_results,
+    task_title,
 )
 from mtnrec.reporting.table.render import Cell, Group, Row, Table
 from mtnrec.run.identity import flatten
@@ -21,6 +28,81 @@ from mtnrec.run.identity import flatten
 _EMPTY = "—"
 _MOST_VALUES = 12  # values of a setting shown in a cell
 _GIB = 2**30
+
+
+_OVERRIDES = Path(".hydra", "overrides.yaml")  # written by Hydra
+_FILES = {"record": "result.json", "log": "train.log", "checkpoint": "checkpoints/best.ckpt"}
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A run in the list of runs.
+
+    Args:
+        name: Folder, relative to that of all runs.
+        link: Address of the folder, relative to the page.
+        files: Name and address of files in it.
+        command: Command that makes the run again; empty if its overrides are not known.
+        color: Number of the arm's colour.
+        cells: Values, one per column.
+    """
+
+    name: str
+    link: str
+    files: Sequence[tuple[str, str]]
+    command: str
+    color: int
+    cells: Sequence[str]
+
+
+@dataclass(frozen=True)
+class RunList:
+    """All runs, one per row."""
+
+    columns: Sequence[str]
+    rows: Sequence[RunRow]
+
+
+def runs_table(runs: Runs, folder: Path) -> RunList:
+    """Return the list of runs: arm, swept settings, test AUCs, best epoch, time, files, command.
+
+    Args:
+        runs: Finished runs.
+        folder: Folder of the page, from which links lead to the runs.
+    """
+    settings = runs.settings
+    places = [key for key in ("data", "noise") if settings[key].nunique() > 1]
+    texts = settings[["label", *places, "seed", *runs.swept]].astype("string").fillna(_EMPTY)
+    rows = []
+    for run, cells in zip(runs, texts.itertuples(index=False), strict=True):
+        link = quote(Path(os.path.relpath(run.folder, folder)).as_posix())
+        row = settings.iloc[len(rows)]
+        metrics = [run.record.metrics.get(f"test/{task}_auc") for task in runs.tasks]
+        shown = [_EMPTY if value is None else f"{value:.4f}" for value in metrics]
+        times = (str(run.record.best_epoch), f"{run.record.seconds['fit']:.1f}")
+        files = [(n, f"{link}/{f}") for n, f in _FILES.items() if (run.folder / f).is_file()]
+        rows.append(
+            RunRow(
+                run.name, link, files, command_of(run), int(row["color"]), [*cells, *shown, *times]
+            )
+        )
+    aucs = [f"{task_title(task)} AUC" for task in runs.tasks]
+    keys = [key.rpartition(".")[2] for key in runs.swept]
+    columns = ["arm", *places, "seed", *keys, *aucs, "best epoch", "fit, s"]
+    return RunList(columns, rows)
+
+
+def command_of(run: Run) -> str:
+    """Return the command that makes a run again, in its folder; empty if it is not known."""
+    try:
+        overrides = yaml.safe_load((run.folder / _OVERRIDES).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return ""
+    if not isinstance(overrides, list):
+        return ""
+    folder = str(run.folder).replace("\\", r"\\").replace("'", r"\'")
+    place = ["hydra.mode=RUN", f"hydra.run.dir='{folder}'"]
+    return shlex.join(["python", "-m", "mtnrec.train", *place, *map(str, overrides)])
 
 
 def deviation_tables(cells: pd.DataFrame) -> Iterator[Table]:
@@ -52,18 +134,18 @@ def deviation_tables(cells: pd.DataFrame) -> Iterator[Table]:
 def cost_table(runs: Runs) -> Table:
     """Return the mean costs of each arm, and the speed of MTN relative to its baseline."""
     costs = runs.costs
-    arm = ["data", "model", "noise", "variant", "arm", "baseline"]
+    arm = ["data", "label", "noise", "treated", "arm", "baseline"]
     means = costs.groupby(arm, sort=True, as_index=False).mean(numeric_only=True)
     counts = costs.groupby("arm")["run"].count()
-    speeds = means[means["variant"] == ""].set_index("baseline")["train_samples_per_second"]
+    speeds = means[~means["treated"]].set_index("baseline")["train_samples_per_second"]
     rows = []
     for cost in means.to_dict("records"):
         speed = cost["train_samples_per_second"]
         without = speeds.get(cost["baseline"])
-        ratio = _EMPTY if not cost["variant"] or without is None else f"{speed / without:.2f}"
+        ratio = _EMPTY if not cost["treated"] or without is None else f"{speed / without:.2f}"
         rows.append(
             _row(
-                f"{cost['model']} {cost['variant']}".strip(),
+                cost["label"],
                 *(cost["data"], f"{cost['noise']:g}", f"{counts[cost['arm']]}"),
                 *(f"{cost[f'seconds_{stage}']:,.1f}" for stage in ("setup", "fit", "test")),
                 *(f"{speed:,.0f}", ratio, f"{cost['evaluate_samples_per_second']:,.0f}"),
@@ -76,7 +158,7 @@ def cost_table(runs: Runs) -> Table:
     )
     notes = (
         "Means over the runs, including loading, as measured: runs that shared a machine slowed "
-        "each other down. To baseline: rows trained per second with MTN divided by those without. "
+        "each other down. To baseline: rows trained per second, divided by those of the baseline. "
         "Memory: peak of the process so far, which may stem from an earlier run in it.",
     )
     return Table("Costs of the runs", "Model", (Group("", columns),), tuple(rows), notes)
@@ -109,11 +191,12 @@ def data_table(runs: Runs) -> Table:
 
 
 def settings_tables(runs: Runs) -> tuple[Table, Table]:
-    """Return the settings that differ between runs, and those that all share."""
+    """Return the settings that differ between runs, and those of all runs that have them."""
     configs = [dict(flatten(run.record.identity.settings)) for run in runs]
     values = {key: _values(configs, key) for key in sorted({k for c in configs for k in c})}
-    differing = {key: found for key, found in values.items() if len(found) > 1}
-    shared = {key: found for key, found in values.items() if len(found) == 1}
+    set_ones = {key: [text for text in found if text != _EMPTY] for key, found in values.items()}
+    differing = {key: values[key] for key, found in set_ones.items() if len(found) > 1}
+    shared = {key: found for key, found in set_ones.items() if len(found) == 1}
     return (
         _two_columns("Settings that differ", "Key", "Values", differing),
         _two_columns("Settings shared by all runs", "Key", "Value", shared),

@@ -27,7 +27,7 @@ TASKS = ("ctr", "cvr", "ctcvr")
 
 _PLACE = ["data", "noise", "model", "mtn", "task"]
 # Section 3.3, and the variant used in the tables (sections 2.2 and 2.3).
-_PAPER_MTN = {
+PAPER_MTN = {
     "lam": 1e-5,
     "target": "towers",
     "layers": "all",
@@ -59,6 +59,15 @@ Shared-bottom  .7228 .8511  .7287 .8866  .7245 .8700  .7029 .8698
 MMoE           .7234 .8606  .7285 .8898  .7216 .8811  .7043 .8758
 PLE            .7292 .8591  .7273 .8913  .7276 .8805  .7138 .8675
 """
+
+
+def task_title(task: str) -> str:
+    """Return the paper's name of a funnel task; other names are unchanged.
+
+    >>> task_title("ctcvr"), task_title("buy_now")
+    ('CTCVR', 'buy_now')
+    """
+    return task.upper() if task in TASKS else task
 
 
 def paper_results() -> pd.DataFrame:
@@ -112,7 +121,7 @@ def has_paper_settings(table: pd.DataFrame) -> pd.Series:
         table: Table with a column per MTN setting.
     """
     same = table["mtn"].copy()
-    for key, value in _PAPER_MTN.items():
+    for key, value in PAPER_MTN.items():
         same &= (table[key] == value).fillna(value=False).astype(bool)
     return same
 

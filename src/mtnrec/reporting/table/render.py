@@ -1,13 +1,15 @@
-"""Tables rendered as Markdown, LaTeX and HTML."""
+"""Tables rendered as Markdown, LaTeX, HTML and csv."""
 
+import csv
 import html
+import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtnrec.files import slug, write_atomic
+from mtnrec.files import remove_files, slug, write_atomic
 
 _DAGGERS = {"": "", "*": "†", "**": "‡"}
 _LATEX = {
@@ -30,7 +32,8 @@ class Cell:
 
     Args:
         text: Text of the cell.
-        bold: Whether it is better than its baseline.
+        bold: Whether it is significantly better than its baseline.
+        spread: Spread of a mean, shown after ±.
         stars: ``*`` or ``**`` for the p-value.
         holm_stars: The same for the corrected p-value; shown as daggers.
         note: Caveat for the reader, e.g. ``8 of 10 seeds``.
@@ -41,6 +44,7 @@ class Cell:
     stars: str = ""
     holm_stars: str = ""
     note: str = ""
+    spread: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def to_markdown(table: Table) -> str:
     lines.append(_pipes(["---", *["---" if table.is_text else "---:"] * len(grouped)]))
     for row in table.rows:
         cells = [
-            _render(cell, _markdown, "**{}**", "<sup>{}</sup>", " <sub>{}</sub>")
+            _render(cell, _markdown, "**{}**", " <sub>±{}</sub>", "<sup>{}</sup>", " <sub>{}</sub>")
             for cell in row.cells
         ]
         lines.append(_pipes([_markdown(row.header), *cells]))
@@ -124,7 +128,14 @@ def to_latex(table: Table) -> str:
         if row.starts or number == 0:
             lines.append(r"\midrule")
         cells = [
-            _render(cell, _latex, r"\textbf{{{}}}", "$^{{{}}}$", r" {{\tiny ({})}}")
+            _render(
+                cell,
+                _latex,
+                r"\textbf{{{}}}",
+                r" {{\tiny $\pm$ {}}}",
+                "$^{{{}}}$",
+                r" {{\tiny ({})}}",
+            )
             for cell in row.cells
         ]
         lines.append(_ampersands([_latex(row.header), *cells]))
@@ -152,6 +163,7 @@ def to_html(table: Table) -> str:
                 cell,
                 html.escape,
                 "<strong>{}</strong>",
+                ' <small class="spread">±{}</small>',
                 "<sup>{}</sup>",
                 ' <small class="note">{}</small>',
             )
@@ -164,26 +176,46 @@ def to_html(table: Table) -> str:
         _tag("thead", "\n".join(head)),
         *(_tag("tbody", "\n".join(body)) for body in bodies),
     ]
-    below = [_tag("p", html.escape(text), class_="note") for text in table.notes]
-    below += [_tag("p", html.escape(text), class_="warning") for text in table.warnings]
+    below = [_tag("p", html.escape(text), class_="warning") for text in table.warnings]
+    notes = "\n".join(_tag("p", html.escape(text), class_="note") for text in table.notes)
+    if notes:
+        below.append(_tag("details", _tag("summary", "How to read this table") + notes))
     content = _tag("table", "\n".join(parts)) + "\n" + _tag("figcaption", "\n".join(below))
     kind = "table text" if table.is_text else "table"
     return _tag("figure", content, class_=kind) + "\n"
 
 
+def to_csv(table: Table) -> str:
+    """Render the cells of a table as csv, without marks and notes."""
+    columns = [
+        f"{group.header} {column}".strip() for group in table.groups for column in group.columns
+    ]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([table.stub, *columns])
+    writer.writerows([row.header, *(cell.text for cell in row.cells)] for row in table.rows)
+    return file.getvalue()
+
+
+FORMATS = {"md": to_markdown, "tex": to_latex, "html": to_html, "csv": to_csv}
+
+
 def write_tables(out: Path, tables: Sequence[Table]) -> None:
-    """Write each table as md, tex and html, in files named after its title."""
+    """Write each table in every format, in files named after its title; remove earlier ones."""
     out.mkdir(parents=True, exist_ok=True)
-    formats = {"md": to_markdown, "tex": to_latex, "html": to_html}
+    remove_files(out, FORMATS)
     for table in tables:
-        for suffix, render in formats.items():
+        for suffix, render in FORMATS.items():
             write_atomic(out / f"{slug(table.title)}.{suffix}", render(table))
 
 
-def _render(cell: Cell, escape: Callable[[str], str], bold: str, mark: str, note: str) -> str:
-    """Render a cell with a format's escape and its patterns for bold, marks and notes."""
+def _render(
+    cell: Cell, escape: Callable[[str], str], bold: str, spread: str, mark: str, note: str
+) -> str:
+    """Render a cell with a format's escape and its patterns for bold, spread, marks and notes."""
     text = escape(cell.text)
     text = bold.format(text) if cell.bold else text
+    text += spread.format(escape(cell.spread)) if cell.spread else ""
     for marks in (cell.stars, _DAGGERS[cell.holm_stars]):
         text += mark.format(escape(marks)) if marks else ""
     return text + (note.format(escape(cell.note)) if cell.note else "")

@@ -16,15 +16,19 @@ from mtnrec.reporting.significance import compare, holm, stars
 from mtnrec.reporting.table.published import DATA_NAMES, MODELS, TASKS, has_paper_settings
 from mtnrec.reporting.table.render import Cell, Group, Row, Table
 
-_SPLIT_NAMES = {"val": "validation", "test": "test"}
+SPLIT_NAMES = {"val": "validation", "test": "test"}
 _FEW_PAIRS = 5
+_LEVEL = 0.05
+_MANY_SEEDS = 1000  # more are not listed exactly
 _MTN_SETTINGS = ["lam", "target", "layers", "subsets", "alpha", "layer_weighting"]
 _MTN_SETTINGS += ["coupling", "refresh_every"]
 _PLACE = ["model", "variant", "data", "noise", "task"]
-_ARM = ["arm", "baseline", "mtn", *_PLACE, *_MTN_SETTINGS, "split", "metric"]
+_ARM = ["arm", "baseline", "mtn", "treated", "label", "color"]
+_ARM += [*_PLACE, *_MTN_SETTINGS, "split", "metric"]
 _COMPARED = ["baseline_mean", "difference", "deviation", "low", "high", "p_value", "wilcoxon_p"]
 _COMPARED += ["seeds_needed"]
 _EMPTY = "—"
+_DEVIATION = ", ± the standard deviation over them"
 
 
 def split_by_table(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -53,10 +57,10 @@ def split_by_table(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def comparisons(results: pd.DataFrame, *, metric: str = "auc", split: str = "test") -> pd.DataFrame:
     """Return one row per arm and task of a table, in the table's order.
 
-    Runs are paired by seed: a model's baseline and all its MTN variants, under the same data and
-    noise, are averaged over the ``seeds`` for which each of them has a defined metric, out of the
-    ``all_seeds`` that any has. Without a common seed, each is averaged over its own seeds and not
-    compared. Holm's correction covers the returned rows.
+    Runs are paired by seed: a baseline and all arms that are compared with it are averaged over the
+    ``seeds`` for which each of them has a defined metric, out of the ``all_seeds`` that any has.
+    Without a common seed, each is averaged over its own seeds and not compared. Holm's correction
+    covers the returned rows.
 
     Args:
         results: Rows of :attr:`Runs.results`.
@@ -64,8 +68,9 @@ def comparisons(results: pd.DataFrame, *, metric: str = "auc", split: str = "tes
         split: Split to compare.
 
     Returns:
-        The settings of the arm, ``mean``, ``seeds``, ``all_seeds``, and, for MTN arms with a
-        baseline, the fields of :class:`~mtnrec.reporting.significance.PairedComparison`,
+        The settings of the arm, ``mean``, ``spread`` (standard deviation over the seeds),
+        ``seeds``, ``all_seeds``, and, for arms with a baseline, the fields of
+        :class:`~mtnrec.reporting.significance.PairedComparison`,
         ``holm_p``, ``seeds_needed`` and ``improved``; undefined values are NaN.
 
     Raises:
@@ -78,7 +83,7 @@ def comparisons(results: pd.DataFrame, *, metric: str = "auc", split: str = "tes
         )
         choices = ", ".join(found)
         raise InputError(f"no run has the metric {split}/{metric}. Choose one of {choices}.")
-    blocks = chosen.groupby(["model", "data", "noise", "task"], sort=False)
+    blocks = chosen.groupby(["baseline", "task"], sort=False)
     cells = pd.DataFrame([row for _, block in blocks for row in _block_rows(block)])
     cells["improved"] = METRICS[metric].improves(cells["mean"], cells["baseline_mean"])
     cells["holm_p"] = np.nan
@@ -96,7 +101,6 @@ def score_table(cells: pd.DataFrame, title: str) -> Table:
     """
     groups = _groups(cells)
     by_place = {tuple(cell[key] for key in _PLACE): cell for cell in cells.to_dict("records")}
-    names = _variant_names(cells)
     rows = []
     previous = None
     for model, variant in cells[["model", "variant"]].drop_duplicates().itertuples(index=False):
@@ -109,8 +113,7 @@ def score_table(cells: pd.DataFrame, title: str) -> Table:
             _score(by_place[place]) if place in by_place else Cell(_EMPTY) for place in places
         )
         starts = model != previous
-        name = names[model, variant]
-        header = model if not name else f"{model} {name}" if starts else name
+        header = f"{model} {variant}".strip() if starts else variant
         rows.append(Row(header, found, starts))
         previous = model
     return Table(
@@ -134,16 +137,16 @@ def difference_table(cells: pd.DataFrame, title: str) -> Table:
         title: Title of the table.
     """
     columns = (
-        *("data", "task", "pairs", "baseline", "MTN", "difference", "95 % interval", "p", "Holm p"),
-        *("Wilcoxon p", "seeds for 0.001"),
+        *("data", "task", "pairs", "baseline", "arm", "difference", "95 % interval", "p", "Holm p"),
+        *(["Wilcoxon p"] if cells["wilcoxon_p"].notna().any() else []),
+        "seeds for 0.001",
     )
     headers = {(data, noise): (header, tasks) for data, noise, header, tasks in _groups(cells)}
-    names = _variant_names(cells)
     rows = []
     previous = None
     for cell in cells[cells["pairs"] > 0].to_dict("records"):
         group, tasks = headers[cell["data"], cell["noise"]]
-        header = f"{cell['model']} {names[cell['model'], cell['variant']]}"
+        header = cell["label"]
         texts = (
             group,
             _task_name(cell["task"], tasks),
@@ -152,8 +155,9 @@ def difference_table(cells: pd.DataFrame, title: str) -> Table:
             f"{cell['mean']:.4f}",
             f"{cell['difference']:+.4f}",
             _EMPTY if np.isnan(cell["low"]) else f"[{cell['low']:+.4f}, {cell['high']:+.4f}]",
-            *(_p_text(cell[key]) for key in ("p_value", "holm_p", "wilcoxon_p")),
-            _EMPTY if np.isnan(cell["seeds_needed"]) else f"{cell['seeds_needed']:.0f}",
+            *(_p_text(cell[key]) for key in ("p_value", "holm_p")),
+            *([_p_text(cell["wilcoxon_p"])] if "Wilcoxon p" in columns else []),
+            _seeds_text(cell["seeds_needed"]),
         )
         rows.append(Row(header, tuple(map(Cell, texts)), starts=header != previous))
         previous = header
@@ -163,9 +167,9 @@ def difference_table(cells: pd.DataFrame, title: str) -> Table:
         groups=(Group("", columns),),
         rows=tuple(rows),
         notes=(
-            "Difference: MTN minus baseline, the mean over pairs of runs with the same seed, with "
+            "Difference: arm minus baseline, the mean over pairs of runs with the same seed, with "
             "its t-interval; p: two-sided paired t-test; Holm p: corrected for all comparisons in "
-            "the table; Wilcoxon p: two-sided signed-rank test, for six pairs or more.",
+            "the table; Wilcoxon p, for six pairs or more: two-sided signed-rank test.",
             "Seeds for 0.001: pairs needed to detect a 0.001 difference (power 0.8, level 0.05).",
         ),
         warnings=_warnings(cells),
@@ -173,17 +177,18 @@ def difference_table(cells: pd.DataFrame, title: str) -> Table:
 
 
 def _block_rows(block: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Compare the arms of one model on one task under the same data and noise."""
-    values = block.pivot(index="seed", columns="variant", values="value")
+    """Compare the arms of one block on one task with their baseline."""
+    values = block.pivot(index="seed", columns="arm", values="value")
     common = values.dropna()
-    for arm in block.drop_duplicates("variant")[_ARM].to_dict("records"):
-        variant = arm["variant"]
-        own = common[variant] if len(common) else values[variant].dropna()
-        paired = bool(variant) and "" in common and len(common) > 0
-        found = compare(common[""], own) if paired else compare([], [])
+    baseline = next(iter(block.loc[~block["treated"], "arm"]), None)
+    for arm in block.drop_duplicates("arm")[_ARM].to_dict("records"):
+        own = common[arm["arm"]] if len(common) else values[arm["arm"]].dropna()
+        paired = arm["treated"] and baseline is not None and len(common) > 0
+        found = compare(common[baseline], own) if paired else compare([], [])
         yield {
             **{str(key): value for key, value in arm.items()},
             "mean": float(own.mean()),
+            "spread": float(own.std()),
             "seeds": len(own),
             "all_seeds": len(values),
             "pairs": found.pairs,
@@ -198,7 +203,7 @@ def _sorted(cells: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
         "variant": sorted(by_setting["variant"].unique(), key=bool),
         "data": _ordered(cells["data"], DATA_NAMES),
         "noise": sorted(cells["noise"].unique()),
-        "task": _ordered(cells["task"], TASKS),
+        "task": _in_order(results["task"]),
     }
     ranks = {
         name: {value: rank for rank, value in enumerate(order)} for name, order in orders.items()
@@ -206,6 +211,12 @@ def _sorted(cells: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
     return cells.sort_values(
         list(orders), key=lambda column: column.map(ranks[str(column.name)]), ignore_index=True
     )
+
+
+def _in_order(tasks: Iterable[str]) -> list[str]:
+    """Return CTR, CVR and CTCVR, then the other tasks in order of first occurrence."""
+    found = dict.fromkeys(tasks)
+    return list(dict.fromkeys([*(task for task in TASKS if task in found), *found]))
 
 
 def _ordered(labels: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -232,18 +243,8 @@ def _groups(cells: pd.DataFrame) -> list[tuple[str, float, str, list[str]]]:
         tasks = cells.loc[(cells["data"] == data) & (cells["noise"] == noise), "task"]
         parts = [_data_name(data)] if several_data or not several_noise else []
         parts += [f"noise {noise:g}"] if several_noise or noise else []
-        groups.append((data, noise, ", ".join(parts), _ordered(tasks, TASKS)))
+        groups.append((data, noise, ", ".join(parts), _in_order(tasks)))
     return groups
-
-
-def _variant_names(cells: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """Return the names of each model's variants: ``+MTN`` where the table has only one."""
-    found = cells[["model", "variant"]].drop_duplicates()
-    several = found[found["variant"] != ""].groupby("model")["variant"].count()
-    return {
-        (model, variant): "+MTN" if variant and several[model] == 1 else variant
-        for model, variant in found.itertuples(index=False)
-    }
 
 
 def _score(cell: dict[Hashable, Any]) -> Cell:
@@ -253,7 +254,8 @@ def _score(cell: dict[Hashable, Any]) -> Cell:
     text = f"{cell['mean']:.4f}"
     return Cell(
         text=text,
-        bold=bool(cell["improved"]) and text != f"{cell['baseline_mean']:.4f}",
+        bold=bool(cell["improved"]) and cell["p_value"] < _LEVEL,
+        spread="" if np.isnan(cell["spread"]) else f"{cell['spread']:.4f}",
         stars=stars(cell["p_value"]),
         holm_stars=stars(cell["holm_p"]),
         note=f"{cell['seeds']} of {cell['all_seeds']} seeds" if short else "",
@@ -264,21 +266,22 @@ def _notes(cells: pd.DataFrame) -> tuple[str, ...]:
     metric, split = cells["metric"].iloc[0], cells["split"].iloc[0]
     fewest, most = cells["seeds"].min(), cells["seeds"].max()
     runs = f"{most}" if fewest == most else f"{fewest} to {most}"
-    notes = [f"Mean {METRICS[metric].title} on the {_SPLIT_NAMES[split]} rows over {runs} seeds."]
+    title, rows = METRICS[metric].title, SPLIT_NAMES[split]
+    notes = [f"Mean {title} on the {rows} rows over {runs} seeds{_DEVIATION}."]
     if set(cells["task"]) == set(TASKS):
         notes.append("CTR and CTCVR: all rows; CVR: the clicked rows.")
     tests = int(cells["p_value"].notna().sum())
-    if cells["mtn"].any():
+    if cells["treated"].any():
         notes.append(
-            "Bold: better than the baseline, by the digits shown. * p < 0.05, ** p < 0.01: "
-            "two-sided paired t-test against the baseline over the same seeds; a starred number "
-            "that is not bold differs significantly but is not better. "
+            "* p < 0.05, ** p < 0.01: two-sided paired t-test against the baseline over the same "
+            "seeds. Bold: better than the baseline, with p < 0.05. "
             f"† and ‡: the same two levels after Holm's correction for the {tests} tests in the "
             "table."
         )
     if (cells["seeds"] < cells["all_seeds"]).any():
         notes.append(
-            "Where seeds are missing, a model's rows are averaged over the seeds they all have."
+            "Where seeds are missing, the arms that are compared are averaged over the seeds they "
+            "all have."
         )
     return tuple(notes)
 
@@ -292,11 +295,11 @@ def _warnings(cells: pd.DataFrame) -> tuple[str, ...]:
             f"Fewer than five pairs of runs in {len(few)} of {len(compared)} comparisons (minimum "
             f"{few['pairs'].min():.0f}): the tests have little power."
         )
-    alone = cells[cells["mtn"] & (cells["pairs"] == 0) & cells["mean"].notna()]
+    alone = cells[cells["treated"] & (cells["pairs"] == 0) & cells["mean"].notna()]
     if len(alone):
         found.append(
-            f"{len(alone)} numbers with MTN are not compared with a baseline: no run without MTN "
-            "has a value for the same seed."
+            f"{len(alone)} numbers are not compared with a baseline: no run of it has a value for "
+            "the same seed."
         )
     return tuple(found)
 
@@ -314,3 +317,9 @@ def _p_text(p_value: float) -> str:
     if np.isnan(p_value):
         return _EMPTY
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def _seeds_text(seeds: float) -> str:
+    if np.isnan(seeds):
+        return _EMPTY
+    return f"{seeds:.0f}" if seeds < _MANY_SEEDS else f">{_MANY_SEEDS - 1}"
