@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mtnrec.files import slug, write_atomic
-from mtnrec.reporting.figure.catalogue import WrittenFigure
+from mtnrec.reporting.figure.catalogue import MOST_BLOCKS, WrittenFigure, blocks
 from mtnrec.reporting.figure.style import COLORS
 from mtnrec.reporting.runs import Runs, UnfinishedRun
 from mtnrec.reporting.summary import Forest, costs_of_arms, facts, lay_out_forest, summarise
@@ -146,7 +146,7 @@ def _sections(
     for title, text, kinds in (
         ("Robustness", "", ("noise_curves",)),
         ("Lambda", "", ("lambda_curves",)),
-        ("Training", "", ("training_curves",)),
+        ("Training", _left_out(runs), ("training_curves",)),
         (
             "What MTN does" if runs.settings["mtn"].any() else "Spectra",
             _MECHANISM if runs.settings["mtn"].any() else "",
@@ -168,6 +168,18 @@ def _sections(
             ("Settings shared by all runs", _rendered([shared])),
             ("Versions", _rendered([version_table(runs)])),
         ],
+    )
+
+
+def _left_out(runs: Runs) -> str:
+    """Return which runs have no figures of their training and layers."""
+    found = blocks(runs.settings)[["data", "block"]].drop_duplicates()
+    if len(found) <= MOST_BLOCKS:
+        return ""
+    return (
+        f"The first {MOST_BLOCKS} of {len(found)} models have figures of their training, layers and "
+        "calibration. The values of all runs are in epochs.csv; report a folder of fewer runs to "
+        "see the others."
     )
 
 

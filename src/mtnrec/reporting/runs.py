@@ -27,7 +27,18 @@ from mtnrec.run.record import RECORD_FILE, RunRecord
 
 _MTN_NUMBERS = ("lam", "refresh_every")
 _MTN_TEXTS = ("target", "layers", "subsets", "alpha", "layer_weighting", "coupling")
-_ARM = ("run", "arm", "baseline", "data", "checksum", "model", "variant", "mtn", "noise", "seed")
+_ARM: tuple[str, ...] = (
+    "run",
+    "arm",
+    "baseline",
+    "data",
+    "checksum",
+    "model",
+    "variant",
+    "mtn",
+    "noise",
+    "seed",
+)
 _ARM += ("label", "line", "treated", "color")
 _TEXTS = (
     *("run", "cell", "arm", "baseline", "data", "checksum", "model", "variant", *_MTN_TEXTS),

@@ -1,7 +1,8 @@
 """First screen of the page: the verdict, all differences at a glance, costs, what was run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
@@ -202,18 +203,19 @@ def _from(compared: pd.DataFrame) -> str:
 
 
 def _largest(tested: pd.DataFrame, compared: pd.DataFrame) -> str:
-    cell = tested.loc[tested["difference"].abs().idxmax()].to_dict()
+    by_size = tested.sort_values("difference", key=abs, ascending=False, kind="stable")
+    cell = by_size.to_dict("records")[0]
     place = _place(cell, compared)
     where = ", ".join(filter(None, [str(cell["label"]), place]))
     return f"largest: {task_title(cell['task'])} {_difference(cell)}, {where}."
 
 
-def _difference(cell: Mapping[str, float]) -> str:
+def _difference(cell: Mapping[Hashable, Any]) -> str:
     text = f"{cell['difference']:+.4f}"
     return text if pd.isna(cell["low"]) else f"{text} [{cell['low']:+.4f}, {cell['high']:+.4f}]"
 
 
-def _place(cell: Mapping[str, object], compared: pd.DataFrame) -> str:
+def _place(cell: Mapping[Hashable, Any], compared: pd.DataFrame) -> str:
     parts = [str(cell["data"])] if compared["data"].nunique() > 1 else []
     parts += [f"noise {cell['noise']:g}"] if compared["noise"].nunique() > 1 else []
     return ", ".join(parts)

@@ -57,7 +57,7 @@ def drawn(axes, label):
 def epochs_of(runs):
     settings = runs.settings
     epochs = runs.epochs.merge(settings[["run", "best_epoch"]], on="run")
-    return epochs.assign(row="").sort_values("color", kind="stable")
+    return epochs.assign(row=epochs["noise"].astype(str)).sort_values("color", kind="stable")
 
 
 def test_a_noise_curve_is_the_mean_with_its_t_interval(make_runs):
@@ -363,7 +363,7 @@ def test_values_are_shown_under_the_pointer(make_runs, tmp_path):
 
     _, path, _ = save(noise_curves(runs.results), tmp_path, "curves")
 
-    assert ">baseline, 0.1: 0.6 [0.6, 0.6]</title>" in path.read_text()
+    assert ">MMoE, 0.1: 0.6 [0.6, 0.6]</title>" in path.read_text()
 
 
 def test_names_with_dollars_and_of_any_length_are_drawn_and_kept(make_runs, tmp_path):

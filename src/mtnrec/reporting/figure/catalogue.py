@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mtnrec.reporting.figure import training as training_figures
 from mtnrec.reporting.figure.style import FORMATS, ordered, save
 from mtnrec.reporting.runs import Run, Runs
 
+MOST_BLOCKS = 8  # models with figures of their training; drawing one takes a second
 _MOST_LINES = 6  # arms per figure next to their baseline; more have another figure
 _INTERVAL = "the mean over seeds with its 95 % confidence interval (Student's t)"
 _MEDIAN = "the median over seeds, with a band from the smallest to the largest value"
@@ -196,7 +198,10 @@ def drawn_figures(runs: Runs) -> Iterator[_Drawn]:
 
 
 def plan_figures(runs: Runs) -> list[PlannedFigure]:
-    """Return every kind of figure for every data set, model and noise, to be drawn."""
+    """Return every kind of figure for every data set, model and noise, to be drawn.
+
+    Of many models only the first have figures of their training.
+    """
     return [*_of_results(runs), *_of_training(runs), *_of_arrays(runs)]
 
 
@@ -218,7 +223,7 @@ def _of_training(runs: Runs) -> Iterator[PlannedFigure]:
     epochs = runs.epochs.drop(columns=["line", "color"])
     by_run = {name: rows for (name,), rows in _groups(epochs, "run")}
     bins = {name: rows for (name,), rows in _groups(runs.bins, "run")}
-    for (data, block), of_block in _groups(settings, "data", "block"):
+    for (data, block), of_block in islice(_groups(settings, "data", "block"), MOST_BLOCKS):
         several = of_block["noise"].nunique() > 1
         rows = of_block["noise"].map(lambda noise: f"noise {noise:g}") if several else ""
         arms = of_block.assign(row=rows)[["run", "row", "line", "color", "best_epoch", "treated"]]
@@ -234,7 +239,7 @@ def _of_training(runs: Runs) -> Iterator[PlannedFigure]:
 
 def _joined(arms: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Return the rows of the runs in ``arms``, with their columns."""
-    found = [tables[name] for name in arms["run"] if name in tables]
+    found = [tables[name] for name in arms["run"] if name in tables and len(tables[name])]
     if not found:
         return pd.DataFrame()
     of_runs = pd.concat(found)
@@ -246,7 +251,8 @@ def _of_arrays(runs: Runs) -> Iterator[PlannedFigure]:
     settings, by_name = blocks(runs.settings), {run.name: run for run in runs}
     history = runs.epochs[runs.epochs["name"].str.startswith("mtn/")]
     logged = {name: rows for (name,), rows in _groups(history, "run")}
-    for (data, block, noise), group in _groups(settings, "data", "block", "noise"):
+    groups = _groups(settings, "data", "block", "noise")
+    for (data, block, noise), group in islice(groups, MOST_BLOCKS):
         parts = _parts(data, block, noise)
         experts = (group["target"] == "shared").fillna(value=False).astype(bool)
         for place, arms in (("layer", group[~experts]), ("shared", group[experts | ~group["mtn"]])):

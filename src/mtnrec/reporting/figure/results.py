@@ -8,8 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mtnrec.reporting.baseline import BASELINE
 from mtnrec.reporting.figure.style import (
-    BASELINE,
     Style,
     along_funnel,
     facets,

@@ -205,13 +205,16 @@ def median(axes: Axes, line: pd.DataFrame, name: str, style: Style) -> None:
     """Draw the median at each x as a line, with a band from the smallest to the largest value."""
     values = line.groupby("x")["value"].agg(["median", "min", "max"])
     marked = _marked(values, style)
-    if len(values) <= _FEW_POINTS:
+    is_few = len(values) <= _FEW_POINTS
+    if is_few:
         marked["linestyle"] = "none"  # a line between two values would suggest others
     (drawn,) = axes.plot(values.index, values["median"], label=name, **marked)
     _hover(drawn, name, values[:: marked["markevery"]])
-    axes.fill_between(
-        values.index, values["min"], values["max"], color=style["color"], alpha=0.18, linewidth=0
-    )
+    band = values["min"], values["max"]
+    if is_few:
+        axes.vlines(values.index, *band, color=style["color"], alpha=0.5)
+    else:
+        axes.fill_between(values.index, *band, color=style["color"], alpha=0.18, linewidth=0)
 
 
 def log_scale(axes: Axes, axis: str, low: float, high: float, unit: float = 1) -> None:

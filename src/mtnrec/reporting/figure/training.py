@@ -168,7 +168,7 @@ def _of_unfoldings(epochs: pd.DataFrame, quantity: str) -> pd.DataFrame:
     curves = curves.assign(
         row=[f"layer {key.layer}" for key in found],
         column=[f"{key.unfolding} unfolding" for key in found],
-        place=[(key.layer, _UNFOLDINGS[key.unfolding]) for key in found],
+        place=[10 * key.layer + _UNFOLDINGS[key.unfolding] for key in found],
     )
     return curves.sort_values(["place", "color"], kind="stable")
 

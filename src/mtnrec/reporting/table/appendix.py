@@ -73,7 +73,7 @@ def runs_table(runs: Runs, folder: Path) -> RunList:
     settings = runs.settings
     places = [key for key in ("data", "noise") if settings[key].nunique() > 1]
     texts = settings[["label", *places, "seed", *runs.swept]].astype("string").fillna(_EMPTY)
-    rows = []
+    rows: list[RunRow] = []
     for run, cells in zip(runs, texts.itertuples(index=False), strict=True):
         link = quote(Path(os.path.relpath(run.folder, folder)).as_posix())
         row = settings.iloc[len(rows)]
