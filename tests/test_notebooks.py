@@ -113,7 +113,7 @@ def test_the_quickstart_compares_the_pairs_of_the_records(execute, records, swee
     baseline = aucs(records, "cvr", None, None, 0.1)
     treated = aucs(records, "cvr", "towers", 1e-3, 0.1)
     sentence = said(notebook, "comparison")
-    assert "(lam=0.001, target=towers) on synthetic, noise 0.1, test cvr AUC" in sentence
+    assert "(lam=0.001) on synthetic, noise 0.1, test cvr AUC" in sentence
     assert f": {treated.mean():.6f} with MTN, {baseline.mean():.6f} without;" in sentence
     assert f"over 2 pairs is {(treated - baseline).mean():+.6f}." in sentence
     assert kinds(notebook)["image/png"] == 1
@@ -175,8 +175,8 @@ def test_the_mechanism_notebook_counts_collapses_and_pairs_with_lambda_0(execute
         f"{len(names)} comparisons with lambda 0; the value is lower under the penalty in "
         f"{lower} of them.\n"
     )
-    # Spectra over epochs of 3 variants, at the best epoch of 2 targets, 5 curves, heat maps.
-    assert kinds(notebook)["image/png"] == 3 + 2 + 5 + 1
+    # Spectra, effective ranks and alphas of 2 targets, 3 other curves, heat maps.
+    assert kinds(notebook)["image/png"] == 3 * 2 + 3 + 1
     assert kinds(notebook)["text/html"] == 5
 
 

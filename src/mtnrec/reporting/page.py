@@ -177,7 +177,7 @@ def _left_out(runs: Runs) -> str:
     if len(found) <= MOST_BLOCKS:
         return ""
     return (
-        f"The first {MOST_BLOCKS} of {len(found)} models have figures of their training, layers and "
+        f"The first {MOST_BLOCKS} of {len(found)} models have figures of training, layers and "
         "calibration. The values of all runs are in epochs.csv; report a folder of fewer runs to "
         "see the others."
     )
