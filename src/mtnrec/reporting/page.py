@@ -4,7 +4,7 @@ import base64
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mtnrec.files import slug, write_atomic
-from mtnrec.reporting.figure.catalogue import MOST_BLOCKS, WrittenFigure, blocks
+from mtnrec.reporting.figure.catalogue import KINDS, MOST_BLOCKS, WrittenFigure, blocks
 from mtnrec.reporting.figure.style import COLORS
 from mtnrec.reporting.runs import Runs, UnfinishedRun
 from mtnrec.reporting.summary import Forest, costs_of_arms, facts, lay_out_forest, summarise
@@ -123,8 +123,9 @@ def _sections(
     differences: Sequence[Table],
     figures: Sequence[WrittenFigure],
 ) -> Iterator[_Section]:
-    def section(title: str, *kinds: str, most: int = 1, **parts: object) -> _Section:
+    def section(title: str, *, most: int = 1, **parts: object) -> _Section:
         """Show the first figure of the first kinds at once, and fold the others."""
+        kinds = [name for name, kind in KINDS.items() if kind.section == title]
         found = [[f for f in figures if f.kind == kind] for kind in kinds]
         shown = [of_kind[0] for of_kind in found if of_kind][:most]
         rest = [
@@ -135,7 +136,6 @@ def _sections(
 
     yield section(
         "Results",
-        "paired_differences",
         most=0,
         tables=_rendered(scores),
         folded=[("Each difference, with p-values", _rendered(differences))] if differences else (),
@@ -143,20 +143,16 @@ def _sections(
     published = list(deviation_tables(compared))
     if published:
         yield _Section("Published numbers", tables=_rendered(published))
-    for title, text, kinds in (
-        ("Robustness", "", ("noise_curves",)),
-        ("Lambda", "", ("lambda_curves",)),
-        ("Training", _left_out(runs), ("training_curves",)),
-        (
-            "What MTN does" if runs.settings["mtn"].any() else "Spectra",
-            _MECHANISM if runs.settings["mtn"].any() else "",
-            ("effective_ranks", "spectra", "alphas", "expert_distances"),
-        ),
-    ):
-        found = section(title, *kinds, most=2, text=text)
+    has_mtn = runs.settings["mtn"].any()
+    texts = {"Training": _left_out(runs), "What MTN does": _MECHANISM if has_mtn else ""}
+    for name in dict.fromkeys(kind.section for kind in KINDS.values()):
+        if name in ("Results", "Calibration"):  # with tables
+            continue
+        found = section(name, most=2, text=texts.get(name, ""))
         if found.images:
-            yield found
-    yield section("Calibration", "reliability", tables=_calibration(runs))
+            is_spectra = name == "What MTN does" and not has_mtn
+            yield replace(found, title="Spectra") if is_spectra else found
+    yield section("Calibration", tables=_calibration(runs))
     yield _Section("Costs", folded=[("Costs of each arm", _rendered([cost_table(runs)]))])
     differing, shared = settings_tables(runs)
     yield _Section(

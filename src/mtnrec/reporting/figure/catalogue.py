@@ -36,11 +36,13 @@ class Kind:
     """Texts shared by all figures of a kind.
 
     Args:
+        section: Section of the page.
         title: Title without the name of the data set.
         caption: Contents of the figure, with definitions.
         alt: Description for readers who cannot see the figure.
     """
 
+    section: str
     title: str
     caption: str
     alt: str
@@ -84,12 +86,14 @@ class PlannedFigure:
 
 KINDS = {
     "noise_curves": Kind(
+        "Robustness",
         "AUC against noise",
         f"Test AUC against the proportion of noisy rows: {_INTERVAL}. The intervals are per arm; "
         "those of the differences, paired by seed, are in another figure.",
         "Line charts of test AUC against noise, one row per model and one column per task.",
     ),
     "paired_differences": Kind(
+        "Results",
         "Differences between paired runs",
         "Test AUC of an arm minus that of its baseline, for each seed that both have (circles), "
         f"and {_INTERVAL}. Right of the line, the AUC is higher than the baseline's.",
@@ -97,6 +101,7 @@ KINDS = {
         "task.",
     ),
     "lambda_curves": Kind(
+        "Lambda",
         "AUC against lambda",
         f"Test and validation AUC against lambda: {_INTERVAL}. Dashed: the baseline without MTN, "
         "its interval in grey. Lambda is chosen by the validation AUC; the test AUC is shown for "
@@ -104,6 +109,7 @@ KINDS = {
         "Line charts of AUC against lambda on a log axis, with the baseline's level.",
     ),
     "training_curves": Kind(
+        "Training",
         "Training curves",
         f"Training loss (without the penalty) and validation AUCs over epochs: {_INTERVAL}. "
         f"{_WHILE_ALL_TRAIN} Marks above the axis: best epoch of each seed.",
@@ -111,24 +117,22 @@ KINDS = {
     ),
     "reliability": Kind(
         "Calibration",
+        "Calibration",
         "Observed against predicted rates on the test set, in bins of equal mass pooled over all "
         "seeds, on log axes; the grey line is perfect calibration. Bins without positives cannot "
         "be shown on a log axis.",
         "Reliability diagrams of all arms, one column per task.",
     ),
     "effective_ranks": Kind(
+        "What MTN does",
         "Effective ranks",
         "Effective rank exp(H(s / sum s)) of each unfolding with singular values s over epochs, "
         f"with and without MTN: {_INTERVAL}. A penalty of the trace norm lowers it. "
         f"{_WHILE_ALL_TRAIN}",
         "Line charts of the effective rank of each layer's unfoldings over epochs.",
     ),
-    "alphas": Kind(
-        "Weights of the unfoldings",
-        f"Alpha of each unfolding over epochs, of arms with MTN: {_INTERVAL}. {_WHILE_ALL_TRAIN}",
-        "Line charts of the three alphas of each layer over epochs.",
-    ),
     "spectra": Kind(
+        "What MTN does",
         "Spectra at the best epoch",
         "Singular values of each unfolding at each run's best epoch, with and without MTN: "
         f"{_MEDIAN}. Values below {training_figures.LEAST_SHOWN:g} times the largest are not "
@@ -136,7 +140,14 @@ KINDS = {
         "Line charts of singular values on a log axis, one row per layer and one column per "
         "unfolding.",
     ),
+    "alphas": Kind(
+        "What MTN does",
+        "Weights of the unfoldings",
+        f"Alpha of each unfolding over epochs, of arms with MTN: {_INTERVAL}. {_WHILE_ALL_TRAIN}",
+        "Line charts of the three alphas of each layer over epochs.",
+    ),
     "expert_distances": Kind(
+        "What MTN does",
         "Distances between experts",
         "Euclidean distance between two experts' outputs, averaged over test rows and seeds, on "
         "one colour scale. Experts are not matched across seeds: compare the means, not pairs.",
