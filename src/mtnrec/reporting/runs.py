@@ -110,7 +110,7 @@ class Runs(Sequence[Run]):
     def __getitem__(self, index: slice) -> "Runs": ...
     def __getitem__(self, index: int | slice) -> "Run | Runs":
         if isinstance(index, slice):
-            return Runs(self._runs[index], self._baseline)
+            return Runs(self._runs[index], baseline=self._baseline)
         return self._runs[index]
 
     def __len__(self) -> int:

@@ -47,7 +47,6 @@ _STYLE: dict[Any, Any] = {
     "font.family": [name for name in _FONTS if name in {font.name for font in fontManager.ttflist}],
     "text.parse_math": False,  # names may contain $
     "font.size": 8,
-    "text.parse_math": False,  # names of data and labels may have dollar signs
     "axes.titlesize": 8,
     "axes.labelsize": 8,
     "xtick.labelsize": 7,
