@@ -1,14 +1,13 @@
 """Page of every config key with its default and comment, read from ``conf``."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import yaml
 
 import mtnrec
+from mtnrec.command.help import Key, base_files, read_groups, read_keys
 
 # Config files of the commands, and the folders of conf in page order.
 COMMANDS = (
@@ -35,22 +34,6 @@ GROUPS = {
     "hydra/sweeper": "Sweepers",
 }
 _MARKUP = re.compile(r"[\\|*_<>\[\]{}$]")
-_HYDRA_KEYS = ("defaults", "hydra")
-
-
-@dataclass
-class Key:
-    """One key of a config file.
-
-    Args:
-        name: Dotted name from the top of the file.
-        default: Default as written in the file; empty for a mapping, whose keys follow.
-        comment: Comment on the key's line or on the lines above it.
-    """
-
-    name: str
-    default: str
-    comment: str
 
 
 def configuration_page(conf: Path) -> str:
@@ -119,73 +102,13 @@ def _public_names() -> dict[str, str]:
 
 def _config_groups(text: str) -> list[Key]:
     """Return the config groups of a command with their default choices."""
-    defaults = yaml.safe_load(text).get("defaults", [])
-    groups = [
-        (group, choice)
-        for entry in defaults
-        if isinstance(entry, dict)
-        for group, choice in entry.items()
-    ]
-    return [
-        Key(group, "???" if choice == "???" else choice or "null", "a choice of this group, below")
-        for group, choice in groups
-        if not group.startswith(("override", "hydra"))
-    ]
+    comment = "a choice of this group, below"
+    return [Key(group, choice, comment) for group, choice in read_groups(text).items()]
 
 
 def _base_files(path: Path) -> list[str]:
     """Return the names of the files in the same group that a file builds on."""
-    defaults = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [])
-    names = [entry for entry in defaults if isinstance(entry, str)]
-    bases = [name for name in names if name != "_self_" and not name.endswith("_schema")]
-    return [name.removesuffix("@_here_") for name in bases]
-
-
-def read_keys(text: str) -> list[Key]:
-    r"""Return the keys of a YAML file, except Hydra's own.
-
-    >>> text = "a: 1  # one\n# Of all.\nb:  # two\n  c: [1, 2]\n"
-    >>> [(key.name, key.default, key.comment) for key in read_keys(text)]
-    [('a', '1', 'one'), ('b', '', 'Of all. two'), ('b.c', '[1, 2]', '')]
-    """
-    return list(_walk(yaml.compose(text), "", text.splitlines()))
-
-
-def _walk(node: yaml.Node, prefix: str, lines: list[str]) -> Iterator[Key]:
-    for name, start, value in _children(node, prefix):
-        is_block = isinstance(value, yaml.CollectionNode) and not value.flow_style
-        line, column = (start if is_block else value.end_mark.line, value.end_mark.column)
-        inline = (
-            lines[line].partition(" #")[2] if is_block else lines[line][column:].partition("#")[2]
-        )
-        default = "" if is_block else lines[line][value.start_mark.column : column]
-        comments = [_comment_above(start, lines), inline.strip()]
-        if not is_block or any(comments):
-            yield Key(name, default.strip(), " ".join(filter(None, comments)))
-        if is_block:
-            yield from _walk(value, name, lines)
-
-
-def _children(node: yaml.Node, prefix: str) -> Iterator[tuple[str, int, yaml.Node]]:
-    """Yield the name, the line and the value of each key of a mapping or item of a list."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            if prefix or key.value not in _HYDRA_KEYS:
-                name = f"{prefix}.{key.value}" if prefix else key.value
-                yield name, key.start_mark.line, value
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            yield f"{prefix}[{index}]", value.start_mark.line, value
-
-
-def _comment_above(line: int, lines: list[str]) -> str:
-    """Return the comment directly above a key; the head comment of the file belongs to no key."""
-    found: list[str] = []
-    indent = len(lines[line]) - len(lines[line].lstrip())
-    while line > 0 and lines[line - 1].startswith(" " * indent + "#"):
-        line -= 1
-        found.insert(0, lines[line].strip().removeprefix("#").strip())
-    return "" if line == 0 else " ".join(found)
+    return base_files(path.read_text(encoding="utf-8"))
 
 
 def _code(text: str) -> str:

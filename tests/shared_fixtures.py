@@ -25,6 +25,7 @@ from rich import get_console
 
 from mtnrec.batch import Bags, Batch
 from mtnrec.command.config import CONF_DIR
+from mtnrec.command.job import quote_value
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.preparation.aliexpress import CATEGORICAL, LABELS, NUMERICAL
 from mtnrec.data.prepared.manifest import Manifest
@@ -155,8 +156,8 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         _call(
             train_main,
             f"data_root={data_root}",
-            f"hydra.run.dir={folder}",
-            f"hydra.sweep.dir={folder}",
+            f"hydra.run.dir={quote_value(str(folder))}",
+            f"hydra.sweep.dir={quote_value(str(folder))}",
             "trainer.accelerator=cpu",
             "trainer.max_epochs=2",
             "data.batch_size=512",

@@ -34,14 +34,14 @@ ALLOWED = {
     "inspection": GROUND | {"data", "metric"},
     "checkpoint": {"checks", "data", "files", "model", "schema"},
     "reporting": {"checks", "files", "metric", "run"},
-    "sweep": {"checks", "command", "data", "files", "run"},
+    "sweep": {"checks", "command", "data", "files", "metric", "run"},
     "serving": GROUND | {"checkpoint", "data", "files", "metric"},
     "tracking": {"checks", "metric", "reporting", "run"},
     "training": GROUND
     | {"checkpoint", "command", "data", "files", "inspection", "metric", "model", "optimizer"}
     | {"mtn", "performance", "run", "serving", "tracking"},
     # The commands.
-    "train": {"command", "run", "sweep", "tracking", "training"},
+    "train": {"checks", "command", "run", "sweep", "tracking", "training"},
     "prepare": {"command"},
     "describe": {"command", "data", "files", "inspection"},
     "predict": {"checks", "command", "performance", "serving"},
@@ -51,6 +51,7 @@ ALLOWED = {
     "report": {"command", "reporting"},
     "compare": {"checks", "reporting", "run"},
     "dashboard": {"checks", "command", "files", "tracking"},
+    "__main__": {"command"},
     "__init__": {"data", "model", "mtn", "optimizer", "reporting", "serving", "training"},
 }
 

@@ -1,6 +1,7 @@
 """Sweeper of mtnrec, in the only package where Hydra looks for plugins."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.plugins import Plugins
@@ -27,17 +28,36 @@ class GridSweeper(Sweeper):
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         self.hydra_context: HydraContext = hydra_context
+        self.task_function: TaskFunction = task_function
         self.config: DictConfig = config
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        from mtnrec.sweep import (
-            launch as sweep,  # here, since every command loads this module
-        )
+        from mtnrec.sweep import launch  # here, since every command loads this module
 
         loader = self.hydra_context.config_loader
+        sweeps = launch.split_experiments(self.config, loader, arguments)
+        if len(sweeps) > 1:
+            self._sweep_each(sweeps)
+            return
         grids = [{**self.params, **grid} for grid in self.grids.values()] or [dict(self.params)]
-        jobs = sweep.plan(self.config, loader, grids, arguments)
-        sweep.run_jobs(jobs, self.launcher, self.config)
+        jobs = launch.plan(self.config, loader, grids, arguments)
+        launch.run_jobs(jobs, self.launcher, self.config)
+
+    def _sweep_each(self, sweeps: Sequence[tuple[DictConfig, list[str]]]) -> None:
+        """Run sweeps one after the other, and exit with the messages of those that failed."""
+        failures = []
+        for config, arguments in sweeps:
+            sweeper = Plugins.instance().instantiate_sweeper(
+                hydra_context=self.hydra_context, task_function=self.task_function, config=config
+            )
+            try:
+                sweeper.sweep(arguments)
+            except SystemExit as error:
+                if not isinstance(error.code, str):  # a signal ended it
+                    raise
+                failures.append(error.code)
+        if failures:
+            sys.exit("\n".join(failures))

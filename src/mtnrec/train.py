@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from mtnrec.checks import InputError
 from mtnrec.command.entry_point import entry_point
 from mtnrec.command.errors import find_input_error
 from mtnrec.command.job import (
@@ -32,6 +33,11 @@ def main(cfg: DictConfig) -> float | None:
         Value of the monitor at the best epoch, for searches; None if undefined.
     """
     output_dir = Path(cfg.output_dir)
+    if cfg.dry_run:
+        raise InputError(
+            "dry_run lists the runs of a sweep, got a single run or a search, whose runs follow "
+            "from their results. Set dry_run=false, or sweep: -m seed=0,1,2."
+        )
     if is_sweep_job() and cfg.trainer.devices != 1:
         return run_in_subprocess(output_dir).metrics[cfg.monitor]
     if is_rank_zero():
@@ -39,7 +45,7 @@ def main(cfg: DictConfig) -> float | None:
     hold = lock_run_folder if is_rank_zero() else recording_failure
     command = job_command(output_dir)
     with hold(output_dir, job_overrides(), command, find_input_error), closing_wandb_run():
-        recorder = RunRecorder()
+        recorder = RunRecorder(cfg.monitor)
         record = find_or_fit(cfg, make_datamodule(cfg.data, job_overrides()), recorder)
     return record.metrics[cfg.monitor]
 

@@ -659,7 +659,7 @@ def test_parts_and_files_with_other_columns_are_refused(directory, tmp_path, fra
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": "click"}, r"data.labels must name columns, `data.labels=\[COLUMN,COLUMN\]`"),
+        ({"labels": 1}, r"data.labels must name columns, `data.labels=\[COLUMN,COLUMN\]`"),
         ({"exclude": [True]}, r"data.exclude must name columns, .* got \[True\]"),
         ({"group": 1.5}, r"data.group must name columns, .* got \[1.5\]"),
         ({"labels": ["click"]}, "a funnel must have two labels"),

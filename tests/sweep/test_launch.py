@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import cloudpickle
@@ -136,6 +137,106 @@ def test_the_quickstart_runs_on_any_launcher(plan):
     assert len(jobs) == 12 / 3
 
 
+def test_a_key_that_only_some_choices_have_is_left_out_of_the_other_runs(plan, caplog):
+    jobs = plan([{}], "model=choice(esmm,mmoe)", "model.experts=choice(4)", "seed=0,1")
+
+    experts = {job.folder.name.split("-")[1]: job.config["model"].get("experts") for job in jobs}
+    assert len(jobs) == 4
+    assert experts == {"esmm": None, "mmoe": 4}
+    assert caplog.messages == [
+        "model.experts does not fit model=esmm: 2 of 4 runs are made without it"
+    ]
+    assert {len(job.overrides) for job in jobs} == {2, 3}
+
+
+def test_a_swept_key_that_does_not_fit_makes_no_second_run(plan):
+    jobs = plan([{}], "model=choice(esmm,mmoe)", "model.experts=choice(4,8)")
+
+    assert sorted(str(job.config["model"].get("experts")) for job in jobs) == ["4", "8", "None"]
+
+
+def test_keys_of_a_data_set_of_an_experiment_reach_its_runs(train, tmp_path, capsys):
+    keys = ["experiment=table_1", "data.on_error=skip", "seed=0", "model=esmm", "dry_run=true"]
+
+    train(*keys, "data=aliexpress_nl,synthetic", model="esmm", folder=tmp_path / "runs")
+
+    out = " ".join(capsys.readouterr().out.split())
+    assert "data.on_error does not fit data=synthetic: 2 of 4 runs are made without it" in out
+    assert "4 runs in" in out
+    assert out.count("data.on_error=skip") == 2
+
+
+def test_a_key_that_fits_no_run_is_refused(train, tmp_path):
+    with pytest.raises(SystemExit, match=r"^mtnrec: model.expert is not a key of .*model.experts"):
+        train("hydra.mode=MULTIRUN", "model.expert=4", model="mmoe", folder=tmp_path)
+
+
+def test_a_foreign_key_is_refused_before_the_first_run(train, tmp_path):
+    with pytest.raises(SystemExit, match=r"^mtnrec: sede is not a key of .* Did you mean seed\?"):
+        train("hydra.mode=MULTIRUN", "+sede=1,2", folder=tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_swept_experiments_each_bring_their_grid_and_folder():
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        arguments = ["experiment=alpha,figure_1", "seed=3", "data=synthetic"]
+        config = loader.load_configuration("train", arguments, RunMode.MULTIRUN)
+
+        sweeps = sweep.split_experiments(config, loader, arguments)
+
+    folders = [part.hydra.sweep.dir for part, _ in sweeps]
+    grids = [dict(part.hydra.sweeper.params) for part, _ in sweeps]
+    assert folders == ["runs/alpha", "runs/figure_1"]
+    assert ["mtn.alpha" in grids[0], "mtn.alpha" in grids[1]] == [True, False]
+    assert [given for _, given in sweeps] == [
+        ["seed=3", "data=synthetic", f"experiment={name}"] for name in ("alpha", "figure_1")
+    ]
+
+
+def test_a_sweep_over_experiments_runs_the_grid_of_each(train, tmp_path, capsys):
+    keys = ["experiment=alpha,figure_1", "seed=3", "data=synthetic", "dry_run=true"]
+
+    train("hydra.mode=MULTIRUN", *keys, folder=tmp_path)
+
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines() if " runs in " in line] == ["6", "6"]
+    assert "mtn.alpha=[0,1,0]" in out
+    assert "noise.proportion=0.25" in out
+
+
+def test_a_dry_run_lists_the_runs_and_trains_nothing(train, tmp_path, capsys):
+    keys = [*LOG, "hydra.mode=MULTIRUN", f"data_root={tmp_path / 'data'}"]
+    train(*keys, "seed=1", folder=tmp_path / "runs")
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+
+    train(*keys, "seed=0,1", "dry_run=true", folder=tmp_path / "runs")
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("2 runs in ")
+    assert "".join(lines).count("1 of them finished") == 1
+    states = {line.split()[0]: line for line in lines if " seed=" in line}
+    assert states.keys() == {"waiting", "finished"}
+    assert "-seed0-" in states["waiting"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("subdir", ["${hydra.job.num}", "mine"])
+def test_run_folders_that_are_not_named_after_the_settings_are_refused(subdir, train, tmp_path):
+    with pytest.raises(SystemExit, match=r"^mtnrec: hydra.sweep.subdir must name each run by its"):
+        train("hydra.mode=MULTIRUN", "seed=0,1", f"hydra.sweep.subdir={subdir}", folder=tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_null_of_a_grid_is_null(plan):
+    (job,) = plan([{"threads": None, "seed": 0}])
+
+    assert job.config["threads"] is None
+
+
 def test_a_failing_run_does_not_end_a_sweep_and_its_command_is_printed(train, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2 of 4 runs"):
         train(*SWEEP, folder=tmp_path)
@@ -153,10 +254,18 @@ def test_a_failing_run_does_not_end_a_sweep_and_its_command_is_printed(train, tm
         assert f"{tmp_path / name} failed: mtn.lam must be" in out
 
 
-def test_the_command_of_a_run_repeats_it_in_its_folder(train, tmp_path):
+@pytest.mark.parametrize("name", ["runs", "a,b=é [c] 'd'"])
+def test_the_command_of_a_run_repeats_it_in_its_folder(name, train, tmp_path):
+    experiment = tmp_path / "own conf" / "experiment" / "mine.yaml"
+    experiment.parent.mkdir(parents=True)
+    experiment.write_text("# @package _global_\nseed: 3\n")
+    sweep, own = (
+        tmp_path / name,
+        [f"hydra.searchpath=['{tmp_path / 'own conf'}']", "experiment=mine"],
+    )
     with pytest.raises(SystemExit, match="1 of 1 runs are"):
-        train(*LOG, "hydra.mode=MULTIRUN", "mtn.lam=-1", "seed=3", folder=tmp_path)
-    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+        train(*own, *LOG, "hydra.mode=MULTIRUN", "mtn.lam=-1", folder=sweep)
+    (folder,) = [path for path in sweep.iterdir() if path.is_dir()]
     command = shlex.split(read_json(folder / "failure.json")["command"])
 
     assert command[:3] == ["python", "-m", "mtnrec.train"]
@@ -219,6 +328,30 @@ def test_a_run_that_kills_its_worker_is_tried_three_times_and_the_others_continu
         "its process died 3 times: a worker was killed"
     )
     assert run_state(folders["c"]) is State.FINISHED
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_terminated_worker_is_tried_again_but_sigterm_of_the_sweep_ends_it(
+    own, tmp_path, monkeypatch
+):
+    class Terminated(Launcher):
+        def launch(self, job_overrides, initial_job_idx):
+            try:
+                super().launch(job_overrides, initial_job_idx)
+            except RuntimeError:
+                raise SystemExit(143) from None
+
+    monkeypatch.setattr(sweep, "got_sigterm", lambda: own)
+    folders = {name: tmp_path / name for name in "ab"}
+    launcher = Terminated(folders, "a")
+    jobs = [sweep.Job((name,), folder, {}) for name, folder in folders.items()]
+
+    with pytest.raises(SystemExit) if own else nullcontext():
+        sweep._launch(jobs, launcher)
+
+    state = State.INTERRUPTED if own else State.FAILED
+    assert run_state(folders["a"]) is state
+    assert (run_state(folders["b"]) is State.FINISHED) == (not own)
 
 
 class Sharing(Launcher):

@@ -1,11 +1,12 @@
 import io
 import json
+import time
 
 import pytest
 from rich.console import Console
 
 from mtnrec.checks import InputError
-from mtnrec.run.folder import State, lock_run_folder
+from mtnrec.run.folder import State, lock_run_folder, report_progress
 from mtnrec.sweep.progress import RunProgress, read_progress, render_progress, seconds_left
 
 
@@ -79,18 +80,20 @@ def test_the_time_left_is_estimated_from_runs_of_the_same_kind():
     failed = [RunProgress("log-esmm-seed3-a", State.FAILED)]
 
     of_all = (100 + 140 + 600) / 3
-    assert seconds_left(done + waiting) == 600 + of_all
     assert seconds_left(done + running + waiting + failed) == (100 + 0 + 600 + of_all) / 2
-    assert seconds_left(waiting) is None
-    assert seconds_left(done) == 0
+    assert seconds_left(running) is None
+    assert seconds_left(done + waiting) is None  # nothing runs
 
 
-def test_the_end_is_estimated_while_runs_remain():
+def test_the_end_is_estimated_while_runs_are_running():
     done = RunProgress("log-esmm-seed0-a", State.FINISHED, seconds=7200)
-    waiting = RunProgress("log-esmm-seed1-a", State.WAITING)
+    running = RunProgress("log-esmm-seed1-a", State.RUNNING)
+    waiting = RunProgress("log-esmm-seed2-a", State.WAITING)
 
-    assert "1 finished, 1 waiting; about 2 h 0 min left" in render([done, waiting])
+    text = render([done, running, waiting])
+    assert "1 finished, 1 running, 1 waiting; about 4 h 0 min left" in text
     assert "left" not in render([done])
+    assert "left" not in render([done, waiting])
 
 
 def test_a_folder_without_a_sweep_is_refused(tmp_path):
@@ -144,3 +147,75 @@ def test_an_odd_file_of_a_running_run_is_named(text, sweep, caplog):
 
     assert "1 running" in shown
     assert caplog.messages[0].startswith(f"{folder / 'running.json'} ")
+
+
+def test_a_running_run_shows_its_monitor_and_a_clock_ahead_counts_no_time(sweep):
+    folder = sweep / "log-esmm-seed2-abc"
+    with lock_run_folder(folder, [], []):
+        ahead = {"epochs": 3, "monitor": "val/cvr_auc", "value": 0.71234, "host": "h", "pid": 7}
+        report_progress(folder, ahead | {"started": time.time() + 3600})
+        text = render(read_progress(sweep))
+
+    assert "log-esmm-seed2-abc 3 0 s val/cvr_auc 0.7123 7 on h" in text
+
+
+@pytest.fixture
+def arms(tmp_path, write_run):
+    """Two arms of two seeds and their plan, with one seed in common and another monitor."""
+    planned = {}
+    for rate, seed, value in [(0.1, 0, 0.6), (0.1, 1, 0.8), (0.01, 0, 0.71), (0.01, 1, 0.72)]:
+        name = f"log-mmoe-seed{seed}-{rate}"
+        metrics = {"val/cvr_auc": value, "val/ctr_log_loss": 1 - value}
+        config = {"optimizer.lr": rate, "monitor": "val/cvr_auc"}
+        write_run(tmp_path, name, seed=seed, metrics=metrics, **config)
+        planned[name] = ["patience=1", f"optimizer.lr={rate}", f"seed={seed}"]
+    (tmp_path / "sweep.json").write_text(json.dumps({"cells": planned}))
+    return tmp_path
+
+
+def test_the_leaderboard_ranks_arms_by_their_mean_monitor(arms):
+    text = render(read_progress(arms))
+
+    assert "best arms runs mean val/cvr_auc lowest highest" in text
+    first = "optimizer.lr=0.01 2 0.7150 0.7100 0.7200"
+    assert f"{first} optimizer.lr=0.1 2 0.7000 0.6000 0.8000" in text
+
+
+def test_the_leaderboard_of_a_loss_begins_with_the_smallest(arms):
+    for path in arms.rglob("result.json"):
+        record = json.loads(path.read_text())
+        record["config"]["monitor"] = "val/ctr_log_loss"
+        path.write_text(json.dumps(record))
+
+    text = render(read_progress(arms))
+
+    assert "optimizer.lr=0.01 2 0.2850 0.2800 0.2900 optimizer.lr=0.1 2 0.3000" in text
+
+
+def test_the_status_on_a_terminal_ends_when_nothing_runs(sweep, status, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("mtnrec.status._QUIET", 0.2)
+    monkeypatch.setattr(Console, "is_terminal", True)
+
+    status(f"runs={sweep}", "refresh=0.1")
+
+    assert "2 waiting" in capsys.readouterr().out
+
+
+def test_a_watching_status_stays(sweep, status, monkeypatch):
+    class StoppedError(Exception):
+        pass
+
+    naps = []
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 5:
+            raise StoppedError
+
+    monkeypatch.setattr(Console, "is_terminal", True)
+    monkeypatch.setattr("mtnrec.status._QUIET", 0.0)
+    monkeypatch.setattr("mtnrec.status.time.sleep", nap)
+
+    with pytest.raises(StoppedError):
+        status(f"runs={sweep}", "watch=true")

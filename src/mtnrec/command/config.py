@@ -107,6 +107,7 @@ class Train:
     task_loss: str = MISSING
     repeats: str = MISSING
     resume: bool = True
+    dry_run: bool = False
     cuda_graphs: bool = False
     threads: int | None = None
     data_root: str = MISSING
@@ -138,6 +139,7 @@ class Status:
 
     runs: str = MISSING
     refresh: float = MISSING
+    watch: bool = MISSING
 
 
 @dataclass

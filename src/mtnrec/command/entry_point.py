@@ -1,25 +1,42 @@
 """Commands: functions of the composed config, run by Hydra."""
 
+import io
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich import get_console
+from rich.console import Console
 from rich.logging import RichHandler
 
 from mtnrec.command.config import CONF_DIR
+from mtnrec.command.defer import defer_keys
 from mtnrec.command.errors import find_input_error
-from mtnrec.command.job import is_rank_zero, is_sweep_job, name_callbacks, owns_screen
+from mtnrec.command.help import print_help, print_version
+from mtnrec.command.interrupt import INTERRUPTED, exit_on_sigterm, interrupt_status
+from mtnrec.command.job import (
+    is_rank_zero,
+    is_sweep_job,
+    job_command,
+    job_overrides,
+    name_callbacks,
+    owns_screen,
+)
+from mtnrec.command.keys import check_choices, check_keys
+from mtnrec.run.folder import describe_kept
 from mtnrec.run.secrets import redact_log, redact_text
 
 _logger = logging.getLogger(__name__)
 
-_INTERRUPTED = 130  # exit status of shells after Ctrl-C
 _SPINS = "1000"  # of a thread that waits for others, before it leaves its core to another process
 
 
@@ -39,36 +56,102 @@ limit_spinning()
 def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Turn a function of the composed config ``conf/<name>.yaml`` into a command.
 
-    An input error ends the command with one message and exit status 1. In a sweep every error is
-    logged and raised for the sweeper.
+    An input error ends the command with one message and exit status 1, Ctrl-C with status 130 and
+    SIGTERM with 143. In a sweep every error is logged and raised for the sweeper.
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=name)
-        def command(cfg: DictConfig) -> Any:
-            _quiet()
-            try:
-                return task(cfg)
-            except KeyboardInterrupt:
-                sys.stderr.write("mtnrec: interrupted\n")
-                sys.exit(_INTERRUPTED)
-            except Exception as error:
-                known = find_input_error(error)
-                if is_sweep_job():
-                    _logger.error("%s", error if known is None else known, exc_info=known is None)
-                    raise
-                if known is None:
-                    raise
-                sys.exit(redact_text(f"mtnrec: {known}"))
+        def job(cfg: DictConfig) -> Any:  # Hydra's launchers send it to other processes
+            return _run_job(task, cfg, name)
 
+        job.__doc__ = task.__doc__
+        run = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=name)(job)
+
+        @wraps(job)
         def main() -> None:
-            sys.argv[1:] = map(name_callbacks, sys.argv[1:])
-            command()
+            arguments = sys.argv[1:]
+            if {"--help", "-h"} & {*arguments}:
+                print_help(name, arguments)
+            elif "--version" in arguments:
+                print_version()
+            else:
+                sys.argv[1:] = map(name_callbacks, arguments)
+                _run_command(run, name)
 
-        main.__doc__ = task.__doc__
         return main
 
     return decorate
+
+
+def _run_job(task: Callable[[DictConfig], Any], cfg: DictConfig, name: str) -> Any:
+    """Run one job; in a sweep its errors are logged and raised."""
+    _quiet()
+    exit_on_sigterm()
+    try:
+        check_choices(job_overrides())
+        check_keys(cfg, name)
+        return task(cfg)
+    except Exception as error:
+        known = find_input_error(error)
+        if is_sweep_job():
+            _logger.error("%s", error if known is None else known, exc_info=known is None)
+            raise
+        if known is None:
+            raise
+        sys.exit(redact_text(f"mtnrec: {known}"))
+    except BaseException as error:
+        status = interrupt_status(error)
+        if status is None:
+            raise
+        if is_sweep_job():
+            raise KeyboardInterrupt if status == INTERRUPTED else SystemExit(status) from error
+        if is_rank_zero():
+            sys.stderr.write(f"mtnrec: {_explain_interrupt(cfg)}\n")
+        sys.exit(status)
+
+
+def _run_command(run: Callable[[], None], name: str) -> None:
+    """Run Hydra, and end with one message if it refuses the command line."""
+    _keep_writing()
+    exit_on_sigterm()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, to be explained here
+    try:
+        try:
+            run()
+        except HydraException:
+            if not defer_keys(name):
+                raise
+            run()
+    except KeyboardInterrupt:
+        sys.stderr.write("mtnrec: interrupted\n")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        known = find_input_error(error, name)
+        if known is None:
+            raise
+        sys.exit(redact_text(f"mtnrec: {known}"))
+
+
+def _explain_interrupt(cfg: DictConfig) -> str:
+    if "output_dir" not in cfg:
+        return "interrupted"
+    folder = Path(cfg.output_dir)
+    command = shlex.join(job_command(folder))
+    return f"interrupted. {describe_kept(folder)}. To resume:\n  {command}"
+
+
+def _keep_writing() -> None:
+    """Go on when stdout cannot write a character, or is a pipe that was closed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    Console.on_broken_pipe = _write_to_nothing  # type: ignore[method-assign]
+
+
+def _write_to_nothing(console: Console) -> None:
+    console.quiet = True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.stderr.write("mtnrec: stdout was closed; continuing without it\n")
 
 
 def silence_libraries() -> None:

@@ -7,13 +7,19 @@ from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from mtnrec.command.config import CONF_DIR
+
 _LISTS_CALLBACKS = re.compile(r"\+{0,2}callbacks=\s*\[\s*\{")
+_PLAIN_PATH = re.compile(r"(/?[A-Za-z0-9_.-]+)?(/[A-Za-z0-9_.-]+)+")
+# Hydra's keys that say how a sweep runs; the command of one run has none of them.
+_OF_SWEEP = ("hydra.mode", "hydra.run.", "hydra.sweep", "hydra.launcher", "hydra/launcher")
+_OF_SWEEP += ("hydra/sweeper",)
 
 
 def is_sweep_job() -> bool:
@@ -58,7 +64,7 @@ def make_datamodule(data: Any, overrides: Sequence[str]) -> Any:
 
 def job_command(output_dir: Path) -> list[str]:
     """Return the command that repeats this run alone, in the same folder."""
-    return train_command(output_dir, job_overrides())
+    return train_command(output_dir, job_overrides(), HydraConfig.get())
 
 
 def name_callbacks(argument: str) -> str:
@@ -79,7 +85,38 @@ def name_callbacks(argument: str) -> str:
     return f"callbacks={Override._get_value_element_as_str(cast(Any, named))}"
 
 
-def train_command(folder: Path, overrides: Sequence[str]) -> list[str]:
-    """Return the command of one run with these overrides, in its folder."""
-    place = ["hydra.mode=RUN", f"hydra.run.dir={folder}"]
-    return ["python", "-m", "mtnrec.train", *place, *overrides]
+def train_command(folder: Path, overrides: Sequence[str], hydra: Any) -> list[str]:
+    """Return the command of one run with these overrides, in its folder.
+
+    Args:
+        folder: Folder of the run.
+        overrides: Overrides of the config, in Hydra's grammar.
+        hydra: Hydra's config, for its options and overrides that a run depends on.
+    """
+    kept = [line for line in hydra.overrides.hydra if not line.lstrip("+~").startswith(_OF_SWEEP)]
+    place = ["hydra.mode=RUN", f"hydra.run.dir={quote_value(str(folder))}"]
+    return ["python", "-m", "mtnrec.train", *_options(hydra), *place, *kept, *overrides]
+
+
+def _options(hydra: Any) -> list[str]:
+    """Return the command-line options that say where the config files lie."""
+    options = []
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            options += ["--config-dir", source.path]
+        elif source.provider == "main" and Path(source.path) != CONF_DIR:
+            options += ["--config-path", source.path]
+    if hydra.job.config_name != "train":
+        options += ["--config-name", hydra.job.config_name]
+    return options
+
+
+def quote_value(text: str) -> str:
+    """Return a text as a value of a Hydra override; a plain path stays as it is.
+
+    >>> quote_value("runs/a"), quote_value("runs/a,b")
+    ('runs/a', '"runs/a,b"')
+    """
+    if _PLAIN_PATH.fullmatch(text):
+        return text
+    return QuotedString(text.replace("${", r"\${"), Quote.double).with_quotes()

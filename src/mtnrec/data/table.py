@@ -332,6 +332,9 @@ class Table(SelfPreparing):
 
 
 def _names(key: str, names: Any) -> list[str]:
+    """Return a list of column names; one name is a list of one."""
+    if isinstance(names, str):
+        return [names]
     if not isinstance(names, list | tuple) or not all(
         isinstance(name, str | int) and not isinstance(name, bool) for name in names
     ):

@@ -188,6 +188,16 @@ def clear_earlier_run(folder: Path, *, resumes: bool) -> None:
         (folder / "wandb" / "wandb-resume.json").unlink(missing_ok=True)
 
 
+def describe_kept(folder: Path) -> str:
+    """Return a sentence on what an unfinished run keeps in its folder."""
+    if run_state(folder) is State.FINISHED:
+        return f"{folder} is finished"
+    if not (folder / "checkpoints" / "last.ckpt").is_file():
+        return f"{folder} keeps no complete epoch"
+    epochs = (read_json(folder / RUNNING_FILE) or {}).get("epochs", 0)
+    return f"{folder} keeps {epochs} complete epochs in checkpoints/last.ckpt"
+
+
 def report_progress(folder: Path, progress: dict[str, Any]) -> None:
     """Add progress and the time to ``running.json`` if it exists."""
     with _writing:

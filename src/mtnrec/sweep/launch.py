@@ -5,6 +5,7 @@ A run folder is named after its settings, so the same command finds the runs it 
 
 import json
 import logging
+import shlex
 import sys
 import time
 from collections import Counter
@@ -17,15 +18,20 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.plugins.launcher import Launcher
+from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import InterpolationToMissingValueError
 from rich import get_console
 from rich.live import Live
 
 from mtnrec.checks import InputError
 from mtnrec.command.config import naming_folders_after, resolve_settings
+from mtnrec.command.errors import unknown_key
+from mtnrec.command.interrupt import got_sigterm, interrupt_status
 from mtnrec.command.job import draws_on_screen, make_datamodule, train_command
+from mtnrec.command.keys import check_choices, check_keys
 from mtnrec.data.datamodule import DataModule
 from mtnrec.files import read_json, write_json
 from mtnrec.run.folder import (
@@ -39,7 +45,7 @@ from mtnrec.run.folder import (
 from mtnrec.run.identity import RunIdentity
 from mtnrec.run.record import RunRecord, warn_of_changes
 from mtnrec.run.secrets import redact_text
-from mtnrec.sweep.progress import PLAN_FILE, read_progress, render_progress
+from mtnrec.sweep.progress import PLAN_FILE, read_progress, render_leaderboard, render_progress
 from mtnrec.sweep.submission import submit_jobs
 
 _MAX_CRASHES = 3  # crashes of its process after which a run counts as failed
@@ -56,11 +62,40 @@ class Job:
         overrides: Overrides of the config.
         folder: Folder of the run.
         config: Composed and resolved config, without keys that depend on the folder.
+        command: Command that repeats the run.
     """
 
     overrides: tuple[str, ...]
     folder: Path
     config: dict[str, Any]
+    command: tuple[str, ...] = ()
+
+
+def split_experiments(
+    config: DictConfig, loader: ConfigLoader, arguments: Sequence[str]
+) -> list[tuple[DictConfig, list[str]]]:
+    """Return a sweep per swept experiment, since each brings its grid, folder and launcher.
+
+    Args:
+        config: Config of the sweep.
+        loader: Composes the config of each experiment.
+        arguments: Arguments of the command line.
+
+    Returns:
+        Config and arguments of each sweep; those given if no experiment is swept.
+    """
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments))
+    swept = [o for o in parsed if o.key_or_group == "experiment" and o.is_sweep_override()]
+    if not swept:
+        return [(config, list(arguments))]
+    others = [o.input_line for o in parsed if o.key_or_group != "experiment" and o.input_line]
+    sweeps = []
+    for experiment in swept[-1].sweep_string_iterator():
+        chosen = [*others, f"experiment={experiment}"]
+        lines = [*config.hydra.overrides.hydra, *chosen]
+        name = config.hydra.job.config_name
+        sweeps.append((loader.load_configuration(name, lines, RunMode.MULTIRUN), chosen))
+    return sweeps
 
 
 def plan(
@@ -71,35 +106,113 @@ def plan(
 ) -> list[Job]:
     """Return the runs of all grids, each once.
 
+    A key of a group that the choice of a run lacks is left out of that run, with a warning.
+
     Args:
         config: Config of the sweep.
         loader: Composes the configs of the runs.
         grids: Swept values of each grid, by key.
         arguments: Arguments of the command line, which replace keys in every grid.
+
+    Raises:
+        InputError: If no run has a key, or two runs have one folder.
     """
     parser = OverridesParser.create(config_loader=loader)
-    parsed = [
-        parser.parse_overrides([*(f"{key}={value}" for key, value in grid.items()), *arguments])
-        for grid in grids
-    ]
+    parsed = []
+    for grid in grids:
+        values = {key: "null" if value is None else value for key, value in grid.items()}
+        lines = [*(f"{key}={value}" for key, value in values.items()), *arguments]
+        parsed.append(parser.parse_overrides(lines))
     swept = {line.key_or_group for lines in parsed for line in lines if line.is_sweep_override()}
     jobs: dict[str, Job] = {}
+    misfits = _Misfits()
     for lines in parsed:
         (runs,) = BasicSweeper.split_arguments(lines, None)
         for overrides in runs:
             with naming_folders_after(swept):
-                composed = loader.load_sweep_config(config, overrides)
-                folder = Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir
-            settings = resolve_settings(composed)
-            run = RunIdentity(settings, checksum="", seed_keys=()).id
-            jobs.setdefault(run, Job(tuple(overrides), folder, settings))
+                job = _make_job(*misfits.compose(config, loader, overrides))
+            jobs.setdefault(RunIdentity(job.config, checksum="", seed_keys=()).id, job)
+    misfits.report()
+    for folder, count in Counter(job.folder for job in jobs.values()).items():
+        if count > 1:
+            raise InputError(
+                f"hydra.sweep.subdir must name each run by its settings, got {folder.name!r} for "
+                "two different runs. Leave it out."
+            )
     return list(jobs.values())
+
+
+class _Misfits:
+    """Composes runs without the keys that their choices lack, and reports those keys."""
+
+    def __init__(self) -> None:
+        self._runs = 0
+        self._used: set[str] = set()
+        self._lacking: dict[str, Counter[str]] = {}  # runs by choice, by key
+        self._errors: dict[str, HydraException] = {}
+
+    def compose(
+        self, config: DictConfig, loader: ConfigLoader, overrides: Sequence[str]
+    ) -> tuple[DictConfig, list[str]]:
+        """Return the config of a run and the overrides that fit it."""
+        kept, lacking = list(overrides), []
+        while True:
+            try:
+                composed = loader.load_sweep_config(config, kept)
+                break
+            except HydraException as error:
+                key = unknown_key(error) or ""
+                others = [line for line in kept if _key(line) != key]
+                if "." not in key or len(others) == len(kept):
+                    raise
+                kept = others
+                lacking.append(key)
+                self._errors[key] = error
+        for key in lacking:
+            group = key.partition(".")[0]
+            choice = f"{group}={composed.hydra.runtime.choices.get(group)}"
+            self._lacking.setdefault(key, Counter())[choice] += 1
+        self._used |= {_key(line) for line in kept}
+        self._runs += 1
+        return composed, kept
+
+    def report(self) -> None:
+        """Warn of keys that do not fit some runs, and refuse those that fit none."""
+        for key, choices in self._lacking.items():
+            if key not in self._used:
+                raise self._errors[key]
+            _logger.warning(
+                "%s does not fit %s: %d of %d runs are made without it",
+                key,
+                ", ".join(choices),
+                choices.total(),
+                self._runs,
+            )
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def _make_job(composed: DictConfig, overrides: Sequence[str]) -> Job:
+    try:
+        folder = Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir
+    except InterpolationToMissingValueError as error:
+        raise InputError(
+            "hydra.sweep.subdir must name each run by its settings, so that the same command finds "
+            f"it again, got an unknown value ({error.msg}). Leave it out."
+        ) from error
+    check_choices(overrides)
+    check_keys(composed, "train")
+    settings = resolve_settings(composed)
+    command = train_command(folder.absolute(), overrides, composed.hydra)
+    return Job(tuple(overrides), folder, settings, tuple(command))
 
 
 def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> None:
     """Run the jobs that are not finished; exit with status 1 if some still are not.
 
-    A launcher with ``wait=False`` only submits them.
+    A launcher with ``wait=False`` only submits them. With ``dry_run`` they are only listed.
 
     Args:
         jobs: All runs of the sweep.
@@ -107,14 +220,17 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
         config: Config of the sweep.
     """
     directory = Path(config.hydra.sweep.dir)
+    prepared = _find_data(jobs, prepare=not config.dry_run)
+    finished = {job.folder: _find_finished(job, *prepared[_data_key(job)]) for job in jobs}
+    pending = [job for job in jobs if finished[job.folder] is None]
+    if config.dry_run:
+        _list(jobs, pending, directory)
+        return
     directory.mkdir(parents=True, exist_ok=True)
     planned = {job.folder.relative_to(directory).as_posix(): _shown(job) for job in jobs}
     submitted = (read_json(directory / PLAN_FILE) or {}).get("submitted", {})
     sweep = {"started": time.time(), "cells": planned, "submitted": submitted}
     write_json(directory / PLAN_FILE, sweep)
-    prepared = _prepare_data(jobs)
-    finished = {job.folder: _find_finished(job, *prepared[_data_key(job)]) for job in jobs}
-    pending = [job for job in jobs if finished[job.folder] is None]
     _logger.info(
         "%d runs in %s, %d of them finished before", len(jobs), directory, len(jobs) - len(pending)
     )
@@ -130,9 +246,38 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
     if not getattr(launcher, "wait", True):
         submit_jobs({job.folder: job.overrides for job in pending}, launcher, directory)
         return
-    with _on_the_screen(directory, config):
-        _launch(pending, launcher)
-    _close(jobs, pending)
+    try:
+        with _on_the_screen(directory, config):
+            _launch(pending, launcher)
+    except (KeyboardInterrupt, SystemExit) as error:
+        status = interrupt_status(error)
+        if status is None:
+            raise
+        _say_interrupted(jobs, directory)
+        sys.exit(status)
+    _close(jobs, pending, directory)
+
+
+def _list(jobs: Sequence[Job], pending: Sequence[Job], directory: Path) -> None:
+    """Print the state of each run; a finished one with other settings or data waits."""
+    console = get_console()
+    console.print(f"{len(jobs)} runs in {directory}, {len(jobs) - len(pending)} of them finished")
+    for job in jobs:
+        state = run_state(job.folder)
+        if job in pending and state is State.FINISHED:
+            state = State.WAITING
+        line = f"{state:12}{job.folder.relative_to(directory)}  {' '.join(job.overrides)}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_interrupted(jobs: Sequence[Job], directory: Path) -> None:
+    states = Counter(run_state(job.folder) for job in jobs)
+    command = shlex.join(["python", "-m", "mtnrec.train", *sys.argv[1:]])
+    sys.stderr.write(
+        f"mtnrec: interrupted. {directory} keeps {states[State.FINISHED]} finished runs of "
+        f"{len(jobs)}, and {states[State.INTERRUPTED]} interrupted ones up to their last complete "
+        f"epoch. To resume:\n  {command}\n"
+    )
 
 
 def _shown(job: Job) -> list[str]:
@@ -144,7 +289,9 @@ def _data_key(job: Job) -> str:
     return json.dumps(job.config["data"])
 
 
-def _prepare_data(jobs: Sequence[Job]) -> dict[str, tuple[str | None, dict[str, Any]]]:
+def _find_data(
+    jobs: Sequence[Job], *, prepare: bool
+) -> dict[str, tuple[str | None, dict[str, Any]]]:
     """Prepare the data sets before the runs share them, and warn early of missing ones.
 
     Returns:
@@ -159,7 +306,8 @@ def _prepare_data(jobs: Sequence[Job]) -> dict[str, tuple[str | None, dict[str, 
         prepared[data] = None, {}
         try:
             datamodule: DataModule = make_datamodule(job.config["data"], job.overrides)
-            datamodule.prepare_data()
+            if prepare:
+                datamodule.prepare_data()
             prepared[data] = datamodule.find_checksum(), datamodule.settings_used()
         except (InputError, InstantiationException) as error:
             _logger.warning("%d of %d runs will fail: %s", uses[data], len(jobs), error)
@@ -178,7 +326,9 @@ def _launch(pending: Sequence[Job], launcher: Launcher) -> None:
     while pending:
         try:
             launcher.launch([job.overrides for job in pending], initial_job_idx=0)
-        except Exception as error:  # a killed worker ends the whole launch
+        except (Exception, SystemExit) as error:  # a killed worker ends the whole launch
+            if got_sigterm():
+                raise
             dead = [job for job in pending if run_state(job.folder) is State.INTERRUPTED]
             if not dead:
                 raise
@@ -207,9 +357,9 @@ def _wait_for_others(jobs: Sequence[Job]) -> list[Job]:
     return busy
 
 
-def _give_up(job: Job, error: Exception) -> None:
+def _give_up(job: Job, error: BaseException) -> None:
     died = RuntimeError(f"its process died {_MAX_CRASHES} times: {error}")
-    record_failure(job.folder, died, job.overrides, train_command(job.folder, job.overrides))
+    record_failure(job.folder, died, job.overrides, job.command)
 
 
 @contextmanager
@@ -224,7 +374,7 @@ def _on_the_screen(directory: Path, config: DictConfig) -> Iterator[None]:
         yield
 
 
-def _close(jobs: Sequence[Job], pending: Sequence[Job]) -> None:
+def _close(jobs: Sequence[Job], pending: Sequence[Job], directory: Path) -> None:
     states = [(job, run_state(job.folder)) for job in jobs]
     console = get_console()
     finished = sum(state is State.FINISHED for _, state in states)
@@ -238,5 +388,6 @@ def _close(jobs: Sequence[Job], pending: Sequence[Job]) -> None:
             console.print(f"  {failure.get('command', '')}", markup=False, soft_wrap=True)
         elif state is not State.FINISHED:
             console.print(f"\n{job.folder} is {state}", markup=False, soft_wrap=True)
+    console.print(*render_leaderboard(read_progress(directory)))
     if finished < len(jobs):
         sys.exit(f"mtnrec: {len(jobs) - finished} of {len(jobs)} runs are not finished")

@@ -5,11 +5,11 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -19,8 +19,9 @@ from rich.text import Text
 
 from mtnrec.checks import InputError
 from mtnrec.files import read_json
+from mtnrec.metric.catalogue import METRICS, parse_metric_key
 from mtnrec.run.folder import FAILURE_FILE, RUNNING_FILE, State, run_state
-from mtnrec.run.record import RECORD_FILE
+from mtnrec.run.record import RECORD_FILE, RunRecord
 
 PLAN_FILE = "sweep.json"
 _TRACES = (RECORD_FILE, FAILURE_FILE, RUNNING_FILE)  # files of a started run
@@ -37,6 +38,8 @@ T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
+_LEADERS = 10  # arms of a leaderboard
+
 
 @dataclass(frozen=True)
 class RunProgress:
@@ -48,6 +51,10 @@ class RunProgress:
         seconds: Seconds a finished run took or a running one has taken so far; otherwise 0.
         progress: Content of ``running.json`` of a running run.
         failure: Content of ``failure.json`` of a failed run.
+        overrides: Overrides of a planned run.
+        monitor: Metric that chooses the epoch of a started run.
+        value: Its value at the best epoch of a finished run or the last one of a running run.
+        arm: Hash of the arm of a finished run.
     """
 
     name: str
@@ -55,6 +62,10 @@ class RunProgress:
     seconds: float = 0.0
     progress: Mapping[str, Any] | None = None
     failure: Mapping[str, Any] | None = None
+    overrides: tuple[str, ...] = ()
+    monitor: str | None = None
+    value: float | None = None
+    arm: str = ""
 
     @property
     def kind(self) -> str:
@@ -68,29 +79,39 @@ def read_progress(root: Path) -> list[RunProgress]:
     Raises:
         InputError: If there are no runs.
     """
-    folders = {path.parent for file in _TRACES for path in root.rglob(file)}
+    folders: dict[Path, tuple[str, ...]] = {
+        path.parent: () for file in _TRACES for path in root.rglob(file)
+    }
     submitted: set[Path] = set()
     for path in root.rglob(PLAN_FILE):
-        planned, waiting = _or(_planned, path, ([], []))
-        folders |= {path.parent / name for name in planned}
-        submitted |= {path.parent / name for name in waiting}
+        plan = _or(_plan, path, _Plan({}, []))
+        folders |= {path.parent / name: tuple(line) for name, line in plan.cells.items()}
+        submitted |= {path.parent / name for name in plan.submitted}
     if not folders:
         raise InputError(
             f"runs must be the folder of a sweep, got {root}. Start one in the folder runs with "
             "`python -m mtnrec.train -m seed=0,1,2`."
         )
-    return [_read_run(root, folder, folder in submitted) for folder in sorted(folders)]
+    return [
+        _read_run(root, folder, folders[folder], folder in submitted) for folder in sorted(folders)
+    ]
 
 
-def _planned(path: Path) -> tuple[list[str], list[str]]:
-    """Return the planned runs, and those that were submitted."""
-    plan = _read(path)
-    cells, submitted = plan.get("cells"), plan.get("submitted", {})
-    if not (isinstance(cells, Mapping) and isinstance(submitted, Mapping)) or {"/", ".."} & {
-        part for name in (*cells, *submitted) for part in Path(name).parts
-    }:
+class _Plan(NamedTuple):
+    cells: Mapping[str, Sequence[str]]  # overrides by folder
+    submitted: list[str]
+
+
+def _plan(path: Path) -> _Plan:
+    content = _read(path)
+    cells, submitted = content.get("cells"), content.get("submitted", {})
+    if (
+        not (isinstance(cells, Mapping) and isinstance(submitted, Mapping))
+        or not all(isinstance(line, list) for line in cells.values())
+        or {"/", ".."} & {part for name in (*cells, *submitted) for part in Path(name).parts}
+    ):
         raise InputError(f"{path} is not the plan of a sweep. Delete it and run again.")
-    return [*cells], [*submitted]
+    return _Plan(cells, [*submitted])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -117,23 +138,29 @@ def _warn_once(message: str) -> None:
     _logger.warning(message)
 
 
-def _read_run(root: Path, folder: Path, submitted: bool) -> RunProgress:
+def _read_run(
+    root: Path, folder: Path, overrides: tuple[str, ...], submitted: bool
+) -> RunProgress:
     name, state = folder.relative_to(root).as_posix(), run_state(folder)
     if state is State.WAITING and submitted:
         state = State.SUBMITTED
+    run = RunProgress(name, state, overrides=overrides)
     if state is State.FINISHED:
         record = folder / RECORD_FILE
-        return RunProgress(
-            name, state, seconds=_recorded_seconds(record, record.stat().st_mtime_ns)
-        )
+        return replace(run, **_recorded(record, record.stat().st_mtime_ns))
     if state is State.RUNNING:
         running = folder / RUNNING_FILE
         progress = _or(_read, running, dict[str, Any]())
-        elapsed = _or(lambda path: _elapsed(path, progress), running, 0.0)
-        return RunProgress(name, state, seconds=elapsed, progress=progress)
+        return replace(
+            run,
+            seconds=max(0.0, _or(lambda path: _elapsed(path, progress), running, 0.0)),
+            progress=progress,
+            monitor=progress.get("monitor"),
+            value=progress.get("value"),
+        )
     if state is State.FAILED:
-        return RunProgress(name, state, failure=_or(_read, folder / FAILURE_FILE, dict[str, Any]()))
-    return RunProgress(name, state)
+        return replace(run, failure=_or(_read, folder / FAILURE_FILE, dict[str, Any]()))
+    return run
 
 
 def _elapsed(path: Path, progress: Mapping[str, Any]) -> float:
@@ -142,9 +169,16 @@ def _elapsed(path: Path, progress: Mapping[str, Any]) -> float:
 
 
 @cache
-def _recorded_seconds(record: Path, modified: int) -> float:
-    """Return a record's total seconds, cached until ``modified`` changes."""
-    return _or(_sum_of_seconds, record, 0.0)
+def _recorded(record: Path, modified: int) -> dict[str, Any]:
+    """Return the fields of a finished run, cached until ``modified`` changes."""
+    seconds = _or(_sum_of_seconds, record, 0.0)
+    try:
+        read = RunRecord.from_content(read_json(record) or {}, record)
+    except InputError:  # of another version
+        return {"seconds": seconds}
+    monitor = str(read.config.get("monitor"))
+    value = read.metrics.get(monitor)
+    return {"seconds": seconds, "monitor": monitor, "value": value, "arm": read.identity.arm}
 
 
 def _sum_of_seconds(record: Path) -> float:
@@ -160,10 +194,11 @@ def seconds_left(runs: Sequence[RunProgress]) -> float | None:
     Assumes that as many runs as now run in parallel until the end.
 
     Returns:
-        Seconds; None if no run is finished.
+        Seconds; None if no run is finished or none is running.
     """
     finished = [run for run in runs if run.state is State.FINISHED]
-    if not finished:
+    running = sum(run.state is State.RUNNING for run in runs)
+    if not finished or not running:
         return None
     overall = fmean(run.seconds for run in finished)
     by_kind = {
@@ -175,35 +210,80 @@ def seconds_left(runs: Sequence[RunProgress]) -> float | None:
         for run in runs
         if run.state not in (State.FINISHED, State.FAILED)
     )
-    return left / max(1, sum(run.state is State.RUNNING for run in runs))
+    return left / running
 
 
 def render_progress(runs: Sequence[RunProgress]) -> RenderableType:
-    """Render the progress of a sweep: counts, a bar, running and failed runs."""
+    """Render the progress of a sweep: counts, a bar, running and failed runs, best arms."""
     counts = Counter(run.state for run in runs)
     summary = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
     left = seconds_left(runs)
-    done = counts[State.FINISHED] + counts[State.FAILED]
-    if done < len(runs) and left is not None:
+    if left is not None:
         summary += f"; about {_duration(left)} left"
     bar = ProgressBar(total=len(runs), completed=counts[State.FINISHED])
     head = Text(f"{len(runs)} runs: {summary}")
-    return Group(head, Padding(bar), *_running(runs), *_failed(runs))
+    return Group(head, Padding(bar), *_running(runs), *_failed(runs), *render_leaderboard(runs))
 
 
 def _running(runs: Sequence[RunProgress]) -> Iterator[RenderableType]:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for header in ("running", "epochs", "time", "where"):
-        table.add_column(header, justify="left" if header in ("running", "where") else "right")
+    table = _table("running", "epochs", "time", "monitor", "", "where")
     for run in runs:
         if run.state is not State.RUNNING:
             continue
         progress = run.progress or {}
         place = f"{progress.get('pid', '')} on {progress.get('host', '')}"
         epochs = str(progress.get("epochs", 0))
-        table.add_row(run.name, epochs, _duration(run.seconds), place)
+        value = "" if run.value is None else f"{run.value:.4f}"
+        table.add_row(run.name, epochs, _duration(run.seconds), run.monitor or "", value, place)
     if table.row_count:
         yield table
+
+
+def render_leaderboard(runs: Sequence[RunProgress]) -> Iterator[RenderableType]:
+    """Render the arms of the finished runs by the mean of their monitor, the best first.
+
+    Arms are compared by one monitor; each monitor has its own table.
+    """
+    done = [run for run in runs if run.state is State.FINISHED and run.value is not None]
+    for monitor in sorted({str(run.monitor) for run in done}):
+        arms: dict[str, list[RunProgress]] = {}
+        for run in done:
+            if run.monitor == monitor:
+                arms.setdefault(run.arm, []).append(run)
+        key = parse_metric_key(monitor)
+        sign = 1 if key is not None and METRICS[key.metric].better == "lower" else -1
+        ranked = sorted(arms.values(), key=lambda arm: sign * _mean(arm))
+        table = _table("best arms", "runs", f"mean {monitor}", "lowest", "highest")
+        for arm in ranked[:_LEADERS]:
+            values = _values(arm)
+            numbers = (f"{value:.4f}" for value in (_mean(arm), min(values), max(values)))
+            table.add_row(_label(arm, done), str(len(arm)), *numbers)
+        yield table
+        if len(ranked) > _LEADERS:
+            yield Text(f"and {len(ranked) - _LEADERS} more arms")
+
+
+def _values(arm: Sequence[RunProgress]) -> list[float]:
+    return [run.value for run in arm if run.value is not None]
+
+
+def _mean(arm: Sequence[RunProgress]) -> float:
+    return fmean(_values(arm))
+
+
+def _label(arm: Sequence[RunProgress], runs: Sequence[RunProgress]) -> str:
+    """Return the overrides that distinguish an arm, or its folder's name if nothing does."""
+    own = set.intersection(*(set(run.overrides) for run in arm))
+    shared = set.intersection(*(set(run.overrides) for run in runs))
+    return " ".join(line for line in arm[0].overrides if line in own - shared) or arm[0].kind
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for header in headers:
+        is_text = header in ("running", "monitor", "where", "best arms")
+        table.add_column(header, justify="left" if is_text else "right")
+    return table
 
 
 def _failed(runs: Sequence[RunProgress]) -> Iterator[RenderableType]:

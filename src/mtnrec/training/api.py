@@ -166,7 +166,7 @@ def _fit_in_folder(cfg: DictConfig, data: DataModule, folder: Path) -> RunRecord
         closing_wandb_run(),
     ):
         silence_libraries()
-        return find_or_fit(cfg, data, RunRecorder())
+        return find_or_fit(cfg, data, RunRecorder(cfg.monitor))
 
 
 def _describe_data(data: DataModule) -> dict[str, Any]:

@@ -326,6 +326,12 @@ def check_settings(cfg: DictConfig) -> None:
         raise InputError(
             f"data.seed must be left out, got {cfg.data.seed}. Set seed, which orders the rows."
         )
+    accelerator = OmegaConf.select(cfg, "trainer.accelerator")
+    if accelerator in ("cuda", "gpu", "mps") and not torch.accelerator.is_available():
+        raise InputError(
+            f"trainer.accelerator must be available on this machine, got {accelerator}, and torch "
+            "finds no GPU. Set trainer.accelerator=auto, or install a torch built for your GPU."
+        )
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, minimum=1)
     if cfg.threads is not None:
         check_integer("threads", cfg.threads, minimum=1, maximum=_MOST_THREADS)

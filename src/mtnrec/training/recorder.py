@@ -25,9 +25,13 @@ class RunRecorder(L.Callback):
     so that each logger has them all. This callback must come after MTN, whose metrics it keeps.
 
     ``validations`` holds the metrics by global step; ``epochs`` holds each epoch's last values.
+
+    Args:
+        monitor: Metric that ``running.json`` shows after each epoch; None shows none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, monitor: str | None = None) -> None:
+        self._monitor = monitor
         self._started = time.perf_counter()
         self._stage_started = 0.0
         self._validated: dict[str, float] = {}
@@ -98,10 +102,14 @@ class RunRecorder(L.Callback):
         self.epochs.append(place | logged | self._validated)
         self._validated = {}
         if trainer.is_global_zero:
-            report_progress(
-                Path(trainer.default_root_dir),
-                {"epochs": len(self.epochs), "max_epochs": trainer.max_epochs},
-            )
+            found = [epoch for epoch in self.epochs if self._monitor in epoch]
+            progress = {
+                "epochs": len(self.epochs),
+                "max_epochs": trainer.max_epochs,
+                "monitor": self._monitor,
+                "value": found[-1][self._monitor] if found and self._monitor else None,
+            }
+            report_progress(Path(trainer.default_root_dir), progress)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Validation runs inside the training epoch.
