@@ -77,6 +77,12 @@ def table(directory, train, **changes):
     return Table(**SETTINGS | {"dir": directory, "train": train} | changes)
 
 
+def test_one_name_is_a_list_of_one(tmp_path):
+    made = table(tmp_path, None, labels="click", funnel=False, exclude="id", categorical="shop")
+
+    assert (made.labels, made.exclude, made.categorical) == (["click"], ["id"], ["shop"])
+
+
 def write(content, path):
     """Write what a file of this name holds; bools as csv files of most tools have them."""
     if isinstance(content, bytes):

@@ -36,16 +36,18 @@ def defer_keys(name: str) -> bool:
     with initialize_config_dir(given.config_path or str(CONF_DIR), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         while True:
+            lines = [*overrides, *own]
             try:
                 config = loader.load_configuration(
-                    given.config_name or name, [*overrides, *own], RunMode.MULTIRUN
+                    given.config_name or name, lines, RunMode.MULTIRUN
                 )
-                break
             except HydraException as error:
                 deferred = [_defer(override, unknown_key(error)) for override in overrides]
                 if deferred == overrides:
                     raise
                 overrides = deferred
+            else:
+                break
     if not given.multirun and config.hydra.mode is not RunMode.MULTIRUN:
         return False
     changes = dict(zip(given.overrides, overrides, strict=True))

@@ -145,7 +145,7 @@ def _keep_writing() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    Console.on_broken_pipe = _write_to_nothing  # type: ignore[method-assign]
+    Console.on_broken_pipe = _write_to_nothing  # type: ignore[method-assign, assignment]
 
 
 def _write_to_nothing(console: Console) -> None:

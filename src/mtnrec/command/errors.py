@@ -1,6 +1,7 @@
 """Errors that the user can fix."""
 
 import re
+from typing import cast
 
 from hydra.errors import (
     HydraException,
@@ -70,11 +71,12 @@ def _explain_unknown(key: str, error: BaseException, command: str) -> str:
     if not isinstance(node, DictConfig):
         return f"{key} is not a key of mtnrec {command}."
     place = str(node._get_full_key(None))
-    known = [f"{place}.{name}" if place else str(name) for name in node if name != "hydra"]
+    names = [str(name) for name in node if name != "hydra"]
+    known = [f"{place}.{name}" if place else name for name in names]
     if not place:
         known += read_groups((CONF_DIR / f"{command}.yaml").read_text(encoding="utf-8"))
     owner = OmegaConf.select(node, "_target_") or place or f"mtnrec {command}"
-    return explain_unknown(key, sorted(set(known)), node._get_root(), str(owner))
+    return explain_unknown(key, sorted(set(known)), cast(DictConfig, node._get_root()), str(owner))
 
 
 def _in_one_line(text: object) -> str:

@@ -18,8 +18,10 @@ from mtnrec.command.config import CONF_DIR
 _LISTS_CALLBACKS = re.compile(r"\+{0,2}callbacks=\s*\[\s*\{")
 _PLAIN_PATH = re.compile(r"(/?[A-Za-z0-9_.-]+)?(/[A-Za-z0-9_.-]+)+")
 # Hydra's keys that say how a sweep runs; the command of one run has none of them.
-_OF_SWEEP = ("hydra.mode", "hydra.run.", "hydra.sweep", "hydra.launcher", "hydra/launcher")
-_OF_SWEEP += ("hydra/sweeper",)
+_OF_SWEEP = (
+    *("hydra.mode", "hydra.run.", "hydra.sweep", "hydra.launcher"),
+    *("hydra/launcher", "hydra/sweeper"),
+)
 
 
 def is_sweep_job() -> bool:

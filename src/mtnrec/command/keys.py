@@ -34,7 +34,7 @@ def check_keys(config: DictConfig, command: str) -> None:
         InputError: If there is such a key.
     """
     schema = ConfigStore.instance().load(f"{command}_schema.yaml").node
-    known = [field.name for field in fields(OmegaConf.get_type(schema))]
+    known = [field.name for field in fields(cast(Any, OmegaConf.get_type(schema)))]
     if unknown := [str(key) for key in config if key not in (*known, "hydra")]:
         raise InputError(explain_unknown(unknown[0], known, config, f"mtnrec {command}"))
     if removed := [key for key in known if key not in config]:
@@ -72,7 +72,7 @@ def _check_node(node: DictConfig, name: str, root: DictConfig) -> None:
     for key in node:
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-            _check_node(child, f"{name}.{key}", root)
+            _check_node(child, f"{name}.{key!s}", root)
 
 
 def _check_arguments(
@@ -88,7 +88,7 @@ def _check_arguments(
             continue
         default = parameters[key].default
         takes_number = isinstance(default, numbers.Real) and not isinstance(default, bool)
-        if takes_number and isinstance(node._get_node(key)._value(), str):
+        if takes_number and isinstance(node[key], str):
             raise InputError(f"{full} must be a number, got {node[key]!r}.")
 
 

@@ -18,8 +18,9 @@ from mtnrec.run.secrets import redact
 TREATMENTS = ("mtn",)  # config groups that a baseline lacks
 # Keys that say where a run reads and writes, or how it is displayed and computed, but do not change
 # its result. The checksum stands for the data.
-_NOT_OF_THE_RUN = ("logger", "output_dir", "data_root", "resume", "cuda_graphs", "threads")
-_NOT_OF_THE_RUN += ("dry_run",)
+_NOT_OF_THE_RUN = (
+    *("logger", "output_dir", "data_root", "resume", "dry_run", "cuda_graphs", "threads"),
+)
 _NOT_OF_THE_DATA = ("dir", "raw_dir", "train", "test", "verify", "threads")
 _NOT_OF_THE_TRAINER = (
     "enable_progress_bar",
