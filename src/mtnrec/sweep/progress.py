@@ -138,9 +138,7 @@ def _warn_once(message: str) -> None:
     _logger.warning(message)
 
 
-def _read_run(
-    root: Path, folder: Path, overrides: tuple[str, ...], submitted: bool
-) -> RunProgress:
+def _read_run(root: Path, folder: Path, overrides: tuple[str, ...], submitted: bool) -> RunProgress:
     name, state = folder.relative_to(root).as_posix(), run_state(folder)
     if state is State.WAITING and submitted:
         state = State.SUBMITTED
