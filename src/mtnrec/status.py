@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
             time.sleep(cfg.refresh)
             runs = read_progress(root)
             live.update(render_progress(runs), refresh=True)
-            if any(run.state is State.RUNNING for run in runs):
+            if any(run.state in (State.RUNNING, State.SUBMITTED) for run in runs):
                 seen = time.monotonic()
             elif all(run.state in (State.FINISHED, State.FAILED) for run in runs) and not cfg.watch:
                 return
