@@ -301,7 +301,8 @@ def test_an_earlier_log_of_other_settings_is_refused_and_kept(tmp_path):
 
     message = (
         f"{tmp_path / 'log'} holds a synthetic data set with different settings "
-        r"\(click_rate, rank\)\. Choose another data\.dir, or prepare it again"
+        r"\(rank: 3 there, 4 here; click_rate: 0\.3 there, 0\.1 here\)\. Choose another data\.dir, "
+        r"leave out or correct these settings, or prepare it again"
     )
     with pytest.raises(InputError, match=message):
         other.prepare_data()

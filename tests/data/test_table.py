@@ -429,7 +429,7 @@ BAD_ROWS = [
     ("a,1.5,2", r"line 9, column 'click': a label must be 0 or 1 \(or false, .* got '2'"),
     (
         "a,1.5,yes",
-        r"line 9, column 'click': a label must be .*set data.positive=VALUE for others\), got",
+        r"line 9, column 'click': a label must .*set data.positive=VALUE for others\), got 'yes'",
     ),
     ("a,1.5,", "line 9, column 'click': a label must be 0 or 1 .* got nothing"),
     ("a,many,1", "line 9, column 'price': expected a number, got 'many'"),

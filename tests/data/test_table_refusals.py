@@ -400,6 +400,7 @@ def test_the_settings_used_are_those_of_the_prepared_set(frame, folder):
     assert "train" not in used
 
 
+@pytest.mark.slow
 def test_a_command_records_the_settings_of_the_set_and_refuses_others(
     frame, tmp_path, prepare_command, train, monkeypatch
 ):

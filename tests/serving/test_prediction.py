@@ -95,6 +95,17 @@ def test_unseen_values_score_as_missing_ones_and_are_counted(shop):
     np.testing.assert_array_equal(scorer.score(half), scorer.score(rows.assign(shop=None)))
 
 
+def test_a_column_of_which_no_value_is_known_is_reported(shop, predict, tmp_path, caplog):
+    run, rows, _ = shop
+    rows.assign(brand="never").to_parquet(tmp_path / "rows.parquet")
+    keys = [f"checkpoint={checkpoint_of(run)}", f"table={tmp_path}/rows.parquet"]
+
+    predict(*keys, f"out={tmp_path}/scores.parquet")
+
+    assert "no value of the column 'brand' occurs in the training rows" in caplog.text
+    assert "'shop'" not in caplog.text
+
+
 def test_a_missing_number_takes_the_mean_of_the_training_rows(shop, tmp_path):
     run, rows, data = shop
     prices = pd.read_csv(data[1].removeprefix("data.train="))["price"]

@@ -165,6 +165,10 @@ class AliCcp(DataModule):
             "on_error": self.on_error,
         }
 
+    def _find_differing(self, found: dict[str, Any]) -> dict[str, Any]:
+        is_chosen = self._ids or self._bags or self._values
+        return super()._find_differing(found) if is_chosen else {}
+
     def prepare(self) -> Manifest:
         """Read the raw files once, in bounded memory, and write the prepared data set.
 

@@ -98,7 +98,8 @@ class DataModule(L.LightningDataModule, ABC):
         self._verified = False
         self._arrays: dict[str, Arrays] | None = None
         self._original: DataModule | None = None
-        self.given: set[str] = set()  # settings that the user gave; the commands add theirs
+        # Settings that the user gave; the commands add theirs.
+        self.given: set[str] = getattr(self, "given", set())
 
     def copy_for_run(self) -> "DataModule":
         """Return a copy with the same folder, not set up, for a run that sets seed and noise."""

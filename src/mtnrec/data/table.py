@@ -111,7 +111,7 @@ class Table(SelfPreparing):
     def __new__(cls, **arguments: Any) -> "Table":
         table = super().__new__(cls)
         # Hydra passes every argument, given or not.
-        table._arguments = set(arguments) if len(arguments) < len(fields(cls)) - 1 else set()
+        table.given = set(arguments) if len(arguments) < len(fields(cls)) - 1 else set()
         return table
 
     def __post_init__(self) -> None:
@@ -145,7 +145,6 @@ class Table(SelfPreparing):
         self._find_given()
 
     def _find_given(self) -> None:
-        self.given |= self._arguments
         for setting in fields(Table):
             default = setting.default
             if default is MISSING:
