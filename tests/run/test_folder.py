@@ -14,7 +14,14 @@ import pytest
 from mtnrec import files
 from mtnrec.checks import InputError
 from mtnrec.run import folder as folder_module
-from mtnrec.run.folder import RunFolderBusyError, State, lock_run_folder, report_progress, run_state
+from mtnrec.run.folder import (
+    RunFolderBusyError,
+    State,
+    clear_earlier_run,
+    lock_run_folder,
+    report_progress,
+    run_state,
+)
 
 
 def test_a_run_goes_from_waiting_to_running_to_finished(tmp_path):
@@ -198,3 +205,29 @@ def test_readers_do_not_take_each_other_for_the_run(tmp_path):
         states = set(pool.map(run_state, [tmp_path] * 200))
 
     assert states == {State.INTERRUPTED}
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_restart_clears_what_an_earlier_training_logged(resumes, tmp_path):
+    logs = ["csv/metrics.csv", "tensorboard/events.1"]
+    kept = ["spectra/epoch_000.npz", "wandb/wandb-resume.json"]
+    always = ["wandb/offline-run-1/run-1.wandb", "train.log"]
+    for name in (*logs, *kept, *always):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    clear_earlier_run(tmp_path, resumes=resumes)
+
+    found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {*always, *(kept if resumes else [])}
+
+
+def test_secrets_are_hidden_in_the_files_of_a_run(tmp_path):
+    with (
+        pytest.raises(InputError),
+        lock_run_folder(tmp_path, ["a.token=abc"], ["x", "a.token=abc"]),
+    ):
+        assert "abc" not in (tmp_path / "running.json").read_text()
+        raise InputError("token='abc' is refused")
+
+    assert "abc" not in (tmp_path / "failure.json").read_text()

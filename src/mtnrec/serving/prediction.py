@@ -25,8 +25,6 @@ from mtnrec.serving.scorer import Scorer, warning_of_unseen
 
 FORMATS = (".parquet", ".csv")
 
-_logger = logging.getLogger(__name__)
-
 
 class Rate(NamedTuple):
     """Mean prediction of a task and the rate to compare it with.
