@@ -425,7 +425,7 @@ def test_a_suspected_leak_is_logged_and_recorded(train, tmp_path):
             ["model.embedding_dim=1000000000000"],
             r"the weights must fit in .*memory.*\. Choose smaller",
         ),
-        (["trainer.precision=odd"], r"trainer: .*Precision 'odd'"),
+        (["trainer.precision=odd"], r"Trainer: Precision 'odd' is invalid"),
     ],
 )
 def test_bad_input_ends_in_one_message_and_no_record(overrides, message, train, tmp_path):

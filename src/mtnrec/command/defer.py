@@ -47,12 +47,14 @@ def defer_keys(name: str) -> bool:
                     raise
                 overrides = deferred
             else:
-                break
-    if not given.multirun and config.hydra.mode is not RunMode.MULTIRUN:
-        return False
-    changes = dict(zip(given.overrides, overrides, strict=True))
-    sys.argv[1:] = [changes.get(argument, argument) for argument in sys.argv[1:]]
-    return overrides != given.overrides
+                is_sweep = given.multirun or config.hydra.mode is RunMode.MULTIRUN
+                return is_sweep and _replace(dict(zip(given.overrides, overrides, strict=True)))
+
+
+def _replace(changes: dict[str, str]) -> bool:
+    before = sys.argv[1:]
+    sys.argv[1:] = [changes.get(argument, argument) for argument in before]
+    return sys.argv[1:] != before
 
 
 def _defer(override: str, key: str | None) -> str:

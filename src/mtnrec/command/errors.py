@@ -18,7 +18,7 @@ from mtnrec.command.help import read_groups
 from mtnrec.command.keys import explain_unknown
 
 _UNKNOWN = re.compile(r"Could not override '(.+)'\.")
-_IN_CALL = re.compile(r"Error in call to target .*full_key: (\S+)", re.DOTALL)
+_IN_CALL = re.compile(r"Error in call to target '.*?(\w+)'.*?(?:full_key: (\S+))?$", re.DOTALL)
 
 
 def find_input_error(error: BaseException, command: str = "train") -> InputError | None:
@@ -58,7 +58,7 @@ def _explain(error: HydraException | OmegaConfBaseException, command: str) -> st
             f"the shell: \"{key}='{value}'\"."
         )
     if call := _IN_CALL.match(str(error)):
-        return f"{call[1]}: {_in_one_line(error.__cause__)}"
+        return f"{call[2] or call[1]}: {_in_one_line(error.__cause__)}"
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException):
         return ": ".join(filter(None, (_in_one_line(error), _in_one_line(cause.msg))))

@@ -155,11 +155,10 @@ class _Misfits:
         self, config: DictConfig, loader: ConfigLoader, overrides: Sequence[str]
     ) -> tuple[DictConfig, list[str]]:
         """Return the config of a run and the overrides that fit it."""
-        kept, lacking = list(overrides), []
+        kept, lacking = list(overrides), list[str]()
         while True:
             try:
                 composed = loader.load_sweep_config(config, kept)
-                break
             except HydraException as error:
                 key = unknown_key(error) or ""
                 others = [line for line in kept if _key(line) != key]
@@ -168,13 +167,17 @@ class _Misfits:
                 kept = others
                 lacking.append(key)
                 self._errors[key] = error
+            else:
+                self._count(composed, kept, lacking)
+                return composed, kept
+
+    def _count(self, composed: DictConfig, kept: Sequence[str], lacking: Sequence[str]) -> None:
         for key in lacking:
             group = key.partition(".")[0]
             choice = f"{group}={composed.hydra.runtime.choices.get(group)}"
             self._lacking.setdefault(key, Counter())[choice] += 1
         self._used |= {_key(line) for line in kept}
         self._runs += 1
-        return composed, kept
 
     def report(self) -> None:
         """Warn of keys that do not fit some runs, and refuse those that fit none."""
@@ -261,7 +264,8 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
 def _list(jobs: Sequence[Job], pending: Sequence[Job], directory: Path) -> None:
     """Print the state of each run; a finished one with other settings or data waits."""
     console = get_console()
-    console.print(f"{len(jobs)} runs in {directory}, {len(jobs) - len(pending)} of them finished")
+    head = f"{len(jobs)} runs in {directory}, {len(jobs) - len(pending)} of them finished"
+    console.print(head, markup=False, highlight=False, soft_wrap=True)
     for job in jobs:
         state = run_state(job.folder)
         if job in pending and state is State.FINISHED:
