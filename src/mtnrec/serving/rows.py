@@ -188,10 +188,10 @@ def open_rows(
     if table is not None:
         return TableRows(scorer, Path(table), batch_size, keep=keep, group=group)
     assert data is not None
-    for key, given in (("keep", list(keep)), ("group", group)):
-        if given:
+    for key, columns in {"keep": list(keep), "group": group}.items():
+        if columns:
             raise InputError(
-                f"{key} must name columns of a table, got {given} with data. Leave {key} out."
+                f"{key} must name columns of a table, got {columns} with data. Leave {key} out."
             )
     data.prepare_data()
     return PreparedRows(scorer, data.folder, split, batch_size)
