@@ -223,12 +223,11 @@ def test_a_restart_clears_what_an_earlier_training_logged(resumes, tmp_path):
 
 
 def test_secrets_are_hidden_in_the_files_of_a_run(tmp_path):
-    def fail():
-        with lock_run_folder(tmp_path, ["a.token=abc"], ["x", "a.token=abc"]):
-            assert "abc" not in (tmp_path / "running.json").read_text()
-            raise InputError("token='abc' is refused")
+    words = ["a.token=abc"]
+    with lock_run_folder(tmp_path, words, words):
+        assert "abc" not in (tmp_path / "running.json").read_text()
 
-    with pytest.raises(InputError):
-        fail()
+    with pytest.raises(InputError), lock_run_folder(tmp_path, words, words):
+        raise InputError("token='abc' is refused")
 
     assert "abc" not in (tmp_path / "failure.json").read_text()
