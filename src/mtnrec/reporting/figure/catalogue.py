@@ -21,7 +21,7 @@ from mtnrec.reporting.figure import training as training_figures
 from mtnrec.reporting.figure.style import FORMATS, ordered, save
 from mtnrec.reporting.runs import Run, Runs
 
-MOST_BLOCKS = 8  # models with figures of their training; drawing one takes a second
+MOST_BLOCKS = 4  # models with figures of their training; drawing one takes a second
 _MOST_LINES = 6  # arms per figure next to their baseline; more have another figure
 _INTERVAL = "the mean over seeds with its 95 % confidence interval (Student's t)"
 _MEDIAN = "the median over seeds, with a band from the smallest to the largest value"
