@@ -14,7 +14,7 @@ MODULES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")
 }
 GROUND = {"arrays", "batch", "checks", "schema"}
-MOST_LOOSE_FILES = 17
+MOST_LOOSE_FILES = 19  # eleven of them commands
 # From the bottom up. A folder may import itself and these.
 ALLOWED = {
     "arrays": set(),

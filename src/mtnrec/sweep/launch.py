@@ -18,6 +18,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
 from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
@@ -118,16 +119,16 @@ def plan(
         InputError: If no run has a key, or two runs have one folder.
     """
     parser = OverridesParser.create(config_loader=loader)
-    parsed = []
+    parsed: list[list[Override]] = []
     for grid in grids:
         values = {key: "null" if value is None else value for key, value in grid.items()}
         lines = [*(f"{key}={value}" for key, value in values.items()), *arguments]
         parsed.append(parser.parse_overrides(lines))
-    swept = {line.key_or_group for lines in parsed for line in lines if line.is_sweep_override()}
+    swept = {line.key_or_group for part in parsed for line in part if line.is_sweep_override()}
     jobs: dict[str, Job] = {}
     misfits = _Misfits()
-    for lines in parsed:
-        (runs,) = BasicSweeper.split_arguments(lines, None)
+    for parsed_lines in parsed:
+        (runs,) = BasicSweeper.split_arguments(parsed_lines, None)
         for overrides in runs:
             with naming_folders_after(swept):
                 job = _make_job(*misfits.compose(config, loader, overrides))

@@ -120,6 +120,8 @@ def warn_of_weak_scores(schema: Schema, record: RunRecord) -> None:
         count = record.counts[f"test/{task.name}"]
         share = count["positives"] / count["rows"] if count["rows"] else 0
         constant = -sum(p * math.log(p) for p in (share, 1 - share) if p)
+        if auc is None or loss is None:  # undefined with labels of one class
+            continue
         if auc < 0.5:
             low.append(f"{task.name} {auc:.4f}")
         if loss > constant:
