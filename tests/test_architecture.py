@@ -35,7 +35,7 @@ ALLOWED = {
     "checkpoint": {"checks", "data", "files", "model", "schema"},
     "reporting": {"checks", "files", "metric", "run"},
     "sweep": {"checks", "command", "data", "files", "metric", "run"},
-    "serving": GROUND | {"checkpoint", "data", "files", "metric"},
+    "serving": GROUND | {"checkpoint", "data", "files", "metric", "run"},
     "tracking": {"checks", "metric", "reporting", "run"},
     "training": GROUND
     | {"checkpoint", "command", "data", "files", "inspection", "metric", "model", "optimizer"}
@@ -46,7 +46,7 @@ ALLOWED = {
     "describe": {"command", "data", "files", "inspection"},
     "predict": {"checks", "command", "performance", "serving"},
     "evaluate": {"command", "files", "performance", "serving"},
-    "export": {"checkpoint", "checks", "command", "serving"},
+    "export": {"checks", "command", "run", "serving"},
     "status": {"checks", "command", "run", "sweep"},
     "report": {"command", "reporting"},
     "compare": {"checks", "reporting", "run"},

@@ -9,9 +9,9 @@ import rich.table
 from omegaconf import DictConfig
 from rich import box, get_console
 
-from mtnrec.checkpoint.bundle import find_checkpoint
 from mtnrec.checks import InputError, check_choice
 from mtnrec.command.entry_point import entry_point
+from mtnrec.run.folder import find_checkpoint
 from mtnrec.serving.export import FORMATS, export
 from mtnrec.serving.scorer import load_checkpoint
 

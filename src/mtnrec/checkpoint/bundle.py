@@ -20,7 +20,6 @@ from mtnrec.schema import Schema
 
 FORMAT_VERSION = 1
 METADATA_KEY = "mtnrec"  # key in the checkpoint
-BEST = Path("checkpoints", "best.ckpt")  # in the folder of a run
 _PREFIX = "network."  # prefix of the network's weights in the module's `state_dict`
 _OWN_NETWORKS = "mtnrec.model"
 _SPARE_PARAMETERS = 1000  # that a constructor may register and then replace
@@ -48,21 +47,6 @@ def model_metadata(
             if file.is_file()
         },
     }
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint of the best epoch in the folder of a run; a file as it is.
-
-    Raises:
-        InputError: If there is no such file.
-    """
-    found = path / BEST if path.is_dir() else path
-    if not found.is_file():
-        raise InputError(
-            f"checkpoint: {found} is missing. Choose another file or the folder of a run, or train "
-            "again."
-        )
-    return found
 
 
 def read_model(path: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from mtnrec.run.secrets import redact_text
 
 FAILURE_FILE = "failure.json"
 RUNNING_FILE = "running.json"
+_BEST = Path("checkpoints", "best.ckpt")  # in the folder of a run
 _LOCK_FILE = ".lock"
 
 _writing = threading.Lock()  # the heartbeat and the training both write running.json
@@ -239,3 +240,18 @@ def _process_info(overrides: Sequence[str]) -> dict[str, Any]:
 def _lock_holder(folder: Path) -> str:
     running = read_json(folder / RUNNING_FILE)
     return "" if running is None else f" ({running.get('pid')} on {running.get('host')})"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint of the best epoch in the folder of a run; a file as it is.
+
+    Raises:
+        InputError: If there is no such file.
+    """
+    found = path / _BEST if path.is_dir() else path
+    if not found.is_file():
+        raise InputError(
+            f"checkpoint: {found} is missing. Choose another file or the folder of a run, or train "
+            "again."
+        )
+    return found

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checkpoint.bundle import (
-    find_checkpoint,
     read_manifest,
     read_model,
     rebuild_network,
@@ -25,6 +24,7 @@ from mtnrec.checks import InputError, check_integer
 from mtnrec.data.prepared.manifest import Manifest
 from mtnrec.data.raw.tabular import ArrowStream, missing_to_null, read_frame
 from mtnrec.metric.task_metrics import task_probabilities
+from mtnrec.run.folder import find_checkpoint
 from mtnrec.serving.encoder import Encoder, read_vocabularies
 
 _logger = logging.getLogger(__name__)
