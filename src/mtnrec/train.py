@@ -18,7 +18,6 @@ from mtnrec.command.job import (
     make_datamodule,
 )
 from mtnrec.run.folder import lock_run_folder, recording_failure
-from mtnrec.run.secrets import redact_files
 from mtnrec.sweep.subprocess_job import run_in_subprocess
 from mtnrec.tracking.loggers import closing_wandb_run
 from mtnrec.training.fit import find_or_fit
@@ -40,8 +39,6 @@ def main(cfg: DictConfig) -> float | None:
         )
     if is_sweep_job() and cfg.trainer.devices != 1:
         return run_in_subprocess(output_dir).metrics[cfg.monitor]
-    if is_rank_zero():
-        redact_files(output_dir / ".hydra")
     hold = lock_run_folder if is_rank_zero() else recording_failure
     command = job_command(output_dir)
     with hold(output_dir, job_overrides(), command, find_input_error), closing_wandb_run():

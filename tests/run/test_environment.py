@@ -44,7 +44,9 @@ def test_any_file_of_an_own_package_changes_its_hash(name, own_network):
 
 def test_a_class_of_a_script_is_hashed_by_its_file(tmp_path, monkeypatch):
     (tmp_path / "script.py").write_text("class Net: ...\n")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "script.py"))
+    monkeypatch.setattr(
+        sys.modules["__main__"], "__file__", str(tmp_path / "script.py"), raising=False
+    )
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
 
     assert sources({"model": {"_target_": "__main__.Net"}}).keys() == {"__main__"}

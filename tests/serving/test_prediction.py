@@ -19,7 +19,6 @@ from reference import ali_ccp_log
 from mtnrec import load_checkpoint
 from mtnrec.batch import Batch
 from mtnrec.data.prepared.store import open_prepared
-from mtnrec.serving.prediction import TableRows, write_scores
 
 TASKS = ["ctr", "cvr", "ctcvr"]
 
@@ -94,17 +93,6 @@ def test_unseen_values_score_as_missing_ones_and_are_counted(shop):
     assert scorer.encoder.missing["price"] == 2 * rows["price"].isna().sum() > 0
     half = rows.assign(shop=2.5)
     np.testing.assert_array_equal(scorer.score(half), scorer.score(rows.assign(shop=None)))
-
-
-def test_a_column_of_which_no_value_is_known_is_reported(shop, tmp_path, caplog):
-    run, rows, _ = shop
-    rows.assign(brand="never").to_parquet(tmp_path / "rows.parquet")
-    scorer = load_checkpoint(checkpoint_of(run), device="cpu")
-
-    table = TableRows(scorer, tmp_path / "rows.parquet", [], 64)
-    write_scores(scorer, table, tmp_path / "scores.parquet")
-
-    assert caplog.messages == ["no value of the column 'brand' occurs in the training rows"]
 
 
 def test_a_missing_number_takes_the_mean_of_the_training_rows(shop, tmp_path):

@@ -95,7 +95,7 @@ def test_a_high_learning_rate_is_reported(train, tmp_path):
 
 def test_huge_features_are_reported(train, spoil, tmp_path, monkeypatch):
     spoil(0, 3)
-    monkeypatch.setattr("mtnrec.training.divergence._HUGE", 0.5)
+    monkeypatch.setattr("mtnrec.training.divergence.HUGE", 0.5)
 
     with pytest.raises(SystemExit) as stop:
         train(*RUN, folder=tmp_path)

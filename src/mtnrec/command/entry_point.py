@@ -33,7 +33,7 @@ from mtnrec.command.job import (
 )
 from mtnrec.command.keys import check_choices, check_keys
 from mtnrec.run.folder import describe_kept
-from mtnrec.run.secrets import redact_log, redact_text
+from mtnrec.run.secrets import redact_files, redact_log, redact_text
 
 _logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ def _run_job(task: Callable[[DictConfig], Any], cfg: DictConfig, name: str) -> A
     """Run one job; in a sweep its errors are logged and raised."""
     _quiet()
     exit_on_sigterm()
+    _hide_secrets(cfg)
     try:
         check_choices(job_overrides())
         check_keys(cfg, name)
@@ -108,6 +109,11 @@ def _run_job(task: Callable[[DictConfig], Any], cfg: DictConfig, name: str) -> A
         if is_rank_zero():
             sys.stderr.write(f"mtnrec: {_explain_interrupt(cfg)}\n")
         sys.exit(status)
+
+
+def _hide_secrets(cfg: DictConfig) -> None:
+    if "output_dir" in cfg and is_rank_zero():
+        redact_files(Path(cfg.output_dir) / ".hydra")
 
 
 def _run_command(run: Callable[[], None], name: str) -> None:
