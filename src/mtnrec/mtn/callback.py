@@ -50,7 +50,7 @@ class MTN(L.Callback):
     between two decompositions: ``gap`` (relative error of the norm), ``angle`` (degrees between the
     penalty's gradient and the exact one, weights without a data gradient included) and ``length``
     (relative error of its length). The spectra are written to ``spectra/epoch_*.npz`` in the run's
-    folder; without MTN too, as :func:`measure_spectra` returns them, to compare with.
+    folder; without MTN too, to compare with.
 
     Args:
         enabled: Whether the callback is active; ``false`` in ``conf``, so that runs opt in to MTN.
