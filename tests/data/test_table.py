@@ -751,6 +751,7 @@ def test_every_cell_of_the_real_sample_of_torch_rechub_is_read(prepare, tmp_path
         *(f"data.{split}={path}" for split, path in paths.items()),
         "data.labels=[click,purchase]",
         "data.funnel=true",
+        "data.standardise=false",
         f"data.numerical=[{','.join(values)}]",
         f"data.categorical=[{','.join(repr(name) for name in ids)}]",
     )
