@@ -87,20 +87,24 @@ def _hold(folder, ready):
         signal.pause()
 
 
-def test_a_killed_process_leaves_an_interrupted_run(tmp_path):
+def assert_interrupted_when_killed(hold, folder):
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
-    process = context.Process(target=_hold, args=(tmp_path, ready))
+    process = context.Process(target=hold, args=(folder, ready))
     process.start()
     assert ready.wait(60)
-    assert run_state(tmp_path) is State.RUNNING
+    assert run_state(folder) is State.RUNNING
 
     process.kill()
     process.join()
 
-    assert run_state(tmp_path) is State.INTERRUPTED
-    with lock_run_folder(tmp_path, [], []):
-        assert run_state(tmp_path) is State.RUNNING
+    assert run_state(folder) is State.INTERRUPTED
+    with lock_run_folder(folder, [], []):
+        assert run_state(folder) is State.RUNNING
+
+
+def test_a_killed_process_leaves_an_interrupted_run(tmp_path):
+    assert_interrupted_when_killed(_hold, tmp_path)
 
 
 def read_running(folder):
@@ -156,19 +160,7 @@ def _hold_without_locks(folder, ready):
 
 
 def test_a_killed_process_is_noticed_at_once_on_its_machine_without_locks(no_locks, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    process = context.Process(target=_hold_without_locks, args=(tmp_path, ready))
-    process.start()
-    assert ready.wait(60)
-    assert run_state(tmp_path) is State.RUNNING
-
-    process.kill()
-    process.join()
-
-    assert run_state(tmp_path) is State.INTERRUPTED
-    with lock_run_folder(tmp_path, [], []):
-        assert run_state(tmp_path) is State.RUNNING
+    assert_interrupted_when_killed(_hold_without_locks, tmp_path)
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EROFS])

@@ -208,13 +208,5 @@ class Export:
     allow: Any = MISSING
 
 
-_store = ConfigStore.instance()
-_store.store(name="train_schema", node=Train)
-_store.store(name="prepare_schema", node=Prepare)
-_store.store(name="describe_schema", node=Describe)
-_store.store(name="predict_schema", node=Predict)
-_store.store(name="evaluate_schema", node=Evaluate)
-_store.store(name="export_schema", node=Export)
-_store.store(name="status_schema", node=Status)
-_store.store(name="report_schema", node=Report)
-_store.store(name="dashboard_schema", node=Dashboard)
+for root in (Train, Prepare, Describe, Predict, Evaluate, Export, Status, Report, Dashboard):
+    ConfigStore.instance().store(name=f"{root.__name__.lower()}_schema", node=root)

@@ -147,7 +147,7 @@ def _explain_interrupt(cfg: DictConfig) -> str:
 
 
 def _keep_writing() -> None:
-    """Go on when stdout cannot write a character, or is a pipe that was closed."""
+    """Keep running when stdout cannot write a character, or is a pipe that was closed."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -17,7 +17,7 @@ from mtnrec.command.config import CONF_DIR
 
 _LISTS_CALLBACKS = re.compile(r"\+{0,2}callbacks=\s*\[\s*\{")
 _PLAIN_PATH = re.compile(r"(/?[A-Za-z0-9_.-]+)?(/[A-Za-z0-9_.-]+)+")
-# Hydra's keys that say how a sweep runs; the command of one run has none of them.
+# Hydra's keys about the sweep; the command of one run has none of them.
 _OF_SWEEP = (
     *("hydra.mode", "hydra.run.", "hydra.sweep", "hydra.launcher"),
     *("hydra/launcher", "hydra/sweeper"),

@@ -235,7 +235,7 @@ class Table(SelfPreparing):
         """Settings, and the identity of each table: names and hashes of files, hashes of frames.
 
         A hash of a frame dates from the last time that ``prepare`` read it; that of a file is
-        computed anew if the file has changed.
+        computed again if the file has changed.
         """
         identities = self._identities
         if identities is None:

@@ -100,7 +100,7 @@ def code_of_run(
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the differences between two results of :func:`code_of_run`; unknown ones differ not.
+    """Return the differences between two results of :func:`code_of_run`, except to unknown values.
 
     >>> describe_changes({"torch": "2.7", "threads": 1}, {"torch": "2.8", "threads": None})
     ['torch was 2.7 and is 2.8']
@@ -135,7 +135,7 @@ def _processor() -> str:
 
 
 def find_commits() -> dict[str, Any]:
-    """Return the commits of the working directory and of mtnrec's checkout, if they are ones.
+    """Return the commits of the working directory and of mtnrec's checkout, or None outside one.
 
     Each is the ``commit`` and whether it is ``dirty``: whether tracked files were changed since.
     """

@@ -31,7 +31,8 @@ from mtnrec.run.secrets import redact_text
 
 FAILURE_FILE = "failure.json"
 RUNNING_FILE = "running.json"
-_BEST = Path("checkpoints", "best.ckpt")  # in the folder of a run
+BEST_CHECKPOINT = "checkpoints/best.ckpt"  # in the folder of a run
+LAST_CHECKPOINT = "checkpoints/last.ckpt"  # of an unfinished run
 _LOCK_FILE = ".lock"
 
 _writing = threading.Lock()  # the heartbeat and the training both write running.json
@@ -193,10 +194,10 @@ def describe_kept(folder: Path) -> str:
     """Return a sentence on what an unfinished run keeps in its folder."""
     if run_state(folder) is State.FINISHED:
         return f"{folder} is finished"
-    if not (folder / "checkpoints" / "last.ckpt").is_file():
+    if not (folder / LAST_CHECKPOINT).is_file():
         return f"{folder} keeps no complete epoch"
     epochs = (read_json(folder / RUNNING_FILE) or {}).get("epochs", 0)
-    return f"{folder} keeps {epochs} complete epochs in checkpoints/last.ckpt"
+    return f"{folder} keeps {epochs} complete epochs in {LAST_CHECKPOINT}"
 
 
 def report_progress(folder: Path, progress: dict[str, Any]) -> None:
@@ -248,7 +249,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         InputError: If there is no such file.
     """
-    found = path / _BEST if path.is_dir() else path
+    found = path / BEST_CHECKPOINT if path.is_dir() else path
     if not found.is_file():
         raise InputError(
             f"checkpoint: {found} is missing. Choose another file or the folder of a run, or train "

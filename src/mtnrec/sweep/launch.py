@@ -233,7 +233,7 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
     directory.mkdir(parents=True, exist_ok=True)
     planned = {job.folder.relative_to(directory).as_posix(): _shown(job) for job in jobs}
     submitted = (read_json(directory / PLAN_FILE) or {}).get("submitted", {})
-    sweep = {"started": time.time(), "cells": planned, "submitted": submitted}
+    sweep: dict[str, Any] = {"started": time.time(), "cells": planned, "submitted": submitted}
     write_json(directory / PLAN_FILE, sweep)
     _logger.info(
         "%d runs in %s, %d of them finished before", len(jobs), directory, len(jobs) - len(pending)
@@ -248,7 +248,7 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
             (job.folder / stale).unlink(missing_ok=True)
         job.folder.mkdir(parents=True, exist_ok=True)  # the run takes the name from here
     if not getattr(launcher, "wait", True):
-        submit_jobs({job.folder: job.overrides for job in pending}, launcher, directory)
+        submit_jobs({job.folder: job.overrides for job in pending}, launcher, directory, sweep)
         return
     try:
         with _on_the_screen(directory, config):

@@ -169,9 +169,12 @@ def _elapsed(path: Path, progress: Mapping[str, Any]) -> float:
 @cache
 def _recorded(record: Path, modified: int) -> dict[str, Any]:
     """Return the fields of a finished run, cached until ``modified`` changes."""
-    seconds = _or(_sum_of_seconds, record, 0.0)
+    content = _or(read_json, record, None)
+    if content is None:
+        return {}
+    seconds = _or(lambda path: _sum_of_seconds(path, content), record, 0.0)
     try:
-        read = RunRecord.from_content(read_json(record) or {}, record)
+        read = RunRecord.from_content(content, record)
     except InputError:  # of another version
         return {"seconds": seconds}
     monitor = str(read.config.get("monitor"))
@@ -179,8 +182,8 @@ def _recorded(record: Path, modified: int) -> dict[str, Any]:
     return {"seconds": seconds, "monitor": monitor, "value": value, "arm": read.identity.arm}
 
 
-def _sum_of_seconds(record: Path) -> float:
-    seconds = _read(record).get("seconds")
+def _sum_of_seconds(record: Path, content: Mapping[str, Any]) -> float:
+    seconds = content.get("seconds")
     if not isinstance(seconds, Mapping):
         raise InputError(f"{record} lacks the key seconds. Delete it and run again.")
     return sum(_number(record, value) for value in seconds.values())

@@ -4,11 +4,12 @@ import logging
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.plugins.launcher import Launcher
 from rich import get_console
 
-from mtnrec.files import read_json, write_json
+from mtnrec.files import write_json
 from mtnrec.run.folder import State, run_state
 from mtnrec.sweep.progress import PLAN_FILE
 
@@ -17,7 +18,12 @@ _QUEUE = ("squeue", "--me", "--array", "--noheader", "--format=%i")
 _logger = logging.getLogger(__name__)
 
 
-def submit_jobs(pending: Mapping[Path, Sequence[str]], launcher: Launcher, directory: Path) -> None:
+def submit_jobs(
+    pending: Mapping[Path, Sequence[str]],
+    launcher: Launcher,
+    directory: Path,
+    plan: Mapping[str, Any],
+) -> None:
     """Submit the runs that are neither in progress nor in the queue.
 
     The plan of the sweep keeps their job IDs under ``submitted``.
@@ -26,9 +32,9 @@ def submit_jobs(pending: Mapping[Path, Sequence[str]], launcher: Launcher, direc
         pending: Overrides of the unfinished runs, by folder.
         launcher: Launcher that returns job IDs.
         directory: Folder of the sweep.
+        plan: Plan of the sweep, the content of its file.
     """
-    plan = read_json(directory / PLAN_FILE) or {"cells": {}}
-    submitted: dict[str, str] = plan.get("submitted", {})
+    submitted: dict[str, str] = plan["submitted"]
     queued = _queued_jobs() if submitted else set()
     new = {
         folder.relative_to(directory).as_posix(): overrides
@@ -39,7 +45,7 @@ def submit_jobs(pending: Mapping[Path, Sequence[str]], launcher: Launcher, direc
     if new:
         jobs = launcher.launch(list(new.values()), initial_job_idx=0)
         submitted |= {name: str(job.task_name) for name, job in zip(new, jobs, strict=True)}
-        write_json(directory / PLAN_FILE, plan | {"submitted": submitted})
+        write_json(directory / PLAN_FILE, {**plan, "submitted": submitted})
     get_console().print(
         f"{len(new)} of {len(plan['cells'])} runs are submitted; {len(pending) - len(new)} are in "
         "progress or in the queue from before, the others are finished. Follow them with\n"

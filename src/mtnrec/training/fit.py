@@ -106,7 +106,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
     if is_rank_zero():
         check_login(cfg.logger)
     config = _resolve(cfg)
-    commits, own_sources = find_commits(), sources(config)
+    commits, own_sources, packages = find_commits(), sources(config), versions()
     output_dir = Path(cfg.output_dir)
     datamodule.seed, datamodule.noise = cfg.seed, instantiate(cfg.noise, _convert_="all")
     mtn = instantiate(cfg.mtn, _convert_="all")
@@ -125,7 +125,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         schema=datamodule.schema,
         validation_labels=_validation_labels(cfg, datamodule),
     )
-    code = code_of_run(versions(), own_sources, torch.get_num_threads())
+    code = code_of_run(packages, own_sources, torch.get_num_threads())
     resume_point = ResumePoint(output_dir, identity.id, cfg.trainer[CHECKPOINTS], code=code)
     divergence, experts = Divergence(), ExpertDistances()
     callbacks = [
@@ -171,7 +171,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         seed=cfg.seed,
         keys_of_seed=list(identity.seed_keys),
         config=config,
-        versions=versions(),
+        versions=packages,
         data=_describe_data(datamodule, leaks),
         noise=datamodule.noise.record(datamodule.row_numbers),
         mtn=config["mtn"],

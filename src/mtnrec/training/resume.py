@@ -16,9 +16,9 @@ from mtnrec.checkpoint.io import check_format, check_weights, read_checkpoint
 from mtnrec.checks import InputError, check_integer
 from mtnrec.files import remove_leftovers
 from mtnrec.run.environment import describe_changes
+from mtnrec.run.folder import BEST_CHECKPOINT, LAST_CHECKPOINT
 from mtnrec.training.selection import has_stopped
 
-BEST, _LAST = "best.ckpt", "last.ckpt"
 _FORMAT = 1  # of the state of callbacks and module; raised when older files no longer work
 
 _logger = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ class ResumePoint(Checkpoint):
     ) -> None:
         if every_n_steps is not None:
             check_integer("trainer.checkpoint_every_n_steps", every_n_steps, minimum=1)
-        self.path = directory / "checkpoints" / _LAST
+        self.path = directory / LAST_CHECKPOINT
+        self._best = directory / BEST_CHECKPOINT
         self._cell = cell
         self._code = dict(code)
         self._every_n_steps = every_n_steps
@@ -71,8 +72,8 @@ class ResumePoint(Checkpoint):
                 f"{trainer.val_check_interval}. Set the first to 1.0, or the second to null."
             )
         if trainer.is_global_zero:
-            for name in (BEST, _LAST):
-                remove_leftovers(self.path.with_name(name))
+            for path in (self._best, self.path):
+                remove_leftovers(path)
 
     def state_dict(self) -> dict[str, Any]:
         # Dropout draws from the global random streams, which are the same on all ranks.
@@ -135,7 +136,10 @@ class ResumePoint(Checkpoint):
         """
         if not self.path.is_file():
             return None
-        remedy = f"Delete {_LAST}, set resume=false to restart, or choose another hydra.run.dir."
+        remedy = (
+            f"Delete {self.path.name}, set resume=false to restart, or choose another "
+            "hydra.run.dir."
+        )
         checkpoint = read_checkpoint(self.path, remedy)
         state = checkpoint["callbacks"].get(self.state_key)
         if not isinstance(state, dict):
@@ -159,11 +163,10 @@ class ResumePoint(Checkpoint):
             )
             if own:
                 return None
-        best = self.path.with_name(BEST)
         if any(kept.get("best_model_path") for kept in checkpoint["callbacks"].values()):
-            if not best.is_file():
-                raise InputError(f"{best} is missing, and {self.path} needs it. {remedy}")
-            read_checkpoint(best, remedy, keys=("state_dict",))
+            if not self._best.is_file():
+                raise InputError(f"{self._best} is missing, and {self.path} needs it. {remedy}")
+            read_checkpoint(self._best, remedy, keys=("state_dict",))
         _logger.info(
             "resumes from %s, after epoch %d, step %d",
             self.path,

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from mtnrec.arrays import UInt8Array
 from mtnrec.checks import InputError, check_choice, check_integer
 from mtnrec.metric.catalogue import METRICS, metric_key, parse_metric_key
+from mtnrec.run.folder import BEST_CHECKPOINT
 from mtnrec.schema import Schema
 
 STOPS = ("patience", "decreased")
@@ -135,11 +136,12 @@ def selection_callbacks(
     check_choice("stop", stop, STOPS)
     mode = monitor_mode(monitor, schema)
     check_integer("patience", patience, minimum=1)
+    path = directory / BEST_CHECKPOINT
     # Without a version counter a second run in the same folder replaces the first one's checkpoint.
     checkpoint = partial(
         ModelCheckpoint,
-        dirpath=directory / "checkpoints",
-        filename="best",
+        dirpath=path.parent,
+        filename=path.stem,
         save_weights_only=True,  # `ResumePoint` saves the rest for resuming
         enable_version_counter=False,
     )

@@ -13,12 +13,13 @@ from rich.text import Text
 from torch import nn
 
 from mtnrec.metric.catalogue import metric_key
+from mtnrec.run.folder import BEST_CHECKPOINT
 from mtnrec.run.record import RECORD_FILE, RunRecord
 from mtnrec.schema import Schema
 
 _PLACES = {  # what a run leaves, by its path in the run folder
     "folder": ".",
-    "model": "checkpoints/best.ckpt",
+    "model": BEST_CHECKPOINT,
     "epochs": "csv/metrics.csv",
     "TensorBoard": "tensorboard",
     "W&B": "wandb",

@@ -105,10 +105,16 @@ def _state(directory: Path, manifest: Manifest) -> tuple[str, float]:
     found, changed = {}, 0.0
     for name in manifest.checksums:
         with suppress(OSError):  # verify_prepared reports missing files
-            file = (directory / name).stat()
-            found[name] = (file.st_size, file.st_ino, file.st_mtime_ns, file.st_ctime_ns)
-            changed = max(changed, file.st_mtime, file.st_ctime)
+            found[name], last = _file_state(directory / name)
+            changed = max(changed, last)
     return hashlib.sha256(json.dumps([manifest.checksum, found]).encode()).hexdigest(), changed
+
+
+def _file_state(path: Path) -> tuple[list[int], float]:
+    """Return the numbers that change with a file's content, and the time of its last change."""
+    file = path.stat()
+    state = [file.st_size, file.st_ino, file.st_mtime_ns, file.st_ctime_ns]
+    return state, max(file.st_mtime, file.st_ctime)
 
 
 def sha256(path: Path) -> str:
@@ -137,8 +143,7 @@ def noted_sha256(path: Path, note: Path) -> str:
         InputError: If the file cannot be read.
     """
     path = path.resolve()
-    found = path.stat()
-    state = [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+    state, changed = _file_state(path)
     known: Any = {}
     with suppress(OSError, ValueError):
         known = json.loads(note.read_bytes()) if note.is_file() else {}
@@ -147,7 +152,7 @@ def noted_sha256(path: Path, note: Path) -> str:
     if isinstance(entry, list) and len(entry) == 2 and entry[0] == state:
         return str(entry[1])
     checksum = sha256(path)
-    is_settled = time.time() - max(found.st_mtime, found.st_ctime) >= _SETTLED_SECONDS
+    is_settled = time.time() - changed >= _SETTLED_SECONDS
     if is_settled and note.parent.is_dir():
         with suppress(OSError):
             note.unlink(missing_ok=True)

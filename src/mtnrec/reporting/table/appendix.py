@@ -23,7 +23,9 @@ from mtnrec.reporting.table.published import (
     task_title,
 )
 from mtnrec.reporting.table.render import Cell, Group, Row, Table
+from mtnrec.run.folder import BEST_CHECKPOINT
 from mtnrec.run.identity import flatten
+from mtnrec.run.record import RECORD_FILE
 
 _EMPTY = "—"
 _MOST_VALUES = 12  # values of a setting shown in a cell
@@ -31,7 +33,7 @@ _GIB = 2**30
 
 
 _OVERRIDES = Path(".hydra", "overrides.yaml")  # written by Hydra
-_FILES = {"record": "result.json", "log": "train.log", "checkpoint": "checkpoints/best.ckpt"}
+_FILES = {"record": RECORD_FILE, "log": "train.log", "checkpoint": BEST_CHECKPOINT}
 
 
 @dataclass(frozen=True)
