@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,14 @@ def test_the_sources_of_a_run_are_the_modules_of_its_own(own_network):
 
     assert sources(config | others).keys() == {"own_networks"}
     assert sources(others) == {}
+
+
+def test_the_files_of_an_installed_package_are_not_listed(monkeypatch):
+    listed = []
+    monkeypatch.setattr(Path, "rglob", lambda folder, pattern: listed.append(folder) or [])
+
+    assert sources({"trainer": {"_target_": "lightning.Trainer"}}) == {}
+    assert listed == []  # torch alone has thousands of files
 
 
 @pytest.mark.parametrize("name", ["net", "layers"])

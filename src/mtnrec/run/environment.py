@@ -66,7 +66,7 @@ def _own_files(root: str) -> list[Path]:
     if spec is None:
         return []
     if spec.submodule_search_locations is not None:
-        folders = [Path(folder) for folder in spec.submodule_search_locations]
+        folders = [Path(f) for f in spec.submodule_search_locations if not _is_installed(Path(f))]
         paths = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     else:
         paths = [Path(spec.origin)] if spec.origin and Path(spec.origin).is_file() else []
@@ -74,8 +74,13 @@ def _own_files(root: str) -> list[Path]:
 
 
 def _is_installed(path: Path) -> bool:
+    return any(path.resolve().is_relative_to(folder) for folder in _installation_folders())
+
+
+@cache
+def _installation_folders() -> frozenset[Path]:
     names = ("stdlib", "platstdlib", "purelib", "platlib")
-    return any(path.resolve().is_relative_to(Path(sysconfig.get_path(n)).resolve()) for n in names)
+    return frozenset(Path(sysconfig.get_path(name)).resolve() for name in names)
 
 
 def _hash_files(paths: list[Path]) -> str:

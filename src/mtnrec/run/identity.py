@@ -57,6 +57,8 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if callbacks:
         found = callbacks.values() if isinstance(callbacks, Mapping) else callbacks
         settings["callbacks"] = list(found)
+    if not settings.get("metrics"):
+        settings.pop("metrics", None)
     return settings
 
 

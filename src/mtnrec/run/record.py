@@ -75,6 +75,8 @@ class RunRecord:
         seconds: Durations of ``setup``, ``fit`` and ``test``.
         samples_per_second: Throughput of ``train`` and ``evaluate``, loading included.
         peak_memory_bytes: Peak memory of the process so far, GPU memory included.
+        added_metrics: Better direction, ``higher`` or ``lower``, of each metric that the catalogue
+            lacks.
         keys_of_seed: Dotted config keys derived from the seed, including ``seed``.
         status: ``finished``.
         format_version: Version of the format; records before 0.2 have none and are read as 1.
@@ -101,6 +103,7 @@ class RunRecord:
     commits: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     stopped: str | None = None
+    added_metrics: Mapping[str, str] = field(default_factory=dict)
     keys_of_seed: Sequence[str] = field(default_factory=lambda: ["seed", "data.seed"])
     status: str = "finished"
     format_version: int = FORMAT_VERSION
