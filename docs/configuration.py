@@ -30,6 +30,7 @@ GROUPS = {
     "trainer": "Trainers",
     "logger": "Loggers",
     "callbacks": "Callbacks",
+    "metrics": "Metrics",
     "hydra/launcher": "Launchers",
     "hydra/sweeper": "Sweepers",
 }

@@ -39,6 +39,7 @@ def test_every_group_has_its_choices():
     assert choices("optimizer") == ["adam", "lazy_adam"]
     assert choices("logger") == ["csv", "tensorboard", "wandb"]
     assert choices("callbacks") == ["learning_rate"]
+    assert choices("metrics") == ["average_precision", "brier"]
     assert choices("debug") == ["fast", "limit", "overfit"]
 
 

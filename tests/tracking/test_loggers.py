@@ -142,6 +142,7 @@ def test_tables_hold_the_values_of_the_record(tmp_path):
     (tmp_path / "spectra").mkdir()
     np.savez(tmp_path / "spectra" / "epoch_001.npz", **{"layer_0/task": np.array([3.0, 1.0])})
     record = {
+        "added_metrics": {},
         "best_epoch": 1,
         "config": {"output_dir": str(tmp_path)},
         "counts": {
@@ -171,6 +172,7 @@ def test_tables_hold_the_values_of_the_record(tmp_path):
 
 def test_a_record_without_history_and_curves_has_its_metrics_only(tmp_path):
     record = {
+        "added_metrics": {},
         "best_epoch": 0,
         "config": {"output_dir": str(tmp_path)},
         "counts": {"test/ctr": {"rows": 9, "positives": 2}},

@@ -31,6 +31,8 @@ def compose_run(groups: Mapping[str, Any], keys: Mapping[str, Any]) -> DictConfi
         ((group, choice),) = entry.items()
         if group == "callbacks":
             found["callbacks"] = _callback_configs(groups.get("callbacks") or ())
+        elif group == "metrics":
+            found["metrics"] = _metric_configs(groups.get("metrics") or {})
         elif group in Train.__annotations__:
             found[str(group)] = group_config(str(group), groups.get(str(group), choice), choice)
     del root["hydra"]
@@ -71,21 +73,37 @@ def group_config(group: str, value: Any, default: str) -> DictConfig:
 
 
 def _callback_configs(callbacks: Sequence[Any]) -> list[Any] | None:
-    """Return the config of each callback, in order; None without any.
-
-    A class or partial call needs no more arguments, so it is described as the object it makes.
-    """
+    """Return the config of each callback, in order; None without any."""
     found: list[Any] = []
     for value in callbacks:
         if isinstance(value, str):
             found += group_config("callbacks", value, value).values()
-        elif isinstance(value, Mapping):
-            found.append(dict(value))
         else:
-            described = describe_call("callbacks", value)
-            described.pop("_partial_", None)
-            found.append(described)
+            found.append(_describe_object("callbacks", value))
     return found or None
+
+
+def _metric_configs(metrics: Sequence[str] | Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the config of each metric by name; None without any."""
+    if isinstance(metrics, Mapping):
+        found = {name: _describe_object(f"metrics.{name}", v) for name, v in metrics.items()}
+    else:
+        chosen = [metrics] if isinstance(metrics, str) else metrics
+        configs = [group_config("metrics", name, name) for name in chosen]
+        found = {str(key): node for config in configs for key, node in config.items()}
+    return found or None
+
+
+def _describe_object(name: str, value: Any) -> dict[str, Any]:
+    """Return the config that builds an object.
+
+    A class or partial call needs no more arguments, so it is described as the object it makes.
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    described = describe_call(name, value)
+    described.pop("_partial_", None)
+    return described
 
 
 def describe_call(name: str, value: Any) -> dict[str, Any]:

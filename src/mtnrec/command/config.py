@@ -100,6 +100,7 @@ class Train:
     trainer: Any = MISSING
     logger: Any = MISSING
     callbacks: Any = None
+    metrics: Any = None
     seed: int = 0
     monitor: str = MISSING
     stop: str = MISSING

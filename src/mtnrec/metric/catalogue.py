@@ -52,6 +52,22 @@ METRICS = {
 }
 COUNTS = ("rows", "positives")
 
+
+def metric_info(name: str, better: str = "higher") -> MetricInfo:
+    """Return the properties of a metric.
+
+    Args:
+        name: Name of the metric.
+        better: Better direction, used for metrics that a run adds to the catalogue's.
+
+    >>> metric_info("auc").title, metric_info("average_precision").title
+    ('AUC', 'average precision')
+    """
+    if name in METRICS:
+        return METRICS[name]
+    return MetricInfo(name.replace("_", " "), better="lower" if better == "lower" else "higher")
+
+
 _LAYER_KEY = re.compile(r"mtn/layer_(\d+)/(alpha|effective_rank)_(\w+)")
 
 

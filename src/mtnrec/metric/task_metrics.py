@@ -12,6 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 from mtnrec.arrays import Float64Array, UInt8Array
 from mtnrec.batch import LogProbabilities
 from mtnrec.metric import calibration, ranking
+from mtnrec.metric.added import AddedMetrics
 from mtnrec.metric.catalogue import METRICS
 from mtnrec.schema import Schema, Task
 
@@ -41,6 +42,10 @@ class TaskRows:
         names = [name for name, metric in METRICS.items() if metric.is_measured]
         values = {name: getattr(self, name)() for name in names}
         return {name: value for name, value in values.items() if value is not None}
+
+    def probabilities(self) -> Tensor:
+        """Return the probabilities, float64, at most 1."""
+        return self.positive.double().clamp(max=0).exp()
 
     @cached_property
     def scores(self) -> ranking.SortedScores:
@@ -153,6 +158,7 @@ class TaskMetrics(Metric):
 
     Args:
         schema: Fields and labels of the data.
+        added: Further metrics, measured on the same rows.
     """
 
     full_state_update = False
@@ -161,9 +167,10 @@ class TaskMetrics(Metric):
     labels: list[Tensor]
     groups: list[Tensor]
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, added: AddedMetrics | None = None) -> None:
         super().__init__()
         self._schema = schema
+        self._added = AddedMetrics({}) if added is None else added
         self.curves: dict[str, calibration.CalibrationCurve] = {}
         self.nan_rows = torch.zeros(0, dtype=torch.long)
         for state in ("positive", "negative", "labels", "groups"):
@@ -199,7 +206,8 @@ class TaskMetrics(Metric):
         for task in self._schema.tasks:
             rows = rows_of_task(task, output, labels, groups)
             self.curves[task.name] = rows.curve
-            values |= {f"{task.name}_{name}": value for name, value in rows.metrics().items()}
+            found = rows.metrics() | self._added.measure(rows.probabilities(), rows.labels)
+            values |= {f"{task.name}_{name}": value for name, value in found.items()}
             values[f"{task.name}_rows"] = torch.tensor(len(rows.labels))
             values[f"{task.name}_positives"] = rows.labels.long().sum()
         return values

@@ -18,7 +18,7 @@ import pandas as pd
 
 from mtnrec.checks import InputError
 from mtnrec.files import read_json
-from mtnrec.metric.catalogue import MetricKey, parse_metric_key
+from mtnrec.metric.catalogue import MetricKey, metric_info, parse_metric_key
 from mtnrec.reporting.baseline import natural_order, place_arms
 from mtnrec.reporting.labels import as_text, label_runs, text_or_none
 from mtnrec.reporting.table.published import TASKS
@@ -190,7 +190,8 @@ class Runs(Sequence[Run]):
     def results(self) -> pd.DataFrame:
         """One row per run, split, task and metric; an undefined ``value`` is NaN.
 
-        ``rows`` and ``positives`` count what the metric is computed on. Timings are left out, so
+        ``better`` is the better direction, ``higher``, ``lower`` or ``one``; ``rows`` and
+        ``positives`` count what the metric is computed on. Timings are left out, so
         that a sweep that was interrupted and resumed gives the same table.
         """
         columns = [*_ARM, *_MTN_NUMBERS, *_MTN_TEXTS, *self.swept, "best_epoch"]
@@ -349,7 +350,8 @@ def _metrics(record: RunRecord, tasks: Sequence[str]) -> Iterator[dict[str, Any]
     found = _metric_keys(record)
     for key in sorted(found, key=lambda key: (key.split, tasks.index(key.task))):
         counts = record.counts[f"{key.split}/{key.task}"]
-        yield {**key._asdict(), "value": record.metrics[str(key)], **counts}
+        better = metric_info(key.metric, record.added_metrics.get(key.metric, "higher")).better
+        yield {**key._asdict(), "better": better, "value": record.metrics[str(key)], **counts}
 
 
 def _metric_keys(record: RunRecord) -> list[MetricKey]:

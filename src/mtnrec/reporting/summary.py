@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from mtnrec.metric.catalogue import METRICS
+from mtnrec.metric.catalogue import metric_info
 from mtnrec.reporting.runs import Runs
 from mtnrec.reporting.table.published import task_title
 from mtnrec.reporting.table.scores import SPLIT_NAMES
@@ -191,7 +191,7 @@ def facts(runs: Runs) -> Mapping[str, str]:
 
 def _metric(compared: pd.DataFrame) -> str:
     metric, split = compared["metric"].iloc[0], compared["split"].iloc[0]
-    return f"{SPLIT_NAMES[split]} {METRICS[metric].title}"
+    return f"{SPLIT_NAMES[split]} {metric_info(metric).title}"
 
 
 def _from(compared: pd.DataFrame) -> str:

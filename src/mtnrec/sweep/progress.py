@@ -19,7 +19,7 @@ from rich.text import Text
 
 from mtnrec.checks import InputError
 from mtnrec.files import read_json
-from mtnrec.metric.catalogue import METRICS, parse_metric_key
+from mtnrec.metric.catalogue import metric_info, parse_metric_key
 from mtnrec.run.folder import FAILURE_FILE, RUNNING_FILE, State, run_state
 from mtnrec.run.record import RECORD_FILE, RunRecord
 
@@ -54,6 +54,7 @@ class RunProgress:
         overrides: Overrides of a planned run.
         monitor: Metric that chooses the epoch of a started run.
         value: Its value at the best epoch of a finished run or the last one of a running run.
+        better: Better direction of the monitor of a finished run.
         arm: Hash of the arm of a finished run.
     """
 
@@ -65,6 +66,7 @@ class RunProgress:
     overrides: tuple[str, ...] = ()
     monitor: str | None = None
     value: float | None = None
+    better: str = "higher"
     arm: str = ""
 
     @property
@@ -178,8 +180,15 @@ def _recorded(record: Path, modified: int) -> dict[str, Any]:
     except InputError:  # of another version
         return {"seconds": seconds}
     monitor = str(read.config.get("monitor"))
-    value = read.metrics.get(monitor)
-    return {"seconds": seconds, "monitor": monitor, "value": value, "arm": read.identity.arm}
+    key = parse_metric_key(monitor, {place.partition("/")[2] for place in read.counts})
+    metric = "" if key is None else key.metric
+    return {
+        "seconds": seconds,
+        "monitor": monitor,
+        "value": read.metrics.get(monitor),
+        "better": metric_info(metric, read.added_metrics.get(metric, "higher")).better,
+        "arm": read.identity.arm,
+    }
 
 
 def _sum_of_seconds(record: Path, content: Mapping[str, Any]) -> float:
@@ -251,8 +260,8 @@ def render_leaderboard(runs: Sequence[RunProgress]) -> Iterator[RenderableType]:
         for run in done:
             if run.monitor == monitor:
                 arms.setdefault(run.arm, []).append(run)
-        key = parse_metric_key(monitor)
-        sign = 1 if key is not None and METRICS[key.metric].better == "lower" else -1
+        is_lower_better = any(run.better == "lower" for arm in arms.values() for run in arm)
+        sign = 1 if is_lower_better else -1
         ranked = sorted(arms.values(), key=lambda arm: sign * _mean(arm))
         table = _table("best arms", "runs", f"mean {monitor}", "lowest", "highest")
         for arm in ranked[:_LEADERS]:

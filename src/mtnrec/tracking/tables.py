@@ -29,13 +29,13 @@ def record_tables(record: RunRecord) -> dict[str, Table]:
 
 
 def _metrics_table(record: RunRecord) -> Table:
-    metrics = record.metrics
+    metrics, names = record.metrics, [*METRICS, *record.added_metrics]
     rows = [
         [*where.split("/", 1), count["rows"], count["positives"]]
-        + [metrics.get(f"{where}_{metric}") for metric in METRICS]
+        + [metrics.get(f"{where}_{metric}") for metric in names]
         for where, count in record.counts.items()
     ]
-    return ["split", "task", "rows", "positives", *METRICS], rows
+    return ["split", "task", "rows", "positives", *names], rows
 
 
 def _alphas_table(history: Sequence[Mapping[str, Any]]) -> Table:

@@ -79,6 +79,7 @@ def fit(
     logger: str | Sequence[str] | Mapping[str, Any] = "csv",
     callbacks: Sequence[L.Callback | Callable[..., L.Callback] | str | Mapping[str, Any]]
     | None = None,
+    metrics: Sequence[str] | Mapping[str, Any] | None = None,
     seed: int = 0,
     monitor: str = "val/cvr_auc",
     stop: str = "decreased",
@@ -110,6 +111,8 @@ def fit(
             is built from its constructor's arguments, which are settings of the run: an object
             that stores them under their names, a class or a ``functools.partial`` of one, keys
             with their ``_target_``, or a choice of ``conf/callbacks``.
+        metrics: More metrics of every task: choices of ``conf/metrics``, or a mapping from names to
+            keys with their ``_target_``, classes or partial calls of :class:`torchmetrics.Metric`.
         seed: Seed of the initial weights and the row order.
         monitor: Validation metric that chooses the epoch and stops the training.
         stop: ``decreased`` or ``patience``, as in ``conf/train.yaml``.
@@ -140,6 +143,7 @@ def fit(
         "trainer": trainer,
         "logger": logger,
         "callbacks": callbacks,
+        "metrics": metrics,
     }
     keys = {
         "seed": seed,

@@ -124,6 +124,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         stop=cfg.stop,
         schema=datamodule.schema,
         validation_labels=_validation_labels(cfg, datamodule),
+        added=module.added_metrics.directions,
     )
     code = code_of_run(packages, own_sources, torch.get_num_threads())
     resume_point = ResumePoint(output_dir, identity.id, cfg.trainer[CHECKPOINTS], code=code)
@@ -186,6 +187,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         commits=commits,
         sources=own_sources,
         stopped=stopped,
+        added_metrics=module.added_metrics.directions,
         seconds=recorder.seconds,
         samples_per_second=recorder.samples_per_second(),
         peak_memory_bytes=peak_memory_bytes(),
@@ -278,6 +280,7 @@ def _make_module(cfg: DictConfig, datamodule: DataModule) -> MultiTaskModule:
         schema=schema,
         optimizer=optimizer,
         task_loss=cfg.task_loss,
+        metrics=instantiate(cfg.metrics, _convert_="all"),
         cuda_graphs=cfg.cuda_graphs,
     )
     settings = cast(dict[str, Any], OmegaConf.to_container(cfg.model, resolve=True))

@@ -1,7 +1,7 @@
 """LightningModule that trains any network."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from mtnrec.arrays import Int64Array
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError, check_choice, check_flag
+from mtnrec.metric.added import AddedMetrics
 from mtnrec.metric.task_metrics import TaskMetrics
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.loss import TASK_LOSSES, cross_entropies
@@ -46,6 +48,7 @@ class MultiTaskModule(L.LightningModule):
         optimizer: Makes the optimiser from the parameters.
         task_loss: ``sum``, as in eq. 5, or ``mean``, as in MTReclib, with which the same ``lambda``
             weighs as much as ``lambda * T`` with the sum.
+        metrics: More metrics by name, as in :class:`~mtnrec.metric.added.AddedMetrics`.
         cuda_graphs: Whether a GPU captures the passes of the network and replays them, if it
             ``supports_cuda_graphs``; no effect on a CPU.
 
@@ -60,6 +63,7 @@ class MultiTaskModule(L.LightningModule):
         schema: Schema,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = _ADAM,
         task_loss: str = "sum",
+        metrics: Mapping[str, Metric] | None = None,
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
@@ -69,8 +73,9 @@ class MultiTaskModule(L.LightningModule):
         self.network = network
         self._task_loss = task_loss
         self._optimizer = optimizer
-        self.val_metrics = TaskMetrics(schema)
-        self.test_metrics = TaskMetrics(schema)
+        self.added_metrics = AddedMetrics(metrics or {})
+        self.val_metrics = TaskMetrics(schema, self.added_metrics)
+        self.test_metrics = TaskMetrics(schema, self.added_metrics)
         self._losses: list[tuple[int, Tensor]] = []  # row counts and latest losses
         self._loss_sum, self._loss_rows = 0.0, 0
         self.results: dict[str, dict[str, float]] = {}

@@ -1,6 +1,7 @@
 """Protocol: validation chooses the epoch and stops the training; the test set is read once."""
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,13 @@ STOPS = ("patience", "decreased")
 _logger = logging.getLogger(__name__)
 
 
-def monitor_mode(monitor: str, schema: Schema) -> str:
+def monitor_mode(monitor: str, schema: Schema, added: Mapping[str, str] | None = None) -> str:
     """Check the monitor and return ``max`` or ``min``.
+
+    Args:
+        monitor: Metric of the validation set.
+        schema: The tasks.
+        added: Better direction of the metrics that the catalogue lacks, by name.
 
     Raises:
         InputError: If it is on the test set, or not a metric of the data set's tasks.
@@ -31,11 +37,11 @@ def monitor_mode(monitor: str, schema: Schema) -> str:
             f"monitor={monitor} would choose the epoch on the test set, whose result would then "
             f"estimate nothing. Choose monitor=val/{monitor.removeprefix('test/')}."
         )
+    better: dict[str, str] = {n: m.better for n, m in METRICS.items() if m.can_monitor}
     modes = {
-        metric_key("val", task.name, name): "min" if metric.better == "lower" else "max"
+        metric_key("val", task.name, name): "min" if direction == "lower" else "max"
         for task in schema.tasks
-        for name, metric in METRICS.items()
-        if metric.can_monitor
+        for name, direction in (better | dict(added or {})).items()
     }
     if monitor not in modes:
         raise InputError(f"monitor must be one of {', '.join(modes)}; got {monitor!r}")
@@ -115,6 +121,7 @@ def selection_callbacks(
     stop: str,
     schema: Schema,
     validation_labels: UInt8Array,
+    added: Mapping[str, str] | None = None,
 ) -> tuple[ModelCheckpoint, list[L.Callback]]:
     """Return the callback that keeps the best epoch, and all callbacks that follow the monitor.
 
@@ -129,12 +136,13 @@ def selection_callbacks(
             ``decreased``, each has a worse one than the epoch before (the paper's rule).
         schema: The tasks.
         validation_labels: ``(rows, T)``.
+        added: Better direction of the metrics that the catalogue lacks, by name.
 
     Raises:
         InputError: If a value is out of range.
     """
     check_choice("stop", stop, STOPS)
-    mode = monitor_mode(monitor, schema)
+    mode = monitor_mode(monitor, schema, added)
     check_integer("patience", patience, minimum=1)
     path = directory / BEST_CHECKPOINT
     # Without a version counter a second run in the same folder replaces the first one's checkpoint.
@@ -169,6 +177,7 @@ def _undefined(monitor: str, schema: Schema, labels: UInt8Array) -> str | None:
     if task.given is not None:
         labels = labels[labels[:, task.given] == 1]
     rows, positives = len(labels), int(labels[:, task.label].sum())
-    if rows and (0 < positives < rows or not METRICS[key.metric].needs_both_classes):
+    needs_both = key.metric in METRICS and METRICS[key.metric].needs_both_classes
+    if rows and (0 < positives < rows or not needs_both):
         return None
     return f"{positives} positives among {rows} rows ({schema.definition(task)})"

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mtnrec.checks import InputError
-from mtnrec.metric.catalogue import METRICS
+from mtnrec.metric.catalogue import metric_info
 from mtnrec.reporting.significance import compare, holm, stars
 from mtnrec.reporting.table.published import DATA_NAMES, MODELS, TASKS, has_paper_settings
 from mtnrec.reporting.table.render import Cell, Group, Row, Table
@@ -85,7 +85,8 @@ def comparisons(results: pd.DataFrame, *, metric: str = "auc", split: str = "tes
         raise InputError(f"no run has the metric {split}/{metric}. Choose one of {choices}.")
     blocks = chosen.groupby(["baseline", "task"], sort=False)
     cells = pd.DataFrame([row for _, block in blocks for row in _block_rows(block)])
-    cells["improved"] = METRICS[metric].improves(cells["mean"], cells["baseline_mean"])
+    info = metric_info(metric, chosen["better"].iloc[0])
+    cells["improved"] = info.improves(cells["mean"], cells["baseline_mean"])
     cells["holm_p"] = np.nan
     tested = cells["p_value"].notna()
     cells.loc[tested, "holm_p"] = holm(cells.loc[tested, "p_value"])
@@ -266,7 +267,7 @@ def _notes(cells: pd.DataFrame) -> tuple[str, ...]:
     metric, split = cells["metric"].iloc[0], cells["split"].iloc[0]
     fewest, most = cells["seeds"].min(), cells["seeds"].max()
     runs = f"{most}" if fewest == most else f"{fewest} to {most}"
-    title, rows = METRICS[metric].title, SPLIT_NAMES[split]
+    title, rows = metric_info(metric).title, SPLIT_NAMES[split]
     notes = [f"Mean {title} on the {rows} rows over {runs} seeds{_DEVIATION}."]
     if set(cells["task"]) == set(TASKS):
         notes.append("CTR and CTCVR: all rows; CVR: the clicked rows.")
