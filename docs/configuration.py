@@ -25,6 +25,8 @@ GROUPS = {
     "data": "Data",
     "model": "Models",
     "mtn": "MTN",
+    "loss": "Losses",
+    "balance": "Balances",
     "noise": "Noise",
     "optimizer": "Optimisers",
     "trainer": "Trainers",

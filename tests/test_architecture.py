@@ -27,6 +27,7 @@ ALLOWED = {
     "data": GROUND | {"files", "resources"},
     "metric": GROUND,
     "model": GROUND | {"resources"},
+    "objective": GROUND | {"model"},
     "optimizer": {"checks"},
     "mtn": {"checks", "metric", "optimizer"},
     "run": {"checks", "files", "resources"},
@@ -38,8 +39,8 @@ ALLOWED = {
     "serving": GROUND | {"checkpoint", "data", "files", "metric", "run"},
     "tracking": {"checks", "metric", "reporting", "run"},
     "training": GROUND
-    | {"checkpoint", "command", "data", "files", "inspection", "metric", "model", "optimizer"}
-    | {"mtn", "performance", "run", "serving", "tracking"},
+    | {"checkpoint", "command", "data", "files", "inspection", "metric", "model", "objective"}
+    | {"optimizer", "mtn", "performance", "run", "serving", "tracking"},
     # The commands.
     "train": {"checks", "command", "run", "sweep", "tracking", "training"},
     "prepare": {"command"},

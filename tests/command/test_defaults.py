@@ -18,7 +18,7 @@ from mtnrec.training.module import MultiTaskModule
 DIFFERENT = {"mtn.enabled"}
 CHOICES = [
     (path.parent.name, path.stem)
-    for group in ("model", "mtn", "optimizer")
+    for group in ("model", "mtn", "regularizer", "loss", "balance", "optimizer")
     for path in sorted((CONF_DIR / group).glob("*.yaml"))
     if "_target_: mtnrec." in path.read_text(encoding="utf-8")
 ]
@@ -68,8 +68,9 @@ def test_fit_has_the_defaults_of_train(compose_config):
     config, parameters = compose_config(), inspect.signature(fit).parameters
 
     shared = set(parameters) & set(config) - {"data", "model", "mtn", "noise", "output_dir"}
-    groups = {"optimizer": "adam", "trainer": "default", "logger": "csv"}
+    groups = {"loss": "cross_entropy", "balance": "sum", "optimizer": "adam"}
+    groups |= {"trainer": "default", "logger": "csv"}
     assert {key: parameters[key].default for key in shared} == {
         key: groups.get(key, config[key]) for key in shared
     }
-    assert len(shared) == 13
+    assert len(shared) == 17

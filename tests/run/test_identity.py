@@ -161,3 +161,11 @@ def test_a_folder_name_is_short_and_of_safe_characters(compose_config):
 
     assert re.fullmatch("[A-Za-z0-9._-]{1,120}", name)
     assert re.search("-seed0-[0-9a-f]{8}$", name)
+
+
+def test_groups_that_add_nothing_are_not_settings(compose_config):
+    config = OmegaConf.to_container(compose_config("output_dir=run"), resolve=True)
+    groups = ("regularizer", "loss", "balance", "scheduler", "metrics", "callbacks")
+
+    assert run_id({k: v for k, v in config.items() if k not in groups}) == run_id(config)
+    assert run_id(config | {"balance": {"_target_": "my.Balance"}}) != run_id(config)

@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from mtnrec.checks import InputError, check_choice
 from mtnrec.command.config import CONF_DIR, Train
 
+# Groups whose classes and partial calls need no more arguments.
+_BUILT_WITHOUT_MORE = ("regularizer", "loss", "balance")
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -34,12 +36,15 @@ def compose_run(groups: Mapping[str, Any], keys: Mapping[str, Any]) -> DictConfi
         elif group == "metrics":
             found["metrics"] = _metric_configs(groups.get("metrics") or {})
         elif group in Train.__annotations__:
-            found[str(group)] = group_config(str(group), groups.get(str(group), choice), choice)
+            value = groups.get(str(group), choice)
+            found[group] = None if value is None else group_config(str(group), value, choice)
+            if group in _BUILT_WITHOUT_MORE and not isinstance(value, str | Mapping | None):
+                found[group].pop("_partial_", None)
     del root["hydra"]
     return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Train), root, found, dict(keys)))
 
 
-def group_config(group: str, value: Any, default: str) -> DictConfig:
+def group_config(group: str, value: Any, default: str | None) -> DictConfig:
     """Return the config of a group.
 
     Args:
@@ -47,7 +52,7 @@ def group_config(group: str, value: Any, default: str) -> DictConfig:
         value: Name of a choice (``"mmoe"``), a list of names, whose keys are merged, keys that
             replace those of the default choice (``{"lr": 0.01}``; with ``_target_``, all keys), or
             an object or partial call as in :func:`describe_call`.
-        default: Name of the default choice.
+        default: Name of the default choice; None if there is none.
 
     Raises:
         InputError: If the choice or a key does not exist.
@@ -63,6 +68,11 @@ def group_config(group: str, value: Any, default: str) -> DictConfig:
         return OmegaConf.create(describe_call(group, value))
     if "_target_" in value:
         return OmegaConf.create(dict(value))
+    if default is None:
+        raise InputError(
+            f"{group} must be a choice, an object, or keys with their _target_, got keys "
+            f"{', '.join(map(str, value))} without it."
+        )
     base = _load(group, default)
     if unknown := sorted(set(value) - set(base)):
         raise InputError(

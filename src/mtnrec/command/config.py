@@ -96,7 +96,11 @@ class Train:
     noise: Any = MISSING
     model: Any = MISSING
     mtn: Any = MISSING
+    regularizer: Any = None
+    loss: Any = MISSING
+    balance: Any = MISSING
     optimizer: Any = MISSING
+    scheduler: Any = None
     trainer: Any = MISSING
     logger: Any = MISSING
     callbacks: Any = None

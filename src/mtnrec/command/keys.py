@@ -18,7 +18,10 @@ from mtnrec.command.config import lightning_keys
 from mtnrec.run.identity import flatten
 
 _OF_HYDRA = "_target_"
-_ONE_CHOICE = ("data", "experiment", "model", "mtn", "noise", "optimizer", "trainer")
+_ONE_CHOICE = (
+    *("balance", "data", "experiment", "loss", "model", "mtn", "noise", "optimizer"),
+    *("regularizer", "scheduler", "trainer"),
+)
 
 
 def check_keys(config: DictConfig, command: str) -> None:

@@ -4,8 +4,6 @@ from torch import Tensor
 
 from mtnrec.batch import LogProbabilities
 
-TASK_LOSSES = ("sum", "mean")
-
 
 def cross_entropies(output: LogProbabilities, labels: Tensor) -> Tensor:
     """Return the mean cross entropy of each label, ``(T,)``; the loss is their sum (eq. 5).

@@ -16,10 +16,20 @@ from mtnrec.resources import memory_bytes
 class Network(Protocol):
     """Interface for training, MTN and export; a model is an ``nn.Module`` with these methods.
 
-    It is built from the schema and the keys of its YAML file. Two attributes are optional:
-    ``supports_cuda_graphs`` (see :mod:`mtnrec.training.cuda_graph`) and ``expert_outputs``, an
-    ``nn.Identity`` that the outputs ``(B, E, O)`` of its experts pass through (see
-    :mod:`mtnrec.training.expert_distances`).
+    It is built from the schema and the keys of its YAML file. Some attributes are optional:
+
+    ``supports_cuda_graphs``
+        Whether each batch launches the same kernels; see :mod:`mtnrec.training.cuda_graph`.
+    ``expert_outputs``
+        An ``nn.Identity`` that the outputs ``(B, E, O)`` of the experts pass through; see
+        :mod:`mtnrec.training.expert_distances`.
+    ``losses(batch)``
+        Scalars by name in place of the labels' cross entropies, those of the labels among them,
+        under the labels' names. ``loss_weights`` has their weights in the objective by name, in the
+        same order.
+    ``measured``
+        Scalars of the last ``losses`` by name, without a gradient; their mean over an epoch's rows
+        is logged as ``train/name``.
     """
 
     def __call__(self, batch: Batch) -> LogProbabilities:

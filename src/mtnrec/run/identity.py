@@ -15,7 +15,13 @@ from typing import Any
 
 from mtnrec.run.secrets import redact
 
-TREATMENTS = ("mtn",)  # config groups that a baseline lacks
+TREATMENTS = ("mtn", "regularizer")  # config groups that a baseline lacks
+# Groups left out of the settings where they add nothing, so that runs of before they existed count.
+_OPTIONAL = ("regularizer", "loss", "balance", "scheduler", "metrics", "callbacks")
+_DEFAULTS = {
+    "loss": {"_target_": "mtnrec.objective.loss.CrossEntropy"},
+    "balance": {"_target_": "mtnrec.objective.balance.Weights", "weights": {}},
+}
 # Keys that say where a run reads and writes, or how it is displayed and computed, but do not change
 # its result. The checksum stands for the data.
 _NOT_OF_THE_RUN = (
@@ -46,19 +52,19 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     for part, keys in (("data", _NOT_OF_THE_DATA), ("trainer", _NOT_OF_THE_TRAINER)):
         settings[part] = {key: v for key, v in settings[part].items() if key not in keys}
-    settings |= {group: {"enabled": False} for group in TREATMENTS if not config[group]["enabled"]}
+    if not config["mtn"]["enabled"]:
+        settings["mtn"] = {"enabled": False}
+    for group in _OPTIONAL:
+        if group in settings and settings[group] in (None, {}, [], _DEFAULTS.get(group)):
+            del settings[group]
     # MTN recomputes its factors at each checkpoint; nothing else depends on the interval.
     if not config["mtn"]["enabled"] or not config["trainer"].get(CHECKPOINTS):
         settings["trainer"].pop(CHECKPOINTS, None)
     if not config["noise"]["proportion"]:
         settings["noise"] = {"proportion": 0}
     # Their order matters, their names do not.
-    callbacks = settings.pop("callbacks", None)
-    if callbacks:
-        found = callbacks.values() if isinstance(callbacks, Mapping) else callbacks
-        settings["callbacks"] = list(found)
-    if not settings.get("metrics"):
-        settings.pop("metrics", None)
+    if isinstance(callbacks := settings.get("callbacks"), Mapping):
+        settings["callbacks"] = list(callbacks.values())
     return settings
 
 
@@ -173,7 +179,8 @@ class RunIdentity:
     @cached_property
     def treatments(self) -> list[str]:
         """Treatments that the run has; empty in a baseline."""
-        return [group for group in TREATMENTS if self.settings[group]["enabled"]]
+        off = {"enabled": False}
+        return [group for group in TREATMENTS if self.settings.get(group, off).get("enabled", True)]
 
     @cached_property
     def shown_settings(self) -> dict[str, Any]:

@@ -73,8 +73,12 @@ def fit(
     model: str | Mapping[str, Any] | Callable[..., nn.Module] = "esmm",
     *,
     mtn: MTN | Mapping[str, Any] | None = None,
+    regularizer: str | L.Callback | Mapping[str, Any] | None = None,
+    loss: str | Mapping[str, Any] | Callable[..., nn.Module] = "cross_entropy",
+    balance: str | Mapping[str, Any] | Callable[..., nn.Module] = "sum",
     noise: Noise | Mapping[str, Any] | None = None,
     optimizer: str | Mapping[str, Any] | Callable[..., Any] = "adam",
+    scheduler: str | Mapping[str, Any] | None = None,
     trainer: str | Mapping[str, Any] = "default",
     logger: str | Sequence[str] | Mapping[str, Any] = "csv",
     callbacks: Sequence[L.Callback | Callable[..., L.Callback] | str | Mapping[str, Any]]
@@ -102,9 +106,16 @@ def fit(
             ``functools.partial`` of one: ``partial(mtnrec.MMoE, experts=4)``. Not a built network,
             whose weights would not follow from ``seed``.
         mtn: The callback, or keys of ``conf/mtn``; None trains without MTN.
+        regularizer: Another penalty on the weights: a choice of ``conf/regularizer``, keys with
+            their ``_target_``, or a callback; None adds none.
+        loss: Loss of each label: a choice of ``conf/loss``, keys, or a class or partial call.
+        balance: How the losses join: a choice of ``conf/balance``, keys, or a class or partial
+            call.
         noise: Feature noise, or keys of ``conf/noise``; None adds none.
         optimizer: A choice of ``conf/optimizer``, keys of the default choice, or a class or partial
             call that takes the parameters.
+        scheduler: Schedule of the learning rate: a choice of ``conf/scheduler``, or keys with their
+            ``_target_``; None keeps it constant.
         trainer: A choice of ``conf/trainer``, or keys of the default choice: ``{"max_epochs": 5}``.
         logger: A choice of ``conf/logger``, a list of them, or keys with their ``_target_``.
         callbacks: More Lightning callbacks, which run in order after those of the protocol. Each
@@ -138,8 +149,12 @@ def fit(
         "data": _describe_data(data),
         "model": _describe_model(model) if callable(model) else model,
         "mtn": {} if mtn is None else _enabled(mtn),
+        "regularizer": regularizer,
+        "loss": loss,
+        "balance": balance,
         "noise": {} if noise is None else noise,
         "optimizer": optimizer,
+        "scheduler": scheduler,
         "trainer": trainer,
         "logger": logger,
         "callbacks": callbacks,

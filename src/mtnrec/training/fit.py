@@ -27,8 +27,8 @@ from mtnrec.command.job import is_rank_zero, owns_screen
 from mtnrec.data.datamodule import DataModule
 from mtnrec.inspection.leaks import LeakCheck, check_leaks
 from mtnrec.metric.task_metrics import bayes_aucs
-from mtnrec.model.loss import TASK_LOSSES
 from mtnrec.model.network import build_network
+from mtnrec.objective.objective import TASK_LOSSES
 from mtnrec.performance import tune_process
 from mtnrec.run.environment import (
     code_of_run,
@@ -129,8 +129,10 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
     code = code_of_run(packages, own_sources, torch.get_num_threads())
     resume_point = ResumePoint(output_dir, identity.id, cfg.trainer[CHECKPOINTS], code=code)
     divergence, experts = Divergence(), ExpertDistances()
+    regularizer = instantiate(cfg.regularizer, _convert_="all")
     callbacks = [
         mtn,
+        *([] if regularizer is None else [regularizer]),
         divergence,
         recorder,
         experts,
@@ -279,6 +281,8 @@ def _make_module(cfg: DictConfig, datamodule: DataModule) -> MultiTaskModule:
         network,
         schema=schema,
         optimizer=optimizer,
+        loss=instantiate(cfg.loss, _convert_="all"),
+        balance=instantiate(cfg.balance, _convert_="all"),
         task_loss=cfg.task_loss,
         metrics=instantiate(cfg.metrics, _convert_="all"),
         cuda_graphs=cfg.cuda_graphs,

@@ -16,12 +16,12 @@ from torchmetrics import Metric
 
 from mtnrec.arrays import Int64Array
 from mtnrec.batch import Batch, LogProbabilities
-from mtnrec.checks import InputError, check_choice, check_flag
+from mtnrec.checks import InputError, check_flag
 from mtnrec.metric.added import AddedMetrics
 from mtnrec.metric.task_metrics import TaskMetrics
 from mtnrec.model.feature_input import FeatureInput
-from mtnrec.model.loss import TASK_LOSSES, cross_entropies
 from mtnrec.model.network import require_network
+from mtnrec.objective.objective import Objective
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import Schema
 from mtnrec.training.cuda_graph import CudaGraphLoss, can_be_captured
@@ -33,12 +33,14 @@ _SUM_EVERY_N_STEPS = 16  # reading a value waits for the accelerator
 
 
 class MultiTaskModule(L.LightningModule):
-    """Trains a network on the sum, or the mean, of its labels' cross entropies.
+    """Trains a network on the sum, or the mean, of its losses.
 
-    Each epoch logs ``train/loss`` (the trained loss without any penalty) and ``val/task_metric``;
-    the test logs ``test/task_metric``. ``results`` keeps the last values of each split in full
-    precision, and ``calibration_curves`` the columns of each task's curve after a test, under
-    ``test/task``. Every checkpoint carries ``metadata``, which describes the model.
+    These are the labels' cross entropies, unless ``loss`` or the network has others. Each epoch
+    logs ``train/loss`` (the sum, or mean, of the cross entropies, without any penalty),
+    ``train/loss_name`` of each loss and ``val/task_metric``; the test logs ``test/task_metric``.
+    ``results`` keeps the last values of each split in full precision, and ``calibration_curves``
+    the columns of each task's curve after a test, under ``test/task``. Every checkpoint carries
+    ``metadata``, which describes the model.
 
     Checkpoints of weights that are not finite are refused.
 
@@ -46,6 +48,10 @@ class MultiTaskModule(L.LightningModule):
         network: A :class:`~mtnrec.model.network.Network`.
         schema: Fields and labels of the data.
         optimizer: Makes the optimiser from the parameters.
+        loss: A :class:`~mtnrec.objective.loss.Loss`; the cross entropy by default. A network with
+            its own ``losses`` takes no other.
+        balance: A :class:`~mtnrec.objective.balance.Balance` of the losses; their plain sum by
+            default.
         task_loss: ``sum``, as in eq. 5, or ``mean``, as in MTReclib, with which the same ``lambda``
             weighs as much as ``lambda * T`` with the sum.
         metrics: More metrics by name, as in :class:`~mtnrec.metric.added.AddedMetrics`.
@@ -62,22 +68,26 @@ class MultiTaskModule(L.LightningModule):
         *,
         schema: Schema,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = _ADAM,
+        loss: nn.Module | None = None,
+        balance: nn.Module | None = None,
         task_loss: str = "sum",
         metrics: Mapping[str, Metric] | None = None,
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         require_network(network)
-        check_choice("task_loss", task_loss, TASK_LOSSES)
         check_flag("cuda_graphs", cuda_graphs)
         self.network = network
-        self._task_loss = task_loss
+        self.objective = Objective(
+            network, schema.labels, loss=loss, balance=balance, task_loss=task_loss
+        )
         self._optimizer = optimizer
         self.added_metrics = AddedMetrics(metrics or {})
         self.val_metrics = TaskMetrics(schema, self.added_metrics)
         self.test_metrics = TaskMetrics(schema, self.added_metrics)
-        self._losses: list[tuple[int, Tensor]] = []  # row counts and latest losses
-        self._loss_sum, self._loss_rows = 0.0, 0
+        self._values: list[tuple[int, Tensor]] = []  # row counts and latest values to log
+        self._sums: list[float] = []  # of the values times the row counts, in this epoch
+        self._rows = 0
         self.results: dict[str, dict[str, float]] = {}
         self.calibration_curves: dict[str, dict[str, list[float]]] = {}
         self.metadata: dict[str, Any] = {}
@@ -89,48 +99,60 @@ class MultiTaskModule(L.LightningModule):
         return self.network(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._loss(batch) if self._graph is None else self._graph(batch)
-        self._losses.append((len(batch), loss.detach()))
-        if len(self._losses) == _SUM_EVERY_N_STEPS:
-            self._sum_losses()
+        found = self._objective(batch) if self._graph is None else self._graph(batch)
+        self._values.append((len(batch), found[1:].detach()))
+        if len(self._values) == _SUM_EVERY_N_STEPS:
+            self._sum_values()
         if self.trainer.is_last_batch or self.trainer.global_step + 1 == self.trainer.max_steps:
-            self._log_losses()
-        return loss
+            self._log_values()
+        return found[0]
 
-    def _loss(self, batch: Batch) -> Tensor:
-        losses = cross_entropies(self(batch), _batch_labels(batch))
-        return losses.sum() if self._task_loss == "sum" else losses.mean()
+    def _objective(self, batch: Batch) -> Tensor:
+        return self.objective(self.network, batch)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.objective.is_balanced_by_gradients:
+            trained = [p for p in self.network.parameters() if p.requires_grad]
+            self.objective.backward(loss, trained)
+        else:
+            super().backward(loss, *args, **kwargs)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.objective.after_step(self.network, batch)
 
     def on_train_start(self) -> None:
         steps_alone = self.trainer.accumulate_grad_batches == 1
         captures = self._cuda_graphs and steps_alone and can_be_captured(self.network)
-        self._graph = CudaGraphLoss(self.network, self._loss) if captures else None
+        captures = captures and not self.objective.is_balanced_by_gradients
+        self._graph = CudaGraphLoss(self.network, self._objective) if captures else None
 
     def on_train_end(self) -> None:
         self._graph = None  # the parameters leave the GPU
 
-    def _sum_losses(self) -> None:
-        if not self._losses:
+    def _sum_values(self) -> None:
+        if not self._values:
             return
-        rows, losses = zip(*self._losses, strict=True)
+        rows, values = zip(*self._values, strict=True)
         # One by one, so that the sum does not depend on where a checkpoint splits it.
-        for count, loss in zip(rows, torch.stack(losses).tolist(), strict=True):
-            self._loss_sum += count * loss
-            self._loss_rows += count
-        self._losses.clear()
+        for count, found in zip(rows, torch.stack(values).tolist(), strict=True):
+            sums = self._sums or [0.0] * len(found)
+            self._sums = [total + count * one for total, one in zip(sums, found, strict=True)]
+            self._rows += count
+        self._values.clear()
 
-    def _log_losses(self) -> None:
-        self._sum_losses()
-        self.log(
-            "train/loss",
-            self._loss_sum / self._loss_rows,
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            sync_dist=True,
-            batch_size=self._loss_rows,
-        )
-        self._loss_sum, self._loss_rows = 0.0, 0
+    def _log_values(self) -> None:
+        self._sum_values()
+        for name, total in zip(self.objective.value_names, self._sums, strict=True):
+            self.log(
+                f"train/{name}",
+                total / self._rows,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=name == "loss",
+                sync_dist=True,
+                batch_size=self._rows,
+            )
+        self._sums, self._rows = [], 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         floats = [w for w in checkpoint["state_dict"].values() if w.is_floating_point()]
@@ -142,15 +164,14 @@ class MultiTaskModule(L.LightningModule):
                 "checkpoint stays."
             )
         checkpoint["mtnrec"] = self.metadata
-        self._sum_losses()
-        if self._loss_rows:  # within an epoch
-            own = [self._loss_sum, self._loss_rows]
-            checkpoint["train_losses"] = _gather_ranks(own)
+        self._sum_values()
+        if self._rows:  # within an epoch
+            own = [self._sums, self._rows]
+            checkpoint["train_values"] = _gather_ranks(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        ranks = checkpoint.get("train_losses")
-        own = ranks[self.global_rank] if ranks else (0.0, 0)
-        self._loss_sum, self._loss_rows = own
+        ranks = checkpoint.get("train_values")
+        self._sums, self._rows = ranks[self.global_rank] if ranks else ([], 0)
 
     def validation_step(self, batch: Batch) -> None:
         self.val_metrics.update(self(batch), _batch_labels(batch), batch.group)
@@ -207,10 +228,20 @@ class MultiTaskModule(L.LightningModule):
         if stage == "fit":
             # DDP checks for sparse gradients before Lightning configures the optimiser.
             self.configure_optimizers()
+            self._set_rates()
+
+    def _set_rates(self) -> None:
+        loss = self.objective.loss
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(loss, "set_rates") and data is not None:
+            loss.set_rates(torch.from_numpy(data.split_labels("train").mean(axis=0)))
 
     def configure_optimizers(self) -> Optimizer:
+        balance = self.objective.balance
         try:
             optimizer = self._optimizer(self.network.parameters())
+            if own := list(balance.parameters()):
+                optimizer.add_param_group({"params": own, "lr": balance.lr})
         # For example a rate out of range; torch names rule and value.
         except (ValueError, TypeError) as error:
             raise InputError(f"optimizer: {error}") from error
