@@ -21,10 +21,10 @@ from mtnrec.model.esmm import ESMM
 from mtnrec.model.loss import cross_entropies
 from mtnrec.model.mmoe import MMoE
 from mtnrec.model.shared_bottom import SharedBottom
-from mtnrec.mtn.callback import MTN, gradient_scale, measure_spectra
+from mtnrec.mtn.callback import MTN, measure_spectra
 from mtnrec.mtn.penalty import Deviation, Penalty
 from mtnrec.mtn.trace_norm import effective_rank
-from mtnrec.optimizer.penalty import add_to_gradients
+from mtnrec.optimizer.penalty import add_to_gradients, gradient_scale
 from mtnrec.training.module import MultiTaskModule
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
@@ -662,8 +662,11 @@ def test_directions_are_kept_for_fewer_steps_where_the_penalty_is_stronger(funne
         ({"refresh_every": 0}, "mtn.refresh_every must be an integer >= 1, got 0"),
         ({"target": "gates"}, "mtn.target must be one of towers, shared; got 'gates'"),
         ({"layers": "first"}, "mtn.layers must be one of all"),
-        ({"layers": []}, "mtn.layers must be `all` or a list"),
-        ({"layers": [1, 1]}, "mtn.layers must be `all` or a list of different depths"),
+        ({"layers": []}, "mtn.layers must be `all`, `last_hidden` or a list"),
+        (
+            {"layers": [1, 1]},
+            "mtn.layers must be `all`, `last_hidden` or a list of different depths",
+        ),
         ({"layers": [-1]}, "mtn.layers must be an integer >= 0, got -1"),
         ({"alpha": "learnt"}, "mtn.alpha must be one of learned, uniform; got 'learnt'"),
         ({"alpha": [0.5, 0.5]}, "mtn.alpha must be `learned`, `uniform` or three weights"),
@@ -673,6 +676,16 @@ def test_directions_are_kept_for_fewer_steps_where_the_penalty_is_stronger(funne
         ({"coupling": "loose"}, "mtn.coupling must be one of gradient, decoupled"),
         ({"frobenius": "no"}, "mtn.frobenius must be true or false"),
         ({"enabled": 1}, "mtn.enabled must be true or false"),
+        ({"norm": "spectral"}, "mtn.norm must be one of trace, capped, nuclear"),
+        ({"cap": -1}, r"mtn.cap must be a number in \[0, inf\), got -1"),
+        (
+            {"norm": "capped", "refresh_every": 2},
+            r"mtn.refresh_every must be 1 with mtn.norm=capped.*got 2\. Set mtn.refresh_every=1",
+        ),
+        (
+            {"norm": "nuclear"},
+            "mtn.alpha must be uniform .*mtn.norm=nuclear.*got learned and .*Choose mtn=nuclear",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(keys, message):

@@ -20,13 +20,21 @@ from mtnrec.mtn.penalty import Penalty, mean_distance
 from mtnrec.mtn.polar import polar_factors
 from mtnrec.mtn.schedule import RefreshPolicy
 from mtnrec.mtn.trace_norm import effective_rank
-from mtnrec.optimizer.penalty import add_to_gradients, move_parameters
+from mtnrec.optimizer.layers import LayerChoice
+from mtnrec.optimizer.penalty import (
+    COUPLINGS,
+    SAMPLED_EVERY_N_STEPS,
+    Push,
+    apply_penalty,
+    gradient_scale,
+    loss_share,
+)
 
 COLLAPSED_ALPHA = 0.99
 _LARGEST_GAP = 0.1  # a norm that is further off between two updates is warned about
-_SHARE_EVERY_N_STEPS = 16  # counting zeros takes a pass over the gradients
 # Number of mode subsets in eq. 2 that share the norm of each unfolding, and of the full set.
 _MULTIPLICITIES = {"distinct": (1, 1, 1), "all": (2, 2, 2, 1)}
+_NORMS = ("trace", "capped", "nuclear")
 UNFOLDINGS = ("task", "output", "input")  # row modes of the three distinct unfoldings
 
 _ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
@@ -43,8 +51,9 @@ class MTN(L.Callback):
     factors, so that a run resumed from it, even within an epoch, has the same ones.
 
     Each epoch logs, under ``mtn/``: ``norm`` (``sum_i w_i R_i``), ``penalty`` (``lam`` times that),
-    ``loss_share`` (penalty over loss plus penalty), ``zero_gradient_share`` (share of the penalised
-    weights without a data gradient, which Adam moves at the full rate whatever ``lam``); and per
+    ``loss_share`` (penalty over loss plus penalty), ``push`` (norm of the penalty's gradient over
+    that of the loss's, on the penalised weights), ``zero_gradient_share`` (share of these weights
+    without a data gradient, which Adam moves at the full rate whatever ``lam``); and per
     layer ``norm``, ``weight``, ``alpha_*``, ``effective_rank_*``, ``distance`` (mean distance
     between two towers over their mean norm), and the largest deviations from the exact method
     between two decompositions: ``gap`` (relative error of the norm), ``angle`` (degrees between the
@@ -56,7 +65,15 @@ class MTN(L.Callback):
         enabled: Whether the callback is active; ``false`` in ``conf``, so that runs opt in to MTN.
         lam: ``lambda``; the paper uses 1e-5. 0 measures without changing the training.
         target: Layers to penalise: the task ``towers``, or parallel ``shared`` layers (experts).
-        layers: ``all``, or the depths to penalise, counted from 0 next to the input.
+        layers: ``all``; ``last_hidden``, the deepest with more than one output; or the depths to
+            penalise, counted from 0 next to the input.
+        norm: Norm in ``R_i``: the paper's tensor ``trace`` norm; ``capped``, each singular value of
+            an unfolding up to ``cap`` times its largest, so that only the small ones shrink (Han
+            and Zhang, AAAI 2016), which is not convex and needs ``refresh_every=1``; or
+            ``nuclear``, the sum of the towers' own trace norms: low rank without a tie between
+            tasks, which needs ``alpha=uniform`` and ``subsets=distinct``, as neither applies.
+        cap: Threshold of ``norm=capped``, relative to the largest singular value at each step; 0
+            penalises nothing, above 1 it is the trace norm.
         subsets: Norms that alpha weights (eq. 2): those of the three ``distinct`` unfoldings, or of
             ``all`` seven non-empty subsets of the modes, where each unfolding counts twice (the
             complement of a set gives its transpose) and the full set, a vector, has the norm
@@ -84,6 +101,8 @@ class MTN(L.Callback):
         lam: float = 1e-5,
         target: str = "towers",
         layers: str | Sequence[int] = "all",
+        norm: str = "trace",
+        cap: float = 0.5,
         subsets: str = "distinct",
         alpha: str | Sequence[float] = "learned",
         layer_weighting: str = "mean",
@@ -94,18 +113,22 @@ class MTN(L.Callback):
     ) -> None:
         check_flag("mtn.enabled", enabled)
         check_number("mtn.lam", lam, minimum=0)
-        check_choice("mtn.target", target, ["towers", "shared"])
-        _check_layers(layers)
+        self._choice = LayerChoice("mtn", target, layers)
+        check_choice("mtn.norm", norm, _NORMS)
+        check_number("mtn.cap", cap, minimum=0)
         check_choice("mtn.subsets", subsets, list(_MULTIPLICITIES))
         _check_alpha(alpha)
         check_choice("mtn.layer_weighting", layer_weighting, LAYER_WEIGHTINGS)
         check_flag("mtn.frobenius", frobenius)
-        check_choice("mtn.coupling", coupling, ["gradient", "decoupled"])
+        check_choice("mtn.coupling", coupling, COUPLINGS)
         check_integer("mtn.refresh_every", refresh_every, minimum=1)
+        _check_norm(norm, alpha, subsets, refresh_every)
         self.enabled = enabled
         self.lam = lam
         self.target = target
         self.layers = layers
+        self.norm = norm
+        self.cap = cap
         self.subsets = subsets
         self.alpha = alpha
         self.layer_weighting = layer_weighting
@@ -118,6 +141,7 @@ class MTN(L.Callback):
         self._optimizer: Optimizer | None = None
         self._restored: dict[str, Any] = {}
         self._zero_gradient_shares: list[Tensor] = []
+        self._push = Push()
         self._collapsed: set[int] = set()
         self._deviated: set[int] = set()
         self._measured_at = 0
@@ -127,12 +151,11 @@ class MTN(L.Callback):
         if not self.enabled or stage != "fit":
             return
         self._deferred_steps = 0
-        depths = self._choose_depths(self._find_depths(pl_module.network))
-        for depth, layers in depths.items():
-            self._check_depth(depth, layers)
+        depths = self._choice.find(pl_module.network)
+        is_nuclear = self.norm == "nuclear"
         weights = MixingWeights(
             layers=len(depths),
-            multiplicities=_MULTIPLICITIES[self.subsets],
+            multiplicities=(1,) if is_nuclear else _MULTIPLICITIES[self.subsets],
             alpha=self.alpha,
             layer_weighting=self.layer_weighting,
         )
@@ -141,52 +164,14 @@ class MTN(L.Callback):
             weights,
             frobenius=self.frobenius,
             policy=self._make_policy(),
+            cap=self.cap if self.norm == "capped" else None,
+            per_tower=is_nuclear,
         )
 
     def _make_policy(self) -> RefreshPolicy:
         if self.coupling == "decoupled":  # no optimiser magnifies the penalty
             return RefreshPolicy(longest=self.refresh_every)
         return RefreshPolicy.for_lambda(self.lam, self.refresh_every)
-
-    def _find_depths(self, network: Any) -> list[list[nn.Linear]]:
-        method = "task_layers" if self.target == "towers" else "shared_layers"
-        name = type(network).__name__
-        if not hasattr(network, method):
-            raise InputError(
-                f"{name} must have a method {method}() for MTN to act on. Add it, or set "
-                "mtn.enabled=false."
-            )
-        depths: list[list[nn.Linear]] = getattr(network, method)()
-        if not depths:
-            raise InputError(
-                f"{name} must have parallel shared layers (experts) for mtn.target=shared, got "
-                "none. Choose mtn.target=towers, or model=mmoe."
-            )
-        return depths
-
-    def _choose_depths(self, depths: list[list[nn.Linear]]) -> dict[int, list[nn.Linear]]:
-        if isinstance(self.layers, str):
-            return dict(enumerate(depths))
-        if max(self.layers) >= len(depths):
-            raise InputError(
-                f"mtn.layers must be from 0 to {len(depths) - 1}, the layers of "
-                f"mtn.target={self.target}, got {list(self.layers)}. Choose among those."
-            )
-        return {depth: depths[depth] for depth in self.layers}
-
-    def _check_depth(self, depth: int, layers: list[nn.Linear]) -> None:
-        shapes = {tuple(layer.weight.shape) for layer in layers}
-        if len(shapes) > 1:
-            raise InputError(
-                f"the {self.target} at layer {depth} must have equal shapes for MTN to stack them, "
-                f"got {' and '.join(map(str, sorted(shapes)))}. Set equal widths, or leave this "
-                "layer out of mtn.layers."
-            )
-        if len(layers) < 2:
-            raise InputError(
-                f"layer {depth} of mtn.target={self.target} must have at least two parallel layers "
-                "for MTN to stack, got one. Leave it out of mtn.layers, or set mtn.enabled=false."
-            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._penalty is None:
@@ -204,6 +189,8 @@ class MTN(L.Callback):
             self._penalty.load_state_dict(self._restored["penalty"])
             shares = self._restored["zero_gradient_shares"]
             self._zero_gradient_shares = [share.to(pl_module.device) for share in shares]
+            if "push" in self._restored:  # not in checkpoints of earlier versions
+                self._push.load_state_dict(self._restored["push"], pl_module.device)
         # The uninterrupted run recomputed its factors at the checkpoint: the same bits.
         self._measure(self._penalty, trainer.global_step)
 
@@ -229,6 +216,7 @@ class MTN(L.Callback):
             "optimizer": {} if self._optimizer is None else self._optimizer.state_dict(),
             "penalty": self._penalty.state_dict(),
             "zero_gradient_shares": self._zero_gradient_shares,
+            "push": self._push.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -241,18 +229,23 @@ class MTN(L.Callback):
             return
         if self._penalty.is_due(trainer.global_step):
             self._apply_deferred_steps(self._penalty)
-        scale = self.lam * gradient_scale(trainer, optimizer)
-        strength = scale if self.coupling == "gradient" else None
+        scale = gradient_scale(trainer, optimizer)
+        strength = self.lam * scale if self.coupling == "gradient" else None
         self._penalty.update(trainer.global_step, strength)
         # At least once per epoch, or Lightning would show the last epoch's value.
-        if trainer.global_step % _SHARE_EVERY_N_STEPS == 0 or not self._zero_gradient_shares:
+        if trainer.global_step % SAMPLED_EVERY_N_STEPS == 0 or not self._zero_gradient_shares:
             self._zero_gradient_shares.append(_zero_gradient_share(self._penalty.parameters()))
+        if self._push.is_due(trainer.global_step):
+            self._push.sample(self._penalty.gradients(), lam=self.lam, gradient_scale=scale)
         if self.lam == 0:
             return
-        if self.coupling == "gradient":
-            add_to_gradients(self._penalty.gradients(), scale=scale)
-        else:
-            move_parameters(self._penalty.gradients(), optimizer, strength=self.lam)
+        apply_penalty(
+            self._penalty.gradients(),
+            optimizer,
+            lam=self.lam,
+            coupling=self.coupling,
+            gradient_scale=scale,
+        )
         self._deferred_steps += 1
 
     def _apply_deferred_steps(self, penalty: Penalty) -> None:
@@ -278,10 +271,10 @@ class MTN(L.Callback):
         layer_weights = self._penalty.weights.layer_weights(norms)
         alpha = self._penalty.weights.alpha()
         penalty = self.lam * (layer_weights @ norms)
-        values = {"norm": layer_weights @ norms, "penalty": penalty}
+        values = {"norm": layer_weights @ norms, "penalty": penalty, **self._push.pop()}
         loss = trainer.callback_metrics.get("train/loss")
         if loss is not None:
-            values["loss_share"] = penalty / (loss + penalty)
+            values["loss_share"] = loss_share(penalty, loss)
         if self._zero_gradient_shares:
             shares = torch.stack(self._zero_gradient_shares)
             values["zero_gradient_share"] = shares.mean()
@@ -299,8 +292,8 @@ class MTN(L.Callback):
                 found = deviations[index]._asdict()
                 layer_values |= {name: torch.tensor(value) for name, value in found.items()}
             for unfolding, name in enumerate(names):
-                layer_values[f"alpha_{name}"] = alpha[index, unfolding]
                 layer_values[f"effective_rank_{name}"] = effective_rank(spectra[index][unfolding])
+            layer_values |= self._alphas(alpha[index])
             logged |= {layer_key(depth, name): value for name, value in layer_values.items()}
             self._warn_of_collapse(depth, alpha[index])
         # Several processes average the values on the model's device.
@@ -314,6 +307,13 @@ class MTN(L.Callback):
                 for name, spectrum in zip(names, layer_spectra, strict=True)
             }
             _write_spectra(trainer, named)
+
+    def _alphas(self, alpha: Tensor) -> dict[str, Tensor]:
+        """Return the alphas of a layer to log; none under ``nuclear``, which has no unfoldings."""
+        if self.norm == "nuclear":
+            return {}
+        names = self._unfolding_names()
+        return {f"alpha_{name}": alpha[index] for index, name in enumerate(names)}
 
     def _unfolding_names(self) -> tuple[str, ...]:
         return UNFOLDINGS if self.target == "towers" else ("expert", *UNFOLDINGS[1:])
@@ -385,33 +385,10 @@ def _write_spectra(trainer: L.Trainer, spectra: dict[str, np.ndarray]) -> None:
     np.savez(folder / f"epoch_{trainer.current_epoch:03d}.npz", **cast(Any, spectra))
 
 
-def gradient_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:
-    """Return the scale of the gradients when ``on_before_optimizer_step`` is called.
-
-    It is 1 except for fused optimisers in fp16, which unscale inside their step, after the hook.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return 1.0
-    return scaler.get_scale()
-
-
 def _zero_gradient_share(parameters: Sequence[nn.Parameter]) -> Tensor:
     nonzero = [p.grad.count_nonzero() for p in parameters if p.grad is not None]
     total = sum(p.numel() for p in parameters)
     return 1 - (torch.stack(nonzero).sum() if nonzero else torch.tensor(0)) / total
-
-
-def _check_layers(layers: Any) -> None:
-    if isinstance(layers, str):
-        check_choice("mtn.layers", layers, ["all"])
-        return
-    if not isinstance(layers, Sequence) or not len(layers) or len(set(layers)) < len(layers):
-        raise InputError(
-            f"mtn.layers must be `all` or a list of different depths, e.g. [0, 2], got {layers!r}"
-        )
-    for layer in layers:
-        check_integer("mtn.layers", layer, minimum=0)
 
 
 def _check_alpha(alpha: Any) -> None:
@@ -427,3 +404,16 @@ def _check_alpha(alpha: Any) -> None:
         check_number("mtn.alpha", weight, minimum=0, maximum=1)
     if not math.isclose(sum(alpha), 1, abs_tol=1e-6):
         raise InputError(f"mtn.alpha must sum to 1, got {list(alpha)} with sum {sum(alpha):g}")
+
+
+def _check_norm(norm: str, alpha: Any, subsets: str, refresh_every: int) -> None:
+    if norm == "capped" and refresh_every != 1:
+        raise InputError(
+            "mtn.refresh_every must be 1 with mtn.norm=capped, which is not convex, so a direction "
+            f"that is kept may point anywhere, got {refresh_every}. Set mtn.refresh_every=1."
+        )
+    if norm == "nuclear" and (alpha != "uniform" or subsets != "distinct"):
+        raise InputError(
+            "mtn.alpha must be uniform and mtn.subsets distinct with mtn.norm=nuclear, which has "
+            f"no unfoldings to weight, got {alpha} and {subsets}. Choose mtn=nuclear."
+        )

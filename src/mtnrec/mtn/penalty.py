@@ -32,10 +32,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtnrec.mtn.mixing import MixingWeights
-from mtnrec.mtn.polar import largest_magnitude, left_vectors, polar_factors, polar_from_vectors
+from mtnrec.mtn.polar import (
+    PolarFactor,
+    capped_factor,
+    capped_norm,
+    largest_magnitude,
+    left_vectors,
+    polar_factors,
+    polar_from_vectors,
+    tower_factors,
+    tower_side,
+    tower_vectors,
+)
 from mtnrec.mtn.schedule import RefreshPolicy
 from mtnrec.mtn.trace_norm import frobenius_norm, layer_norms
 from mtnrec.mtn.unfolding import Modes, short_sides, unfold, unfoldings
+from mtnrec.optimizer.layers import stack_weights, weight_of
 
 UNFOLDINGS = unfoldings(3)
 _TINY = torch.finfo(torch.float32).tiny
@@ -98,6 +110,10 @@ class Penalty:
         weights: Alpha and layer weights.
         frobenius: Whether ``R_i`` includes the Frobenius term.
         policy: Schedule of the recomputations; ``longest=1`` is the exact method.
+        cap: Threshold of the capped trace norm, relative to the largest singular value, for the
+            exact method only; None for the trace norm.
+        per_tower: Whether the sum of the towers' own trace norms takes the place of those of the
+            unfoldings; ``weights`` then has a single alpha.
     """
 
     def __init__(
@@ -107,11 +123,15 @@ class Penalty:
         *,
         frobenius: bool,
         policy: RefreshPolicy,
+        cap: float | None = None,
+        per_tower: bool = False,
     ) -> None:
         self.depths = depths
         self.weights = weights
         self._frobenius = frobenius
         self._policy = policy
+        self._cap = cap
+        self._per_tower = per_tower
         self._stacks = {depth: _Stack() for depth in depths}
         self._layer_weights: list[float] = []
         self._largest: dict[int, Deviation] = {}
@@ -132,14 +152,12 @@ class Penalty:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the penalised parameters of the model, without frozen ones."""
-        found = [_weight(layer) for layers in self.depths.values() for layer in layers]
+        found = [weight_of(layer) for layers in self.depths.values() for layer in layers]
         return [weight for weight in found if weight.requires_grad]
 
-    @torch.no_grad()
     def stack(self, depth: int) -> Tensor:
         """Return the stacked weights of a depth, ``(T, O, I)``, in float32 or wider."""
-        stack = torch.stack([layer.weight for layer in self.depths[depth]])
-        return stack.to(torch.promote_types(stack.dtype, torch.float32))
+        return stack_weights(self.depths[depth])
 
     def is_due(self, step: int) -> bool:
         """Return whether :meth:`update` would decompose a stack, and so read alpha."""
@@ -177,7 +195,7 @@ class Penalty:
 
     @torch.no_grad()
     def measure(self, step: int) -> list[list[Tensor]]:
-        """Decompose all stacks exactly and return the spectra.
+        """Decompose all stacks exactly and return the spectra of their unfoldings.
 
         Returns:
             ``L`` lists of ``S`` spectra, each descending, float64, on the CPU.
@@ -185,7 +203,10 @@ class Penalty:
         spectra = []
         for depth, kept in self._stacks.items():
             stack = self.stack(depth)
-            spectra.append(self._decompose(depth, stack, step, exact=True))
+            found = self._decompose(depth, stack, step, exact=True)
+            if self._per_tower:
+                found = [polar.singular_values.cpu() for polar in polar_factors(stack)]
+            spectra.append(found)
             kept.updated = step
             if self._update_interval(depth, step) > 1:
                 self._keep_slope(depth, stack, kept.slope)
@@ -214,23 +235,26 @@ class Penalty:
         if kept.vectors and kept.updated < step and self._policy.longest > 1:
             is_kept = self._update_interval(depth, step) > 1
             used = self.current(depth) if is_kept else self._direction(depth, stack)
-        sides = short_sides(self._shape(depth))
+        sides = self._sides(depth)
         kept.alpha = self.weights.alpha()[self._layer_index(depth)].tolist()
         kept.scale = largest_magnitude(stack).item()
         frobenius = frobenius_norm(stack)
         spectra: list[Tensor] = []
         if exact:
-            factors = dict(zip(sides, polar_factors(stack), strict=True))
+            factors = dict(zip(sides, self._factors(stack), strict=True))
             for side, factor in factors.items():
                 self._cache_vectors(depth, side, factor.vectors, factor.singular_values[0])
             spectra = [factors[side].singular_values.cpu() for side in sides]
-            norms = torch.stack([spectrum.sum() for spectrum in spectra])
+            norms = torch.stack([capped_norm(spectrum, self._cap) for spectrum in spectra])
             kept.direction = self._frobenius_gradient(depth, stack, frobenius.to(stack.dtype))
             for side, factor in factors.items():
-                kept.direction.add_(factor.factor, alpha=self._alpha(depth, side))
+                gradient = factor.factor
+                if self._cap is not None:
+                    gradient = capped_factor(factor, side, self._cap)
+                kept.direction.add_(gradient, alpha=self._alpha(depth, side))
         else:
             for side in dict.fromkeys(sides):
-                self._cache_vectors(depth, side, *left_vectors(unfold(stack, side)))
+                self._cache_vectors(depth, side, *self._left_vectors(stack, side))
             found: dict[Modes, Tensor] = {}
             kept.direction = self._direction(depth, stack, found)
             norms = torch.stack([found[side] for side in sides]).cpu()
@@ -244,6 +268,19 @@ class Penalty:
             before = self._largest.get(depth, deviation)
             self._largest[depth] = Deviation(*map(max, zip(deviation, before, strict=True)))
         return spectra
+
+    def _sides(self, depth: int) -> tuple[Modes, ...]:
+        """Return the side that each norm is computed from."""
+        shape = self._shape(depth)
+        return (tower_side(shape),) if self._per_tower else short_sides(shape)
+
+    def _factors(self, stack: Tensor) -> list[PolarFactor]:
+        return [tower_factors(stack)] if self._per_tower else polar_factors(stack)
+
+    def _left_vectors(self, stack: Tensor, side: Modes) -> tuple[Tensor, Tensor]:
+        if self._per_tower:
+            return tower_vectors(stack)
+        return left_vectors(unfold(stack, side))
 
     def _cache_vectors(self, depth: int, side: Modes, vectors: Tensor, largest: Tensor) -> None:
         """Cache the vectors of a side, and the length below which a row is only rounding."""
@@ -273,7 +310,7 @@ class Penalty:
 
     def _alpha(self, depth: int, side: Modes) -> float:
         """Return the total alpha of the unfoldings that share a side."""
-        sides = short_sides(self._shape(depth))
+        sides = self._sides(depth)
         alpha = self._stacks[depth].alpha
         return sum(weight for weight, other in zip(alpha, sides, strict=False) if other == side)
 
@@ -351,7 +388,7 @@ class Penalty:
                 if kept.slope is not None:
                     # Two operations, which round the same way on every machine.
                     gradient = gradient + kept.slope[index] * layer.weight.detach()
-                yield _weight(layer), gradient, weight
+                yield weight_of(layer), gradient, weight
 
     def pop_deviations(self) -> list[Deviation] | None:
         """Return each depth's largest deviations since the last call; None if one has none.
@@ -369,10 +406,6 @@ class Penalty:
     def _follow_rank_0(self, *tensors: Tensor) -> None:
         if dist.is_initialized():
             _broadcast(tensors, next(iter(self.depths.values()))[0].weight.device)
-
-
-def _weight(layer: nn.Linear) -> nn.Parameter:
-    return layer.get_parameter("weight")
 
 
 def _required(direction: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Polar factors: the gradients of trace norms, from decompositions or cached singular vectors."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,10 +85,12 @@ def multiply_along(stack: Tensor, modes: Modes, matrix: Tensor) -> Tensor:
     Args:
         stack: ``(T, O, I)``, contiguous.
         modes: Modes of the unfolding's rows; ``m`` rows.
-        matrix: ``(m, m)``.
+        matrix: ``(m, m)``; for ``(1,)`` and ``(2,)`` also one per tower, ``(T, m, m)``.
     """
     if modes == (1,):
         return matrix @ stack
+    if matrix.dim() == 3:
+        return stack @ matrix.mT
     if 0 not in modes:
         return (stack.view(-1, len(matrix)) @ matrix.T).view(stack.shape)
     return fold(matrix @ unfold(stack, modes), modes, stack.shape)
@@ -106,17 +109,19 @@ def polar_from_vectors(
     Args:
         stack: ``(T, O, I)``, contiguous.
         side: Modes of the unfolding's rows, its shorter side; ``m`` rows, ``n`` columns.
-        vectors: ``(m, m)``, orthonormal columns.
+        vectors: ``(m, m)``, orthonormal columns; or ``(T, m, m)``, those of each tower's own
+            matrix, whose polar factors are then returned.
         least: Length, positive, below which a row is not lengthened to 1: it is the rounding error
             of a zero singular value.
 
     Returns:
-        The factor, folded to the shape of the stack, and the lengths of the rows, ``(m,)``: the
-        singular values if the vectors are those of the unfolding. Costs two products of ``m^2 n``
-        multiplications.
+        The factor, folded to the shape of the stack, and the lengths of the rows, ``(m,)`` or
+        ``(T * m,)``: the singular values if the vectors are those of the unfolding. Costs two
+        products of ``m^2 n`` multiplications.
     """
-    rows = multiply_along(stack, side, vectors.T)
-    others = [mode for mode in range(stack.dim()) if mode not in side]
+    rows = multiply_along(stack, side, vectors.mT)
+    towers = range(stack.dim() - 2) if vectors.dim() == 3 else ()
+    others = [mode for mode in range(stack.dim()) if mode not in (*side, *towers)]
     lengths = torch.linalg.vector_norm(rows, dim=others, keepdim=True)
     rows.div_(lengths.clamp(min=least))
     return multiply_along(rows, side, vectors), lengths.flatten()
@@ -138,3 +143,69 @@ def polar_factors(stack: Tensor) -> list[PolarFactor]:
         polar = polar_factor(unfold(stack, side))
         factors[side] = polar._replace(factor=fold(polar.factor, side, stack.shape).contiguous())
     return [factors[side] for side in sides]
+
+
+def tower_side(shape: Sequence[int]) -> Modes:
+    """Return the shorter side of each tower's matrix in a stack of shape ``(T, O, I)``."""
+    return (1,) if shape[1] <= shape[2] else (2,)
+
+
+def tower_factors(stack: Tensor) -> PolarFactor:
+    """Return the polar factors of the towers' own matrices, stacked.
+
+    Args:
+        stack: ``(T, O, I)``.
+
+    Returns:
+        Factors ``(T, O, I)``, all singular values in descending order, and vectors ``(T, m, m)``.
+    """
+    towers = [polar_factor(matrix) for matrix in stack]
+    return PolarFactor(
+        torch.stack([tower.factor for tower in towers]),
+        torch.cat([tower.singular_values for tower in towers]).sort(descending=True).values,
+        torch.stack([tower.vectors for tower in towers]),
+    )
+
+
+def tower_vectors(stack: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the left singular vectors of each tower's own matrix, and the largest singular value.
+
+    Args:
+        stack: ``(T, O, I)``.
+
+    Returns:
+        As :func:`left_vectors`; the vectors are ``(T, m, m)``.
+    """
+    matrices = stack if tower_side(stack.shape) == (1,) else stack.mT
+    vectors, largest = zip(*map(left_vectors, matrices), strict=True)
+    return torch.stack(vectors), torch.stack(largest).max()
+
+
+def capped_norm(singular_values: Tensor, cap: float | None) -> Tensor:
+    """Return ``sum_i min(sigma_i, tau)`` with ``tau = cap * sigma_1``; the sum if ``cap`` is None.
+
+    Args:
+        singular_values: Descending.
+        cap: Threshold relative to the largest.
+
+    >>> spectrum = torch.tensor([4.0, 3.0, 1.0])
+    >>> capped_norm(spectrum, 0.5), capped_norm(spectrum, None)
+    (tensor(5.), tensor(8.))
+    """
+    if cap is None:
+        return singular_values.sum()
+    return singular_values.minimum(cap * singular_values[0]).sum()
+
+
+def capped_factor(polar: PolarFactor, side: Modes, cap: float) -> Tensor:
+    """Return the gradient of the capped norm, ``U diag(sigma < tau) V^T``, ``tau`` being fixed.
+
+    Args:
+        polar: Folded factor of an unfolding, ``(T, O, I)``.
+        side: Modes of the unfolding's rows, its shorter side.
+        cap: Threshold relative to the largest singular value.
+    """
+    values = polar.singular_values
+    is_small = (values < cap * values[0]).flip(0)  # in the order of the vectors
+    vectors = polar.vectors[:, is_small.to(polar.vectors.device)]
+    return multiply_along(polar.factor, side, vectors @ vectors.T)
