@@ -30,6 +30,7 @@ ALLOWED = {
     "objective": GROUND | {"model"},
     "optimizer": {"checks"},
     "mtn": {"checks", "metric", "optimizer"},
+    "regularizer": {"checks", "optimizer"},
     "run": {"checks", "files", "resources"},
     "command": {"checks", "run"},
     "inspection": GROUND | {"data", "metric"},
@@ -40,7 +41,7 @@ ALLOWED = {
     "tracking": {"checks", "metric", "reporting", "run"},
     "training": GROUND
     | {"checkpoint", "command", "data", "files", "inspection", "metric", "model", "objective"}
-    | {"optimizer", "mtn", "performance", "run", "serving", "tracking"},
+    | {"optimizer", "mtn", "performance", "regularizer", "run", "serving", "tracking"},
     # The commands.
     "train": {"checks", "command", "run", "sweep", "tracking", "training"},
     "prepare": {"command"},
@@ -53,7 +54,8 @@ ALLOWED = {
     "compare": {"checks", "reporting", "run"},
     "dashboard": {"checks", "command", "files", "tracking"},
     "__main__": {"command"},
-    "__init__": {"data", "model", "mtn", "optimizer", "reporting", "serving", "training"},
+    "__init__": {"data", "model", "mtn", "optimizer", "regularizer", "reporting", "serving"}
+    | {"training"},
 }
 
 

@@ -28,7 +28,7 @@ run
 arm
     All runs that differ only in their seed and the keys derived from it.
 treatment
-    The setting that an arm has and its baseline lacks: MTN.
+    What an arm has and its baseline lacks: MTN, a regulariser, or both.
 baseline
     The arm with the same settings without the treatment.
 variant
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from mtnrec.model.shared_bottom import SharedBottom
     from mtnrec.mtn.callback import MTN
     from mtnrec.optimizer.lazy_adam import LazyAdam
+    from mtnrec.regularizer.callback import Regularizer
     from mtnrec.reporting.runs import read_runs
     from mtnrec.serving.scorer import load_checkpoint
     from mtnrec.training.api import fit
@@ -77,6 +78,7 @@ __all__ = [
     "MMoE",
     "MultiTaskModule",
     "Noise",
+    "Regularizer",
     "SharedBottom",
     "Synthetic",
     "Table",
@@ -94,6 +96,7 @@ _MODULES = {
     "MTN": "mtn.callback",
     "MultiTaskModule": "training.module",
     "Noise": "data.noise",
+    "Regularizer": "regularizer.callback",
     "SharedBottom": "model.shared_bottom",
     "Synthetic": "data.synthetic",
     "Table": "data.table",

@@ -76,7 +76,10 @@ def make_sections(tasks: Sequence[str]) -> dict[str, list[Any]]:
         "Noise": scatter("noise.proportion"),
         "Lambda": scatter("mtn.lam", log_x=True),
         "Training": by_epoch("train/loss", *(metric_key("val", task, "auc") for task in tasks)),
-        "Penalty": by_epoch("mtn/norm", "mtn/penalty", "mtn/loss_share", "mtn/zero_gradient_share"),
+        "Penalty": by_epoch(
+            *("mtn/norm", "mtn/penalty", "mtn/loss_share", "mtn/push", "mtn/zero_gradient_share"),
+            *("regularizer/norm", "regularizer/loss_share", "regularizer/push"),
+        ),
         "Alphas": [per_layer("alpha")],
         "Spectra": [per_layer("effective_rank"), per_layer("norm"), per_layer("distance")],
         "Tables": [wr.WeavePanelSummaryTable(table_name=f"tables/{name}") for name in TABLES],

@@ -131,7 +131,7 @@ def describe_run(loggers: Iterable[Logger], identity: RunIdentity) -> None:
             # Nested: W&B still shows, filters and groups by `mtn.lam`.
             logger.log_hyperparams(identity.shown_settings)
             logger.experiment.define_metric("epoch")
-            for part in ("train", "val", "mtn"):
+            for part in ("train", "val", "mtn", "regularizer"):
                 logger.experiment.define_metric(f"{part}/*", step_metric="epoch")
         elif isinstance(logger, TensorBoardLogger):
             # For hparams.yaml; the HParams page gets the settings in `report_run`.

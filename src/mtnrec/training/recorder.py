@@ -157,7 +157,7 @@ class RunRecorder(L.Callback):
 
 
 def _is_training_metric(name: str) -> bool:
-    return name.startswith(("train/", "mtn/"))
+    return name.startswith(("train/", "mtn/", "regularizer/"))
 
 
 def gpu_names() -> list[str]:
