@@ -14,7 +14,7 @@ from mtnrec.checks import InputError, format_names
 from mtnrec.reporting.labels import Labels, as_text
 from mtnrec.run.record import RunRecord
 
-BASELINE = "baseline"  # name of an arm without MTN in figures
+BASELINE = "baseline"  # name of an arm without a treatment in figures
 
 
 class Place(NamedTuple):
@@ -40,28 +40,31 @@ def place_arms(
         records: Records of the runs.
         labels: Their labels.
         baseline: Setting of the baseline, ``key=value``, for example ``optimizer.lr=1e-3`` or
-            ``model=esmm``. If None, the baseline is the arm without MTN; if all or none have MTN,
-            the first arm, by label, on the same data and noise.
+            ``model=esmm``. If None, the baseline is the arm without MTN and without a regulariser;
+            if all or none have one, the first arm, by label, on the same data and noise.
 
     Raises:
         InputError: If no run has the setting.
     """
-    with_mtn = [bool(record.identity.treatments) for record in records]
-    if baseline is None and len(set(with_mtn)) == 2:
-        baseline = "mtn.enabled=false"
+    treated = [bool(record.identity.treatments) for record in records]
+    if baseline is None and len(set(treated)) == 2:
+        return [
+            Place(record.identity.baseline, is_treated, label.variant or BASELINE)
+            for record, is_treated, label in zip(records, treated, labels, strict=True)
+        ]
     if baseline is None:
         return _compared_with_first(records, labels)
     key, _, value = baseline.partition("=")
     found = [_value(record, key) for record in records]
     if not any(_is_same(one, value) for one in found):
         raise _unknown(records, baseline)
-    if key == "mtn.enabled":  # the other settings of MTN differ with it
-        return [
-            Place(record.identity.baseline, not _is_same(one, value), label.variant or BASELINE)
-            for record, one, label in zip(records, found, labels, strict=True)
-        ]
+    is_of_mtn = key == "mtn.enabled"  # the other settings of MTN differ with it
     return [
-        Place(_block(record, key), not _is_same(one, value), label.arm)
+        Place(
+            _block(record, "mtn" if is_of_mtn else key),
+            not _is_same(one, value),
+            (label.variant or BASELINE) if is_of_mtn else label.arm,
+        )
         for record, one, label in zip(records, found, labels, strict=True)
     ]
 

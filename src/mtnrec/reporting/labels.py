@@ -1,14 +1,15 @@
 """Labels of data sets, models and MTN variants, with the settings that distinguish them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mtnrec.reporting.table.published import PAPER_MTN
-from mtnrec.run.identity import flatten
+from mtnrec.run.identity import flatten, treatment_names
 from mtnrec.run.record import RunRecord
 
 _MODEL_NAMES = {"SharedBottom": "Shared-bottom"}  # the paper's, where they differ from the class
+_TREATMENT_NAMES = {"mtn": "MTN", "l2": "L2", "frobenius": "Frobenius"}
 
 
 class Labels(NamedTuple):
@@ -17,7 +18,8 @@ class Labels(NamedTuple):
     Args:
         data: Data set.
         model: Model.
-        variant: Treatment that its baseline lacks, e.g. ``+MTN``; empty for a baseline.
+        variant: Treatments that its baseline lacks, e.g. ``+MTN`` or ``+MTN+L2``; empty for a
+            baseline.
     """
 
     data: str
@@ -34,9 +36,10 @@ def label_runs(records: Sequence[RunRecord]) -> list[Labels]:
     """Return the labels of each run.
 
     A label is a name and, where runs with that name differ, the settings that differ, e.g.
-    ``MMoE (optimizer.lr=0.01)``. A variant of MTN names the settings that are not the paper's, of
-    those in which any model's variants differ: ``+MTN`` and ``+MTN (target=shared)`` are the same
-    for every model.
+    ``MMoE (optimizer.lr=0.01)``. A variant names, for each treatment, those of its settings in
+    which any model's variants with that treatment differ; of MTN, only those that are not the
+    paper's. So ``+MTN`` and ``+MTN (target=shared)`` are the same for every model. A regulariser is
+    named by its norm: ``+MTN+L2 (lam=0.001)``.
     """
     variants = _variant_labels(records)
     parts = zip(_data_labels(records), _model_labels(records), variants, strict=True)
@@ -68,25 +71,38 @@ def _model_labels(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _variant_labels(records: Sequence[RunRecord]) -> list[str]:
-    settings = [
-        {
-            key.partition(".")[2]: value
-            for key, value in record.identity.treatment_settings.items()
-            if not key.endswith(".enabled")
+    treatments = [_treatments(record) for record in records]
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for record, own in zip(records, treatments, strict=True):
+        for name, settings in own.items():
+            groups.setdefault((name, record.identity.baseline), []).append(settings)
+    varied: dict[str, set[str]] = {}
+    for (name, _), members in groups.items():
+        varied.setdefault(name, set()).update(_differing(members))
+    return ["".join(_parts(own, varied)) for own in treatments]
+
+
+def _treatments(record: RunRecord) -> dict[str, dict[str, Any]]:
+    """Return the settings of each treatment by its name."""
+    identity = record.identity
+    found = {}
+    for group, name in treatment_names(identity.settings).items():
+        prefix = f"{group}."
+        found[name] = {
+            key.removeprefix(prefix): value
+            for key, value in identity.treatment_settings.items()
+            if key.startswith(prefix) and not key.endswith(".enabled")
         }
-        for record in records
-    ]
-    blocks: dict[str, list[dict[str, Any]]] = {}
-    for record, own in zip(records, settings, strict=True):
-        if record.identity.treatments:
-            blocks.setdefault(record.identity.baseline, []).append(own)
-    varied = {key for block in blocks.values() for key in _differing(block)}
-    labels = []
-    for record, own in zip(records, settings, strict=True):
-        name = "+".join(group.upper() for group in record.identity.treatments)
-        named = {k: own[k] for k in sorted(varied & own.keys()) if own[k] != PAPER_MTN.get(k)}
-        labels.append(_label(f"+{name}", named) if name else "")
-    return labels
+    return found
+
+
+def _parts(
+    treatments: Mapping[str, Mapping[str, Any]], varied: Mapping[str, set[str]]
+) -> Iterator[str]:
+    for name, own in treatments.items():
+        usual = PAPER_MTN if name == "mtn" else {}
+        named = {k: own[k] for k in sorted(varied[name] & own.keys()) if own[k] != usual.get(k)}
+        yield _label(f"+{_TREATMENT_NAMES.get(name, name.replace('_', ' '))}", named)
 
 
 def _labels(

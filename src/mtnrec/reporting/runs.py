@@ -26,7 +26,8 @@ from mtnrec.run.folder import FAILURE_FILE, RUNNING_FILE
 from mtnrec.run.record import RECORD_FILE, RunRecord
 
 _MTN_NUMBERS = ("lam", "refresh_every")
-_MTN_TEXTS = ("target", "layers", "subsets", "alpha", "layer_weighting", "coupling")
+_MTN_TEXTS: tuple[str, ...] = ("target", "layers", "subsets", "alpha", "layer_weighting")
+_MTN_TEXTS += ("coupling", "norm", "frobenius")
 _ARM: tuple[str, ...] = (
     "run",
     "arm",
@@ -47,7 +48,7 @@ _TEXTS = (
 # Settings with a column of their own name.
 _OWN_COLUMNS = {"checksum", "noise.proportion", "mtn.enabled", "data.name"}
 _OWN_COLUMNS |= {f"mtn.{key}" for key in (*_MTN_NUMBERS, *_MTN_TEXTS)}
-_OWN_COLUMNS |= {f"{group}._target_" for group in ("data", "model", "mtn", "noise")}
+_OWN_COLUMNS |= {f"{group}._target_" for group in ("data", "model", "mtn", "regularizer", "noise")}
 
 _logger = logging.getLogger(__name__)
 

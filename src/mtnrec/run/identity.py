@@ -16,11 +16,21 @@ from typing import Any
 from mtnrec.run.secrets import redact
 
 TREATMENTS = ("mtn", "regularizer")  # config groups that a baseline lacks
-# Groups left out of the settings where they add nothing, so that runs of before they existed count.
+# Groups left out of the settings where they add nothing.
 _OPTIONAL = ("regularizer", "loss", "balance", "scheduler", "metrics", "callbacks")
 _DEFAULTS = {
     "loss": {"_target_": "mtnrec.objective.loss.CrossEntropy"},
     "balance": {"_target_": "mtnrec.objective.balance.Weights", "weights": {}},
+    "scheduler": {
+        "_target_": "torch.optim.lr_scheduler.ConstantLR",
+        "_partial_": True,
+        "factor": 1,
+    },
+}
+# Keys left out of the settings at these values.
+_ADDED_KEYS: Mapping[str, Mapping[str, Any]] = {
+    "mtn": {"norm": "trace", "cap": 0.5},
+    "optimizer": {"weight_decay": 0, "embedding_weight_decay": None},
 }
 # Keys that say where a run reads and writes, or how it is displayed and computed, but do not change
 # its result. The checksum stands for the data.
@@ -35,7 +45,10 @@ _NOT_OF_THE_TRAINER = (
     "profiler",
 )
 # Settings that a folder's name gives in its own words, or in the hash alone.
-_NAMED = ("data", "model", "seed", "mtn", "mtn.enabled", "noise", "noise.proportion")
+_NAMED = (
+    *("data", "model", "seed", "mtn", "mtn.enabled", "noise", "noise.proportion"),
+    *("regularizer", "regularizer.enabled", "regularizer.norm"),
+)
 _LONGEST_NAME = 120
 _LONGEST_WORD = 32
 CHECKPOINTS = "checkpoint_every_n_steps"  # for `ResumePoint`, not for Lightning's trainer
@@ -54,9 +67,7 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         settings[part] = {key: v for key, v in settings[part].items() if key not in keys}
     if not config["mtn"]["enabled"]:
         settings["mtn"] = {"enabled": False}
-    for group in _OPTIONAL:
-        if group in settings and settings[group] in (None, {}, [], _DEFAULTS.get(group)):
-            del settings[group]
+    _leave_out_defaults(settings)
     # MTN recomputes its factors at each checkpoint; nothing else depends on the interval.
     if not config["mtn"]["enabled"] or not config["trainer"].get(CHECKPOINTS):
         settings["trainer"].pop(CHECKPOINTS, None)
@@ -66,6 +77,21 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(callbacks := settings.get("callbacks"), Mapping):
         settings["callbacks"] = list(callbacks.values())
     return settings
+
+
+def _leave_out_defaults(settings: dict[str, Any]) -> None:
+    """Delete the groups and keys that add nothing, so that runs of before they existed count."""
+    own = settings.get("regularizer")
+    if isinstance(own, Mapping) and own.get("enabled") is False:
+        del settings["regularizer"]
+    for group, added in _ADDED_KEYS.items():
+        keys = settings.get(group, {})
+        same = {key for key, value in added.items() if keys.get(key, value) == value}
+        if same & set(keys):
+            settings[group] = {k: value for k, value in keys.items() if k not in same}
+    for group in _OPTIONAL:
+        if group in settings and settings[group] in (None, {}, [], _DEFAULTS.get(group)):
+            del settings[group]
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -81,8 +107,30 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
+def treatment_names(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the name of each treatment of a run by its group: that of its norm or class.
+
+    Args:
+        settings: Output of :func:`result_settings`.
+
+    >>> treatment_names({"mtn": {"enabled": True}, "regularizer": {"norm": "l2"}})
+    {'mtn': 'mtn', 'regularizer': 'l2'}
+    """
+    own = {group: settings.get(group, {"enabled": False}) for group in TREATMENTS}
+    return {
+        group: "mtn" if group == "mtn" else _treatment_name(keys)
+        for group, keys in own.items()
+        if keys.get("enabled", True)
+    }
+
+
+def _treatment_name(settings: Mapping[str, Any]) -> str:
+    target = str(settings.get("_target_", "")).rpartition(".")[2]
+    return str(settings.get("norm", target.lower()))
+
+
 def folder_name(config: Mapping[str, Any], swept: Mapping[str, Any] | None = None) -> str:
-    """Return the name of a run folder: data, model, MTN, noise, swept settings, seed and a hash.
+    """Return the name of a run folder: data, model, treatments, noise, swept settings, seed, hash.
 
     It has at most 120 characters, all of them letters, digits, ``.``, ``_`` or ``-``. Its end, from
     ``-seed`` on, depends on the settings that determine the result alone.
@@ -97,7 +145,8 @@ def folder_name(config: Mapping[str, Any], swept: Mapping[str, Any] | None = Non
     shown = {key: value for key, value in (swept or {}).items() if _is_shown(key, keys)}
     ends = [key.rpartition(".")[2] for key in shown]
     words = [config["data"]["name"], config["model"]["_target_"].rpartition(".")[2].lower()]
-    words += ["mtn"] if config["mtn"]["enabled"] else []
+    choices = {"mtn": str((swept or {}).get("mtn", "mtn"))}
+    words += [choices.get(group, name) for group, name in treatment_names(settings).items()]
     proportion = config["noise"]["proportion"]
     words += [f"noise{proportion:g}"] if proportion else []
     for end, (key, value) in zip(ends, shown.items(), strict=True):
@@ -179,8 +228,7 @@ class RunIdentity:
     @cached_property
     def treatments(self) -> list[str]:
         """Treatments that the run has; empty in a baseline."""
-        off = {"enabled": False}
-        return [group for group in TREATMENTS if self.settings.get(group, off).get("enabled", True)]
+        return list(treatment_names(self.settings))
 
     @cached_property
     def shown_settings(self) -> dict[str, Any]:
@@ -199,7 +247,7 @@ class RunIdentity:
     def tags(self) -> list[str]:
         """Data set, model, treatment and noise, one word each."""
         settings, proportion = self.shown_settings, self.settings["noise"]["proportion"]
-        treatment = "+".join(self.treatments) or "baseline"
+        treatment = "+".join(treatment_names(self.settings).values()) or "baseline"
         noise = f"noise_{proportion:g}" if proportion else "clean"
         return [str(settings["data"]), settings["model"], treatment, noise]
 
@@ -207,7 +255,8 @@ class RunIdentity:
     def group(self) -> str:
         """Name of the arm."""
         *words, noise = self.tags
-        strengths = [f"lam={self.settings[group]['lam']:g}" for group in self.treatments]
+        found = [self.settings[group].get("lam") for group in self.treatments]
+        strengths = [f"lam={lam:g}" for lam in found if lam is not None]
         return " ".join([*words, *strengths, noise, self.arm[:8]])
 
     @cached_property

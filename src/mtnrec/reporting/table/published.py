@@ -1,5 +1,7 @@
 """Published results as data, and the deviations of ours from them."""
 
+from typing import Any
+
 import pandas as pd
 
 PAPER_PROTOCOL = (
@@ -34,7 +36,10 @@ PAPER_MTN = {
     "alpha": "learned",
     "layer_weighting": "mean",
     "coupling": "gradient",
+    "norm": "trace",
+    "frobenius": True,
 }
+_MTN_VARIANT = r"^(\+MTN(?: \([^)]*\))?)"
 # Each model has two lines: without and with MTN.
 _TABLE_1_COLUMNS = [(data, 0.0) for data in (*list(DATA_NAMES)[:3], "ali_ccp")]
 _TABLE_1 = """
@@ -118,19 +123,30 @@ def has_paper_settings(table: pd.DataFrame) -> pd.Series:
     """Return whether each row has the paper's MTN settings; False without MTN.
 
     Args:
-        table: Table with a column per MTN setting.
+        table: Table with a column per MTN setting; records of earlier versions lack some.
     """
     same = table["mtn"].copy()
     for key, value in PAPER_MTN.items():
-        same &= (table[key] == value).fillna(value=False).astype(bool)
+        usual: Any = "true" if value is True else value
+        same &= (table[key].fillna(usual) == usual).astype(bool)
     return same
+
+
+def mtn_part(variants: pd.Series) -> pd.Series:
+    """Return the part of variants' labels that names MTN; NaN without MTN.
+
+    >>> mtn_part(pd.Series(["+MTN (lam=0.1)+L2", "+L2"])).tolist()
+    ['+MTN (lam=0.1)', nan]
+    """
+    return variants.str.extract(_MTN_VARIANT, expand=False)
 
 
 def deviations(cells: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """Return the deviations of test AUCs from published ones, one row per match.
 
     Data sets and models are matched by name; MTN matches if lambda, target, layers, alphas, layer
-    weighting and coupling are the paper's. Other choices (widths, optimiser) may differ.
+    weighting, coupling and norm are the paper's. Arms with a regulariser match nothing. Other
+    choices (widths, optimiser) may differ.
 
     Args:
         cells: Output of :func:`mtnrec.reporting.table.scores.comparisons`.
@@ -140,7 +156,8 @@ def deviations(cells: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
         ``data``, ``noise``, ``model``, ``variant``, ``task``, ``published``, ``ours``,
         ``deviation`` (ours minus theirs) and ``seeds``; empty if nothing matches.
     """
-    as_in_paper = ~cells["mtn"] | has_paper_settings(cells)
+    has_regularizer = cells["variant"] != mtn_part(cells["variant"]).fillna("")
+    as_in_paper = (~cells["mtn"] | has_paper_settings(cells)) & ~has_regularizer
     chosen = cells[as_in_paper & (cells["metric"] == "auc") & (cells["split"] == "test")]
     names = {key: chosen[key].map(_name) for key in ("data", "model")}
     labels = {f"{key}_label": chosen[key] for key in names}

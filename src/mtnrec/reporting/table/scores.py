@@ -13,7 +13,13 @@ import pandas as pd
 from mtnrec.checks import InputError
 from mtnrec.metric.catalogue import metric_info
 from mtnrec.reporting.significance import compare, holm, stars
-from mtnrec.reporting.table.published import DATA_NAMES, MODELS, TASKS, has_paper_settings
+from mtnrec.reporting.table.published import (
+    DATA_NAMES,
+    MODELS,
+    TASKS,
+    has_paper_settings,
+    mtn_part,
+)
 from mtnrec.reporting.table.render import Cell, Group, Row, Table
 
 SPLIT_NAMES = {"val": "validation", "test": "test"}
@@ -21,7 +27,7 @@ _FEW_PAIRS = 5
 _LEVEL = 0.05
 _MANY_SEEDS = 1000  # more are not listed exactly
 _MTN_SETTINGS = ["lam", "target", "layers", "subsets", "alpha", "layer_weighting"]
-_MTN_SETTINGS += ["coupling", "refresh_every"]
+_MTN_SETTINGS += ["coupling", "refresh_every", "norm", "frobenius"]
 _PLACE = ["model", "variant", "data", "noise", "task"]
 _ARM = ["arm", "baseline", "mtn", "treated", "label", "color"]
 _ARM += [*_PLACE, *_MTN_SETTINGS, "split", "metric"]
@@ -42,7 +48,8 @@ def split_by_table(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
         results: Rows of :attr:`Runs.results`.
     """
     place = ["model", "data", "noise"]
-    variants = results[results["mtn"]].groupby(place)["variant"].nunique().rename("variants")
+    parts_of_mtn = results.assign(variants=mtn_part(results["variant"]))
+    variants = parts_of_mtn.groupby(place)["variants"].nunique()
     varied = results.join(variants, on=place)["variants"] > 1
     pairs = results[~results["mtn"] | ~varied | has_paper_settings(results)]
     parts = {"Models without noise": pairs[pairs["noise"] == 0]}
