@@ -12,11 +12,12 @@ from torch import nn
 from torch.optim import Adam
 
 from mtnrec.checks import InputError
-from mtnrec.command.config import CONF_DIR, lightning_keys
+from mtnrec.command.config import CONF_DIR, lightning_keys, optimizer_keys
 from mtnrec.command.errors import find_input_error
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.noise import Noise
 from mtnrec.mtn.callback import MTN
+from mtnrec.optimizer.scheduler import make_scheduler
 from mtnrec.run.identity import RunIdentity
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.tracking.loggers import make_loggers
@@ -36,7 +37,10 @@ def test_every_group_has_its_choices():
     synthetic = ["synthetic", "synthetic_ali_ccp"]
     assert choices("data") == ["ali_ccp", *countries, *synthetic, "table"]
     assert choices("model") == ["esmm", "mmoe", "shared_bottom"]
-    assert choices("optimizer") == ["adam", "lazy_adam"]
+    assert choices("mtn") == ["capped", "gttn", "laf", "mtn", "nuclear", "tt", "tucker"]
+    assert choices("regularizer") == ["frobenius", "group_lasso", "l2", "soft_sharing"]
+    assert choices("optimizer") == ["adam", "adamw", "lazy_adam"]
+    assert choices("scheduler") == ["constant", "cosine", "one_cycle", "plateau"]
     assert choices("logger") == ["csv", "tensorboard", "wandb"]
     assert choices("callbacks") == ["learning_rate"]
     assert choices("metrics") == ["average_precision", "brier"]
@@ -101,9 +105,19 @@ def test_every_mtn_is_built_switched_off(name, compose_config, tmp_path):
 
 @pytest.mark.parametrize("name", choices("optimizer"))
 def test_every_optimizer_waits_for_its_parameters(name, compose_config):
-    optimizer = instantiate(compose_config(f"optimizer={name}").optimizer)
+    optimizer = instantiate(optimizer_keys(compose_config(f"optimizer={name}").optimizer))
 
     assert isinstance(optimizer(nn.Linear(1, 1).parameters()), Adam)
+
+
+@pytest.mark.parametrize("name", choices("scheduler"))
+def test_every_schedule_is_built(name, compose_config):
+    build = instantiate(compose_config(f"scheduler={name}").scheduler)
+    optimizer = Adam(nn.Linear(1, 1).parameters())
+
+    scheduler = make_scheduler(build, optimizer, steps=10, mode="max")
+
+    assert scheduler.optimizer is optimizer
 
 
 @pytest.mark.parametrize("name", choices("trainer"))

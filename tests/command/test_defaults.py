@@ -46,7 +46,11 @@ def test_the_signature_has_the_defaults_of_the_file(group, choice):
     parameters = inspect.signature(get_object(config["_target_"])).parameters
 
     for key, value in constants(config):
-        if key in ("_target_", "_partial_") or f"{group}.{key}" in DIFFERENT:
+        # Decay of the embeddings is a keyword of the module.
+        if (
+            key in ("_target_", "_partial_", "embedding_weight_decay")
+            or f"{group}.{key}" in DIFFERENT
+        ):
             continue
         default = as_plain(parameters[key].default)
         if isinstance(value, dict):
@@ -57,11 +61,12 @@ def test_the_signature_has_the_defaults_of_the_file(group, choice):
 def test_the_module_has_the_defaults_of_train(compose_config):
     config, parameters = compose_config(), inspect.signature(MultiTaskModule).parameters
 
-    for key in ("task_loss", "cuda_graphs"):
+    for key in ("scheduler", "monitor", "task_loss", "cuda_graphs"):
         assert parameters[key].default == config[key]
-    assert parameters["optimizer"].default.keywords == {
-        key: value for key, value in config.optimizer.items() if not key.startswith("_")
-    }
+    optimizer = {k: v for k, v in config.optimizer.items() if not k.startswith("_")}
+    decay = optimizer.pop("embedding_weight_decay")
+    assert parameters["embedding_weight_decay"].default is decay is None
+    assert parameters["optimizer"].default.keywords == optimizer
 
 
 def test_fit_has_the_defaults_of_train(compose_config):

@@ -3,11 +3,17 @@
 import re
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 from torch import nn
 
 from mtnrec.checks import InputError
-from mtnrec.training.limits import check_batch_norm, check_first_validation, check_trainer_keys
+from mtnrec.training.limits import (
+    check_batch_norm,
+    check_first_validation,
+    check_trainer_keys,
+    total_steps,
+)
 
 EPOCHS = {"max_epochs": 2, "max_steps": -1, "accumulate_grad_batches": 1}
 WHOLE = {"limit_train_batches": 1.0, "val_check_interval": 1.0, "check_val_every_n_epoch": 1}
@@ -115,3 +121,43 @@ def test_other_batches_and_networks_are_accepted():
     check_batch_norm(NORMALISED, rows=1280, batch_size=1279, world_size=1, limited=True)
     check_batch_norm(NORMALISED, rows=1281, batch_size=640, world_size=2, limited=False)
     check_batch_norm(nn.Linear(1, 1), rows=1280, batch_size=1279, world_size=1, limited=False)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"max_epochs": 3},
+        {"max_epochs": 3, "accumulate_grad_batches": 4},
+        {"max_epochs": 3, "max_steps": 7},
+        {"max_epochs": -1, "max_steps": 7},
+        {"max_epochs": -1},
+        {"max_epochs": 2, "limit_train_batches": 3},
+        {"max_epochs": 2, "limit_train_batches": 0.5},
+        {"max_epochs": 2, "overfit_batches": 2},
+    ],
+)
+def test_the_steps_of_a_training_are_those_that_lightning_counts(keys, make_datamodule, tmp_path):
+    class CountedError(Exception):
+        """Ends the training as soon as both numbers are known."""
+
+    class Module(L.LightningModule):
+        def training_step(self, batch):
+            return None
+
+        def validation_step(self, batch):
+            return None
+
+        def configure_optimizers(self):
+            raise CountedError(total_steps(self.trainer), self.trainer.estimated_stepping_batches)
+
+    data = make_datamodule("synthetic", "rows=700", "batch_size=32")
+    keys = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **keys}
+    trainer = L.Trainer(
+        accelerator="cpu", enable_model_summary=False, default_root_dir=tmp_path, **keys
+    )
+
+    with pytest.raises(CountedError) as found:
+        trainer.fit(Module(), datamodule=data)
+
+    ours, lightnings = found.value.args
+    assert ours == lightnings

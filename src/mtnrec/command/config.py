@@ -14,6 +14,7 @@ from mtnrec.run.identity import CHECKPOINTS, flatten, folder_name
 
 _package = Path(__file__).resolve().parents[1]
 _packaged = _package / "conf"  # only in an installed wheel; see force-include in pyproject.toml
+EMBEDDING_DECAY = "embedding_weight_decay"  # for a parameter group, not for torch's optimiser
 _KEYS_IN_NAMES: ContextVar[Collection[str] | None] = ContextVar("keys_in_names", default=None)
 CONF_DIR = _packaged if _packaged.is_dir() else _package.parents[1] / "conf"
 
@@ -21,6 +22,11 @@ CONF_DIR = _packaged if _packaged.is_dir() else _package.parents[1] / "conf"
 def lightning_keys(trainer: DictConfig) -> DictConfig:
     """Return the trainer config without the keys that Lightning does not take."""
     return OmegaConf.masked_copy(trainer, [str(key) for key in trainer if key != CHECKPOINTS])
+
+
+def optimizer_keys(optimizer: DictConfig) -> DictConfig:
+    """Return the optimiser's config without the keys of its parameter groups."""
+    return OmegaConf.masked_copy(optimizer, [str(k) for k in optimizer if k != EMBEDDING_DECAY])
 
 
 def resolve_settings(config: DictConfig) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from mtnrec.checks import InputError
-from mtnrec.command.config import lightning_keys
+from mtnrec.command.config import lightning_keys, optimizer_keys
 from mtnrec.run.identity import flatten
 
 _OF_HYDRA = "_target_"
+_OWN_KEYS = {"trainer": lightning_keys, "optimizer": optimizer_keys}  # those of the built object
 _ONE_CHOICE = (
     *("balance", "data", "experiment", "loss", "model", "mtn", "noise", "optimizer"),
     *("regularizer", "scheduler", "trainer"),
@@ -45,7 +46,7 @@ def check_keys(config: DictConfig, command: str) -> None:
     for key in known:
         node = config._get_node(key)
         if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
-            _check_node(lightning_keys(node) if key == "trainer" else node, key, config)
+            _check_node(_OWN_KEYS[key](node) if key in _OWN_KEYS else node, key, config)
 
 
 def check_choices(overrides: Sequence[str]) -> None:

@@ -21,6 +21,11 @@ class LazyAdam(Adam):
     row in a single batch moves by ``lr * (1 - beta1) / sqrt(1 - beta2)``, 3.2 ``lr`` with the usual
     betas, and under Adam by ten times that over the steps that follow.
 
+    Weight decay acts the same way: a row decays at the steps whose batch has it, so that its decay
+    keeps the ratio to its data gradient that it has under Adam, and rows that are absent keep their
+    bits. Under Adam the gradient of an absent row is its decay alone, which Adam magnifies until
+    the row vanishes.
+
     The cost of a step depends on the batch, not on the size of the table. The state is Adam's, two
     values per weight.
 
@@ -29,6 +34,8 @@ class LazyAdam(Adam):
         lr: Learning rate, at least 0.
         betas: Decay of the two moments, in [0, 1).
         eps: Term added to the denominator, at least 0.
+        weight_decay: L2 strength, at least 0: ``weight_decay`` times the weight is added to the
+            gradient, as in ``torch.optim.Adam``; it is not decoupled.
 
     Raises:
         InputError: If a value is out of range.
@@ -41,6 +48,7 @@ class LazyAdam(Adam):
         lr: float = 1e-3,
         betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
+        weight_decay: float = 0.0,
     ) -> None:
         check_number("lr", lr, minimum=0)
         if not isinstance(betas, Sequence) or len(betas) != 2:
@@ -48,8 +56,11 @@ class LazyAdam(Adam):
         for beta in betas:
             check_number("betas", beta, minimum=0, maximum=1, open_maximum=True)
         check_number("eps", eps, minimum=0)
+        check_number("weight_decay", weight_decay, minimum=0)
         first, second = map(float, betas)
-        super().__init__(params, lr=lr, betas=(first, second), eps=eps, fused=True)
+        super().__init__(
+            params, lr=lr, betas=(first, second), eps=eps, weight_decay=weight_decay, fused=True
+        )
         # Otherwise fp16 gradients would stay scaled until the step and could not be clipped.
         self._step_supports_amp_scaling = False
 
@@ -97,7 +108,7 @@ class LazyAdam(Adam):
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             lr=group["lr"],
-            weight_decay=0.0,
+            weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
         )

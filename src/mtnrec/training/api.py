@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pandas as pd
@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from mtnrec.checks import InputError
-from mtnrec.command.compose import compose_run, describe_config
+from mtnrec.command.compose import compose_run, describe_config, group_config
 from mtnrec.command.config import resolve_settings
 from mtnrec.command.entry_point import silence_libraries
 from mtnrec.command.errors import find_input_error
@@ -72,7 +72,7 @@ def fit(
     data: DataModule,
     model: str | Mapping[str, Any] | Callable[..., nn.Module] = "esmm",
     *,
-    mtn: MTN | Mapping[str, Any] | None = None,
+    mtn: MTN | str | Mapping[str, Any] | None = None,
     regularizer: str | L.Callback | Mapping[str, Any] | None = None,
     loss: str | Mapping[str, Any] | Callable[..., nn.Module] = "cross_entropy",
     balance: str | Mapping[str, Any] | Callable[..., nn.Module] = "sum",
@@ -105,7 +105,8 @@ def fit(
         model: A choice of ``conf/model``, keys of the default choice, a class, or a
             ``functools.partial`` of one: ``partial(mtnrec.MMoE, experts=4)``. Not a built network,
             whose weights would not follow from ``seed``.
-        mtn: The callback, or keys of ``conf/mtn``; None trains without MTN.
+        mtn: The callback, a choice of ``conf/mtn``, which is then enabled, or keys of the default
+            choice; None trains without MTN.
         regularizer: Another penalty on the weights: a choice of ``conf/regularizer``, keys with
             their ``_target_``, or a callback; None adds none.
         loss: Loss of each label: a choice of ``conf/loss``, keys, or a class or partial call.
@@ -208,5 +209,7 @@ def _describe_model(model: Callable[..., nn.Module]) -> dict[str, Any]:
     return describe_config("model", constructor, defaults | given)
 
 
-def _enabled(mtn: MTN | Mapping[str, Any]) -> MTN | dict[str, Any]:
+def _enabled(mtn: MTN | str | Mapping[str, Any]) -> MTN | dict[str, Any]:
+    if isinstance(mtn, str):
+        return {**cast(Mapping[str, Any], group_config("mtn", mtn, "mtn")), "enabled": True}
     return {"enabled": True, **mtn} if isinstance(mtn, Mapping) else mtn

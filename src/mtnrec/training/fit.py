@@ -22,7 +22,7 @@ from mtnrec.arrays import UInt8Array
 from mtnrec.checkpoint.bundle import model_metadata
 from mtnrec.checkpoint.io import AtomicCheckpointIO
 from mtnrec.checks import InputError, check_choice, check_flag, check_integer, find_duplicates
-from mtnrec.command.config import lightning_keys, seed_keys
+from mtnrec.command.config import EMBEDDING_DECAY, lightning_keys, optimizer_keys, seed_keys
 from mtnrec.command.job import is_rank_zero, owns_screen
 from mtnrec.data.datamodule import DataModule
 from mtnrec.inspection.leaks import LeakCheck, check_leaks
@@ -276,11 +276,13 @@ def _make_module(cfg: DictConfig, datamodule: DataModule) -> MultiTaskModule:
     # In two steps, since Hydra would treat the schema, a dataclass, as a part of the config.
     model = instantiate(cfg.model, _partial_=True, _convert_="all")
     network = build_network(partial(model, schema=schema))
-    optimizer = instantiate(cfg.optimizer)
     module = MultiTaskModule(
         network,
         schema=schema,
-        optimizer=optimizer,
+        optimizer=instantiate(optimizer_keys(cfg.optimizer)),
+        embedding_weight_decay=OmegaConf.select(cfg.optimizer, EMBEDDING_DECAY),
+        scheduler=instantiate(cfg.scheduler),
+        monitor=cfg.monitor,
         loss=instantiate(cfg.loss, _convert_="all"),
         balance=instantiate(cfg.balance, _convert_="all"),
         task_loss=cfg.task_loss,

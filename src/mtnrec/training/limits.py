@@ -3,6 +3,7 @@
 The protocol needs a validation to choose an epoch by, and a test.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,25 @@ def limit_batches(limit: float | None, batches: int) -> int:
     if limit is None:
         return batches
     return min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+
+
+def total_steps(trainer: L.Trainer) -> float:
+    """Return the optimiser steps of a whole training; infinite for one without an end.
+
+    Lightning's estimate would set the loader up before the position in a checkpoint is restored, so
+    that a run resumed within an epoch would repeat batches.
+
+    Args:
+        trainer: The trainer about to fit.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if data is None:  # plain loaders, whose position is not saved
+        return trainer.estimated_stepping_batches
+    steps = math.inf
+    if trainer.max_epochs is not None and trainer.max_epochs != -1:
+        batches = limit_batches(trainer.limit_train_batches, len(data.train_dataloader()))
+        steps = -(-batches // trainer.accumulate_grad_batches) * trainer.max_epochs
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
 def check_first_validation(trainer: L.Trainer, batches: int) -> None:

@@ -12,22 +12,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
 
 from mtnrec.arrays import Int64Array
 from mtnrec.batch import Batch, LogProbabilities
-from mtnrec.checks import InputError, check_flag
+from mtnrec.checks import InputError, check_flag, check_number
 from mtnrec.metric.added import AddedMetrics
 from mtnrec.metric.task_metrics import TaskMetrics
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.network import require_network
 from mtnrec.objective.objective import Objective
 from mtnrec.optimizer.lazy_adam import LazyAdam
+from mtnrec.optimizer.scheduler import make_scheduler
 from mtnrec.schema import Schema
 from mtnrec.training.cuda_graph import CudaGraphLoss, can_be_captured
 from mtnrec.training.divergence import HUGE
+from mtnrec.training.limits import total_steps
+from mtnrec.training.selection import monitor_mode
 
-_ADAM = partial(torch.optim.Adam, lr=1e-3, fused=True)
+_ADAM = partial(torch.optim.Adam, lr=1e-3, weight_decay=0.0, fused=True)
 _SHOWN_ROWS = 5
 _SUM_EVERY_N_STEPS = 16  # reading a value waits for the accelerator
 
@@ -48,6 +52,14 @@ class MultiTaskModule(L.LightningModule):
         network: A :class:`~mtnrec.model.network.Network`.
         schema: Fields and labels of the data.
         optimizer: Makes the optimiser from the parameters.
+        embedding_weight_decay: The optimiser's ``weight_decay`` of the embedding tables, which then
+            are a parameter group of their own; None leaves them with the others.
+        scheduler: Makes a schedule of :mod:`torch.optim.lr_scheduler` from the optimiser. It is
+            updated after each step; ``ReduceLROnPlateau`` after each validation. Some keywords may
+            be None: ``T_max`` and ``total_steps`` are then the steps of the whole training,
+            ``max_lr`` the optimiser's rate and ``mode`` the better direction of the monitor. The
+            learning rate of each epoch's last step is logged as ``train/learning_rate``.
+        monitor: Validation metric for ``ReduceLROnPlateau``.
         loss: A :class:`~mtnrec.objective.loss.Loss`; the cross entropy by default. A network with
             its own ``losses`` takes no other.
         balance: A :class:`~mtnrec.objective.balance.Balance` of the losses; their plain sum by
@@ -68,6 +80,9 @@ class MultiTaskModule(L.LightningModule):
         *,
         schema: Schema,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = _ADAM,
+        embedding_weight_decay: float | None = None,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        monitor: str = "val/cvr_auc",
         loss: nn.Module | None = None,
         balance: nn.Module | None = None,
         task_loss: str = "sum",
@@ -82,6 +97,12 @@ class MultiTaskModule(L.LightningModule):
             network, schema.labels, loss=loss, balance=balance, task_loss=task_loss
         )
         self._optimizer = optimizer
+        if embedding_weight_decay is not None:
+            check_number("optimizer.embedding_weight_decay", embedding_weight_decay, minimum=0)
+        self._embedding_weight_decay = embedding_weight_decay
+        self._scheduler = scheduler
+        self._monitor = monitor
+        self._schema = schema
         self.added_metrics = AddedMetrics(metrics or {})
         self.val_metrics = TaskMetrics(schema, self.added_metrics)
         self.test_metrics = TaskMetrics(schema, self.added_metrics)
@@ -152,6 +173,9 @@ class MultiTaskModule(L.LightningModule):
                 sync_dist=True,
                 batch_size=self._rows,
             )
+        if self._scheduler is not None:
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.log("train/learning_rate", rate, on_step=False, on_epoch=True, batch_size=1)
         self._sums, self._rows = [], 0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -186,6 +210,15 @@ class MultiTaskModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val", self.val_metrics)
+        if not self.trainer.sanity_checking:
+            # Here, since Lightning would do it after the checkpoint of the epoch.
+            for config in self.trainer.lr_scheduler_configs:
+                if isinstance(config.scheduler, ReduceLROnPlateau):
+                    config.scheduler.step(self.results["val"][self._monitor])
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
 
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test", self.test_metrics)
@@ -227,7 +260,7 @@ class MultiTaskModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             # DDP checks for sparse gradients before Lightning configures the optimiser.
-            self.configure_optimizers()
+            self._make_optimizer()
             self._set_rates()
 
     def _set_rates(self) -> None:
@@ -236,12 +269,28 @@ class MultiTaskModule(L.LightningModule):
         if hasattr(loss, "set_rates") and data is not None:
             loss.set_rates(torch.from_numpy(data.split_labels("train").mean(axis=0)))
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> Any:
+        optimizer = self._make_optimizer()
+        if self._scheduler is None:
+            return optimizer
+        scheduler = make_scheduler(
+            self._scheduler,
+            optimizer,
+            steps=total_steps(self.trainer),
+            mode=monitor_mode(self._monitor, self._schema, self.added_metrics.directions),
+        )
+        # Without a monitor Lightning leaves a plateau's step to `lr_scheduler_step`.
+        kept = {"scheduler": scheduler, "interval": "step", "reduce_on_plateau": False}
+        return {"optimizer": optimizer, "lr_scheduler": kept}
+
+    def _make_optimizer(self) -> Optimizer:
         balance = self.objective.balance
         try:
-            optimizer = self._optimizer(self.network.parameters())
+            optimizer = self._optimizer(self._parameter_groups())
+            _check_weight_decay(optimizer, self._embedding_weight_decay)
             if own := list(balance.parameters()):
-                optimizer.add_param_group({"params": own, "lr": balance.lr})
+                # A weight of a loss does not decay.
+                optimizer.add_param_group({"params": own, "lr": balance.lr, "weight_decay": 0.0})
         # For example a rate out of range; torch names rule and value.
         except (ValueError, TypeError) as error:
             raise InputError(f"optimizer: {error}") from error
@@ -256,6 +305,17 @@ class MultiTaskModule(L.LightningModule):
             if isinstance(part, FeatureInput):
                 part.make_gradients(sparse=lazy)
         return optimizer
+
+    def _parameter_groups(self) -> Iterable[Any]:
+        if self._embedding_weight_decay is None:
+            return self.network.parameters()
+        tables = [part for part in self.network.modules() if isinstance(part, nn.Embedding)]
+        embeddings = {id(table.weight) for table in tables}
+        parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        for parameter in self.network.parameters():
+            parts[id(parameter) in embeddings].append(parameter)
+        own = {"params": parts[True], "weight_decay": self._embedding_weight_decay}
+        return [{"params": parts[False]}, own]
 
     def configure_gradient_clipping(
         self,
@@ -280,3 +340,12 @@ def _batch_labels(batch: Batch) -> Tensor:
     if batch.labels is None:
         raise InputError("a batch must have labels for training and evaluation, got none")
     return batch.labels
+
+
+def _check_weight_decay(optimizer: Optimizer, embedding_weight_decay: float | None) -> None:
+    """Refuse a decay of the embeddings that the optimiser would ignore."""
+    if embedding_weight_decay is not None and "weight_decay" not in optimizer.defaults:
+        raise InputError(
+            f"optimizer.embedding_weight_decay must be null for {type(optimizer).__name__}, which "
+            f"has no weight decay, got {embedding_weight_decay}. Choose optimizer=adam."
+        )
