@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -129,6 +130,18 @@ def test_an_experiment_sweeps_its_grid_and_narrows(name, swept, narrowed, runs, 
     assert {job.folder.parent.as_posix() for job in jobs} == {f"runs/{folder}"}
     assert {job.config["seed"] for job in jobs} == {3}
     assert {job.config["data"]["name"] for job in jobs} == {"synthetic"}
+
+
+def test_mtn_and_each_rival_have_a_grid_of_seven_lambdas_and_one_baseline(plan):
+    jobs = plan(None, "data=synthetic", "seed=0", experiment="regularizers")
+
+    arms = Counter((job.config["mtn"]["enabled"], job.folder.name.split("-")[2]) for job in jobs)
+    assert arms.pop((False, "seed0")) == 1
+    assert {name for _, name in arms} == {
+        *("mtn", "gttn", "tucker", "tt", "laf", "capped", "nuclear"),
+        *("l2", "frobenius", "soft_sharing", "group_lasso"),
+    }
+    assert set(arms.values()) == {7}
 
 
 def test_the_quickstart_runs_on_any_launcher(plan):

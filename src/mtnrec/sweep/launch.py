@@ -125,6 +125,10 @@ def plan(
         lines = [*(f"{key}={value}" for key, value in values.items()), *arguments]
         parsed.append(parser.parse_overrides(lines))
     swept = {line.key_or_group for part in parsed for line in part if line.is_sweep_override()}
+    values_of = [{line.key_or_group: line.input_line for line in part} for part in parsed]
+    # A key with one value in each grid is swept too, if the grids differ in it.
+    given = {item for own in values_of for item in own.items()}
+    swept |= {key for key, line in given if any(own.get(key) != line for own in values_of)}
     jobs: dict[str, Job] = {}
     misfits = _Misfits()
     for parsed_lines in parsed:
