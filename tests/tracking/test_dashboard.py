@@ -46,7 +46,7 @@ def test_the_specification_has_a_panel_for_each_figure(make):
 
 
 def test_the_panels_name_only_logged_keys(train):
-    folder = train(*TINY, "mtn.enabled=true")
+    folder = train(*TINY, "mtn.enabled=true", "regularizer=l2")
     with (folder / "csv" / "metrics.csv").open(newline="") as file:
         logged = set(next(csv.reader(file)))
     config = json.loads((folder / "result.json").read_text())["config"]
