@@ -58,7 +58,7 @@ class Table(SelfPreparing):
         test: Table of the test rows, as for ``train``; if None, ``split`` takes them from
             ``train``.
         labels: Columns of 0 and 1 or true and false, without missing values; see ``positive``.
-        funnel: Whether the second label requires the first (click, conversion).
+        funnel: Whether each label requires the one before it (click, conversion).
         categorical: Categorical columns; None to infer them.
         numerical: Numerical columns; None to infer them.
         exclude: Columns to leave out.

@@ -120,7 +120,7 @@ def _labels(schema: Schema, statistics: Statistics) -> Iterator[_Part]:
     drift = _table("split", "task", *(str(number + 1) for number in range(SLICES)), names=2)
     for split, found in statistics.items():
         for column, task in enumerate(schema.tasks):
-            name = task.name.upper() if schema.funnel else task.name
+            name = schema.title(task)
             rows, positives = found.task_rows[:, column], found.task_positives[:, column]
             counts = f"{rows.sum():,}", f"{positives.sum():,}"
             rate = f"{positives.sum() / rows.sum():.3%}" if rows.any() else _NOTHING

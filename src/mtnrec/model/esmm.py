@@ -16,7 +16,8 @@ from mtnrec.schema import Schema
 class ESMM(nn.Module):
     """Shared embeddings, a CTR tower and a CVR tower; ``pCTCVR = pCTR * pCVR``.
 
-    CVR has no separate loss: both losses are over all impressions.
+    CVR has no separate loss: both losses are over all impressions. A funnel of more stages has a
+    tower for each label given the one before it, and the probabilities are their products.
 
     Args:
         schema: Fields and labels of the data, which must be a funnel.
@@ -50,7 +51,7 @@ class ESMM(nn.Module):
         super().__init__()
         if not schema.funnel:
             raise InputError(
-                "ESMM needs a funnel of two labels, click and conversion, got the independent "
+                "ESMM needs a funnel, such as click and conversion, got the independent "
                 f"labels {', '.join(schema.labels)}. Choose model=shared_bottom or model=mmoe."
             )
         check_sizes(dropout=dropout, batch_norm=batch_norm, tower_widths=tower_widths)
@@ -65,13 +66,12 @@ class ESMM(nn.Module):
         )
 
     def forward(self, batch: Batch) -> LogProbabilities:
-        """Return the log-probabilities of click and conversion, ``(B, 2)`` each."""
+        """Return the log-probabilities of the labels, ``(B, T)`` each."""
         (hidden,) = self.input.first_layers(batch, self.towers.first_layers())
-        click, conversion = self.towers.after_first_layer(hidden)
-        return funnel_log_probabilities(click, conversion)
+        return funnel_log_probabilities(*self.towers.after_first_layer(hidden))
 
     def task_layers(self) -> list[list[nn.Linear]]:
-        """Return, for each depth of the towers, the two linear layers."""
+        """Return, for each depth of the towers, the ``T`` linear layers."""
         return self.towers.by_depth()
 
     def shared_layers(self) -> list[list[nn.Linear]]:

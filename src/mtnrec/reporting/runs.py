@@ -181,9 +181,9 @@ class Runs(Sequence[Run]):
     @cached_property
     def tasks(self) -> list[str]:
         """Tasks in the order of the labels; CTR, CVR and CTCVR first, others by name."""
-        labels = [name for run in self for name in _labels(run.record)]
+        known = [name for run in self for name in _task_order(run.record)]
         found = {place.partition("/")[2] for run in self for place in run.record.counts}
-        order = list(dict.fromkeys([*TASKS, *labels, *sorted(found)]))
+        order = list(dict.fromkeys([*TASKS, *known, *sorted(found)]))
         return [task for task in order if task in found]
 
     @cached_property
@@ -360,8 +360,10 @@ def _metric_keys(record: RunRecord) -> list[MetricKey]:
     return [key for key in keys if key is not None]
 
 
-def _labels(record: RunRecord) -> Sequence[str]:
-    """Return the labels of a run's data set in order, if its settings name them."""
+def _task_order(record: RunRecord) -> Sequence[str]:
+    """Return the tasks of a run in order, or its labels where the record has no tasks."""
+    if isinstance(tasks := record.data.get("tasks"), list):
+        return [task for task in tasks if isinstance(task, str)]
     for settings in (record.data["parameters"], record.config["data"]):
         if isinstance(labels := settings.get("labels"), list):
             return [label for label in labels if isinstance(label, str)]

@@ -20,7 +20,7 @@ TREATMENTS = ("mtn", "regularizer")  # config groups that a baseline lacks
 _OPTIONAL = ("regularizer", "loss", "balance", "scheduler", "metrics", "callbacks")
 _DEFAULTS = {
     "loss": {"_target_": "mtnrec.objective.loss.CrossEntropy"},
-    "balance": {"_target_": "mtnrec.objective.balance.Weights", "weights": {}},
+    "balance": {"_target_": "mtnrec.objective.balance.Weights", "weights": None},
 }
 # Keys that say where a run reads and writes, or how it is displayed and computed, but do not change
 # its result. The checksum stands for the data.

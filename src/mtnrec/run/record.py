@@ -57,7 +57,7 @@ class RunRecord:
         seed: Seed of the run.
         config: Resolved config.
         versions: Versions by package.
-        data: Name, checksum, parameters and rows of the data set, and suspected leaks.
+        data: Name, checksum, parameters, rows and tasks of the data set, and suspected leaks.
         noise: Settings and counts of the noise, and a checksum of the replaced rows and features.
         mtn: Group ``mtn`` of the config.
         best_epoch: Epoch whose weights were tested, from 0.

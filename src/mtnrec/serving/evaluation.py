@@ -61,7 +61,8 @@ def _valid_labels(part: Part, schema: Schema) -> Tensor:
     assert labels is not None
     wrong, rule = labels.isnan().any(dim=1), "a label must be 0 or 1"
     if schema.funnel and not wrong.any():
-        wrong, rule = labels[:, 1] > labels[:, 0], "a conversion must have a click"
+        wrong = (labels.diff(dim=1) > 0).any(dim=1)
+        rule = "a conversion must have a click, each label of a funnel the one before it"
     if wrong.any():
         row = int(wrong.int().argmax())
         raise InputError(f"{part.place(row)}: {rule} ({', '.join(schema.labels)}). Correct it.")
@@ -82,7 +83,7 @@ def metrics_table(schema: Schema, found: Evaluated) -> rich.table.Table:
         table.add_column(header, justify="right")
     for task in schema.tasks:
         table.add_row(
-            task.name.upper() if schema.funnel else task.name,
+            schema.title(task),
             schema.definition(task),
             *(f"{found.metrics[f'{task.name}_{count}']:,}" for count in ("rows", "positives")),
             *(_number(found.metrics, f"{task.name}_{name}") for name in shown),

@@ -312,6 +312,7 @@ def _describe_data(datamodule: DataModule, leaks: LeakCheck) -> dict[str, Any]:
         "checksum": manifest.checksum,
         "parameters": manifest.parameters,
         "rows": datamodule.split_rows,
+        "tasks": [task.name for task in datamodule.schema.tasks],
         "suspected_leaks": [asdict(leak) for leak in leaks.leaks],
         "leaks_not_judged": leaks.not_judged,
     }

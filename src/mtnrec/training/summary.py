@@ -101,7 +101,7 @@ def summary_table(schema: Schema, record: RunRecord) -> Table:
         keys = [metric_key("val", task.name, "auc")]
         keys += [metric_key("test", task.name, metric) for metric in shown.values()]
         table.add_row(
-            task.name.upper() if schema.funnel else task.name,
+            schema.title(task),
             schema.definition(task).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"),
             f"{count['rows']:,}",
             f"{count['positives']:,}",

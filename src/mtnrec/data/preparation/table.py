@@ -53,7 +53,8 @@ _INFERRED = {
 WEIGHTS = "_weights"  # ends the name of the column of weights of a multi-valued field
 _MOST_VALUES = 20  # of a label in a chunk
 _NEEDS_CLICK = (
-    "a conversion needs a click (set data.conversion_without_click=drop to drop and count it)"
+    "a conversion needs a click, each label of a funnel the one before it (set "
+    "data.conversion_without_click=drop to drop and count it)"
 )
 
 
@@ -457,9 +458,10 @@ class TablePreparation:
             group, time = self._read_keys(chunk, plan, rules)
             orphan = np.zeros(chunk.frame.height, np.bool_)
             if self._table.funnel:
-                orphan = labels[1] > labels[0]
-                if self._table.conversion_without_click == "refuse":
-                    rules.require(self._labels[1], ~orphan, _NEEDS_CLICK)
+                for name, before, label in zip(self._labels[1:], labels, labels[1:], strict=False):
+                    orphan |= label > before
+                    if self._table.conversion_without_click == "refuse":
+                        rules.require(name, label <= before, _NEEDS_CLICK)
             keep = ~(rules.broken | orphan)
             tests = plan.tests(chunk) if source == "train" else np.ones_like(keep)
             yield _Rows(
