@@ -83,8 +83,13 @@ def test_a_key_unknown_to_this_version_is_ignored(path):
 def test_a_damaged_record_is_refused(text, path):
     path.write_text(text, encoding="latin-1")
 
-    with pytest.raises(InputError, match=r"result\.json (is not valid JSON|lacks the key cell)"):
+    with pytest.raises(InputError, match=r"result\.json is not (valid JSON|a JSON object)"):
         RunRecord.read(path)
+
+
+def test_a_missing_record_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"result\.json is missing\. Run again\."):
+        RunRecord.read(tmp_path / RECORD_FILE)
 
 
 def nested(depth):

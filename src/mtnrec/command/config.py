@@ -44,6 +44,15 @@ def seed_keys(config: DictConfig) -> list[str]:
     return sorted(key for key, value in one.items() if two[key] != value)
 
 
+def override_key(override: str) -> str:
+    """Return the dotted key or the group that an override changes.
+
+    >>> [override_key(line) for line in ("seed=0", "++data.name=a=b", "~mtn", "model@_here_=esmm")]
+    ['seed', 'data.name', 'mtn', 'model']
+    """
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
 @contextmanager
 def naming_folders_after(keys: Collection[str]) -> Iterator[None]:
     """Name the folders of runs that are composed in the block after these overridden keys only."""
@@ -59,7 +68,7 @@ def named_settings(config: DictConfig) -> dict[str, Any]:
     choices, found = config.hydra.runtime.choices, {}
     keys = _KEYS_IN_NAMES.get()
     for override in config.hydra.overrides.task:
-        key = override.partition("=")[0].lstrip("+~").partition("@")[0]
+        key = override_key(override)
         if keys is not None and key not in keys:
             continue
         value = choices[key] if key in choices else OmegaConf.select(config, key)

@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from mtnrec.command.config import CONF_DIR
+from mtnrec.command.config import CONF_DIR, override_key
 
 _LISTS_CALLBACKS = re.compile(r"\+{0,2}callbacks=\s*\[\s*\{")
 _PLAIN_PATH = re.compile(r"(/?[A-Za-z0-9_.-]+)?(/[A-Za-z0-9_.-]+)+")
@@ -59,7 +59,7 @@ def make_datamodule(data: Any, overrides: Sequence[str]) -> Any:
         overrides: Overrides of the command line.
     """
     datamodule = instantiate(data, _convert_="all")
-    keys = [line.lstrip("+~").partition("=")[0] for line in overrides]
+    keys = [override_key(line) for line in overrides]
     datamodule.given |= {key.removeprefix("data.") for key in keys if key.startswith("data.")}
     return datamodule
 

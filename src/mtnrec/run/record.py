@@ -1,6 +1,5 @@
 """Record of a run, ``result.json``: settings, data and results."""
 
-import json
 import logging
 import math
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from mtnrec.checks import InputError
-from mtnrec.files import write_json
+from mtnrec.files import read_json, write_json
 from mtnrec.run.environment import code_of_run, describe_changes, sources, versions
 from mtnrec.run.identity import RunIdentity
 
@@ -131,15 +130,12 @@ class RunRecord:
         """Read a ``result.json``.
 
         Raises:
-            InputError: If it is not valid JSON, lacks a key, has a value of another type, or has a
-                different format version.
+            InputError: If it is missing or not valid JSON, lacks a key, has a value of another
+                type, or has a different format version.
         """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:  # of JSON, encoding or nesting
-            raise InputError(
-                f"{path} is not valid JSON ({error}). Delete it and run again."
-            ) from None
+        content = read_json(path)
+        if content is None:
+            raise InputError(f"{path} is missing. Run again.")
         return cls.from_content(content, path)
 
     @classmethod

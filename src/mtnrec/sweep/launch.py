@@ -28,7 +28,7 @@ from rich import get_console
 from rich.live import Live
 
 from mtnrec.checks import InputError
-from mtnrec.command.config import naming_folders_after, resolve_settings
+from mtnrec.command.config import naming_folders_after, override_key, resolve_settings
 from mtnrec.command.errors import unknown_key
 from mtnrec.command.interrupt import got_sigterm, interrupt_status
 from mtnrec.command.job import draws_on_screen, make_datamodule, train_command
@@ -162,7 +162,7 @@ class _Misfits:
                 composed = loader.load_sweep_config(config, kept)
             except HydraException as error:
                 key = unknown_key(error) or ""
-                others = [line for line in kept if _key(line) != key]
+                others = [line for line in kept if override_key(line) != key]
                 if "." not in key or len(others) == len(kept):
                     raise
                 kept = others
@@ -177,7 +177,7 @@ class _Misfits:
             group = key.partition(".")[0]
             choice = f"{group}={composed.hydra.runtime.choices.get(group)}"
             self._lacking.setdefault(key, Counter())[choice] += 1
-        self._used |= {_key(line) for line in kept}
+        self._used |= {override_key(line) for line in kept}
         self._runs += 1
 
     def report(self) -> None:
@@ -192,10 +192,6 @@ class _Misfits:
                 choices.total(),
                 self._runs,
             )
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0]
 
 
 def _make_job(composed: DictConfig, overrides: Sequence[str]) -> Job:
