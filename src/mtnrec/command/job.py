@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning_utilities.core.rank_zero import rank_zero_only
+from omegaconf import read_write
 
 from mtnrec.command.config import CONF_DIR, override_key
 
@@ -69,6 +70,16 @@ def job_command(output_dir: Path) -> list[str]:
     return train_command(output_dir, job_overrides(), HydraConfig.get())
 
 
+def quote_for_ranks(output_dir: Path) -> None:
+    """Prepare Hydra's config for Lightning, which starts the other ranks with ``hydra.run.dir``.
+
+    Lightning puts it between double quotes and escapes nothing.
+    """
+    hydra = HydraConfig.get()
+    with read_write(hydra):
+        hydra.run.dir = _escape_interpolations(_quote(str(output_dir.absolute()))[1:-1])
+
+
 def name_callbacks(argument: str) -> str:
     """Name the callbacks of ``callbacks=[{…},{…}]``, which Hydra would read as names of files.
 
@@ -119,6 +130,13 @@ def quote_value(text: str) -> str:
     >>> quote_value("runs/a"), quote_value("runs/a,b")
     ('runs/a', '"runs/a,b"')
     """
-    if _PLAIN_PATH.fullmatch(text):
-        return text
-    return QuotedString(text.replace("${", r"\${"), Quote.double).with_quotes()
+    return text if _PLAIN_PATH.fullmatch(text) else _quote(text)
+
+
+def _quote(text: str) -> str:
+    return QuotedString(_escape_interpolations(text), Quote.double).with_quotes()
+
+
+def _escape_interpolations(text: str) -> str:
+    """Return a string that OmegaConf reads as the text, which may hold ``${``."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
