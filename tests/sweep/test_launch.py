@@ -223,6 +223,17 @@ def test_a_dry_run_lists_the_runs_and_trains_nothing(train, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_secrets_are_hidden_in_the_list_of_a_dry_run(train, tmp_path, capsys):
+    key = "+logger.settings.api_key=4f2a9c81d7e6"
+    keys = [*LOG, "hydra.mode=MULTIRUN", "seed=0,1", "logger=wandb", key]
+
+    train(*keys, "dry_run=true", folder=tmp_path)
+
+    out = capsys.readouterr().out
+    assert out.count("+logger.settings.api_key=<hidden>") == 2
+    assert "4f2a9c81d7e6" not in out
+
+
 @pytest.mark.parametrize("subdir", ["${hydra.job.num}", "mine"])
 def test_run_folders_that_are_not_named_after_the_settings_are_refused(subdir, train, tmp_path):
     with pytest.raises(SystemExit, match=r"^mtnrec: hydra.sweep.subdir must name each run by its"):

@@ -22,9 +22,10 @@ _NAME = (
 _IS_SECRET = re.compile(rf"{_NAME}$", re.IGNORECASE)
 # In overrides and messages: logger.settings.api_key=…, 'token': '…', but not a path a/token=1/b.
 _ASSIGNED = re.compile(
-    rf"""(?<![\w./-])((?:[\w.]*[._])?{_NAME}["']?\s*[=:]\s*)(?!["']?\$\{{)(?:"[^"]+"|'[^']+'|[^\s,}}\]"']+)""",
+    rf"""(?<![\w./-])((?:[\w.]*[._])?{_NAME}["']?\s*[=:]\s*)(?!["']?\$\{{)(?:"(?:\\.|[^"\\])+"|'(?:\\.|[^'\\])+'|[^\s,}}\]"']+)""",
     re.IGNORECASE,
 )
+_FORMATTER = logging.Formatter()
 _found: set[str] = set()  # values that `redact` has hidden by their key
 
 
@@ -73,6 +74,8 @@ def redact_log(record: logging.LogRecord) -> bool:
     hidden = redact_text(message)
     if hidden != message:
         record.msg, record.args = hidden, ()
+    if record.exc_info and not record.exc_text:
+        record.exc_text = redact_text(_FORMATTER.formatException(record.exc_info))
     return True
 
 

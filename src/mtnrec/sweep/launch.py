@@ -267,13 +267,13 @@ def _list(jobs: Sequence[Job], pending: Sequence[Job], directory: Path) -> None:
         state = run_state(job.folder)
         if job in pending and state is State.FINISHED:
             state = State.WAITING
-        line = f"{state:12}{job.folder.relative_to(directory)}  {' '.join(job.overrides)}"
+        line = f"{state:12}{job.folder.relative_to(directory)}  {' '.join(_shown(job))}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _say_interrupted(jobs: Sequence[Job], directory: Path) -> None:
     states = Counter(run_state(job.folder) for job in jobs)
-    command = shlex.join(["python", "-m", "mtnrec.train", *sys.argv[1:]])
+    command = redact_text(shlex.join(["python", "-m", "mtnrec.train", *sys.argv[1:]]))
     sys.stderr.write(
         f"mtnrec: interrupted. {directory} keeps {states[State.FINISHED]} finished runs of "
         f"{len(jobs)}, and {states[State.INTERRUPTED]} interrupted ones up to their last complete "
@@ -311,7 +311,8 @@ def _find_data(
                 datamodule.prepare_data()
             prepared[data] = datamodule.find_checksum(), datamodule.settings_used()
         except (InputError, InstantiationException) as error:
-            _logger.warning("%d of %d runs will fail: %s", uses[data], len(jobs), error)
+            message = redact_text(str(error))
+            _logger.warning("%d of %d runs will fail: %s", uses[data], len(jobs), message)
     return prepared
 
 
@@ -333,7 +334,7 @@ def _launch(pending: Sequence[Job], launcher: Launcher) -> None:
             dead = [job for job in pending if run_state(job.folder) is State.INTERRUPTED]
             if not dead:
                 raise
-            _logger.warning("%s; continuing with the remaining runs", error)
+            _logger.warning("%s; continuing with the remaining runs", redact_text(str(error)))
             for job in dead:
                 deaths[job.folder] += 1
                 if deaths[job.folder] == _MAX_CRASHES:
