@@ -20,6 +20,7 @@ from rich import box, get_console
 from rich.table import Table
 from torch import Tensor
 
+from mtnrec.command.job import quote_value
 from mtnrec.files import read_json
 from mtnrec.training.module import MultiTaskModule
 from mtnrec.training.recorder import split_counts
@@ -56,7 +57,8 @@ def settings(*, mtn: bool, option: str, devices: int) -> list[str]:
 
 def train(folder: Path, *arguments: str) -> None:
     """Run the training command."""
-    command = [sys.executable, "-m", "mtnrec.train", f"hydra.run.dir={folder}", *arguments]
+    place = f"hydra.run.dir={quote_value(str(folder))}"
+    command = [sys.executable, "-m", "mtnrec.train", place, *arguments]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
 
 

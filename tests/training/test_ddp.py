@@ -57,6 +57,15 @@ def test_all_ranks_evaluate_with_the_saved_batch_norm(tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_train_in_a_folder_whose_name_has_quotes(tmp_path):
+    keys = [*MODELS["esmm"], *settings(mtn=False, option="none", devices=2)]
+
+    train_apart(tmp_path / 'say "a"\\', f"data_root={tmp_path / 'data'}", *keys)
+
+    assert run_state(tmp_path / 'say "a"\\') is State.FINISHED
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["raise", "kill"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_ends_early_ends_the_run_with_an_error(rank, failure, tmp_path):

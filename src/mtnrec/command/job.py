@@ -75,7 +75,7 @@ def quote_for_ranks(output_dir: Path) -> None:
 
     Lightning puts it between double quotes and escapes nothing.
     """
-    hydra = HydraConfig.get()
+    hydra: Any = HydraConfig.get()
     with read_write(hydra):
         hydra.run.dir = _escape_interpolations(_quote(str(output_dir.absolute()))[1:-1])
 
