@@ -129,6 +129,8 @@ def test_the_umbrella_runs_a_command_as_its_module(tmp_path):
             ["experiment=[alpha,lambda]"],
             "experiment must be one choice, got [alpha,lambda].",
         ),
+        (["logger=null"], "a config group must be one of its choices or a list of them, got None"),
+        (["model=3"], "a config group must be one of its choices or a list of them, got int"),
         (["seed=abc"], "Error merging override seed=abc: Value 'abc' of type 'str' could not be"),
         (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
         (["data.name=a{b"], "data.name=a{b is not in Hydra's grammar. Quote the value, and the"),
