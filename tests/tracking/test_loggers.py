@@ -269,6 +269,19 @@ def test_a_secret_of_the_command_line_is_in_no_file_of_a_run(train, tmp_path):
     assert any(name.startswith("events.out") for name in contents)
 
 
+def test_a_run_that_restarts_replaces_the_events_of_a_logger_of_another_name(train, tmp_path):
+    run = [*LOG, "trainer.max_epochs=1", "logger=tensorboard", "logger.tensorboard.name=curves"]
+    train(*run, folder=tmp_path)
+    before = {path.name for path in tmp_path.glob("curves/events.*")}
+
+    train(*run, "resume=false", folder=tmp_path)
+
+    after = {path.name for path in tmp_path.glob("curves/events.*")}
+    assert before
+    assert after
+    assert not before & after
+
+
 @pytest.mark.slow
 def test_a_resumed_run_is_the_same_run_of_wandb(train, tmp_path, monkeypatch):
     run = [*LOG, "logger=wandb", "logger.offline=true"]
