@@ -202,6 +202,12 @@ def test_the_leaderboard_ranks_arms_by_their_mean_monitor(arms):
     assert f"{first} optimizer.lr=0.1 2 0.7000 0.6000 0.8000" in text
 
 
+def test_the_leaderboard_names_a_run_by_its_folder_if_nothing_else_does(tmp_path, write_run):
+    write_run(tmp_path, "first", monitor="val/cvr_auc", metrics={"val/cvr_auc": 0.6})
+
+    assert "highest first 1 0.6000" in render(read_progress(tmp_path))
+
+
 def test_the_leaderboard_of_a_loss_begins_with_the_smallest(arms):
     for path in arms.rglob("result.json"):
         record = json.loads(path.read_text())

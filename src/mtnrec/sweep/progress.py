@@ -71,7 +71,7 @@ class RunProgress:
     @property
     def kind(self) -> str:
         """Name without seed and hash; runs of one kind cost about the same."""
-        return self.name.rpartition("-seed")[0]
+        return self.name.rpartition("-seed")[0] or self.name
 
 
 def read_progress(root: Path) -> list[RunProgress]:
