@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from mtnrec.command.config import CONF_DIR
+from mtnrec.command.config import CONF_DIR, resolve_settings
 from mtnrec.run.folder import State, lock_run_folder, run_state
 from mtnrec.sweep import launch as sweep
 from mtnrec.train import main as train_main
@@ -287,6 +287,23 @@ def test_the_command_of_a_run_repeats_it_in_its_folder(name, train, tmp_path):
     assert record["seed"] == 3
     assert record["config"]["output_dir"] == str(folder)
     assert not (folder / "failure.json").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *('"it\'s"', r"'a\'b'", "'say \"a\"'", "'a,b','c=d'", r"'\${seed}'", "'点击'"),
+    ],
+)
+def test_the_command_of_a_run_has_its_settings_whatever_the_value(value, plan):
+    jobs = plan(None, f"data.name={value}")
+
+    for job in jobs:
+        command = shlex.split(shlex.join(job.command))[3:]
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            again = loader.load_configuration("train", command, RunMode.RUN)
+        assert resolve_settings(again) == job.config
 
 
 def test_the_same_sweep_again_runs_only_what_is_not_finished(train, tmp_path, capsys):
