@@ -273,11 +273,12 @@ def _list(jobs: Sequence[Job], pending: Sequence[Job], directory: Path) -> None:
 
 def _say_interrupted(jobs: Sequence[Job], directory: Path) -> None:
     states = Counter(run_state(job.folder) for job in jobs)
+    started = states[State.INTERRUPTED] + states[State.RUNNING]  # a worker may not have ended yet
     command = redact_text(shlex.join(["python", "-m", "mtnrec.train", *sys.argv[1:]]))
     sys.stderr.write(
         f"mtnrec: interrupted. {directory} keeps {states[State.FINISHED]} finished runs of "
-        f"{len(jobs)}, and {states[State.INTERRUPTED]} interrupted ones up to their last complete "
-        f"epoch. To resume:\n  {command}\n"
+        f"{len(jobs)}, and {started} interrupted ones up to their last complete epoch. To resume:\n"
+        f"  {command}\n"
     )
 
 
