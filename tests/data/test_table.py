@@ -21,6 +21,7 @@ from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.prepared.verify import verify_prepared
 from mtnrec.data.raw import blocks, tabular
 from mtnrec.data.table import Table
+from mtnrec.serving.encoder import Encoder
 
 HILLSTROM = Path(__file__).parents[3] / "shared" / "data" / "hillstrom" / "hillstrom.csv"
 RECHUB = HILLSTROM.parents[1] / "aliccp_sample_rechub"
@@ -268,6 +269,21 @@ def test_numbers_are_filled_and_standardised_as_sklearn_does(
         assert recorded["scale"] == pytest.approx(pipeline[1].scale_[1], rel=1e-12)
     else:
         assert (recorded["shift"], recorded["scale"]) == (0, 1)
+
+
+@pytest.mark.parametrize("value", [5.0, 0.1, -1 / 3, 1e30])
+def test_a_constant_column_is_stored_and_scored_as_0(prepared, directory, frame, value):
+    frame = pd.concat([frame] * 20, ignore_index=True)  # over several blocks of the moments
+    frame["constant"] = np.where(frame.index % 7 == 0, np.nan, value)
+    settings = {"exclude": ["row"], "numerical": ["constant"], "categorical": ["city"]}
+    manifest, arrays = prepared(frame, standardise=True, **settings)
+
+    for split in ("train", "test"):
+        assert not arrays[split]["numerical"].any()
+    rows = pl.DataFrame({"city": None, "constant": [value, None]}, schema_overrides={"city": str})
+    vocabularies = {"city": pl.read_parquet(directory / "vocabulary" / "city.parquet")["value"]}
+    encoder = Encoder(manifest.schema, vocabularies, manifest.transforms)
+    assert encoder.encode(rows, str).numerical.tolist() == [[0], [0]]
 
 
 def test_numbers_without_gaps_are_stored_as_they_are(prepared, frame):

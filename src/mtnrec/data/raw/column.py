@@ -321,10 +321,12 @@ class Moments:
     """
 
     def __init__(self, columns: int) -> None:
-        self.mean = np.zeros(columns)
+        self._mean = np.zeros(columns)
         self._rows = 0
         self._count = np.zeros(columns)
         self._squares = np.zeros(columns)
+        self._lowest = np.full(columns, np.inf)
+        self._highest = np.full(columns, -np.inf)
         self._rest = np.empty((0, columns))
 
     def update(self, values: Float64Array) -> None:
@@ -341,11 +343,16 @@ class Moments:
         self._rest = self._rest[:0]
 
     @property
+    def mean(self) -> Float64Array:
+        """Mean; of a constant column its value, to the bit."""
+        return np.where(self._lowest == self._highest, self._lowest, self._mean)
+
+    @property
     def scale(self) -> Float64Array:
         """Standard deviation; 1 for a column that is constant up to rounding."""
         variance = self._squares / max(self._rows, 1)
         epsilon = np.finfo(np.float64).eps
-        rounding = (self._rows * self.mean * epsilon) ** 2 + self._rows * variance * epsilon
+        rounding = (self._rows * self._mean * epsilon) ** 2 + self._rows * variance * epsilon
         return np.where(variance <= rounding, 1.0, np.sqrt(variance))
 
     def _add(self, block: Float64Array) -> None:
@@ -355,9 +362,11 @@ class Moments:
         mean = np.where(present, block, 0).sum(axis=0) / count.clip(min=1)
         squares = (np.where(present, block - mean, 0) ** 2).sum(axis=0)
         total = self._count + count
-        difference = mean - self.mean
-        self.mean = self.mean + difference * count / total.clip(min=1)
+        difference = mean - self._mean
+        self._mean = self._mean + difference * count / total.clip(min=1)
         between = difference**2 * self._count * count / total.clip(min=1)
         self._squares = self._squares + squares + between
+        self._lowest = np.fmin(self._lowest, np.fmin.reduce(block, axis=0, initial=np.inf))
+        self._highest = np.fmax(self._highest, np.fmax.reduce(block, axis=0, initial=-np.inf))
         self._count = total
         self._rows += len(block)
