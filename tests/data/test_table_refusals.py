@@ -196,6 +196,24 @@ def test_separator_and_decimal_sign_are_inferred_and_printed(
     np.testing.assert_array_equal(prices(given), expected)
 
 
+@pytest.mark.parametrize(
+    ("cells", "decimal"),
+    [
+        (["0,125", "0,250"], ","),
+        (["1234,567", "2345,678"], ","),
+        (["1,5", "1,250"], ","),
+        (["1,250", "12,500"], "."),  # may be thousands
+    ],
+)
+def test_three_digits_after_a_comma_are_a_fraction_unless_they_may_be_thousands(
+    tmp_path, cells, decimal
+):
+    path = tmp_path / "rows.csv"
+    path.write_text("price;click\n" + "".join(f"{cell};1\n" for cell in cells))
+
+    assert tabular.FileSource("table", path).dialect == (";", decimal)
+
+
 def test_quoted_numbers_with_a_decimal_comma_are_refused_with_the_remedy(frame, folder, tmp_path):
     path = in_form(frame, tmp_path / "rows.csv", ",", ",")
 

@@ -188,6 +188,8 @@ class Predict:
     data: Any = None
     table: str | None = None
     keep: list[str] = MISSING
+    separator: str | None = None
+    decimal: str | None = None
     split: str = MISSING
     out: str = MISSING
     batch_size: int = MISSING
@@ -204,6 +206,8 @@ class Evaluate:
     data: Any = None
     table: str | None = None
     group: str | None = None
+    separator: str | None = None
+    decimal: str | None = None
     split: str = MISSING
     out: str | None = None
     batch_size: int = MISSING

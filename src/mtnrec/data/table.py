@@ -20,6 +20,7 @@ from mtnrec.data.raw.tabular import (
     ArrowStream,
     FrameSource,
     Source,
+    check_dialect,
     check_table,
     is_frame,
     open_source,
@@ -160,17 +161,7 @@ class Table(SelfPreparing):
                 f"data.positive must be a text or a number, got {self.positive!r} (YAML reads yes "
                 "and no as true and false). Quote it, or leave it out if labels are true and false."
             )
-        if self.separator == r"\t":
-            self.separator = "\t"
-        if self.separator is not None and (
-            len(str(self.separator)) != 1 or str(self.separator) in '"\r\n' or self.separator == " "
-        ):
-            raise InputError(
-                f"data.separator must be one character, got {self.separator!r}. Set a comma, a "
-                "semicolon, a bar or a tab."
-            )
-        if self.decimal is not None:
-            check_choice("data.decimal", self.decimal, [".", ","])
+        self.separator = check_dialect("data.", self.separator, self.decimal)
 
     def _check_tables(self) -> None:
         for key in SPLITS:

@@ -190,9 +190,10 @@ def _require_finite(
 ) -> None:
     if wrong.any():
         row = int(wrong.argmax())
+        remedy = "Correct it, or set decimal if numbers have another decimal sign."
         raise InputError(
             f"{place(row)}, column {name!r}: a number must be finite in 32 bits, got "
-            f"{column[row]!r}"
+            f"{column[row]!r}. {remedy if column.dtype == pl.String else 'Correct it.'}"
         )
 
 

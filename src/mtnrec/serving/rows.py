@@ -17,7 +17,7 @@ from mtnrec.data.datamodule import DataModule
 from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.column import to_labels
-from mtnrec.data.raw.tabular import Chunk, FileSource
+from mtnrec.data.raw.tabular import Chunk, FileSource, check_dialect
 from mtnrec.schema import Schema
 from mtnrec.serving.scorer import Scorer, shifted
 
@@ -42,10 +42,12 @@ class Rows(Protocol):
     Attributes:
         total: Number of rows; None if it is not known in advance.
         has_labels: Whether they have labels.
+        form: Separator and decimal sign of csv files, in words; empty if there are none.
     """
 
     total: int | None
     has_labels: bool
+    form: str
 
     def __iter__(self) -> Iterator[Part]:
         """Yield the rows of each batch."""
@@ -66,6 +68,7 @@ class PreparedRows:
     """
 
     has_labels = True
+    form = ""
 
     def __init__(self, scorer: Scorer, directory: Path, split: str, batch_size: int) -> None:
         manifest, arrays = open_prepared(directory)
@@ -107,6 +110,8 @@ class TableRows:
         batch_size: Rows scored at a time.
         keep: Columns copied to the scores unchanged, e.g. an id.
         group: Column of the user or search, for the grouped AUC.
+        separator: Separator of the cells of csv files; None to infer it.
+        decimal: Decimal sign of the numbers in csv files; None to infer it.
 
     Raises:
         InputError: If the table cannot be read or lacks a column.
@@ -120,9 +125,13 @@ class TableRows:
         *,
         keep: Sequence[str] = (),
         group: str | None = None,
+        separator: str | None = None,
+        decimal: str | None = None,
     ) -> None:
         self.total: int | None = None
-        self._source = FileSource("table", path)
+        separator = check_dialect("", separator, decimal)
+        self._source = FileSource("table", path, separator, decimal)
+        self.form = self._source.form
         self._source.require_columns("the model", scorer.encoder.columns)
         self._source.require_columns("keep", list(keep))
         self._source.require_columns("group", [] if group is None else [group])
@@ -171,12 +180,14 @@ def open_rows(
     batch_size: int,
     keep: Sequence[str] = (),
     group: str | None = None,
+    separator: str | None = None,
+    decimal: str | None = None,
 ) -> Rows:
     """Open a split of a prepared data set, or a table; see the two classes above.
 
     Raises:
-        InputError: If not exactly one of ``data`` and ``table`` is given, columns are named without
-            a table, or it cannot be read.
+        InputError: If not exactly one of ``data`` and ``table`` is given, an argument about a table
+            comes with ``data``, or the rows cannot be read.
     """
     check_integer("batch_size", batch_size, minimum=1)
     if (data is None) == (table is None):
@@ -186,12 +197,21 @@ def open_rows(
             "data set) or table=FILE (raw values)."
         )
     if table is not None:
-        return TableRows(scorer, Path(table), batch_size, keep=keep, group=group)
+        return TableRows(
+            scorer,
+            Path(table),
+            batch_size,
+            keep=keep,
+            group=group,
+            separator=separator,
+            decimal=decimal,
+        )
     assert data is not None
-    for key, columns in {"keep": list(keep), "group": group}.items():
-        if columns:
+    of_table = {"keep": list(keep), "group": group, "separator": separator, "decimal": decimal}
+    for key, value in of_table.items():
+        if value:
             raise InputError(
-                f"{key} must name columns of a table, got {columns} with data. Leave {key} out."
+                f"{key} must come with table=FILE, got {key}={value} with data. Leave {key} out."
             )
     data.prepare_data()
     return PreparedRows(scorer, data.folder, split, batch_size)

@@ -302,12 +302,8 @@ class TablePreparation:
         console = self._progress.console
         console.print(shown)
         for of_split in self._sources.values():
-            if of_split.dialect is not None:
-                separator, decimal = of_split.dialect
-                console.print(
-                    f"{of_split.name}: separator {separator!r}, decimal sign {decimal!r}",
-                    markup=False,
-                )
+            if of_split.form:
+                console.print(of_split.form, markup=False)
         console.print(f"{rows:,} rows to write, about {rows * width / 1e6:,.1f} MB of disk")
 
     def _draw(

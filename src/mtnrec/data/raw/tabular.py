@@ -24,13 +24,14 @@ from typing import IO, Any, NamedTuple, Protocol, TypeGuard, cast
 
 import numpy as np
 import polars as pl
+import polars.selectors as cs
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from polars.exceptions import PanicException, PolarsError
 from rich.filesize import decimal
 
 from mtnrec.arrays import BoolArray, Int64Array
-from mtnrec.checks import InputError, find_duplicates, format_names
+from mtnrec.checks import InputError, check_choice, find_duplicates, format_names
 from mtnrec.data.raw import blocks
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block, read_blocks
@@ -48,6 +49,7 @@ _SAMPLE = 1000  # lines from which the separator and the decimal sign are inferr
 _INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+")  # names that pandas gives its index
 _MOST_BLANKS = 1 << 16  # bytes of line ends at the end of a file
 _DECIMAL_COMMA = r"^([+-]?[0-9]*),([0-9]+(?:[eE][+-]?[0-9]+)?)$"
+_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}")  # 1,250 may be 1250 or 1.25
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,14 @@ class Source(ABC):
                 there are no rows.
         """
 
+    @property
+    def form(self) -> str:
+        """Separator and decimal sign of its csv files, in words; empty if it has none."""
+        if self.dialect is None:
+            return ""
+        separator, decimal = self.dialect
+        return f"{self.name}: separator {separator!r}, decimal sign {decimal!r}"
+
     def require_columns(self, key: str, names: list[str]) -> None:
         """Refuse names that are not columns; ``key`` is the setting that lists them."""
         if missing := [name for name in names if name not in (*self.columns, *self.index)]:
@@ -201,8 +211,12 @@ class FileSource(Source):
                 parts = _read_parquet(path, columns, check)
             else:
                 parts = _read_csv(path, columns, bad_rows, cast(Dialect, self.dialect))
+            has_commas = self.dialect is not None and self.dialect.decimal == ","
             for unit, numbers, frame in parts:
-                yield Chunk(missing_to_null(frame), frame, path, unit, numbers, first)
+                cells = missing_to_null(frame)
+                if has_commas:
+                    cells = cells.with_columns(cs.string().str.replace(_DECIMAL_COMMA, "$1.$2"))
+                yield Chunk(cells, frame, path, unit, numbers, first)
                 first += frame.height
         if not first:
             raise InputError(f"{self.path} has no rows")
@@ -299,6 +313,28 @@ def read_frame(
             table = table.select(kept)
         index = _index_of(table.schema.metadata, table.schema.names)
         return cast(pl.DataFrame, pl.from_arrow(table, rechunk=False)), index
+
+
+def check_dialect(prefix: str, separator: Any, decimal: Any) -> str | None:
+    r"""Check the settings ``separator`` and ``decimal``; return the separator, a tab for ``\t``.
+
+    Args:
+        prefix: Stands before their names in messages, for example ``data.``.
+        separator: See :class:`FileSource`.
+        decimal: See :class:`FileSource`.
+    """
+    if separator == r"\t":
+        separator = "\t"
+    if separator is not None and (
+        len(str(separator)) != 1 or str(separator) in '"\r\n' or separator == " "
+    ):
+        raise InputError(
+            f"{prefix}separator must be one character, got {separator!r}. Set a comma, a "
+            "semicolon, a bar or a tab."
+        )
+    if decimal is not None:
+        check_choice(f"{prefix}decimal", decimal, [".", ","])
+    return None if separator is None else str(separator)
 
 
 def is_frame(table: object) -> TypeGuard[ArrowStream]:
@@ -475,8 +511,8 @@ def _infer_dialect(path: Path, separator: str | None, decimal: str | None) -> Di
         cells = [cell for row in _split_sample(lines, separator) for cell in row]
         commas = [cell for cell in cells if re.match(_DECIMAL_COMMA, cell)]
         points = any(re.fullmatch(r"[+-]?[0-9]+\.[0-9]+", cell) for cell in cells)
-        # Three digits each may be thousands. Between commas, a quoted 1,2 may be a list.
-        is_comma = separator != "," and any(len(cell.partition(",")[2]) != 3 for cell in commas)
+        # Between commas, a quoted 1,2 may be a list.
+        is_comma = separator != "," and any(not _THOUSANDS.fullmatch(cell) for cell in commas)
         decimal = "," if is_comma and not points else "."
     return Dialect(separator, decimal)
 
@@ -596,10 +632,7 @@ def _read_csv(
             rule = f"expected {len(header)} values (the row is truncated or malformed)"
             for row in np.flatnonzero(bad):
                 bad_rows.add(f"{path}, line {numbers[row]}", rule, str(widths[row]))
-            frame = make_frame(~bad).select(columns)
-            if dialect.decimal == ",":
-                frame = frame.with_columns(pl.all().str.replace(_DECIMAL_COMMA, "$1.$2"))
-            yield "line", numbers[~bad], frame
+            yield "line", numbers[~bad], make_frame(~bad).select(columns)
 
 
 def _blocks(path: Path) -> Iterator[Block]:
