@@ -25,7 +25,7 @@ from mtnrec.data.prepared.store import (
     expect_scattered_reads,
     open_prepared,
 )
-from mtnrec.data.prepared.verify import verify_once
+from mtnrec.data.prepared.verify import IDENTITIES, find_changed, noted_sha256, verify_once
 from mtnrec.data.samplers import (
     EvaluationSampler,
     RepeatedSampler,
@@ -140,6 +140,13 @@ class DataModule(L.LightningDataModule, ABC):
                 "data.dir, leave out or correct these settings, or prepare it again with them "
                 "(`python -m mtnrec.prepare ... overwrite=true`, or `prepare()` in Python)."
             )
+        for path in find_changed(manifest.parameters, self._raw_note):
+            _logger.warning(
+                "%s has changed since %s was prepared from it, but the prepared rows are used. "
+                "Prepare the set again (overwrite=true) to use the new ones",
+                path,
+                self.folder,
+            )
 
     def check_replaceable(self) -> None:
         """Refuse to replace a prepared data set with different settings.
@@ -166,6 +173,14 @@ class DataModule(L.LightningDataModule, ABC):
         """Settings that determine the prepared bytes; stored in the manifest."""
         return {}
 
+    @property
+    def _raw_note(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.raw")
+
+    def _checksum(self, file: Path) -> str:
+        """Return the SHA-256 of a raw file; computed again only if the file has changed."""
+        return noted_sha256(file, self._raw_note)
+
     def _find_differing(self, found: dict[str, Any]) -> dict[str, Any]:
         """Return the settings that differ from the stored ones, ``found``."""
         return {key: v for key, v in self.parameters.items() if key in found and found[key] != v}
@@ -173,7 +188,7 @@ class DataModule(L.LightningDataModule, ABC):
     def _describe_differing(self, found: dict[str, Any], differing: dict[str, Any]) -> str:
         parts = [
             f"{key}: other files or content"
-            if key in ("train", "test")
+            if key in IDENTITIES
             else f"{key}: {str(found.get(key))[:40]} there, {str(value)[:40]} here"
             for key, value in differing.items()
         ]

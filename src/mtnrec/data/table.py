@@ -13,7 +13,6 @@ from mtnrec.data.datamodule import SelfPreparing
 from mtnrec.data.preparation.table import SPLITS, TablePreparation, TableSettings
 from mtnrec.data.prepared.manifest import LARGEST_NUMBER, Manifest
 from mtnrec.data.prepared.store import open_prepared
-from mtnrec.data.prepared.verify import noted_sha256
 from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.tabular import (
@@ -236,9 +235,6 @@ class Table(SelfPreparing):
     @property
     def _settings(self) -> list[str]:
         return [key for key in Table.__annotations__ if key not in (*_OTHER, *_TABLES)]
-
-    def _checksum(self, file: Path) -> str:
-        return noted_sha256(file, self.folder.with_name(f".{self.folder.name}.raw"))
 
     def _find_differing(self, found: dict[str, Any]) -> dict[str, Any]:
         if self.train is not None:

@@ -35,6 +35,7 @@ from mtnrec.checks import InputError, check_choice, find_duplicates, format_name
 from mtnrec.data.raw import blocks
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block, read_blocks
+from mtnrec.data.raw.files import identities
 from mtnrec.data.raw.limits import BoundedStream, inflated
 from mtnrec.resources import memory_bytes
 from mtnrec.schema import MOST_COLUMNS
@@ -194,7 +195,7 @@ class FileSource(Source):
 
     def identity(self, checksum: Callable[[Path], str]) -> list[list[str | int]]:
         """Return name, size and SHA-256 of each file."""
-        return [[file.name, file.stat().st_size, checksum(file)] for file in self._files]
+        return identities(self._files, checksum)
 
     def chunks(
         self,
