@@ -10,15 +10,16 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
+from mtnrec.arrays import Float32Array
 from mtnrec.batch import Batch
 from mtnrec.checks import InputError, check_choice, check_integer, format_names
 from mtnrec.data.batches import RowGatherer
 from mtnrec.data.datamodule import DataModule
+from mtnrec.data.preparation.table import positive_texts
 from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.raw.bad_rows import BadRows
-from mtnrec.data.raw.column import to_labels
+from mtnrec.data.raw.column import to_labels, to_text
 from mtnrec.data.raw.tabular import Chunk, FileSource, check_dialect
-from mtnrec.schema import Schema
 from mtnrec.serving.scorer import Scorer, shifted
 
 
@@ -142,6 +143,8 @@ class TableRows:
         self._schema = scorer.manifest.schema
         self.has_labels = set(self._schema.labels) <= set(self._source.columns)
         self._labels = self._schema.labels if self.has_labels else ()
+        self._positive = scorer.manifest.parameters.get("positive")
+        self._negatives: dict[str, str] = {}
         self._keep, self._group = list(keep), group
         self._encoder, self._batch_size = scorer.encoder, batch_size
 
@@ -164,11 +167,28 @@ class TableRows:
         place = shifted(chunk.place, start)
         batch = self._encoder.encode(frame, place)
         if self.has_labels:
-            batch.labels = read_labels(frame, self._schema)
+            columns = [self._read_label(frame[name]) for name in self._labels]
+            batch.labels = torch.from_numpy(np.stack(columns, axis=1))
         if self._group is not None:
             batch.group = _read_groups(frame[self._group], place)
         kept = chunk.stored.select(self._keep).slice(start, self._batch_size).to_arrow()
         return Part(batch, place, kept)
+
+    def _read_label(self, column: pl.Series) -> Float32Array:
+        """Return a label as in the training data; NaN where it is missing or invalid.
+
+        Under a single positive value only one other may occur: the first found.
+        """
+        positive = positive_texts(self._positive)
+        read = to_labels(column, positive).cast(pl.Float32).fill_null(np.nan).to_numpy().copy()
+        if positive is None or isinstance(self._positive, list | tuple):
+            return read
+        text = to_text(column).str.to_lowercase()
+        others = text.filter(read == 0)
+        if others.len():
+            negative = self._negatives.setdefault(column.name, str(others[0]))
+            read[(read == 0) & (text != negative).fill_null(value=False).to_numpy()] = np.nan
+        return read
 
 
 def open_rows(
@@ -215,12 +235,6 @@ def open_rows(
             )
     data.prepare_data()
     return PreparedRows(scorer, data.folder, split, batch_size)
-
-
-def read_labels(frame: pl.DataFrame, schema: Schema) -> Tensor:
-    """Return the labels of raw rows, float32 ``(rows, T)``; NaN where one is missing or invalid."""
-    columns = [to_labels(frame[name]).cast(pl.Float32).fill_null(np.nan) for name in schema.labels]
-    return torch.from_numpy(np.stack([column.to_numpy() for column in columns], axis=1))
 
 
 def _read_groups(column: pl.Series, place: Callable[[int], str]) -> Tensor:
