@@ -5,7 +5,7 @@ split and 17 to sort by time.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,12 +184,16 @@ class TablePreparation:
         }
 
     def _chunks(
-        self, action: str, split: str, columns: list[str], bad_rows: BadRows
+        self,
+        action: str,
+        split: str,
+        columns: list[str],
+        bad_rows: BadRows,
+        lists: Sequence[str] = (),
     ) -> Iterator[Chunk]:
+        """Read columns of a split; those named in ``lists`` may hold lists."""
         source = self._sources[split]
         bar = self._progress.add_task(f"{action} {source.name}:", total=None)
-        not_lists = {*(self._table.numerical or []), *self._labels, *self._keys()}
-        lists = [name for name in columns if name not in not_lists]
         for chunk in source.chunks(columns, bad_rows, lists=lists):
             yield chunk
             self._progress.advance(bar, chunk.frame.height)
@@ -233,7 +237,14 @@ class TablePreparation:
         for split in self._sources if table.group is not None else ("train",):
             names = list(profiles) if split == "train" else self._groups()
             labels = self._labels if split == "train" else []
-            chunks = self._chunks("inspecting", split, [*names, *labels], BadRows(table.on_error))
+            not_lists = {*(table.numerical or []), *self._keys()}
+            chunks = self._chunks(
+                "inspecting",
+                split,
+                [*names, *labels],
+                BadRows(table.on_error),
+                lists=[name for name in names if name not in not_lists],
+            )
             for chunk in chunks:
                 for name in names:
                     profiles[name].update(chunk.frame[name], chunk.place)
@@ -439,9 +450,9 @@ class TablePreparation:
         weights = [name + WEIGHTS for name in plan.multivalued]
         weights = [name for name in weights if name in self._sources[source].columns]
         columns = [*plan.categorical, *plan.numerical, *self._labels, *self._keys()]
-        columns += [*plan.multivalued, *weights]
+        lists = [*plan.multivalued, *weights]
         positive = positive_texts(self._table.positive)
-        for chunk in self._chunks(action, source, columns, bad_rows):
+        for chunk in self._chunks(action, source, [*columns, *lists], bad_rows, lists):
             rules = _Rules(chunk, bad_rows)
             labels = [rules.read_label(name, positive) for name in self._labels]
             numerical = [

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from mtnrec.arrays import Float64Array, Int64Array
+from mtnrec.checks import InputError
 
 FEWEST_ROWS_OF_AN_ID = 100  # a smaller table can have distinct values by chance
 _BLOCK = 4096
@@ -188,10 +189,20 @@ def to_text(column: pl.Series) -> pl.Series:
 def to_bags(column: pl.Series) -> tuple[Int64Array, pl.Series]:
     """Return the length of each list, 0 for a missing one, and all their items.
 
+    Raises:
+        InputError: If the cells are not lists; they may all be missing.
+
     >>> lengths, items = to_bags(pl.Series([["a", "b"], None, ["c"]]))
     >>> lengths.tolist(), items.to_list()
     ([2, 0, 1], ['a', 'b', 'c'])
     """
+    if column.dtype == pl.Null:
+        column = column.cast(pl.List(pl.Null))
+    if not isinstance(column.dtype, pl.List):
+        raise InputError(
+            f"column {column.name!r} must hold lists, since the field is multi-valued, got "
+            f"{column.dtype}"
+        )
     lengths = column.list.len().fill_null(0).cast(pl.Int64)
     return lengths.to_numpy(), column.filter(lengths > 0).explode()
 
