@@ -175,6 +175,17 @@ def test_a_file_and_a_frame_go_together(tmp_path):
         assert prepared_bytes(tmp_path / key) == prepared_bytes(tmp_path / "files")
 
 
+@pytest.mark.parametrize(
+    "column",
+    [pd.period_range("2024-01", periods=80, freq="D"), pd.cut(pd.Series(range(80)), 3)],
+)
+def test_extension_types_of_pandas_are_refused(column):
+    rows = pd.DataFrame({"day": column, "x": np.arange(80) / 2, "click": [0, 1] * 40})
+
+    with pytest.raises(InputError, match="the column 'day' is of type"):
+        Table(train=rows, labels=["click"]).prepare()
+
+
 LISTS = pl.Series("tags", [["a", "b"], ["b"], None, []] * 60)
 
 

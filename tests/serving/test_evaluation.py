@@ -67,6 +67,21 @@ def test_the_grouped_auc_is_that_of_the_column(shop, evaluate, tmp_path):
     assert found["ctr_grouped_auc"] == pytest.approx(np.average(aucs, weights=weights))
 
 
+def test_groups_do_not_depend_on_the_types_of_the_files(shop, evaluate, tmp_path):
+    run, rows, _ = shop
+    rows = rows.assign(user=[row % 9 for row in range(90)])
+    found = []
+    for number, as_type in enumerate((int, float)):
+        parts = tmp_path / str(number)
+        parts.mkdir()
+        rows[:40].to_parquet(parts / "0.parquet")
+        rows[40:].astype({"user": as_type}).to_parquet(parts / "1.parquet")
+        metrics = evaluated(evaluate, tmp_path, f"checkpoint={run}", f"table={parts}", "group=user")
+        found.append(metrics["metrics"]["ctr_grouped_auc"])
+
+    assert found[0] == found[1]
+
+
 @pytest.fixture(scope="module")
 def ratings(train, tmp_path_factory):
     """Rows with a label that is rather low, by two settings of the positive value."""

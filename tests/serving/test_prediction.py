@@ -239,6 +239,24 @@ def test_a_set_with_other_vocabularies_is_refused(shop, predict, prepare, tmp_pa
             predict(f"checkpoint={checkpoint_of(run)}", *keys, f"out={tmp_path}/s.parquet")
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        pd.period_range("2024-01", periods=90, freq="D"),
+        pd.cut(pd.Series(range(90)), 3),
+        pd.to_timedelta(range(90), unit="s"),
+        [b"a"] * 90,
+        [[1]] * 90,
+        [{"a": 1}] * 90,
+    ],
+)
+def test_types_without_a_text_are_refused(column, shop):
+    run, rows, _ = shop
+
+    with pytest.raises(ValueError, match="the frame: the column 'brand' is of type"):
+        load_checkpoint(run, "cpu").score(rows.assign(brand=column))
+
+
 class Payload:
     def __reduce__(self):
         return os.mkdir, ("executed",)

@@ -242,7 +242,7 @@ def _read_groups(column: pl.Series, place: Callable[[int], str]) -> Tensor:
     if column.null_count():
         row = int(column.is_null().arg_max() or 0)
         raise InputError(f"{place(row)}, column {column.name!r}: a group must not be missing")
-    hashes = column.cast(pl.String).hash(0).to_numpy()
+    hashes = to_text(column).hash(0).to_numpy()
     return torch.from_numpy(hashes.view(np.int64).copy())
 
 

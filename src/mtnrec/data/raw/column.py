@@ -32,8 +32,12 @@ _MOMENT = (
     r" ?(?<zone>Z|UTC|(?<sign>[+-])(?<hours>\d{2}):?(?<minutes>\d{2})?)?$"
 )
 _RESPELLED = "|".join((_FRACTION, _SCIENTIFIC, _BOOLEAN, "^NaN$", _DATE.replace("|$", "")))
-# Spellings that people, not programs, read as a number: 5 with blanks, 1_000, 8,14, 1,000,000.
-_NEARLY_NUMBER = r"^\s*[+-]?[0-9]+(?:_[0-9]+|,[0-9]+|(?:,[0-9]{3})*)(?:\.[0-9]+)?\s*$"
+# Spellings that people, not programs, read as a number: 5 with blanks, 1_000, 8,14, 1,000,000,
+# 1 000, $5, 5 %.
+_NEARLY_NUMBER = (
+    r"^\s*[$€£¥]?\s*[+-]?[0-9]+(?:_[0-9]+|,[0-9]+|(?:[, \x{a0}][0-9]{3})*)(?:\.[0-9]+)?"
+    r"\s*[%$€£¥]?\s*$"
+)
 _LABELS = {"0": 0, "false": 0, "1": 1, "true": 1}
 
 
@@ -315,7 +319,8 @@ def to_times(column: pl.Series, kind: str) -> pl.Series:
     if kind == "integer":
         return to_text(column).cast(pl.Int64, strict=False)
     if kind == "number":
-        return to_numbers(column).fill_nan(None)
+        numbers = to_numbers(column)
+        return numbers.set(~numbers.is_finite(), None)
     if column.dtype == pl.String:
         fraction = column.str.extract(r":\d{2}\.(\d{1,6})").fill_null("0").str.pad_end(6, "0")
         return _moments(column).dt.epoch("us") + fraction.cast(pl.Int64)

@@ -42,12 +42,13 @@ from mtnrec.schema import MOST_COLUMNS
 
 _ROWS_PER_CHUNK = 1 << 16  # of Parquet
 _BYTES_PER_VALUE = 16  # at least, for a text
-_UNREADABLE = (pl.Binary, pl.Object, pl.Time, pl.Duration)
+_READABLE = (pl.Boolean, pl.String, pl.Categorical, pl.Enum, pl.Date, pl.Datetime, pl.Null)
 _FORMS = re.compile(r"\.(?:[ct]sv(?:\.gz|\.zst)?|parquet)$")
 FORMS = "a .csv, .tsv or .parquet file, a compressed one (.csv.gz, .csv.zst)"
 _SEPARATORS = (",", ";", "\t", "|")
 _SAMPLE = 1000  # lines from which the separator and the decimal sign are inferred
-_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+")  # names that pandas gives its index
+# Names that pandas gives its index.
+_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+(?:\.\d+)?")
 _MOST_BLANKS = 1 << 16  # bytes of line ends at the end of a file
 _DECIMAL_COMMA = r"^([+-]?[0-9]*),([0-9]+(?:[eE][+-]?[0-9]+)?)$"
 _THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}")  # 1,250 may be 1250 or 1.25
@@ -208,7 +209,7 @@ class FileSource(Source):
         first = 0
         for path in self._files:
             if path.suffix == ".parquet":
-                check = partial(_check_types, self._key, path, lists=lists, any_type=any_type)
+                check = partial(check_types, self._key, path, lists=lists, any_type=any_type)
                 parts = _read_parquet(path, columns, check)
             else:
                 parts = _read_csv(path, columns, bad_rows, cast(Dialect, self.dialect))
@@ -263,7 +264,7 @@ class FrameSource(Source):
         any_type: Sequence[str] = (),
     ) -> Iterator[Chunk]:
         frame = self._frame.select(columns)
-        _check_types(self._key, self.path, frame.schema, lists, any_type)
+        check_types(self._key, self.path, frame.schema, lists, any_type)
         for first in range(0, frame.height, _ROWS_PER_CHUNK):
             part = frame.slice(first, _ROWS_PER_CHUNK)
             numbers = np.arange(first + 1, first + 1 + part.height)
@@ -577,21 +578,32 @@ def _read_parquet(
             row += frame.height
 
 
-def _check_types(
+def check_types(
     key: str,
     path: Path | str,
     schema: pl.Schema,
     lists: Sequence[str],
-    any_type: Sequence[str],
+    any_type: Sequence[str] = (),
 ) -> None:
+    """Refuse columns that hold neither numbers, texts, booleans nor dates.
+
+    Args:
+        key: The setting that names the table, for the remedy.
+        path: The table, for messages.
+        schema: Types of the columns.
+        lists: Columns that may also hold lists of these.
+        any_type: Columns that may hold anything.
+
+    Raises:
+        InputError: If there is one.
+    """
     leave_out = "Leave it out with data.exclude, or turn" if key.startswith("data.") else "Turn"
     for name, dtype in schema.items():
         if name in any_type:
             continue
-        is_list = isinstance(dtype, pl.List) and not (
-            dtype.inner.is_nested() or dtype.inner in _UNREADABLE
-        )
-        if (dtype.is_nested() and not (name in lists and is_list)) or dtype in _UNREADABLE:
+        is_list = isinstance(dtype, pl.List) and name in lists
+        cell = cast(pl.List, dtype).inner if is_list else dtype
+        if not (cell.is_numeric() or cell in _READABLE):
             raise InputError(
                 f"{path}: the column {name!r} is of type {dtype}. {leave_out} it into numbers or "
                 "texts."
