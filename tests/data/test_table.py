@@ -522,7 +522,8 @@ def test_a_conversion_without_a_click_is_refused_or_dropped(prepared, frame, dir
     frame.loc[orphans, ["click", "conversion"]] = [0, 1]
 
     message = (
-        r"line 7, column 'conversion': a conversion needs a click "
+        r"line 7, column 'conversion': a conversion needs a click, each label of a funnel the one "
+        r"before it "
         r"\(set data.conversion_without_click=drop to drop and count it\), got '1'"
     )
     with pytest.raises(InputError, match=message):
@@ -684,7 +685,7 @@ def test_parts_and_files_with_other_columns_are_refused(directory, tmp_path, fra
         ({"labels": 1}, r"data.labels must name columns, `data.labels=\[COLUMN,COLUMN\]`"),
         ({"exclude": [True]}, r"data.exclude must name columns, .* got \[True\]"),
         ({"group": 1.5}, r"data.group must name columns, .* got \[1.5\]"),
-        ({"labels": ["click"]}, "a funnel must have two labels"),
+        ({"labels": ["click"]}, "a funnel must have at least two labels"),
         ({"labels": [], "funnel": False}, "independent labels must be at least one"),
         ({"labels": ["a", "a"]}, "'a' must have one role, got data.labels and data.labels"),
         (
