@@ -46,7 +46,8 @@ stack
 unfolding
     A stack laid out as a matrix whose rows are one of its modes: task, output or input.
 noise
-    Features of a share of the rows replaced by other values of the same field.
+    Features of a share of the rows replaced by other values of the same field, and positive labels
+    that became negative.
 """
 
 from importlib import import_module

@@ -50,8 +50,8 @@ class DataModule(L.LightningDataModule, ABC):
     A share of the training rows is the validation set: drawn at random (paper, section 3.1), or
     whole groups (users, searches) drawn at random, or the last rows.
 
-    The attribute ``noise``, set before ``setup``, replaces features of the batches; None replaces
-    nothing.
+    The attribute ``noise``, set before ``setup``, replaces features and flips labels of the
+    batches; None changes nothing.
 
     Args:
         name: Name of the data set, as in the config group ``data``.
@@ -278,16 +278,29 @@ class DataModule(L.LightningDataModule, ABC):
     def column(self, split: str, stem: str) -> npt.NDArray[Any] | None:
         """Return one array of a split (e.g. ``labels``) in evaluation order; None if absent.
 
-        The array is as prepared: noise affects batches only.
+        The array is as prepared: noise affects batches and ``split_labels`` only.
         """
         arrays, rows = self.stored(split)
         array = arrays.get(stem)
         return None if array is None else np.asarray(array).take(rows, axis=0)
 
     def split_labels(self, split: str) -> UInt8Array:
-        """Return the labels of a split, ``(rows, T)``, in evaluation order."""
+        """Return the labels of a split, ``(rows, T)``, in evaluation order, with label noise."""
+        labels = self._stored_labels(split)
+        if self.noise is not None:
+            self.noise.flip_labels(split, self._rows[split], labels)
+        return labels
+
+    def _stored_labels(self, split: str) -> UInt8Array:
         arrays, rows = self.stored(split)
         return np.asarray(arrays["labels"]).take(rows, axis=0)
+
+    def record_noise(self) -> dict[str, Any]:
+        """Return the record of the noise, :meth:`~mtnrec.data.noise.Noise.record`."""
+        if self.noise is None:
+            raise RuntimeError("set the noise before setup()")
+        splits = self.noise.splits if self.noise.flips_labels else []
+        return self.noise.record(self.row_numbers, {s: self._stored_labels(s) for s in splits})
 
     def stored(self, split: str) -> tuple[Arrays, RowIndices]:
         """Return the arrays that hold a split, and the row numbers of the split in them."""

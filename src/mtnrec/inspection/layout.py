@@ -228,6 +228,11 @@ def _noise(changes: Mapping[str, Changes]) -> _Part:
     for feature in next(iter(changes.values())).features:
         shares = [_share(change.features[feature], change.rows) for change in changes.values()]
         table.add_row(feature, *shares)
+    for label in next(iter(changes.values())).labels:
+        counts = [change.labels[label] for change in changes.values()]
+        if any(counts):
+            shares = [_share(n, c.rows) for n, c in zip(counts, changes.values(), strict=True)]
+            table.add_row(f"label {label}", *shares)
     compared = ", ".join(f"{change.rows:,} rows of {split}" for split, change in changes.items())
     note = f"counted on {compared}; a feature with a single value does not change"
     return _Part("Noise: share of rows, and of each feature's values, that change", table, (note,))

@@ -1,7 +1,8 @@
 """Finished runs as tables: one row per run, metric, epoch or bin.
 
-The columns ``data``, ``model``, ``variant`` and ``noise`` together identify an arm. ``label`` is
-its name; ``baseline`` is a hash that it shares with the arm that it is compared with, its baseline,
+The columns ``data``, ``model``, ``variant`` and ``noise`` together identify an arm: ``noise`` is
+the share of rows with noisy features, and ``data`` names the label noise. ``label`` is the arm's
+name; ``baseline`` is a hash that it shares with the arm that it is compared with, its baseline,
 which is not ``treated``.
 """
 
@@ -20,7 +21,7 @@ from mtnrec.checks import InputError
 from mtnrec.files import read_json
 from mtnrec.metric.catalogue import MetricKey, metric_info, parse_metric_key
 from mtnrec.reporting.baseline import natural_order, place_arms
-from mtnrec.reporting.labels import as_text, label_runs, text_or_none
+from mtnrec.reporting.labels import LABEL_NOISE, as_text, label_runs, text_or_none
 from mtnrec.reporting.table.published import TASKS
 from mtnrec.run.folder import FAILURE_FILE, RUNNING_FILE
 from mtnrec.run.record import RECORD_FILE, RunRecord
@@ -168,14 +169,20 @@ class Runs(Sequence[Run]):
     def swept(self) -> dict[str, list[Any]]:
         """Value of each run, by the dotted key of a setting that differs; None if it is not set.
 
-        Settings that have a column of their own name are left out.
+        Settings that have a column of their own name, and label noise, are left out.
         """
         arms = [run.record.identity.arm_settings for run in self]
         found: dict[str, set[str]] = {}
         for arm in arms:
             for key, value in arm.items():
                 found.setdefault(key, set()).add(as_text(value))
-        keys = sorted(k for k, texts in found.items() if len(texts) > 1 and k not in _OWN_COLUMNS)
+        keys = sorted(
+            key
+            for key, texts in found.items()
+            if len(texts) > 1
+            and key not in _OWN_COLUMNS
+            and not key.startswith(f"noise.{LABEL_NOISE}.")
+        )
         return {key: _column([arm.get(key) for arm in arms]) for key in keys}
 
     @cached_property

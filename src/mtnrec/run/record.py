@@ -57,7 +57,8 @@ class RunRecord:
         config: Resolved config.
         versions: Versions by package.
         data: Name, checksum, parameters, rows and tasks of the data set, and suspected leaks.
-        noise: Settings and counts of the noise, and a checksum of the replaced rows and features.
+        noise: Settings and counts of the noise, and a checksum of the replaced rows and features
+            and the flipped labels.
         mtn: Group ``mtn`` of the config.
         best_epoch: Epoch whose weights were tested, from 0.
         metrics: Values by key, for example ``test/ctr_auc``; None where undefined.

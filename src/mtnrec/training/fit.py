@@ -176,7 +176,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         config=config,
         versions=packages,
         data=_describe_data(datamodule, leaks),
-        noise=datamodule.noise.record(datamodule.row_numbers),
+        noise=datamodule.record_noise(),
         mtn=config["mtn"],
         best_epoch=chosen["epoch"],
         metrics=metrics | _bayes_aucs(datamodule, counts),

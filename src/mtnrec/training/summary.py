@@ -14,6 +14,7 @@ from torch import nn
 
 from mtnrec.metric.catalogue import metric_key
 from mtnrec.run.folder import BEST_CHECKPOINT
+from mtnrec.run.identity import label_flips
 from mtnrec.run.record import RECORD_FILE, RunRecord
 from mtnrec.schema import Schema
 
@@ -59,8 +60,12 @@ def opening_panel(
         "MTN": f"lam={mtn['lam']:g} on {mtn['target']}" if mtn["enabled"] else "off",
         "folder": str(Path(config["output_dir"]).absolute()),
     }
-    if proportion:
-        lines["noise"] = f"{proportion:.0%} of the {', '.join(config['noise']['splits'])} rows"
+    where = f"the {', '.join(config['noise']['splits'])} rows"
+    noise = [f"{proportion:.0%} of {where}"] if proportion else []
+    flips = label_flips(config["noise"]).items()
+    noise += [f"{label}=1 flipped with probability {p:g} in {where}" for label, p in flips]
+    if noise:
+        lines["noise"] = "; ".join(noise)
     grid = Table.grid(padding=(0, 2))
     for name, text in lines.items():
         grid.add_row(name, Text(text, overflow="fold"))

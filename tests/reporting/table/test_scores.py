@@ -116,6 +116,19 @@ def test_runs_of_different_splits_settings_or_data_are_never_paired(write_arms, 
     assert (cells["seeds"] == 6).all()
 
 
+def test_label_noise_is_in_no_table_without_noise(write_arms, results):
+    write_arms()
+    write_arms(**{"noise.label_flip": {"conversion": 0.1}})
+
+    tables = split_by_table(results())
+
+    flipped = "synthetic (label_flip.conversion=0.1)"
+    assert list(tables) == ["Models without noise", f"Models under noise, {flipped}"]
+    assert [set(table["data"]) for table in tables.values()] == [{"synthetic"}, {flipped}]
+    table = score_table(comparisons(tables[f"Models under noise, {flipped}"]), "")
+    assert [group.header for group in table.groups] == [flipped]
+
+
 def test_runs_under_different_noise_masks_are_never_paired(write_arms, results):
     write_arms(mtn_seeds=[], noise=0.1)
     write_arms(seeds=[], mtn_seeds=range(6), noise=0.1, **{"noise.seed": 7})

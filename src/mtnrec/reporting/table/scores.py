@@ -12,6 +12,7 @@ import pandas as pd
 
 from mtnrec.checks import InputError
 from mtnrec.metric.catalogue import metric_info
+from mtnrec.reporting.labels import LABEL_NOISE
 from mtnrec.reporting.significance import compare, holm, stars
 from mtnrec.reporting.table.published import DATA_NAMES, MODELS, TASKS, has_paper_settings
 from mtnrec.reporting.table.render import Cell, Group, Row, Table
@@ -45,9 +46,10 @@ def split_by_table(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
     variants = results[results["mtn"]].groupby(place)["variant"].nunique().rename("variants")
     varied = results.join(variants, on=place)["variants"] > 1
     pairs = results[~results["mtn"] | ~varied | has_paper_settings(results)]
-    parts = {"Models without noise": pairs[pairs["noise"] == 0]}
+    is_noisy = (pairs["noise"] > 0) | pairs["data"].str.contains(f"{LABEL_NOISE}.", regex=False)
+    parts = {"Models without noise": pairs[~is_noisy]}
     for data in _ordered(results["data"], DATA_NAMES):
-        noisy = pairs[(pairs["data"] == data) & (pairs["noise"] > 0)]
+        noisy = pairs[(pairs["data"] == data) & is_noisy]
         parts[f"Models under noise, {_data_name(data)}"] = noisy
     for model in _ordered(results["model"], MODELS):
         parts[f"Variants of MTN, {model}"] = results[varied & (results["model"] == model)]
