@@ -37,10 +37,11 @@ OPTIONS = {
     "none": [],
     "accumulation": ["trainer.accumulate_grad_batches=3"],
     "clipping": ["trainer.gradient_clip_val=0.1"],
-    "noise": ["noise.proportion=0.5"],
+    "noise": ["noise.proportion=0.5", "noise.label_flip={click:0.2}"],
     "lazy_adam": ["optimizer=lazy_adam"],
 }
 OPTIONS["all"] = [override for option in OPTIONS.values() for override in option]
+LOSSES = {"reweighted": ["loss=reweighted"]}
 _RUN = [
     *("data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"),  # 1920 rows train
     *("trainer.max_epochs=2", "trainer.accelerator=cpu", "trainer.precision=64-true", "threads=1"),
@@ -52,7 +53,7 @@ def settings(*, mtn: bool, option: str, devices: int) -> list[str]:
     """Return the overrides of a run, except its model and folder."""
     ddp = [] if devices == 1 else ["trainer=ddp", f"trainer.devices={devices}"]
     batch = f"data.batch_size={GLOBAL_BATCH // devices}"
-    return [*ddp, *_RUN, f"mtn.enabled={str(mtn).lower()}", *OPTIONS[option], batch]
+    return [*ddp, *_RUN, f"mtn.enabled={str(mtn).lower()}", *(OPTIONS | LOSSES)[option], batch]
 
 
 def train(folder: Path, *arguments: str) -> None:

@@ -111,6 +111,7 @@ def test_the_command_line_narrows_every_grid(plan):
         ("analysis_3_target", 10 * 2 * 2, [], 3),
         ("analysis_3_layers", 10 * 2 * 4, ["mtn.layers=all,[0]"], 3),
         ("lambda", 5 * 2 * 2 * 6, ["mtn.lam=1e-4"], 3),
+        ("denoising", 10 * 2 * 2 * 3, ["noise.proportion=0", "noise.label_flip={click:0.1}"], 3),
         ("alpha", 10 * 2 * 5, ["mtn.alpha=uniform,[0,0,1]"], 3),
         ("layer_weighting", 10 * 2 * 4, ["mtn.layer_weighting=mean,gated"], 3),
     ],

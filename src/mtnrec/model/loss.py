@@ -5,6 +5,11 @@ from torch import Tensor
 from mtnrec.batch import LogProbabilities
 
 
+def log_likelihoods(output: LogProbabilities, labels: Tensor) -> Tensor:
+    """Return the log-probability of each observed label, ``(B, T)``; arguments as below."""
+    return labels * output.positive + (1 - labels) * output.negative
+
+
 def cross_entropies(output: LogProbabilities, labels: Tensor) -> Tensor:
     """Return the mean cross entropy of each label, ``(T,)``; the loss is their sum (eq. 5).
 
@@ -12,4 +17,4 @@ def cross_entropies(output: LogProbabilities, labels: Tensor) -> Tensor:
         output: Log-probabilities, ``(B, T)`` each.
         labels: 0 or 1, ``(B, T)``.
     """
-    return -(labels * output.positive + (1 - labels) * output.negative).mean(dim=0)
+    return -log_likelihoods(output, labels).mean(dim=0)

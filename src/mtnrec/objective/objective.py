@@ -68,6 +68,12 @@ class Objective(nn.Module):
         """Whether the balance computes the gradients itself."""
         return hasattr(self.balance, "backward")
 
+    @property
+    def supports_cuda_graphs(self) -> bool:
+        """Whether a step can be captured, as far as loss and balance go."""
+        by_loss = getattr(self.loss, "supports_cuda_graphs", False)
+        return by_loss and not self.is_balanced_by_gradients
+
     def forward(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return the objective, followed by the values to log, ``(1 + len(value_names),)``.
 
@@ -119,4 +125,6 @@ class Objective(nn.Module):
     def after_step(self, network: nn.Module, batch: Batch) -> None:
         """Tell the balance the losses of the batch after the step, if it asks for them."""
         if hasattr(self.balance, "after_step"):
+            self.loss.eval()  # it has counted this batch
             self.balance.after_step(self.losses(network, batch)[0])
+            self.loss.train()
