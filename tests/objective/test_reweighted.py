@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from mtnrec.batch import LogProbabilities
 from mtnrec.checks import InputError
+from mtnrec.data.noise import Noise
 from mtnrec.model.loss import cross_entropies
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.objective.reweighted import Reweighted
@@ -170,8 +171,6 @@ def test_a_label_of_one_class_has_no_rate_to_divide_by(rate):
 
 def test_the_rates_are_those_of_the_noisy_training_labels(make_datamodule):
     datamodule = make_datamodule("synthetic", "rows=3000", "click_rate=0.3")
-    from mtnrec.data.noise import Noise
-
     datamodule.noise = Noise(label_flip={"click": 0.5})
     datamodule.prepare_data()
     datamodule.setup()

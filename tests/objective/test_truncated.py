@@ -246,9 +246,7 @@ def test_a_run_killed_within_an_epoch_ends_with_the_bits_of_an_uninterrupted_one
 
     train(*RUN, folder=tmp_path)
 
-    assert ", after epoch 1, step 20\n" in (tmp_path / "train.log").read_text() or (
-        ", after epoch 0, step 20\n" in (tmp_path / "train.log").read_text()
-    )
+    assert ", step 20\n" in (tmp_path / "train.log").read_text()  # in the second epoch of 15
     first, second = (read_json(folder / "result.json") for folder in (expected, tmp_path))
     for key in ("cell", "metrics", "history", "noise"):
         assert first[key] == second[key]
