@@ -69,6 +69,7 @@ def test_the_record_keeps_the_contract(run):
     assert record["samples_per_second"].keys() == {"train", "evaluate"}
     assert min(*record["seconds"].values(), *record["samples_per_second"].values()) > 0
     assert record["peak_memory_bytes"] > 2**20
+    assert record["parameters"] == {"embeddings": 508, "network": 2754}
 
 
 def test_the_record_counts_the_rows_and_positives_of_every_task(run):
@@ -442,7 +443,7 @@ def test_a_run_begins_with_a_panel_and_ends_with_where_things_are(train, tmp_pat
 
     ends = capsys.readouterr().out.splitlines()
     panel = "\n".join(ends[:12])
-    assert "ESMM: 2,754 parameters, 508 in embeddings" in panel
+    assert "ESMM: 2,754 parameters, 508 more in embeddings" in panel
     assert "synthetic: 1,920 training, 480 validation, 600 test rows" in panel
     assert "cpu, 1 thread" in panel
     assert "lam=1e-05 on towers" in panel

@@ -226,6 +226,20 @@ def test_the_speed_of_mtn_is_compared_with_its_own_baseline(tmp_path, write_run)
     assert ratios == {"ESMM": "—", "ESMM +MTN": "0.50", "MMoE": "—"}
 
 
+def test_the_costs_give_the_parameters_and_those_in_embeddings_apart(tmp_path, write_run):
+    write_run(tmp_path, "old", model="ESMM")
+    folder = write_run(tmp_path, "recent", model="MMoE")
+    record = json.loads((folder / "result.json").read_text())
+    record["parameters"] = {"embeddings": 508, "network": 10_084_882}
+    (folder / "result.json").write_text(json.dumps(record))
+
+    table = cost_table(read_runs(tmp_path))
+
+    place = table.groups[0].columns.index("parameters")
+    cells = {row.header: [cell.text for cell in row.cells[place : place + 2]] for row in table.rows}
+    assert cells == {"ESMM": ["—", "—"], "MMoE": ["10,084,882", "508"]}
+
+
 def test_settings_are_split_into_varying_and_constant_ones(tmp_path, write_run):
     for seed, rate in ((0, 0.01), (1, 0.02)):
         write_run(tmp_path, f"{seed}", seed=seed, **{"optimizer.lr": rate})

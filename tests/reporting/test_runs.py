@@ -431,6 +431,20 @@ def test_costs_are_those_of_the_records(tmp_path, write_run):
     assert row["peak_memory_bytes"] == record["peak_memory_bytes"]
 
 
+def test_the_numbers_of_parameters_are_costs_and_missing_in_older_records(tmp_path, write_run):
+    write_run(tmp_path, "old")
+    edit(
+        write_run(tmp_path, "recent", seed=1),
+        lambda record: record.update(parameters={"embeddings": 508, "network": 2754}),
+    )
+
+    costs = read_runs(tmp_path).costs.set_index("run")
+
+    assert costs.loc["recent", "network_parameters"] == 2754
+    assert costs.loc["recent", "embeddings_parameters"] == 508
+    assert costs.loc["old", ["network_parameters", "embeddings_parameters"]].isna().all()
+
+
 def test_written_tables_keep_every_digit(tmp_path, write_run):
     for seed in range(3):
         write_run(tmp_path / "runs", f"{seed}", seed=seed, mtn=bool(seed))

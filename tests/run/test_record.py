@@ -126,6 +126,7 @@ ODD = {
     "seconds": [[], {"fit": "1"}, {}],
     "samples_per_second": [[1], {"train": None}],
     "peak_memory_bytes": ["1", 1.5],
+    "parameters": [[], 7, {"network": "7"}, {"network": 7.5}],
     "keys_of_seed": ["seed", [1], {}],
     "versions": [[], {"torch": 2}],
     "format_version": ["1", [1]],

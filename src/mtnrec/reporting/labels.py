@@ -9,7 +9,8 @@ from mtnrec.run.identity import flatten, label_flips
 from mtnrec.run.record import RunRecord
 
 LABEL_NOISE = "label_flip"  # in the label of a data set with label noise
-_MODEL_NAMES = {"SharedBottom": "Shared-bottom"}  # the paper's, where they differ from the class
+# The paper's names, where they differ from the class.
+_MODEL_NAMES = {"SharedBottom": "Shared-bottom", "SingleTask": "Single-task"}
 
 
 class Labels(NamedTuple):

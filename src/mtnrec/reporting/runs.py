@@ -28,6 +28,7 @@ from mtnrec.run.record import RECORD_FILE, RunRecord
 
 _MTN_NUMBERS = ("lam", "refresh_every")
 _MTN_TEXTS = ("target", "layers", "subsets", "alpha", "layer_weighting", "coupling")
+_PARAMETERS = ("network", "embeddings")
 _ARM: tuple[str, ...] = (
     "run",
     "arm",
@@ -159,6 +160,7 @@ class Runs(Sequence[Run]):
                     for key, value in run.record.samples_per_second.items()
                 },
                 "peak_memory_bytes": run.record.peak_memory_bytes,
+                **{f"{key}_parameters": run.record.parameters.get(key) for key in _PARAMETERS},
             }
             for run, label, place in zip(self, labels, places, strict=True)
         ]
@@ -206,10 +208,15 @@ class Runs(Sequence[Run]):
 
     @cached_property
     def costs(self) -> pd.DataFrame:
-        """One row per run: seconds, samples per second and peak memory."""
+        """One row per run: seconds, samples per second, peak memory and numbers of parameters.
+
+        The numbers are ``network_parameters`` and ``embeddings_parameters``; runs recorded before
+        they were counted have none.
+        """
         costs = [name for name in self.settings.columns if name.startswith("seconds_")]
         costs += [name for name in self.settings.columns if name.endswith("_samples_per_second")]
-        return self.settings[[*_ARM, *costs, "peak_memory_bytes"]]
+        costs += ["peak_memory_bytes", *(f"{key}_parameters" for key in _PARAMETERS)]
+        return self.settings[[*_ARM, *costs]]
 
     @cached_property
     def epochs(self) -> pd.DataFrame:
@@ -387,6 +394,8 @@ def _column(values: Sequence[Any]) -> list[Any]:
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
     types: dict[str, Any] = {name: "string" for name in _TEXTS if name in table}
+    counts = (f"{key}_parameters" for key in _PARAMETERS)
+    types |= {name: "Int64" for name in counts if name in table}
     if "value" in table:
         types["value"] = "float64"
     return table.astype(types)

@@ -75,6 +75,8 @@ class RunRecord:
         seconds: Durations of ``setup``, ``fit`` and ``test``.
         samples_per_second: Throughput of ``train`` and ``evaluate``, loading included.
         peak_memory_bytes: Peak memory of the process so far, GPU memory included.
+        parameters: Numbers of parameters, of the ``embeddings`` and of the rest, ``network``; empty
+            in records from before they were counted.
         added_metrics: Better direction, ``higher`` or ``lower``, of each metric that the catalogue
             lacks.
         keys_of_seed: Dotted config keys derived from the seed, including ``seed``.
@@ -103,6 +105,7 @@ class RunRecord:
     commits: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     stopped: str | None = None
+    parameters: Mapping[str, int] = field(default_factory=dict)
     added_metrics: Mapping[str, str] = field(default_factory=dict)
     keys_of_seed: Sequence[str] = field(default_factory=lambda: ["seed", "data.seed"])
     status: str = "finished"

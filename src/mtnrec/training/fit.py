@@ -27,7 +27,7 @@ from mtnrec.command.job import is_rank_zero, owns_screen
 from mtnrec.data.datamodule import DataModule
 from mtnrec.inspection.leaks import LeakCheck, check_leaks
 from mtnrec.metric.task_metrics import bayes_aucs
-from mtnrec.model.network import build_network
+from mtnrec.model.network import build_network, count_parameters
 from mtnrec.objective.objective import TASK_LOSSES
 from mtnrec.performance import tune_process
 from mtnrec.run.environment import (
@@ -193,6 +193,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         seconds=recorder.seconds,
         samples_per_second=recorder.samples_per_second(),
         peak_memory_bytes=peak_memory_bytes(),
+        parameters=count_parameters(module.network),
     )
     if trainer.is_global_zero:
         record.write(output_dir)

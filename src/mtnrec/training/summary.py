@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import nn
 
 from mtnrec.metric.catalogue import metric_key
+from mtnrec.model.network import count_parameters
 from mtnrec.run.folder import BEST_CHECKPOINT
 from mtnrec.run.identity import label_flips
 from mtnrec.run.record import RECORD_FILE, RunRecord
@@ -47,14 +48,13 @@ def opening_panel(
         device: Device of this process, and how many processes there are.
         threads: Threads of this process.
     """
-    tables = [m for m in network.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-    embeddings = sum(table.weight.numel() for table in tables)
-    others = sum(parameter.numel() for parameter in network.parameters()) - embeddings
+    parameters = count_parameters(network)
     splits = {"train": "training", "val": "validation", "test": "test"}
     counts = ", ".join(f"{rows[split]:,} {name}" for split, name in splits.items())
     mtn, proportion = config["mtn"], config["noise"]["proportion"]
     lines = {
-        "model": f"{type(network).__name__}: {others:,} parameters, {embeddings:,} in embeddings",
+        "model": f"{type(network).__name__}: {parameters['network']:,} parameters, "
+        f"{parameters['embeddings']:,} more in embeddings",
         "data": f"{config['data']['name']}: {counts} rows",
         "device": f"{device}, {threads} thread{'' if threads == 1 else 's'}",
         "MTN": f"lam={mtn['lam']:g} on {mtn['target']}" if mtn["enabled"] else "off",

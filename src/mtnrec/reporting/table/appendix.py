@@ -152,18 +152,24 @@ def cost_table(runs: Runs) -> Table:
                 *(f"{cost[f'seconds_{stage}']:,.1f}" for stage in ("setup", "fit", "test")),
                 *(f"{speed:,.0f}", ratio, f"{cost['evaluate_samples_per_second']:,.0f}"),
                 f"{cost['peak_memory_bytes'] / _GIB:.2f}",
+                *(_count(cost[f"{part}_parameters"]) for part in ("network", "embeddings")),
             )
         )
     columns = (
         *("data", "noise", "runs", "setup, s", "fit, s", "test, s", "trained rows/s"),
-        *("to baseline", "evaluated rows/s", "memory, GiB"),
+        *("to baseline", "evaluated rows/s", "memory, GiB", "parameters", "in embeddings"),
     )
     notes = (
         "Means over the runs, including loading, as measured: runs that shared a machine slowed "
         "each other down. To baseline: rows trained per second, divided by those of the baseline. "
-        "Memory: peak of the process so far, which may stem from an earlier run in it.",
+        "Memory: peak of the process so far, which may stem from an earlier run in it. Parameters: "
+        "without those in embeddings, which have a column of their own.",
     )
     return Table("Costs of the runs", "Model", (Group("", columns),), tuple(rows), notes)
+
+
+def _count(number: float) -> str:
+    return _EMPTY if pd.isna(number) else f"{number:,.0f}"
 
 
 def data_table(runs: Runs) -> Table:
