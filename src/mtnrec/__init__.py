@@ -59,9 +59,13 @@ if TYPE_CHECKING:
     from mtnrec.data.noise import Noise
     from mtnrec.data.synthetic import Synthetic
     from mtnrec.data.table import Table
+    from mtnrec.model.adatt import AdaTT
     from mtnrec.model.esmm import ESMM
     from mtnrec.model.mmoe import MMoE
+    from mtnrec.model.omoe import OMoE
+    from mtnrec.model.ple import PLE
     from mtnrec.model.shared_bottom import SharedBottom
+    from mtnrec.model.single_task import SingleTask
     from mtnrec.mtn.callback import MTN
     from mtnrec.optimizer.lazy_adam import LazyAdam
     from mtnrec.reporting.runs import read_runs
@@ -72,13 +76,17 @@ if TYPE_CHECKING:
 __all__ = [
     "ESMM",
     "MTN",
+    "PLE",
+    "AdaTT",
     "AliCcp",
     "AliExpress",
     "LazyAdam",
     "MMoE",
     "MultiTaskModule",
     "Noise",
+    "OMoE",
     "SharedBottom",
+    "SingleTask",
     "Synthetic",
     "Table",
     "fit",
@@ -87,6 +95,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AdaTT": "model.adatt",
     "AliCcp": "data.ali_ccp",
     "AliExpress": "data.aliexpress",
     "ESMM": "model.esmm",
@@ -95,7 +104,10 @@ _MODULES = {
     "MTN": "mtn.callback",
     "MultiTaskModule": "training.module",
     "Noise": "data.noise",
+    "OMoE": "model.omoe",
+    "PLE": "model.ple",
     "SharedBottom": "model.shared_bottom",
+    "SingleTask": "model.single_task",
     "Synthetic": "data.synthetic",
     "Table": "data.table",
     "fit": "training.api",

@@ -35,7 +35,19 @@ def test_every_group_has_its_choices():
 
     synthetic = ["synthetic", "synthetic_ali_ccp"]
     assert choices("data") == ["ali_ccp", *countries, *synthetic, "table"]
-    assert choices("model") == ["esmm", "mmoe", "shared_bottom"]
+    assert choices("model") == [
+        "adatt",
+        "esmm",
+        "esmm_10m",
+        "mmoe",
+        "omoe",
+        "ple",
+        "ple_mtreclib",
+        "shared_bottom",
+        "shared_bottom_10m",
+        "single_task",
+        "single_task_10m",
+    ]
     assert choices("optimizer") == ["adam", "lazy_adam"]
     assert choices("logger") == ["csv", "tensorboard", "wandb"]
     assert choices("callbacks") == ["learning_rate"]

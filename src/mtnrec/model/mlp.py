@@ -108,7 +108,7 @@ class ParallelMLPs(nn.ModuleList):
     def _apply_from(self, start: int, hidden: Tensor) -> Tensor:
         mlps = [list(mlp)[start:] for mlp in self.mlps()]
         for modules in zip(*mlps, strict=True):
-            hidden = _apply_together(modules, hidden)
+            hidden = apply_together(modules, hidden)
         return hidden
 
     def by_depth(self) -> list[list[nn.Linear]]:
@@ -118,7 +118,7 @@ class ParallelMLPs(nn.ModuleList):
         ]
 
 
-def _apply_together(modules: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+def apply_together(modules: Sequence[nn.Module], hidden: Tensor) -> Tensor:
     """Apply modules of one kind, each to its own slice of ``(E, B, I)``."""
     if isinstance(modules[0], nn.Linear):
         weights = torch.stack([layer.get_parameter("weight") for layer in modules])
