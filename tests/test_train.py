@@ -212,6 +212,25 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(model, train)
     assert read_record(first)["cell"] == read_record(second)["cell"] != read_record(other)["cell"]
 
 
+@pytest.mark.parametrize("model", ["ple", pytest.param("adatt", marks=pytest.mark.slow)])
+def test_mtn_acts_on_the_experts_of_all_levels(model, train):
+    keys = ["mtn.enabled=true", "mtn.target=shared", "trainer.max_epochs=1"]
+
+    (epoch,) = read_record(train(*LOG, *keys, model=model))["history"]
+
+    levels = {key.split("/")[1] for key in epoch if key.startswith("mtn/layer_")}
+    assert len(levels) == 2
+
+
+def test_mtn_on_shared_layers_is_refused_where_nothing_is_shared(train, tmp_path):
+    with pytest.raises(SystemExit, match=r"^mtnrec: SingleTask must have parallel shared "):
+        train(
+            *(*LOG, "mtn.enabled=true", "mtn.target=shared"), model="single_task", folder=tmp_path
+        )
+
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_bf16_keeps_the_weights_in_float32(train):
     folder = train(*LOG, "mtn.enabled=true", "trainer.precision=bf16-mixed")
 
