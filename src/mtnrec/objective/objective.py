@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mtnrec.batch import Batch
 from mtnrec.checks import InputError, check_choice
-from mtnrec.model.loss import cross_entropies
+from mtnrec.model.loss import cross_entropies, training_labels
 from mtnrec.objective.balance import Weights
 from mtnrec.objective.loss import CrossEntropy
 
@@ -100,14 +100,13 @@ class Objective(nn.Module):
                 raise ValueError(f"losses() has {tuple(named)}, loss_weights has {self.names}")
             losses = torch.stack(list(named.values()))
             return losses, losses[self._places]
-        if batch.labels is None:
-            raise InputError("a batch must have labels for training, got none")
+        labels = training_labels(batch)
         output = network(batch)
-        losses = self.loss(output, batch.labels)
+        losses = self.loss(output, labels)
         if isinstance(self.loss, CrossEntropy):
             return losses, losses
         with torch.no_grad():
-            return losses, cross_entropies(output, batch.labels)
+            return losses, cross_entropies(output, labels)
 
     def backward(self, objective: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         """Let the balance add its gradients, for the last batch.

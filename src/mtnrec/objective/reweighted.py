@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mtnrec.batch import LogProbabilities
 from mtnrec.checks import InputError, check_flag
-from mtnrec.model.loss import log_likelihoods
+from mtnrec.model.loss import row_cross_entropies
 from mtnrec.objective.loss import check_shares, one_per_label
 
 
@@ -82,7 +82,7 @@ class Reweighted(nn.Module):
 
     def forward(self, output: LogProbabilities, labels: Tensor) -> Tensor:
         """Return the mean loss of each label, ``(T,)``."""
-        found = log_likelihoods(output, labels)
+        found = -row_cross_entropies(output, labels)
         beta, (negative, positive) = self._beta.to(found.dtype), self._scales.to(found.dtype)
         divisor = torch.where(beta > 0, beta, 1)
         costs = -torch.expm1(divisor * found) / divisor

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mtnrec.batch import LogProbabilities
 from mtnrec.checks import check_integer
-from mtnrec.model.loss import log_likelihoods
+from mtnrec.model.loss import row_cross_entropies
 from mtnrec.objective.loss import check_shares, one_per_label
 
 
@@ -84,7 +84,7 @@ class Truncated(nn.Module):
 
     def forward(self, output: LogProbabilities, labels: Tensor) -> Tensor:
         """Return the mean loss of each label, ``(T,)``, and in training mode extend the windows."""
-        found = log_likelihoods(output, labels)
+        found = -row_cross_entropies(output, labels)
         self._losses, self._dropped = (
             part.to(found.device) for part in (self._losses, self._dropped)
         )
