@@ -139,19 +139,19 @@ def test_the_quickstart_runs_on_any_launcher(plan):
 
 
 def test_a_key_that_only_some_choices_have_is_left_out_of_the_other_runs(plan, caplog):
-    jobs = plan([{}], "model=choice(esmm,mmoe)", "model.experts=choice(4)", "seed=0,1")
+    jobs = plan([{}], "model=choice(shared_bottom,mmoe)", "model.experts=choice(4)", "seed=0,1")
 
     experts = {job.folder.name.split("-")[1]: job.config["model"].get("experts") for job in jobs}
     assert len(jobs) == 4
-    assert experts == {"esmm": None, "mmoe": 4}
+    assert experts == {"sharedbottom": None, "mmoe": 4}
     assert caplog.messages == [
-        "model.experts does not fit model=esmm: 2 of 4 runs are made without it"
+        "model.experts does not fit model=shared_bottom: 2 of 4 runs are made without it"
     ]
     assert {len(job.overrides) for job in jobs} == {2, 3}
 
 
 def test_a_swept_key_that_does_not_fit_makes_no_second_run(plan):
-    jobs = plan([{}], "model=choice(esmm,mmoe)", "model.experts=choice(4,8)")
+    jobs = plan([{}], "model=choice(shared_bottom,mmoe)", "model.experts=choice(4,8)")
 
     assert sorted(str(job.config["model"].get("experts")) for job in jobs) == ["4", "8", "None"]
 
