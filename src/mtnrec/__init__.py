@@ -60,8 +60,12 @@ if TYPE_CHECKING:
     from mtnrec.data.synthetic import Synthetic
     from mtnrec.data.table import Table
     from mtnrec.model.adatt import AdaTT
+    from mtnrec.model.aitm import AITM
+    from mtnrec.model.dcmt import DCMT
+    from mtnrec.model.escm2 import ESCM2
     from mtnrec.model.esmm import ESMM
     from mtnrec.model.mmoe import MMoE
+    from mtnrec.model.naive_cvr import NaiveCVR
     from mtnrec.model.omoe import OMoE
     from mtnrec.model.ple import PLE
     from mtnrec.model.shared_bottom import SharedBottom
@@ -74,6 +78,9 @@ if TYPE_CHECKING:
     from mtnrec.training.module import MultiTaskModule
 
 __all__ = [
+    "AITM",
+    "DCMT",
+    "ESCM2",
     "ESMM",
     "MTN",
     "PLE",
@@ -83,6 +90,7 @@ __all__ = [
     "LazyAdam",
     "MMoE",
     "MultiTaskModule",
+    "NaiveCVR",
     "Noise",
     "OMoE",
     "SharedBottom",
@@ -95,14 +103,18 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AITM": "model.aitm",
     "AdaTT": "model.adatt",
     "AliCcp": "data.ali_ccp",
     "AliExpress": "data.aliexpress",
+    "DCMT": "model.dcmt",
+    "ESCM2": "model.escm2",
     "ESMM": "model.esmm",
     "LazyAdam": "optimizer.lazy_adam",
     "MMoE": "model.mmoe",
     "MTN": "mtn.callback",
     "MultiTaskModule": "training.module",
+    "NaiveCVR": "model.naive_cvr",
     "Noise": "data.noise",
     "OMoE": "model.omoe",
     "PLE": "model.ple",

@@ -37,9 +37,15 @@ def test_every_group_has_its_choices():
     assert choices("data") == ["ali_ccp", *countries, *synthetic, "table"]
     assert choices("model") == [
         "adatt",
+        "aitm",
+        "aitm_10m",
+        "aitm_mtreclib",
+        "dcmt",
+        "escm2",
         "esmm",
         "esmm_10m",
         "mmoe",
+        "naive_cvr",
         "omoe",
         "ple",
         "ple_mtreclib",

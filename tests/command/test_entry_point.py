@@ -135,7 +135,10 @@ def test_the_umbrella_runs_a_command_as_its_module(tmp_path):
         (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
         (["data.name=a{b"], "data.name=a{b is not in Hydra's grammar. Quote the value, and the"),
         (["optimizer.lr=fast"], "optimizer.lr must be a number, got 'fast'"),
-        (["model.experts=3"], "model.experts is not a key of mtnrec.model.esmm.ESMM. "),
+        (
+            ["model.bottom_widths=[3]"],
+            "model.bottom_widths is not a key of mtnrec.model.esmm.ESMM. ",
+        ),
         (["dry_run=true"], "dry_run lists the runs of a sweep, got a single run"),
     ],
 )

@@ -26,7 +26,10 @@ from mtnrec.serving.description import describe
 from mtnrec.serving.encoder import Encoder
 from mtnrec.serving.scorer import Scorer
 
-MODELS = ["shared_bottom", "esmm", "mmoe", "single_task", "omoe", "ple", "adatt"]
+MODELS = [
+    *("shared_bottom", "esmm", "mmoe", "single_task", "omoe", "ple", "adatt", "aitm", "escm2"),
+    *("dcmt", "naive_cvr"),
+]
 LOG = ["data=synthetic", "data.rows=2600"]
 
 
