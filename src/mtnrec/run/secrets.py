@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,16 @@ def redact_text(text: str) -> str:
     return _ASSIGNED.sub(rf"\g<1>{HIDDEN}", _hide_values(text))
 
 
+@cache
+def _names_secret(variable: str) -> bool:
+    return _IS_SECRET.search(variable) is not None
+
+
 def _hide_values(text: str) -> str:
     variables = {
         value
         for variable, value in os.environ.items()
-        if len(value) >= _SHORTEST and _IS_SECRET.search(variable)
+        if len(value) >= _SHORTEST and _names_secret(variable)
     }
     for secret in sorted(variables | _found, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
