@@ -251,7 +251,7 @@ def legend(figure: Figure) -> None:
             handles.setdefault(label, handle)
     widest = 0.5 + 0.06 * max(map(len, handles))  # inches
     columns = max(1, min(len(handles), int(figure.get_figwidth() / widest)))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=columns)
     figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(handles) // columns))
 
 
