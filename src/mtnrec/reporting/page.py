@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from mtnrec.files import slug, write_atomic
 from mtnrec.reporting.figure.catalogue import KINDS, MOST_ARMS, MOST_BLOCKS, WrittenFigure, blocks
-from mtnrec.reporting.figure.style import COLORS
+from mtnrec.reporting.figure.style import color_of
 from mtnrec.reporting.machines import warn_of_machines
 from mtnrec.reporting.runs import Runs, UnfinishedRun
 from mtnrec.reporting.summary import Forest, costs_of_arms, facts, lay_out_forest, summarise
@@ -111,7 +111,7 @@ def write_page(
         left_out=left_out,
         sections=list(_sections(path, runs, compared, scores, differences, figures)),
         runs=runs_table(runs, path.parent),
-        colors=COLORS,
+        color_of=color_of,
         version=metadata.version("mtnrec"),
     )
     write_atomic(path, page)

@@ -292,7 +292,8 @@ def _of_arrays(runs: Runs) -> Iterator[PlannedFigure]:
                         partial(_best_spectra, page, of_page, place),
                     ),
                 )
-        yield PlannedFigure("expert_distances", parts, partial(_distances, group, by_name))
+        for page in _pages(group, MOST_ARMS):
+            yield PlannedFigure("expert_distances", parts, partial(_distances, page, by_name))
 
 
 def _draw(
