@@ -19,7 +19,7 @@ from mtnrec.schema import Schema
 
 STAGES = ("view", "click", "cart", "buy")
 TASKS = ["view", "click_given_view", "click", "cart_given_click", "cart", "buy_given_cart", "buy"]
-LOG = ["data.rows=3000", "data.click_rate=0.4", "data.conversion_rate=0.5"]
+LOG = ["data.rows=3100", "data.click_rate=0.4", "data.conversion_rate=0.5"]
 LATER = {"cart": 0.5, "buy": 0.6}
 
 

@@ -207,13 +207,3 @@ def test_label_noise_names_folder_and_run(compose_config):
     assert tags[0] == ["synthetic", "esmm", "baseline", "noise_0.2", "flip_conversion_0.1"]
     assert tags[1] == ["synthetic", "esmm", "baseline", "flip_conversion_0.1"]
     assert RunIdentity(alone, "abc", ["seed"]).group.startswith(f"{' '.join(tags[1])} ")
-
-
-def test_runs_of_esmm_from_before_a_key_existed_count(compose_config):
-    config = OmegaConf.to_container(compose_config("output_dir=run", "model=esmm"), resolve=True)
-    added = ("experts", "expert_widths", "clicked_weight", "unclicked_weight", "click_gate")
-    model = {key: value for key, value in config["model"].items() if key not in added}
-
-    assert run_id({**config, "model": model}) == run_id(config)
-    for key, value in (("experts", 4), ("clicked_weight", 1.0), ("click_gate", True)):
-        assert run_id({**config, "model": {**config["model"], key: value}}) != run_id(config)

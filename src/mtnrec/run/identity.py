@@ -22,16 +22,6 @@ _DEFAULTS = {
     "loss": {"_target_": "mtnrec.objective.loss.CrossEntropy"},
     "balance": {"_target_": "mtnrec.objective.balance.Weights", "weights": None},
 }
-# Keys of models left out for the same reason, with the values that change nothing.
-_ADDED_KEYS = {
-    "mtnrec.model.esmm.ESMM": {
-        "experts": 0,
-        "expert_widths": [512, 256],
-        "clicked_weight": 0.0,
-        "unclicked_weight": 1.0,
-        "click_gate": False,
-    }
-}
 # Keys that say where a run reads and writes, or how it is displayed and computed, but do not change
 # its result. The checksum stands for the data.
 _NOT_OF_THE_RUN = (
@@ -67,7 +57,6 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     for group in _OPTIONAL:
         if group in settings and settings[group] in (None, {}, [], _DEFAULTS.get(group)):
             del settings[group]
-    settings["model"] = _model_settings(settings["model"])
     # MTN recomputes its factors at each checkpoint; nothing else depends on the interval.
     if not config["mtn"]["enabled"] or not config["trainer"].get(CHECKPOINTS):
         settings["trainer"].pop(CHECKPOINTS, None)
@@ -97,11 +86,6 @@ def label_flips(noise: Mapping[str, Any]) -> dict[str, float]:
     """
     flips = noise.get("label_flip") or {}  # absent from records of before it existed
     return {label: probability for label, probability in flips.items() if probability}
-
-
-def _model_settings(model: Mapping[str, Any]) -> dict[str, Any]:
-    added = _ADDED_KEYS.get(model["_target_"], {})
-    return {key: v for key, v in model.items() if key not in added or v != added[key]}
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
