@@ -24,15 +24,14 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
+from _setup import compose_train, make_module
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from mtnrec.batch import Batch
-from mtnrec.command.config import CONF_DIR, lightning_keys
+from mtnrec.command.config import lightning_keys
 from mtnrec.performance import tune_process
 from mtnrec.schema import CategoricalField, Schema
-from mtnrec.training.module import MultiTaskModule
 from mtnrec.training.recorder import peak_memory_bytes
 
 PLAIN = "Adam()"
@@ -60,8 +59,7 @@ class _StepTimer(L.Callback):
 
 def _compose(arguments: argparse.Namespace, *overrides: str) -> DictConfig:
     own = ("data=synthetic_ali_ccp", f"model={arguments.model}", "trainer.accelerator=cpu")
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose("train", overrides=[*own, *overrides])
+    return compose_train(*own, *overrides)
 
 
 def _schema(cfg: DictConfig, rows: int) -> Schema:
@@ -96,8 +94,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     cfg = _compose(arguments, *OPTIMIZERS[arguments.measure])
     schema = _schema(cfg, arguments.rows)
     L.seed_everything(cfg.seed, verbose=False)
-    network = instantiate(cfg.model, _partial_=True, _convert_="all")(schema=schema)
-    module = MultiTaskModule(network, schema=schema, optimizer=instantiate(cfg.optimizer))
+    module = make_module(cfg, schema)
     size = cfg.data.batch_size
     batch = _draw(schema, size * (WARM_UP + arguments.steps + 1), arguments.skew)
     batches = [

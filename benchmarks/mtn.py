@@ -23,12 +23,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from _setup import compose_train, make_data, make_network
 from hydra.utils import instantiate
 from mtn_accuracy import FIGURES, compose_training, load, train, worst
 
 from mtnrec.batch import Batch
-from mtnrec.command.config import CONF_DIR
 from mtnrec.model.loss import cross_entropies
 from mtnrec.performance import tune_process
 
@@ -43,13 +42,11 @@ class Training:
     def __init__(self, model: str, data_root: str, *overrides: str) -> None:
         keys = [f"model={model}", f"data_root={data_root}", f"data.rows={ROWS}"]
         keys += ["mtn.enabled=true", *overrides]
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            cfg = compose("train", overrides=keys)
-        datamodule = instantiate(cfg.data, _convert_="all")
-        datamodule.prepare_data()
+        cfg = compose_train(*keys)
+        datamodule = make_data(cfg)
         datamodule.setup()
         torch.manual_seed(0)
-        self.network = instantiate(cfg.model, _partial_=True)(schema=datamodule.schema)
+        self.network: Any = make_network(cfg, datamodule.schema)
         self.optimizer = instantiate(cfg.optimizer)(self.network.parameters())
         self.mtn = instantiate(cfg.mtn, _convert_="all")
         loader = datamodule.train_dataloader()

@@ -22,12 +22,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
+from _setup import compose_train, make_data, make_network
 from hydra.utils import instantiate
 from torch import Tensor
 
 from mtnrec.batch import Batch
-from mtnrec.command.config import CONF_DIR
 from mtnrec.model.loss import cross_entropies
 from mtnrec.mtn.trace_norm import effective_rank, frobenius_norm
 from mtnrec.performance import tune_process
@@ -47,14 +46,12 @@ def compose_training(model: str, size: str, seed: int, data_root: str, *keys: st
     if size == "small":
         overrides += [*SMALL[model], "model.embedding_dim=16"]
         overrides += ["data.rows=60000", "data.batch_size=512"]
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose("train", overrides=overrides)
+    return compose_train(*overrides)
 
 
 def load(cfg: Any, epochs: int) -> tuple[Any, list[list[Batch]]]:
     """Return the schema and the batches of each epoch."""
-    datamodule = instantiate(cfg.data, _convert_="all")
-    datamodule.prepare_data()
+    datamodule = make_data(cfg)
     datamodule.setup()
     loader = datamodule.train_dataloader()
     return datamodule.schema, [list(loader) for _ in range(epochs)]
@@ -63,7 +60,7 @@ def load(cfg: Any, epochs: int) -> tuple[Any, list[list[Batch]]]:
 def train(cfg: Any, schema: Any, epochs: list[list[Batch]], dtype: torch.dtype) -> Iterator[Epoch]:
     """Train; yield the logged values of the mechanism after each epoch."""
     torch.manual_seed(cfg.seed)
-    network = instantiate(cfg.model, _partial_=True, _convert_="all")(schema=schema).to(dtype)
+    network: Any = make_network(cfg, schema).to(dtype)
     optimizer = instantiate(cfg.optimizer)(network.parameters())
     mtn = instantiate(cfg.mtn, _convert_="all")
     trainer: Any = SimpleNamespace(precision_plugin=None, global_step=0)

@@ -11,16 +11,15 @@ from time import perf_counter
 from typing import Any
 
 import lightning as L
-from hydra import compose, initialize_config_dir
+from _setup import compose_train, make_data, make_module
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich import box, get_console
 from rich.table import Table
 
-from mtnrec.command.config import CONF_DIR, lightning_keys
+from mtnrec.command.config import lightning_keys
 from mtnrec.data.datamodule import DataModule
 from mtnrec.performance import tune_process
-from mtnrec.training.module import MultiTaskModule
 
 _EPOCHS = 4
 _PASSES = 7
@@ -39,15 +38,12 @@ class _EpochTimer(L.Callback):
 
 def _compose(*overrides: str) -> DictConfig:
     own = ("model=shared_bottom", "trainer.accelerator=cpu", f"trainer.max_epochs={_EPOCHS}")
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose("train", overrides=[*own, *overrides])
+    return compose_train(*own, *overrides)
 
 
 def _set_up(cfg: DictConfig) -> tuple[DataModule, float]:
     """Return the data set and the seconds of its set-up."""
-    datamodule = instantiate(cfg.data, _convert_="all")
-    datamodule.noise = instantiate(cfg.noise, _convert_="all")
-    datamodule.prepare_data()
+    datamodule = make_data(cfg)
     start = perf_counter()
     datamodule.setup()
     return datamodule, perf_counter() - start
@@ -56,10 +52,7 @@ def _set_up(cfg: DictConfig) -> tuple[DataModule, float]:
 def _train(cfg: DictConfig) -> float:
     """Return the seconds of the shortest training epoch, without noise."""
     datamodule, _ = _set_up(cfg)
-    network = instantiate(cfg.model, _partial_=True, _convert_="all")(schema=datamodule.schema)
-    module = MultiTaskModule(
-        network, schema=datamodule.schema, optimizer=instantiate(cfg.optimizer)
-    )
+    module = make_module(cfg, datamodule.schema)
     timer = _EpochTimer()
     quiet_trainer = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = instantiate(

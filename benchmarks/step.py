@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
+from _setup import compose_train, make_data, make_module
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
@@ -29,10 +29,9 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtnrec.batch import Batch
-from mtnrec.command.config import CONF_DIR, lightning_keys
+from mtnrec.command.config import lightning_keys
 from mtnrec.model.loss import cross_entropies
 from mtnrec.performance import tune_process
-from mtnrec.training.module import MultiTaskModule
 from mtnrec.training.recorder import RunRecorder
 
 MODELS = ("shared_bottom", "esmm", "mmoe")
@@ -66,15 +65,11 @@ def peak(repetitions: int = 20) -> float:
 
 def measure(model: str, data_root: str, best: float) -> list[str]:
     """Return the columns of a model's row."""
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("train", overrides=[f"model={model}", f"data_root={data_root}"])
-    datamodule = instantiate(cfg.data, _convert_="all")
-    datamodule.prepare_data()
+    cfg = compose_train(f"model={model}", f"data_root={data_root}")
+    datamodule = make_data(cfg)
     datamodule.setup()
-    network = instantiate(cfg.model, _partial_=True, _convert_="all")(schema=datamodule.schema)
-    module = MultiTaskModule(
-        network, schema=datamodule.schema, optimizer=instantiate(cfg.optimizer)
-    )
+    module = make_module(cfg, datamodule.schema)
+    network: Any = module.network
     optimizer = module.configure_optimizers()
 
     def step(batch: Batch) -> None:

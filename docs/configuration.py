@@ -106,9 +106,12 @@ def _public_names() -> dict[str, str]:
 
 
 def _config_groups(text: str) -> list[Key]:
-    """Return the config groups of a command with their default choices."""
-    comment = "a choice of this group, below"
-    return [Key(group, choice, comment) for group, choice in read_groups(text).items()]
+    """Return the config groups of a command with their default choices and comments."""
+    comments = dict(re.findall(r"^  - (\w+):.*?# (.*)$", text, re.MULTILINE))
+    return [
+        Key(group, choice, f"group: {comments.get(group, 'a choice, below')}")
+        for group, choice in read_groups(text).items()
+    ]
 
 
 def _base_files(path: Path) -> list[str]:

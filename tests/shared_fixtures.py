@@ -42,9 +42,17 @@ from mtnrec.train import main as train_main
 from mtnrec.training.recorder import RunRecorder
 
 _SMALL_MODELS = {
+    "aitm": ["model.tower_widths=[16,8]"],
+    "dcmt": ["model.experts=3", "model.expert_widths=[16]", "model.tower_widths=[8]"],
+    "escm2": ["model.experts=3", "model.expert_widths=[16]", "model.tower_widths=[8]"],
     "shared_bottom": ["model.bottom_widths=[16]", "model.tower_widths=[8]"],
     "esmm": ["model.tower_widths=[16,8]"],
     "mmoe": ["model.experts=3", "model.expert_widths=[16]", "model.tower_widths=[8]"],
+    "single_task": ["model.tower_widths=[16,8]"],
+    "omoe": ["model.experts=3", "model.expert_widths=[16]", "model.tower_widths=[8]"],
+    "ple": ["model.experts=2", "model.levels=[[16],[12]]", "model.tower_widths=[8]"],
+    "adatt": ["model.task_experts=2", "model.levels=[[16],[12]]", "model.tower_widths=[8]"],
+    "naive_cvr": ["model.tower_widths=[16,8]"],
 }
 
 

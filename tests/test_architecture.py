@@ -47,7 +47,7 @@ ALLOWED = {
     "prepare": {"command"},
     "describe": {"command", "data", "files", "inspection"},
     "predict": {"checks", "command", "performance", "serving"},
-    "evaluate": {"command", "files", "performance", "serving"},
+    "evaluate": {"command", "files", "predict", "serving"},
     "export": {"checks", "command", "run", "serving"},
     "status": {"checks", "command", "run", "sweep"},
     "report": {"command", "reporting"},

@@ -27,9 +27,9 @@ def test_independent_labels_are_measured_on_all_rows():
 
 @pytest.mark.parametrize(
     ("labels", "funnel"),
-    [((), False), ((), True), (("click",), True), (("click", "cart", "buy"), True)],
+    [((), False), ((), True), (("click",), True)],
 )
 def test_a_wrong_number_of_labels_is_refused(labels, funnel):
-    message = rf"a funnel must have two labels .* at least one, got \[.*\] with funnel={funnel}"
+    message = rf"at least two labels .* at least one, got \[.*\] with funnel={funnel}"
     with pytest.raises(InputError, match=message):
         Schema((), ("price",), labels, funnel)

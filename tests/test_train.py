@@ -16,7 +16,7 @@ from mtnrec.batch import Batch
 from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.schema import CategoricalField, Schema
 
-MODELS = ["shared_bottom", "esmm", "mmoe"]
+MODELS = ["shared_bottom", "esmm", "mmoe", "single_task", "omoe", "ple", "adatt"]
 # Rates at which every split has both classes of every task.
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
 # MTN acts, and the best epoch is neither the first nor the last.
@@ -69,6 +69,7 @@ def test_the_record_keeps_the_contract(run):
     assert record["samples_per_second"].keys() == {"train", "evaluate"}
     assert min(*record["seconds"].values(), *record["samples_per_second"].values()) > 0
     assert record["peak_memory_bytes"] > 2**20
+    assert record["parameters"] == {"embeddings": 508, "network": 2754}
 
 
 def test_the_record_counts_the_rows_and_positives_of_every_task(run):
@@ -209,6 +210,25 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(model, train)
     assert read_record(first)["counts"] == read_record(other)["counts"]
     assert read_record(first)["metrics"] != read_record(other)["metrics"]
     assert read_record(first)["cell"] == read_record(second)["cell"] != read_record(other)["cell"]
+
+
+@pytest.mark.parametrize("model", ["ple", pytest.param("adatt", marks=pytest.mark.slow)])
+def test_mtn_acts_on_the_experts_of_all_levels(model, train):
+    keys = ["mtn.enabled=true", "mtn.target=shared", "trainer.max_epochs=1"]
+
+    (epoch,) = read_record(train(*LOG, *keys, model=model))["history"]
+
+    levels = {key.split("/")[1] for key in epoch if key.startswith("mtn/layer_")}
+    assert len(levels) == 2
+
+
+def test_mtn_on_shared_layers_is_refused_where_nothing_is_shared(train, tmp_path):
+    with pytest.raises(SystemExit, match=r"^mtnrec: SingleTask must have parallel shared "):
+        train(
+            *(*LOG, "mtn.enabled=true", "mtn.target=shared"), model="single_task", folder=tmp_path
+        )
+
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_bf16_keeps_the_weights_in_float32(train):
@@ -442,7 +462,7 @@ def test_a_run_begins_with_a_panel_and_ends_with_where_things_are(train, tmp_pat
 
     ends = capsys.readouterr().out.splitlines()
     panel = "\n".join(ends[:12])
-    assert "ESMM: 2,754 parameters, 508 in embeddings" in panel
+    assert "ESMM: 2,754 parameters, 508 more in embeddings" in panel
     assert "synthetic: 1,920 training, 480 validation, 600 test rows" in panel
     assert "cpu, 1 thread" in panel
     assert "lam=1e-05 on towers" in panel

@@ -46,7 +46,8 @@ stack
 unfolding
     A stack laid out as a matrix whose rows are one of its modes: task, output or input.
 noise
-    Features of a share of the rows replaced by other values of the same field.
+    Features of a share of the rows replaced by other values of the same field, and positive labels
+    that became negative.
 """
 
 from importlib import import_module
@@ -58,9 +59,17 @@ if TYPE_CHECKING:
     from mtnrec.data.noise import Noise
     from mtnrec.data.synthetic import Synthetic
     from mtnrec.data.table import Table
+    from mtnrec.model.adatt import AdaTT
+    from mtnrec.model.aitm import AITM
+    from mtnrec.model.dcmt import DCMT
+    from mtnrec.model.escm2 import ESCM2
     from mtnrec.model.esmm import ESMM
     from mtnrec.model.mmoe import MMoE
+    from mtnrec.model.naive_cvr import NaiveCVR
+    from mtnrec.model.omoe import OMoE
+    from mtnrec.model.ple import PLE
     from mtnrec.model.shared_bottom import SharedBottom
+    from mtnrec.model.single_task import SingleTask
     from mtnrec.mtn.callback import MTN
     from mtnrec.optimizer.lazy_adam import LazyAdam
     from mtnrec.regularizer.callback import Regularizer
@@ -70,16 +79,24 @@ if TYPE_CHECKING:
     from mtnrec.training.module import MultiTaskModule
 
 __all__ = [
+    "AITM",
+    "DCMT",
+    "ESCM2",
     "ESMM",
     "MTN",
+    "PLE",
+    "AdaTT",
     "AliCcp",
     "AliExpress",
     "LazyAdam",
     "MMoE",
     "MultiTaskModule",
+    "NaiveCVR",
     "Noise",
+    "OMoE",
     "Regularizer",
     "SharedBottom",
+    "SingleTask",
     "Synthetic",
     "Table",
     "fit",
@@ -88,16 +105,24 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AITM": "model.aitm",
+    "AdaTT": "model.adatt",
     "AliCcp": "data.ali_ccp",
     "AliExpress": "data.aliexpress",
+    "DCMT": "model.dcmt",
+    "ESCM2": "model.escm2",
     "ESMM": "model.esmm",
     "LazyAdam": "optimizer.lazy_adam",
     "MMoE": "model.mmoe",
     "MTN": "mtn.callback",
     "MultiTaskModule": "training.module",
+    "NaiveCVR": "model.naive_cvr",
     "Noise": "data.noise",
+    "OMoE": "model.omoe",
+    "PLE": "model.ple",
     "Regularizer": "regularizer.callback",
     "SharedBottom": "model.shared_bottom",
+    "SingleTask": "model.single_task",
     "Synthetic": "data.synthetic",
     "Table": "data.table",
     "fit": "training.api",

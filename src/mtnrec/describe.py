@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
     leaks = check_leaks(arrays["train"], np.arange(manifest.rows["train"]), schema)
 
     noise, changes = instantiate(cfg.noise, _convert_="all"), {}
-    if noise.proportion:
+    if noise.proportion or noise.flips_labels:
         datamodule.noise = noise
         datamodule.setup()
         for split in noise.splits:

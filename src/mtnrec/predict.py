@@ -3,6 +3,7 @@
 ``python -m mtnrec.predict checkpoint=runs/esmm table=rows.csv out=scores.csv``
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -13,8 +14,8 @@ from mtnrec.command.entry_point import entry_point
 from mtnrec.command.job import job_overrides, make_datamodule
 from mtnrec.performance import prefer_onednn_matmul
 from mtnrec.serving.prediction import FORMATS, rates_table, write_scores
-from mtnrec.serving.rows import open_rows
-from mtnrec.serving.scorer import load_checkpoint
+from mtnrec.serving.rows import Rows, open_rows
+from mtnrec.serving.scorer import Scorer, load_checkpoint
 
 
 @entry_point("predict")
@@ -23,6 +24,17 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     if out.suffix not in FORMATS:
         raise InputError(f"out must be a {' or '.join(FORMATS)} file, got {out}")
+    scorer, rows = open_model(cfg, keep=cfg.keep)
+    written = write_scores(scorer, rows, out)
+    console = get_console()
+    console.print(rates_table(scorer, written))
+    console.print(f"The scores are in {out}", markup=False, soft_wrap=True)
+
+
+def open_model(
+    cfg: DictConfig, *, keep: Sequence[str] = (), group: str | None = None
+) -> tuple[Scorer, Rows]:
+    """Load the model of a command's config and open its rows; print the form of a csv file."""
     scorer = load_checkpoint(cfg.checkpoint, cfg.device, allow=cfg.allow)
     prefer_onednn_matmul(scorer.device)
     rows = open_rows(
@@ -31,12 +43,14 @@ def main(cfg: DictConfig) -> None:
         table=cfg.table,
         split=cfg.split,
         batch_size=cfg.batch_size,
-        keep=cfg.keep,
+        keep=keep,
+        group=group,
+        separator=cfg.separator,
+        decimal=cfg.decimal,
     )
-    written = write_scores(scorer, rows, out)
-    console = get_console()
-    console.print(rates_table(scorer, written))
-    console.print(f"The scores are in {out}", markup=False, soft_wrap=True)
+    if rows.form:
+        get_console().print(rows.form, markup=False, soft_wrap=True)
+    return scorer, rows
 
 
 if __name__ == "__main__":

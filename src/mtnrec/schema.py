@@ -77,8 +77,9 @@ class Schema:
         categorical: The ``F`` categorical fields.
         numerical: Names of the ``N`` numerical features.
         labels: Names of the labels, one tower each.
-        funnel: Whether the two labels are a funnel (click, then conversion, ``z <= y``). Without a
-            funnel the labels are independent and each is its own task.
+        funnel: Whether the labels are the stages of a funnel, at least two: each label requires the
+            one before it (click, then conversion, ``z <= y``). Otherwise the labels are independent
+            and each is its own task.
         multivalued: The ``M`` multi-valued fields: a row has a bag of weighted tokens in each.
     """
 
@@ -100,25 +101,46 @@ class Schema:
                 raise InputError(
                     f"features and labels must be at most {MOST_COLUMNS:,} each, got {len(names):,}"
                 )
-        if not self.labels or (self.funnel and len(self.labels) != 2):
+        if not self.labels or (self.funnel and len(self.labels) < 2):
             raise InputError(
-                "a funnel must have two labels (click, conversion), and independent labels must be "
-                f"at least one, got {list(self.labels)} with funnel={self.funnel}"
+                "a funnel must have at least two labels (click, conversion), and independent "
+                f"labels must be at least one, got {list(self.labels)} with funnel={self.funnel}"
             )
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise InputError(f"tasks must have unique names, got {format_names(names)}")
 
     @property
     def tasks(self) -> tuple[Task, ...]:
         """Tasks that are measured.
 
+        Two stages of a funnel give CTR, CVR and CTCVR. More stages give each label on all rows and,
+        from the second on, given the label before it.
+
         >>> funnel = Schema((), ("price",), ("click", "conversion"), funnel=True)
         >>> [task.name for task in funnel.tasks]
         ['ctr', 'cvr', 'ctcvr']
+        >>> funnel = Schema((), ("price",), ("click", "cart", "buy"), funnel=True)
+        >>> [task.name for task in funnel.tasks]
+        ['click', 'cart_given_click', 'cart', 'buy_given_cart', 'buy']
         >>> Schema((), ("price",), ("like", "share"), funnel=False).tasks[1]
         Task(name='share', label=1, given=None)
         """
-        if self.funnel:
+        if self.funnel and len(self.labels) == 2:
             return FUNNEL_TASKS
+        if self.funnel:
+            first, *rest = (Task(label, column) for column, label in enumerate(self.labels))
+            given = [
+                Task(f"{task.name}_given_{self.labels[task.label - 1]}", task.label, task.label - 1)
+                for task in rest
+            ]
+            pairs = zip(given, rest, strict=True)
+            return (first, *(task for pair in pairs for task in pair))
         return tuple(Task(label, column) for column, label in enumerate(self.labels))
+
+    def title(self, task: Task) -> str:
+        """Return the name of a task in tables: CTR, CVR and CTCVR in capitals."""
+        return task.name.upper() if task in FUNNEL_TASKS and self.funnel else task.name
 
     def definition(self, task: Task) -> str:
         """Describe which label a task predicts on which rows.

@@ -16,6 +16,7 @@ from mtnrec.command.job import (
     job_command,
     job_overrides,
     make_datamodule,
+    quote_for_ranks,
 )
 from mtnrec.run.folder import lock_run_folder, recording_failure
 from mtnrec.sweep.subprocess_job import run_in_subprocess
@@ -39,6 +40,7 @@ def main(cfg: DictConfig) -> float | None:
         )
     if is_sweep_job() and cfg.trainer.devices != 1:
         return run_in_subprocess(output_dir).metrics[cfg.monitor]
+    quote_for_ranks(output_dir)
     hold = lock_run_folder if is_rank_zero() else recording_failure
     command = job_command(output_dir)
     with hold(output_dir, job_overrides(), command, find_input_error), closing_wandb_run():

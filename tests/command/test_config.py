@@ -36,7 +36,25 @@ def test_every_group_has_its_choices():
 
     synthetic = ["synthetic", "synthetic_ali_ccp"]
     assert choices("data") == ["ali_ccp", *countries, *synthetic, "table"]
-    assert choices("model") == ["esmm", "mmoe", "shared_bottom"]
+    assert choices("model") == [
+        "adatt",
+        "aitm",
+        "aitm_10m",
+        "aitm_mtreclib",
+        "dcmt",
+        "escm2",
+        "esmm",
+        "esmm_10m",
+        "mmoe",
+        "naive_cvr",
+        "omoe",
+        "ple",
+        "ple_mtreclib",
+        "shared_bottom",
+        "shared_bottom_10m",
+        "single_task",
+        "single_task_10m",
+    ]
     assert choices("mtn") == ["capped", "gttn", "laf", "mtn", "nuclear", "tt", "tucker"]
     assert choices("regularizer") == ["frobenius", "group_lasso", "l2", "soft_sharing"]
     assert choices("optimizer") == ["adam", "adamw", "lazy_adam"]

@@ -37,7 +37,7 @@ def as_plain(value):
         return {"_partial_": True, **value.keywords}
     if isinstance(value, dict):
         return dict(value)
-    return list(value) if isinstance(value, tuple | list) else value
+    return [as_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)

@@ -124,16 +124,21 @@ def test_the_umbrella_runs_a_command_as_its_module(tmp_path):
         ),
         (["+data.colour=red"], "data.colour is not a key of mtnrec.data.synthetic.Synthetic. "),
         (["~patience"], "~patience removes a key of mtnrec train. Leave it out."),
-        (["model=esm"], "model must be one of esmm, mmoe, shared_bottom; got 'esm'"),
+        (["model=esm"], "model must be one of adatt, "),
         (
             ["experiment=[alpha,lambda]"],
             "experiment must be one choice, got [alpha,lambda].",
         ),
+        (["logger=null"], "a config group must be one of its choices or a list of them, got None"),
+        (["model=3"], "a config group must be one of its choices or a list of them, got int"),
         (["seed=abc"], "Error merging override seed=abc: Value 'abc' of type 'str' could not be"),
         (["seed=0,1"], "Ambiguous value for argument 'seed=0,1'"),
         (["data.name=a{b"], "data.name=a{b is not in Hydra's grammar. Quote the value, and the"),
         (["optimizer.lr=fast"], "optimizer.lr must be a number, got 'fast'"),
-        (["model.experts=3"], "model.experts is not a key of mtnrec.model.esmm.ESMM. "),
+        (
+            ["model.bottom_widths=[3]"],
+            "model.bottom_widths is not a key of mtnrec.model.esmm.ESMM. ",
+        ),
         (["dry_run=true"], "dry_run lists the runs of a sweep, got a single run"),
     ],
 )

@@ -1,15 +1,18 @@
 import shlex
+from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from mtnrec.command.config import CONF_DIR
-from mtnrec.command.job import quote_value, train_command
+from mtnrec.command.job import quote_for_ranks, quote_value, train_command
 
 FOLDERS = [
     *("runs/a", "/home/josé/runs", "runs/a,b", "a=b", "o d=1,2 [é]", "it's", 'say "a"', "both '\""),
     *("{a}", "(a)", "a&b", "#a", "a~b!;<^`", "back\\slash", "end\\", 'quote\\"', "${seed}", "$a"),
+    *(r"a\${seed}", r'"\\${seed}\"'),
     *("true", "null", "1e3", "1_000", " a ", "a:b", "点击", "a\tb", "*.x", "@a", "choice(a,b)"),
 ]
 
@@ -39,6 +42,18 @@ def test_the_command_names_a_folder_of_any_name(name):
     assert place.key_or_group == "hydra.run.dir"
     assert value == name
     assert job.input_line == "hydra.job.name=x"
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_lightning_starts_the_other_ranks_in_a_folder_of_any_name(name, monkeypatch):
+    hydra = OmegaConf.create({"run": {"dir": "."}, "seed": 1})
+    monkeypatch.setattr(HydraConfig, "get", lambda: hydra)
+
+    quote_for_ranks(Path("/runs", name))
+
+    argument = f'hydra.run.dir="{hydra.run.dir}"'  # as Lightning's launcher writes it
+    place = OverridesParser.create().parse_override(argument)
+    assert OmegaConf.create({"seed": 1, "dir": place.value()}).dir == str(Path("/runs", name))
 
 
 def test_a_plain_folder_is_not_quoted():

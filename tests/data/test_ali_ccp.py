@@ -15,6 +15,7 @@ from reference import ali_ccp_log
 from mtnrec.checks import InputError
 from mtnrec.data.ali_ccp import MULTI_VALUED, PRESETS
 from mtnrec.data.preparation import ali_ccp as ali_ccp_join
+from mtnrec.data.prepared import verify
 from mtnrec.data.prepared import writer as writer_module
 from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.prepared.verify import verify_prepared
@@ -231,6 +232,31 @@ def test_a_free_choice_of_fields_cut_offs_and_tokens(raw_dir, prepared):
 
 def checksums(folder):
     return json.loads((folder / "schema.json").read_text())["checksums"]
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_raw_file_whose_content_changed_is_noticed(
+    raw_dir, prepared, make_datamodule, tmp_path, monkeypatch, caplog, is_packed
+):
+    monkeypatch.setattr(verify, "_SETTLED_SECONDS", 0.0)  # the files are new
+    own = tmp_path / "own"
+    (ali_ccp_log.pack if is_packed else shutil.copytree)(raw_dir, own)
+    folder, _, _ = prepared(own)
+    keys = [f"dir={folder}", "min_count=2"]
+    for given in (keys, [*keys, f"raw_dir={own}"]):
+        make_datamodule("ali_ccp", *given).prepare_data()
+    assert caplog.messages == []
+
+    path = own / ("sample_test.tar.gz" if is_packed else "sample_skeleton_test.csv")
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+
+    with pytest.raises(InputError, match=r"\(raw: other files or content\).* overwrite=true"):
+        make_datamodule("ali_ccp", *keys, f"raw_dir={own}").prepare_data()
+    make_datamodule("ali_ccp", *keys).prepare_data()
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{path} has changed since {folder} was prepared from it")
 
 
 def test_archives_and_files_and_any_threads_and_blocks_give_the_same_bytes(
@@ -565,7 +591,7 @@ def test_an_interrupted_preparation_leaves_nothing_and_runs_again(
         patch.setattr(ali_ccp_join.Log, "finish", interrupt)  # all rows are on the disk by then
         with pytest.raises(KeyboardInterrupt):
             prepared(raw_dir)
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} <= {".set.raw"}  # checksums of the raw files
 
     prepared(raw_dir)
-    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert {path.name for path in tmp_path.iterdir()} <= {".set.raw", "set"}

@@ -445,6 +445,7 @@ def test_the_record_counts_and_sums_the_mask(make, monkeypatch):
     record = datamodule.noise.record(datamodule.row_numbers)
 
     counts = {"noisy_rows": rows, "replaced_features": features}
+    counts |= {"flipped_labels": {}, "label_flip": None}
     expected = {"sampling": "uniform", "checksum": digest.hexdigest()} | settings | counts
     assert record == expected
     monkeypatch.setattr("mtnrec.data.noise._ROWS_PER_HASH", 13)
@@ -497,11 +498,201 @@ def test_noise_set_after_the_set_up_is_refused(make):
         ),
         ({"splits": "train"}, r"noise\.splits must be a list .*, got 'train'"),
         ({"seed": -1}, r"noise\.seed must be an integer >= 0, got -1"),
+        (
+            {"label_flip": {"click": 2}},
+            r"noise\.label_flip\.click must be a number in \[0, 1\], got 2",
+        ),
+        (
+            {"label_flip": 0.1},
+            r"noise\.label_flip must have a probability by label, got 0\.1\. Set for example",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         make_noise(**changes)
+
+
+def labels_of(datamodule, *splits, epoch=0):
+    """The labels of each row by its number, as the batches have them."""
+    rows = rows_of(datamodule, *splits, epoch=epoch)
+    return {number: features[2] for number, features in rows.items()}
+
+
+def flips_of(old, new):
+    """The rows and labels that differ; all of them were 1 and are 0."""
+    pairs = [(n, label) for n in old for label in (0, 1) if old[n][label] != new[n][label]]
+    assert all((old[n][label], new[n][label]) == (1, 0) for n, label in pairs)
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("flip", "shares"),
+    [
+        ({"conversion": 0.3}, (0, 0.3)),
+        ({"click": 0.3}, (0.3, 0.3)),
+        ({"click": 0.5, "conversion": 0.4}, (0.5, 0.7)),
+        ({"click": 1}, (1, 1)),
+        ({"click": 0.0, "conversion": 1}, (0, 1)),
+    ],
+)
+def test_positive_labels_are_flipped_at_their_rate_and_the_funnel_stays(flip, shares, make):
+    old = labels_of(make(noise=None), *SPLITS)
+    noise = {"proportion": 0, "label_flip": flip, "splits": list(SPLITS)}
+
+    new = labels_of(make(noise=noise), *SPLITS)
+
+    flips = flips_of(old, new)
+    for label, share in enumerate(shares):
+        positives = sum(int(values[label]) for values in old.values())
+        flipped = sum(column == label for _, column in flips)
+        assert binomtest(flipped, positives, share).pvalue > TAIL
+        assert positives > 0
+    assert all(conversion <= click for click, conversion in new.values())
+
+
+def test_labels_without_a_funnel_are_flipped_apart():
+    schema = Schema((), (), ("like", "share"), funnel=False)
+    noise = make_noise(proportion=0, label_flip={"like": 1})
+    noise.learn(schema, {})
+    labels = np.ones((50, 2), np.uint8)
+
+    noise.flip_labels("train", np.arange(50), labels)
+
+    assert labels.sum(axis=0).tolist() == [0, 50]
+
+
+def test_label_noise_is_a_function_of_seed_row_and_label(make):
+    noise = {"proportion": 0, "label_flip": {"click": 0.3, "conversion": 0.5}}
+    reference = make(noise=noise)
+    expected = labels_of(reference, "train", "val")
+
+    assert labels_of(reference, "train", "val", epoch=1) == expected
+    for changes in ({"batch_size": 64}, {"seed": 5}, {"split_seed": 5}, {"validation_share": 0.5}):
+        assert labels_of(make(noise=noise, **changes), "train", "val") == expected
+    ranks = [labels_of(make(noise=noise, rank=r, world_size=2), "train", "val") for r in range(2)]
+    assert ranks[0] | ranks[1] == expected
+    features = noise | {"proportion": 0.5, "sampling": "empirical"}
+    assert labels_of(make(noise=features), "train", "val") == expected
+    one_label = noise | {"label_flip": {"click": 0.3}}
+    clicks = labels_of(make(noise=one_label), "train", "val")
+    assert [v[0] for v in clicks.values()] == [v[0] for v in expected.values()]
+    assert labels_of(make(noise=noise | {"seed": 1}), "train", "val") != expected
+
+
+def test_label_noise_does_not_move_feature_noise(make):
+    noise = {"proportion": 0.3, "feature_probability": 0.4}
+    found, expected = (
+        rows_of(make(noise=noise | more), "train") for more in ({}, {"label_flip": {"click": 1}})
+    )
+
+    for number, (categorical, numerical, _, bags) in expected.items():
+        assert (categorical, numerical, bags) == (*found[number][:2], found[number][3])
+
+
+def test_the_labels_of_a_smaller_flip_probability_are_among_those_of_a_larger_one(make):
+    old = labels_of(make(noise=None), "train")
+    several = [
+        set(flips_of(old, labels_of(make(noise={"label_flip": {"click": p}}), "train")))
+        for p in (0.1, 0.3, 0.8)
+    ]
+
+    assert several[0] < several[1] < several[2]
+
+
+def test_each_file_and_each_label_has_its_own_flips_apart_from_the_noisy_rows():
+    noise = make_noise(proportion=0.5, splits=list(SPLITS), label_flip={"like": 0.5, "share": 0.5})
+    schema = Schema((), ("price",), ("like", "share"), funnel=False)
+    noise.learn(schema, {"numerical": np.ones((1, 1), np.float32), "categorical": np.ones((1, 0))})
+    rows = np.arange(4000)
+    found = []
+    for split in SPLITS:
+        labels = np.ones((4000, 2), np.uint8)
+        noise.flip_labels(split, rows, labels)
+        found.append(labels)
+    np.testing.assert_array_equal(found[0], found[1])
+    noisy = np.isin(rows, noise.masks("train", rows)[0])
+    columns = [*found[0].T, *found[2].T, noisy]
+
+    correlations = np.corrcoef(np.array(columns, float))[np.triu_indices(5, 1)]
+
+    assert np.abs(correlations).max() < norm.isf(TAIL / 20) / np.sqrt(4000)
+
+
+@pytest.mark.parametrize("splits", [["train", "val"], ["train"], ["val"], ["test"]])
+def test_only_the_labels_of_the_chosen_splits_are_flipped(splits, make):
+    noise = {"proportion": 0, "label_flip": {"click": 1}, "splits": splits}
+    noisy, clean = make(noise=noise), make(noise=None)
+
+    for split in SPLITS:
+        changed = labels_of(noisy, split) != labels_of(clean, split)
+        assert changed == (split in splits)
+        assert (noisy.split_labels(split).sum() == 0) == (split in splits)
+        np.testing.assert_array_equal(noisy.column(split, "labels"), clean.split_labels(split))
+
+
+def test_the_labels_of_a_split_are_those_of_its_batches(make, monkeypatch):
+    datamodule = make(noise={"proportion": 0, "label_flip": {"click": 0.5, "conversion": 0.5}})
+    monkeypatch.setattr("mtnrec.data.noise._ROWS_PER_HASH", 13)
+
+    labels = datamodule.split_labels("val")
+
+    assert labels.tolist() == torch.cat([b.labels for b in datamodule.val_dataloader()]).tolist()
+    assert labels.sum() < datamodule.column("val", "labels").sum()
+
+
+def test_the_record_counts_and_sums_the_flipped_labels(make, monkeypatch):
+    settings = {"label_flip": {"click": 0.2, "conversion": 0.5}, "proportion": 0.0, "seed": 7}
+    datamodule = make(noise=settings | {"splits": ["test", "val"]})
+    digest, counts = hashlib.sha256(), {}
+    for split in ("val", "test"):
+        digest.update(split.encode())
+        old, new = datamodule.column(split, "labels"), datamodule.split_labels(split)
+        flipped = old != new
+        for number, mask in zip(datamodule.row_numbers[split].tolist(), flipped, strict=True):
+            if mask.any():
+                digest.update(number.to_bytes(8, "little"))
+                digest.update(bytes([128 * int(mask[0]) + 64 * int(mask[1])]))
+        counts[split] = dict(zip(LABELS, flipped.sum(axis=0).tolist(), strict=True))
+
+    record = datamodule.record_noise()
+
+    assert record["flipped_labels"] == counts
+    assert record["checksum"] == digest.hexdigest()
+    assert counts["val"]["click"] > 0
+    assert record["noisy_rows"] == {"val": 0, "test": 0}
+    both = make(noise=settings | {"proportion": 0.3, "splits": ["val"]}).record_noise()
+    alone = make(noise={"proportion": 0.3, "seed": 7, "splits": ["val"]}).record_noise()
+    assert both["noisy_rows"] == alone["noisy_rows"]
+    assert len({record["checksum"], both["checksum"], alone["checksum"]}) == 3
+    monkeypatch.setattr("mtnrec.data.noise._ROWS_PER_HASH", 13)
+    assert datamodule.record_noise() == record
+
+
+def test_an_unknown_label_is_refused(make):
+    message = r"noise\.label_flip must name labels of the data \(click, conversion\), got 'buy'"
+    with pytest.raises(InputError, match=message):
+        make(noise={"label_flip": {"buy": 0.1}})
+
+
+def test_a_run_with_label_noise_tests_on_clean_labels_and_records_it(train):
+    log = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
+    noisy = [*log, "noise.label_flip={conversion:0.5}", "trainer.max_epochs=1"]
+
+    one, other, clean = (
+        json.loads((train(*overrides) / "result.json").read_text())
+        for overrides in (noisy, [*noisy, "seed=1"], [*log, "trainer.max_epochs=1"])
+    )
+
+    assert one["noise"] == other["noise"]
+    assert one["noise"]["flipped_labels"]["train"]["click"] == 0
+    for split in ("val", "test"):
+        before, after = (r["counts"][f"{split}/ctcvr"]["positives"] for r in (clean, one))
+        assert (after < before) == (split == "val")
+        if split == "val":
+            assert one["noise"]["flipped_labels"]["val"]["conversion"] == before - after
+            assert binomtest(before - after, before, 0.5).pvalue > TAIL
+    assert one["cell"] != clean["cell"]
 
 
 def test_every_run_on_a_data_set_records_the_same_noise(train):

@@ -21,6 +21,7 @@ from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.prepared.verify import verify_prepared
 from mtnrec.data.raw import blocks, tabular
 from mtnrec.data.table import Table
+from mtnrec.serving.encoder import Encoder
 
 HILLSTROM = Path(__file__).parents[3] / "shared" / "data" / "hillstrom" / "hillstrom.csv"
 RECHUB = HILLSTROM.parents[1] / "aliccp_sample_rechub"
@@ -270,6 +271,21 @@ def test_numbers_are_filled_and_standardised_as_sklearn_does(
         assert (recorded["shift"], recorded["scale"]) == (0, 1)
 
 
+@pytest.mark.parametrize("value", [5.0, 0.1, -1 / 3, 1e30])
+def test_a_constant_column_is_stored_and_scored_as_0(prepared, directory, frame, value):
+    frame = pd.concat([frame] * 20, ignore_index=True)  # over several blocks of the moments
+    frame["constant"] = np.where(frame.index % 7 == 0, np.nan, value)
+    settings = {"exclude": ["row"], "numerical": ["constant"], "categorical": ["city"]}
+    manifest, arrays = prepared(frame, standardise=True, **settings)
+
+    for split in ("train", "test"):
+        assert not arrays[split]["numerical"].any()
+    rows = pl.DataFrame({"city": None, "constant": [value, None]}, schema_overrides={"city": str})
+    vocabularies = {"city": pl.read_parquet(directory / "vocabulary" / "city.parquet")["value"]}
+    encoder = Encoder(manifest.schema, vocabularies, manifest.transforms)
+    assert encoder.encode(rows, str).numerical.tolist() == [[0], [0]]
+
+
 def test_numbers_without_gaps_are_stored_as_they_are(prepared, frame):
     manifest, arrays = prepared(frame[["item", "click", "conversion"]], fill=None)
 
@@ -506,7 +522,8 @@ def test_a_conversion_without_a_click_is_refused_or_dropped(prepared, frame, dir
     frame.loc[orphans, ["click", "conversion"]] = [0, 1]
 
     message = (
-        r"line 7, column 'conversion': a conversion needs a click "
+        r"line 7, column 'conversion': a conversion needs a click, each label of a funnel the one "
+        r"before it "
         r"\(set data.conversion_without_click=drop to drop and count it\), got '1'"
     )
     with pytest.raises(InputError, match=message):
@@ -668,7 +685,7 @@ def test_parts_and_files_with_other_columns_are_refused(directory, tmp_path, fra
         ({"labels": 1}, r"data.labels must name columns, `data.labels=\[COLUMN,COLUMN\]`"),
         ({"exclude": [True]}, r"data.exclude must name columns, .* got \[True\]"),
         ({"group": 1.5}, r"data.group must name columns, .* got \[1.5\]"),
-        ({"labels": ["click"]}, "a funnel must have two labels"),
+        ({"labels": ["click"]}, "a funnel must have at least two labels"),
         ({"labels": [], "funnel": False}, "independent labels must be at least one"),
         ({"labels": ["a", "a"]}, "'a' must have one role, got data.labels and data.labels"),
         (

@@ -175,6 +175,52 @@ def test_a_file_and_a_frame_go_together(tmp_path):
         assert prepared_bytes(tmp_path / key) == prepared_bytes(tmp_path / "files")
 
 
+@pytest.mark.parametrize(
+    "column",
+    [pd.period_range("2024-01", periods=80, freq="D"), pd.cut(pd.Series(range(80)), 3)],
+)
+def test_extension_types_of_pandas_are_refused(column):
+    rows = pd.DataFrame({"day": column, "x": np.arange(80) / 2, "click": [0, 1] * 40})
+
+    with pytest.raises(InputError, match="the column 'day' is of type"):
+        Table(train=rows, labels=["click"]).prepare()
+
+
+LISTS = pl.Series("tags", [["a", "b"], ["b"], None, []] * 60)
+
+
+def with_column(column):
+    x = pl.Series("x", np.arange(240) % 7 / 2)
+    return pl.DataFrame([column.alias("tags"), x, pl.Series("click", [0, 1] * 120)])
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (LISTS, pl.Series(["a"] * 240), "column 'tags' must hold lists, .* got String"),
+        (pl.Series(["a", "b"] * 120), LISTS, "the column 'tags' is of type List"),
+        (pl.Series([1, 2] * 120), LISTS, "the column 'tags' is of type List"),
+        (pl.Series([1.5, 2.5] * 120), LISTS, "the column 'tags' is of type List"),
+    ],
+)
+def test_lists_in_one_of_train_and_test_alone_are_refused(train, test, message):
+    data = Table(train=with_column(train), test=with_column(test), labels=["click"])
+
+    with pytest.raises(InputError, match=message):
+        data.prepare()
+
+
+def test_a_column_of_lists_that_are_all_missing_is_one_of_empty_lists():
+    data = Table(
+        train=with_column(LISTS), test=with_column(pl.Series([None] * 240)), labels=["click"]
+    )
+
+    manifest = data.prepare()
+
+    assert [field.name for field in manifest.schema.multivalued] == ["tags"]
+    assert manifest.missing["test"]["tags"] == 240
+
+
 def test_constants_alone_make_a_data_set():
     table = Table(train=draw().drop(columns=["time"]), **ROLES)
 

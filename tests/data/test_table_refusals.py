@@ -196,6 +196,53 @@ def test_separator_and_decimal_sign_are_inferred_and_printed(
     np.testing.assert_array_equal(prices(given), expected)
 
 
+@pytest.mark.parametrize(
+    ("cells", "decimal"),
+    [
+        (["0,125", "0,250"], ","),
+        (["1234,567", "2345,678"], ","),
+        (["1,5", "1,250"], ","),
+        (["1,250", "12,500"], "."),  # may be thousands
+    ],
+)
+def test_three_digits_after_a_comma_are_a_fraction_unless_they_may_be_thousands(
+    tmp_path, cells, decimal
+):
+    path = tmp_path / "rows.csv"
+    path.write_text("price;click\n" + "".join(f"{cell};1\n" for cell in cells))
+
+    assert tabular.FileSource("table", path).dialect == (";", decimal)
+
+
+@pytest.mark.parametrize("spelling", ["${}", "{} €", "{}%", "1 {}00.5", "{}\u00a0000"])
+def test_numbers_that_only_people_read_are_refused_with_their_line(folder, tmp_path, spelling):
+    cells = [spelling.format(number) for number in range(1, 10)]
+    text = "price,click\n" + "".join(f"{cell},{i % 2}\n" for i, cell in enumerate(cells))
+    (tmp_path / "rows.csv").write_text(text)
+
+    with pytest.raises(InputError, match=r"line 2, column 'price': expected a number, as 9 of 9 "):
+        prepare(tmp_path / "rows.csv", folder)
+
+
+def test_an_infinite_time_is_refused_with_its_row(folder):
+    times = [1.5, 2.5, float("inf"), 3.5] * 20
+    rows = pd.DataFrame({"t": times, "price": np.arange(80) / 2, "click": [0, 1] * 40})
+
+    with pytest.raises(InputError, match="row 3, column 't': expected a number, got inf"):
+        prepare(rows, folder, time="t")
+
+
+@pytest.mark.parametrize("name", ["__index_level_0__", "Unnamed: 0", "Unnamed: 0.1"])
+def test_a_column_named_as_pandas_names_its_index_is_left_out(folder, tmp_path, name):
+    rows = pd.DataFrame({name: range(80), "price": np.arange(80) / 2, "click": [0, 1] * 40})
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+
+    manifest, _ = prepare(tmp_path / "rows.csv", folder)
+
+    assert manifest.schema.numerical == ("price",)
+    assert manifest.schema.categorical == ()
+
+
 def test_quoted_numbers_with_a_decimal_comma_are_refused_with_the_remedy(frame, folder, tmp_path):
     path = in_form(frame, tmp_path / "rows.csv", ",", ",")
 

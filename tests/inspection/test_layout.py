@@ -213,6 +213,20 @@ def test_half_a_proportion_changes_half_of_the_rows(describe, tmp_path, write_ti
     assert abs(price - 0.15) < 5 * np.sqrt(0.15 * 0.85 / 3200)
 
 
+def test_flipped_labels_are_described(describe, tmp_path, write_tiny):
+    write_tiny(tmp_path / "tiny", train=200, test=20)
+    data = ["data=table", f"data.dir={tmp_path / 'tiny'}", f"out={tmp_path / 'out.txt'}"]
+
+    describe(*data, "noise.label_flip={conversion:1}", "noise.splits=[test]")
+
+    report = (tmp_path / "out.txt").read_text()
+    _, arrays = open_prepared(tmp_path / "tiny")
+    converted = arrays["test"]["labels"][:, 1].mean()
+    assert converted > 0
+    assert f"label conversion {converted:.2%}" in report
+    assert "label click" not in report
+
+
 def test_a_transform_without_a_fill_is_described(tmp_path, write_tiny):
     write_tiny(tmp_path / "tiny")
 

@@ -7,7 +7,7 @@ import pytest
 from mtnrec.reporting.figure.catalogue import WrittenFigure
 from mtnrec.reporting.page import write_page
 from mtnrec.reporting.runs import read_runs, unfinished
-from mtnrec.reporting.summary import lay_out_forest, summarise
+from mtnrec.reporting.summary import costs_of_arms, lay_out_forest, summarise
 from mtnrec.reporting.table.appendix import cost_table, deviation_tables, settings_tables
 from mtnrec.reporting.table.scores import comparisons, difference_table, score_table, split_by_table
 
@@ -121,7 +121,7 @@ def test_the_page_reports_missing_runs_and_the_verdict(root, tmp_path):
         "Our test AUCs compared with the paper's",
         "2.13.0",
         "data.batch_size",
-        "Costs of the runs",
+        "Costs of each arm",
         "ali_ccp: 1,920 training, 480 validation, 600 test rows",
         "0 to 4",
     ):
@@ -221,9 +221,93 @@ def test_the_speed_of_mtn_is_compared_with_its_own_baseline(tmp_path, write_run)
 
     table = cost_table(read_runs(tmp_path))
 
-    place = table.groups[0].columns.index("to baseline")
+    place = table.groups[0].columns.index("speed to baseline")
     ratios = {row.header: row.cells[place].text for row in table.rows}
     assert ratios == {"ESMM": "—", "ESMM +MTN": "0.50", "MMoE": "—"}
+
+
+def test_the_costs_give_the_parameters_and_those_in_embeddings_apart(tmp_path, write_run):
+    write_run(tmp_path, "old", model="ESMM")
+    folder = write_run(tmp_path, "recent", model="MMoE")
+    record = json.loads((folder / "result.json").read_text())
+    record["parameters"] = {"embeddings": 508, "network": 10_084_882}
+    (folder / "result.json").write_text(json.dumps(record))
+
+    table = cost_table(read_runs(tmp_path))
+
+    place = table.groups[0].columns.index("parameters")
+    cells = {row.header: [cell.text for cell in row.cells[place : place + 2]] for row in table.rows}
+    assert cells == {"ESMM": ["—", "—"], "MMoE": ["10,084,882", "508"]}
+
+
+def record_machines(root, machines):
+    """Write hardware into the records of a folder, by the name of the run."""
+    for name, (machine, threads) in machines.items():
+        path = root / name / "result.json"
+        record = json.loads(path.read_text()) | {"machine": machine, "threads": threads}
+        path.write_text(json.dumps(record))
+
+
+SMALL = {"processor": "Xeon", "cores": 2, "memory_bytes": 24 * 2**30, "gpus": [], "os": "Linux 6"}
+LARGE = {**SMALL, "cores": 64, "gpus": ["H200", "H200"], "host": "node7"}
+
+
+def test_the_page_names_the_machine_and_its_threads(tmp_path, write_run):
+    for name, mtn in (("off", False), ("on", True)):
+        write_run(tmp_path / "runs", name, mtn=mtn)
+    record_machines(tmp_path / "runs", {"off": (LARGE, 1), "on": (LARGE, 1)})
+
+    text = Page(make_page(tmp_path / "runs", tmp_path / "report")).text
+
+    assert "Xeon, 64 cores, 24 GiB, 2x H200, Linux 6" in text
+    assert "python 3.11.7, torch 2.13.0, 1 thread per run" in text
+    assert "node7" in text
+    assert "not comparable" not in text
+
+
+@pytest.mark.parametrize(
+    ("of_arm", "is_warned"),
+    [((LARGE, 1), True), ((SMALL, 2), True), ((SMALL, 1), False), (({}, 1), False)],
+)
+def test_costs_across_hardware_or_threads_are_warned_of(of_arm, is_warned, tmp_path, write_run):
+    for name, mtn in (("off", False), ("on", True)):
+        write_run(tmp_path / "runs", name, mtn=mtn)
+    record_machines(tmp_path / "runs", {"off": (SMALL, 1), "on": of_arm})
+
+    warnings = cost_table(read_runs(tmp_path / "runs")).warnings
+
+    assert ["Costs are not comparable in 1 of 1 comparisons" in w for w in warnings] == (
+        [True] if is_warned else []
+    )
+
+
+def test_the_costs_of_the_first_screen_are_those_of_the_table(root):
+    runs = read_runs(root)
+    table = cost_table(runs)
+    columns = table.groups[0].columns
+    seconds, memory = columns.index("fit, s"), columns.index("memory, GiB")
+
+    arms = {cost["arm"]: cost for cost in costs_of_arms(runs)}
+
+    assert set(arms) == {row.header for row in table.rows}
+    for arm, cost in arms.items():
+        rows = [row.cells for row in table.rows if row.header == arm]
+        mean = sum(float(row[seconds].text) for row in rows) / len(rows)
+        assert float(cost["seconds"].removesuffix(" s")) == pytest.approx(mean, abs=0.1)
+        assert {row[memory].text for row in rows} == {cost["memory"].removesuffix(" GiB")}
+
+
+def test_every_sortable_header_is_a_button_above_a_value_of_each_row(root, tmp_path):
+    text = make_page(root, tmp_path / "report")
+    body = text[text.index('<section id="runs"') :]
+
+    head, *rows = re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)
+
+    headers = re.findall(r"<th[^>]*>(.*?)</th>", head)
+    buttons = [header.startswith("<button>") for header in headers]
+    assert buttons == [True] * (len(headers) - 2) + [False] * 2  # files and command
+    assert {len(re.findall(r"<t[hd]\b", row)) for row in rows} == {len(headers)}
+    assert 'type="search"' in body
 
 
 def test_settings_are_split_into_varying_and_constant_ones(tmp_path, write_run):

@@ -318,6 +318,37 @@ def test_labels_and_noise_distinguish_all_arms(tmp_path, write_run):
     assert (table.groupby("arm")["seed"].nunique() == 2).all()
 
 
+FLIPS = {"noise.label_flip": {"conversion": 0.1}}
+
+
+def test_label_noise_is_named_with_the_data_set(tmp_path, write_run):
+    for mtn in (False, True):
+        write_run(tmp_path, f"clean-{mtn}", mtn=mtn)
+        write_run(tmp_path, f"zero-{mtn}", mtn=mtn, seed=1, **{"noise.label_flip": {"click": 0}})
+        write_run(tmp_path, f"flipped-{mtn}", mtn=mtn, **FLIPS)
+        write_run(tmp_path, f"both-{mtn}", mtn=mtn, noise=0.2, **FLIPS)
+
+    runs = read_runs(tmp_path)
+
+    table = runs.settings.set_index("run")
+    noisy = "synthetic (label_flip.conversion=0.1)"
+    names = {"clean": "synthetic", "zero": "synthetic", "flipped": noisy, "both": noisy}
+    for name, data in names.items():
+        for mtn in (False, True):
+            row = table.loc[f"{name}-{mtn}"]
+            assert (row["data"], row["model"]) == (data, "MMoE")
+            assert row["noise"] == (0.2 if name == "both" else 0)
+    assert table["baseline"].nunique() == 3
+    assert not [key for key in runs.swept if "flip" in key]
+
+
+def test_label_noise_that_all_runs_have_is_named(tmp_path, write_run):
+    write_run(tmp_path, "a", **FLIPS)
+    write_run(tmp_path, "b", mtn=True, **FLIPS)
+
+    assert set(read_runs(tmp_path).settings["data"]) == {"synthetic (label_flip.conversion=0.1)"}
+
+
 def test_different_noise_under_the_same_settings_is_refused(tmp_path, write_run):
     write_run(tmp_path, "a", noise=0.1)
     changed = write_run(tmp_path, "b", noise=0.1, mtn=True)
@@ -398,6 +429,20 @@ def test_costs_are_those_of_the_records(tmp_path, write_run):
     assert row["seconds_fit"] == record["seconds"]["fit"]
     assert row["train_samples_per_second"] == record["samples_per_second"]["train"]
     assert row["peak_memory_bytes"] == record["peak_memory_bytes"]
+
+
+def test_the_numbers_of_parameters_are_costs_and_missing_in_older_records(tmp_path, write_run):
+    write_run(tmp_path, "old")
+    edit(
+        write_run(tmp_path, "recent", seed=1),
+        lambda record: record.update(parameters={"embeddings": 508, "network": 2754}),
+    )
+
+    costs = read_runs(tmp_path).costs.set_index("run")
+
+    assert costs.loc["recent", "network_parameters"] == 2754
+    assert costs.loc["recent", "embeddings_parameters"] == 508
+    assert costs.loc["old", ["network_parameters", "embeddings_parameters"]].isna().all()
 
 
 def test_written_tables_keep_every_digit(tmp_path, write_run):

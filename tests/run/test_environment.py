@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mtnrec.run import environment
 from mtnrec.run.environment import describe_changes, describe_machine, find_commits, sources
 from mtnrec.run.record import RECORD_FILE, RunRecord, warn_of_changes
 
@@ -120,3 +121,24 @@ def test_the_commit_of_the_working_directory_is_clean_or_dirty(tmp_path):
     assert len(clean["commit"]) == 40
     assert clean == {"commit": dirty["commit"], "dirty": False}
     assert dirty["dirty"] is True
+
+
+@pytest.mark.parametrize("checkouts", [1, 2])
+def test_git_is_asked_once_per_checkout(checkouts, tmp_path, monkeypatch):
+    package, folder = tmp_path / "src" / "mtnrec", tmp_path / "notebooks"
+    for made in (package, folder):
+        made.mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text("")
+    for root in (tmp_path, folder)[:checkouts]:
+        git(root, "init")
+        git(root, "commit", "--allow-empty", "-m", root.name, "--no-verify")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(environment, "_PACKAGE", package)
+    run, asked = subprocess.run, []
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: asked.append(a) or run(*a, **k))
+
+    commits = find_commits()
+
+    assert len(asked) == checkouts
+    assert len({str(commit) for commit in commits.values()}) == checkouts
+    assert None not in commits.values()

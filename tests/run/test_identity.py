@@ -241,3 +241,41 @@ def test_a_run_with_a_regulariser_is_tagged_with_its_norm(compose_config):
 
     assert identity.tags == ["synthetic", "esmm", "mtn+l2", "clean"]
     assert identity.group.startswith("synthetic esmm mtn+l2 lam=1e-05 lam=1e-05 clean ")
+
+
+def noisy(compose_config, *overrides):
+    return resolve_settings(compose_config(*overrides))
+
+
+def test_label_noise_that_flips_nothing_is_not_a_setting(compose_config):
+    plain, feature_noise = noisy(compose_config), noisy(compose_config, "noise.proportion=0.1")
+    for config in (plain, feature_noise):
+        before = {k: v for k, v in config["noise"].items() if k != "label_flip"}
+        for flips in ({}, {"click": 0}, None):
+            changed = config | {"noise": before | {"label_flip": flips}}
+            assert run_id(changed) == run_id(config) == run_id(config | {"noise": before})
+            assert folder_name(changed) == folder_name(config)
+
+
+def test_label_noise_is_a_setting_and_keys_of_feature_noise_do_not_count_without_it(compose_config):
+    flip = "noise.label_flip={conversion:0.1}"
+    one = noisy(compose_config, flip)
+
+    assert run_id(one) != run_id(noisy(compose_config))
+    assert run_id(one) != run_id(noisy(compose_config, "noise.label_flip={conversion:0.2}"))
+    assert run_id(one) != run_id(noisy(compose_config, flip, "noise.seed=1"))
+    assert run_id(one) != run_id(noisy(compose_config, flip, "noise.proportion=0.1"))
+    assert run_id(one) == run_id(noisy(compose_config, flip, "noise.sampling=empirical"))
+
+
+def test_label_noise_names_folder_and_run(compose_config):
+    flip = "noise.label_flip={conversion:0.1}"
+    both = noisy(compose_config, flip, "noise.proportion=0.2", "output_dir=run")
+    alone = noisy(compose_config, flip, "output_dir=run")
+
+    swept = {"noise.label_flip": {"conversion": 0.1}, "noise.proportion": 0.2}
+    assert folder_name(both, swept).startswith("synthetic-esmm-noise0.2-flip_conversion_0.1-seed0-")
+    tags = [RunIdentity(config, "abc", ["seed"]).tags for config in (both, alone)]
+    assert tags[0] == ["synthetic", "esmm", "baseline", "noise_0.2", "flip_conversion_0.1"]
+    assert tags[1] == ["synthetic", "esmm", "baseline", "flip_conversion_0.1"]
+    assert RunIdentity(alone, "abc", ["seed"]).group.startswith(f"{' '.join(tags[1])} ")

@@ -83,8 +83,13 @@ def test_a_key_unknown_to_this_version_is_ignored(path):
 def test_a_damaged_record_is_refused(text, path):
     path.write_text(text, encoding="latin-1")
 
-    with pytest.raises(InputError, match=r"result\.json (is not valid JSON|lacks the key cell)"):
+    with pytest.raises(InputError, match=r"result\.json is not (valid JSON|a JSON object)"):
         RunRecord.read(path)
+
+
+def test_a_missing_record_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"result\.json is missing\. Run again\."):
+        RunRecord.read(tmp_path / RECORD_FILE)
 
 
 def nested(depth):
@@ -121,6 +126,7 @@ ODD = {
     "seconds": [[], {"fit": "1"}, {}],
     "samples_per_second": [[1], {"train": None}],
     "peak_memory_bytes": ["1", 1.5],
+    "parameters": [[], 7, {"network": "7"}, {"network": 7.5}],
     "keys_of_seed": ["seed", [1], {}],
     "versions": [[], {"torch": 2}],
     "format_version": ["1", [1]],

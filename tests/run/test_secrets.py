@@ -1,6 +1,7 @@
 """Secrets are hidden in what a run writes."""
 
 import logging
+import sys
 
 import pytest
 
@@ -52,6 +53,8 @@ def test_the_value_of_a_secret_variable_is_hidden_wherever_it_stands(monkeypatch
         ("data.train=logs/token=3/part.csv", "data.train=logs/token=3/part.csv"),
         ("optimizer.lr=0.1 seed=3", "optimizer.lr=0.1 seed=3"),
         ("a.token='${oc.env:T}',b.token=abc", "a.token='${oc.env:T}',b.token=#"),
+        (r"a.token='it\'s me' seed=1", "a.token=# seed=1"),
+        (r'a.token="say \"me\"" seed=1', "a.token=# seed=1"),
     ],
 )
 def test_assignments_in_texts_are_hidden(text, hidden):
@@ -64,6 +67,18 @@ def test_a_literal_that_was_once_seen_is_hidden_in_log_lines():
 
     assert redact_log(record)
     assert record.getMessage() == f"refused: {HIDDEN}"
+
+
+def test_a_traceback_in_the_log_is_hidden():
+    try:
+        raise ValueError(f"api_key={SECRET} is too short")
+    except ValueError:
+        record = logging.LogRecord("x", 40, "", 0, "failed", (), sys.exc_info())
+
+    assert redact_log(record)
+    text = logging.Formatter().format(record)
+    assert f"ValueError: api_key={HIDDEN} is too short" in text
+    assert text.count("4f2a") == 0
 
 
 def test_the_files_of_hydra_keep_interpolations_and_lose_literals(tmp_path):

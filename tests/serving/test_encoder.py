@@ -27,6 +27,52 @@ def make(file):
     return Encoder(SCHEMA, read_vocabularies({"shop": file}), {})
 
 
+BAGS = Schema((), (), ("click",), funnel=False, multivalued=(CategoricalField("tags", 4),))
+
+
+def encode_bags(**columns):
+    encoder = Encoder(BAGS, {"tags": pl.Series(["1", "2", "3"])}, {})
+    (bags,) = encoder.encode(pl.DataFrame(columns), "row {}".format).bags
+    return bags
+
+
+def test_the_items_of_a_list_have_one_text_whatever_stores_them():
+    lists = pl.Series([[1, 3], None, [2]])
+    for dtype in (pl.Int64, pl.UInt8, pl.Float32, pl.Decimal(9, 2), pl.String):
+        assert encode_bags(tags=lists.cast(pl.List(dtype))).tokens.tolist() == [1, 3, 2]
+    categories = lists.cast(pl.List(pl.String)).cast(pl.List(pl.Categorical))
+    assert encode_bags(tags=categories).tokens.tolist() == [1, 3, 2]
+    assert encode_bags(tags=pl.Series([None, None])).offsets.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"tags": ["1", "2"]}, "column 'tags' must hold lists, .* got String"),
+        ({"tags": [["1"], ["2", None]]}, "row 1, column 'tags': a list must not hold missing"),
+        (
+            {"tags": [["1"], ["2", "3"]], "tags_weights": [[1.0], [0.5, None]]},
+            "row 1, column 'tags_weights': a number must be finite in 32 bits, got None",
+        ),
+        (
+            {"tags": [["1"], ["2", "3"]], "tags_weights": [[1.0], [float("nan"), 1.0]]},
+            "row 1, column 'tags_weights': a number must be finite in 32 bits, got nan",
+        ),
+        (
+            {"tags": [["1"], ["2", "3"]], "tags_weights": [[1.0], [0.5, 1e39]]},
+            "row 1, column 'tags_weights': a number must be finite in 32 bits, got 1e",
+        ),
+        (
+            {"tags": [["1"], ["2", "3"]], "tags_weights": [[1.0], [0.5]]},
+            "row 1: the lists 'tags' and 'tags_weights' differ in length",
+        ),
+    ],
+)
+def test_lists_that_cannot_be_encoded_are_named(columns, message):
+    with pytest.raises(InputError, match=message):
+        encode_bags(**columns)
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -67,6 +67,63 @@ def test_the_grouped_auc_is_that_of_the_column(shop, evaluate, tmp_path):
     assert found["ctr_grouped_auc"] == pytest.approx(np.average(aucs, weights=weights))
 
 
+def test_groups_do_not_depend_on_the_types_of_the_files(shop, evaluate, tmp_path):
+    run, rows, _ = shop
+    rows = rows.assign(user=[row % 9 for row in range(90)])
+    found = []
+    for number, as_type in enumerate((int, float)):
+        parts = tmp_path / str(number)
+        parts.mkdir()
+        rows[:40].to_parquet(parts / "0.parquet")
+        rows[40:].astype({"user": as_type}).to_parquet(parts / "1.parquet")
+        metrics = evaluated(evaluate, tmp_path, f"checkpoint={run}", f"table={parts}", "group=user")
+        found.append(metrics["metrics"]["ctr_grouped_auc"])
+
+    assert found[0] == found[1]
+
+
+@pytest.fixture(scope="module")
+def ratings(train, tmp_path_factory):
+    """Rows with a label that is rather low, by two settings of the positive value."""
+    folder = tmp_path_factory.mktemp("ratings")
+    rng = np.random.default_rng(0)
+    shop = rng.integers(0, 5, 500)
+    stars = np.clip(shop + rng.integers(0, 2, 500), 1, 5)
+    rows = pd.DataFrame({"shop": shop, "stars": stars, "low": np.where(stars > 2, "No", "Yes")})
+    rows.to_csv(folder / "rows.csv", index=False)
+
+    def run(label, positive):
+        data = ["data=table", f"data.train={folder}/rows.csv", f"data.labels=[{label}]"]
+        data += [f"data.exclude={[name for name in ('stars', 'low') if name != label]}"]
+        data += [f"data.positive={positive}", f"data.dir={folder}/{label}"]
+        return train(*data, f"monitor=val/{label}_auc", model="shared_bottom")
+
+    return run, rows
+
+
+@pytest.mark.parametrize(("label", "positive"), [("low", "'yes'"), ("stars", "[1,2]")])
+def test_labels_are_read_with_the_positive_values_of_the_training(
+    label, positive, ratings, evaluate, predict, tmp_path, capsys
+):
+    make, rows = ratings
+    run = make(label, positive)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    keys = [f"checkpoint={run}", f"table={tmp_path}/rows.parquet"]
+
+    found = evaluated(evaluate, tmp_path, *keys)["metrics"]
+
+    truth, scores = rows["stars"] <= 2, load_checkpoint(run, "cpu").score(rows)[label]
+    assert found[f"{label}_positives"] == truth.sum()
+    assert found[f"{label}_auc"] == pytest.approx(roc_auc_score(truth, scores))
+    capsys.readouterr()
+    predict(*keys, f"out={tmp_path}/scores.csv")
+    assert f"{truth.mean():.6f}" in capsys.readouterr().out
+    if label == "low":  # under a single positive value, 0 and 1 are not its opposite
+        rows.assign(low=truth.astype(int)).to_csv(tmp_path / "rows.csv", index=False)
+        with pytest.raises(SystemExit, match=r"line \d+: a label must be .* data.positive=yes"):
+            evaluate(keys[0], f"table={tmp_path}/rows.csv")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -26,7 +26,10 @@ from mtnrec.serving.description import describe
 from mtnrec.serving.encoder import Encoder
 from mtnrec.serving.scorer import Scorer
 
-MODELS = ["shared_bottom", "esmm", "mmoe"]
+MODELS = [
+    *("shared_bottom", "esmm", "mmoe", "single_task", "omoe", "ple", "adatt", "aitm", "escm2"),
+    *("dcmt", "naive_cvr"),
+]
 LOG = ["data=synthetic", "data.rows=2600"]
 
 
@@ -73,7 +76,7 @@ FORMS = [("onnx", ".onnx", run_onnx), ("torch_export", ".pt2", run_program)]
         pytest.param(
             model,
             *form,
-            marks=[] if model == "esmm" else [pytest.mark.slow],
+            marks=[] if model in ("esmm", "ple") else [pytest.mark.slow],
         )
         for model, form in product(MODELS, FORMS)
     ],

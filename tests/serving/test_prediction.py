@@ -15,6 +15,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from reference import ali_ccp_log
+from sklearn.metrics import roc_auc_score
 
 from mtnrec import load_checkpoint
 from mtnrec.batch import Batch
@@ -238,6 +239,24 @@ def test_a_set_with_other_vocabularies_is_refused(shop, predict, prepare, tmp_pa
             predict(f"checkpoint={checkpoint_of(run)}", *keys, f"out={tmp_path}/s.parquet")
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        pd.period_range("2024-01", periods=90, freq="D"),
+        pd.cut(pd.Series(range(90)), 3),
+        pd.to_timedelta(range(90), unit="s"),
+        [b"a"] * 90,
+        [[1]] * 90,
+        [{"a": 1}] * 90,
+    ],
+)
+def test_types_without_a_text_are_refused(column, shop):
+    run, rows, _ = shop
+
+    with pytest.raises(ValueError, match="the frame: the column 'brand' is of type"):
+        load_checkpoint(run, "cpu").score(rows.assign(brand=column))
+
+
 class Payload:
     def __reduce__(self):
         return os.mkdir, ("executed",)
@@ -366,7 +385,10 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_runs_no_code(
         (["data=synthetic", "table=rows.csv"], "one of data and table must be given, got both"),
         (["table=rows.csv", "out=s.txt"], r"out must be a .parquet or .csv file, got s.txt"),
         (["table=whole.csv", "out=/proc/s.csv"], r"/proc/s.csv could not be written .*Choose"),
-        (["data=synthetic", "keep=[id]"], r"keep must name columns of a table, got \['id'\]"),
+        (["data=synthetic", "keep=[id]"], r"keep must come with table=FILE, got keep=\['id'\]"),
+        (["data=synthetic", "decimal='.'"], "decimal must come with table=FILE, got decimal=. "),
+        (["table=whole.csv", "decimal=x"], "decimal must be one of ., ,; got 'x'"),
+        (["table=whole.csv", "separator=ab"], "separator must be one character, got 'ab'"),
         (["checkpoint=runs"], r"checkpoint: runs is missing. Choose another file or"),
         (["table=rows.csv", "batch_size=0"], "batch_size must be an integer >= 1, got 0"),
         (["table=rows.csv"], "table: rows.csv is missing"),
@@ -397,6 +419,63 @@ def test_a_runs_folder_and_a_csv_file_give_the_same_scores(shop, predict, tmp_pa
     assert list(written.columns) == ["id", "brand", *TASKS]
     assert written["id"].tolist() == rows["id"].tolist()
     pd.testing.assert_frame_equal(written[TASKS], pd.read_parquet(tmp_path / "scores.parquet"))
+
+
+@pytest.fixture(scope="module")
+def european(train, tmp_path_factory):
+    """A model of a csv file with semicolons and decimal commas, and rows to score."""
+    folder = tmp_path_factory.mktemp("european")
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "size": rng.choice([0.5, 1.5, 2.25], 400),
+            "price": rng.lognormal(0, 1, 400).round(3),
+            "click": rng.integers(0, 2, 400),
+        }
+    )
+    frame.to_csv(folder / "train.csv", index=False, sep=";", decimal=",")
+    data = ["data=table", f"data.train={folder}/train.csv", "data.labels=[click]"]
+    data += ["data.categorical=[size]", f"data.dir={folder}/prepared", "monitor=val/click_auc"]
+    return train(*data, model="shared_bottom"), frame[:90]
+
+
+@pytest.mark.parametrize(
+    ("separator", "decimal", "keys"),
+    [
+        (",", ".", []),
+        (";", ",", []),
+        ("\t", ",", []),
+        (":", ",", ["separator=':'"]),
+        (",", ",", ["decimal=','"]),
+    ],
+)
+def test_the_scores_do_not_depend_on_separator_and_decimal_sign(
+    separator, decimal, keys, european, predict, evaluate, tmp_path, capsys
+):
+    run, rows = european
+    rows = rows.assign(note="8,14")
+    rows.to_csv(tmp_path / "rows.csv", index=False, sep=separator, decimal=decimal)
+    keys = [f"checkpoint={run}", f"table={tmp_path}/rows.csv", *keys]
+
+    predict(*keys, "keep=[note]", f"out={tmp_path}/scores.parquet")
+    evaluate(*keys, f"out={tmp_path}/metrics.json")
+
+    expected = load_checkpoint(run, "cpu").score(rows)
+    scores = pd.read_parquet(tmp_path / "scores.parquet")
+    pd.testing.assert_frame_equal(scores[["click"]], expected)
+    assert scores["note"].eq("8,14").all()
+    auc = json.loads((tmp_path / "metrics.json").read_text())["metrics"]["click_auc"]
+    assert auc == pytest.approx(roc_auc_score(rows["click"], expected["click"]))
+    said = f"rows.csv: separator {separator!r}, decimal sign {decimal!r}"
+    assert shown(capsys).count(said) == 2
+
+
+def test_a_number_of_another_decimal_sign_is_refused_with_the_remedy(european, predict, tmp_path):
+    (tmp_path / "rows.csv").write_text("size;price\n0.5;1,250\n")
+    keys = [f"checkpoint={european[0]}", f"table={tmp_path}/rows.csv", f"out={tmp_path}/s.csv"]
+
+    with pytest.raises(SystemExit, match=r"line 2, column 'price': .* got '1,250'.* set decimal"):
+        predict(*keys)
 
 
 def test_kept_columns_are_unchanged(shop, predict, tmp_path):

@@ -20,6 +20,7 @@ from rich import box, get_console
 from rich.table import Table
 from torch import Tensor
 
+from mtnrec.command.job import quote_value
 from mtnrec.files import read_json
 from mtnrec.training.module import MultiTaskModule
 from mtnrec.training.recorder import split_counts
@@ -36,10 +37,11 @@ OPTIONS = {
     "none": [],
     "accumulation": ["trainer.accumulate_grad_batches=3"],
     "clipping": ["trainer.gradient_clip_val=0.1"],
-    "noise": ["noise.proportion=0.5"],
+    "noise": ["noise.proportion=0.5", "noise.label_flip={click:0.2}"],
     "lazy_adam": ["optimizer=lazy_adam"],
 }
 OPTIONS["all"] = [override for option in OPTIONS.values() for override in option]
+LOSSES = {"reweighted": ["loss=reweighted"]}
 _RUN = [
     *("data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"),  # 1920 rows train
     *("trainer.max_epochs=2", "trainer.accelerator=cpu", "trainer.precision=64-true", "threads=1"),
@@ -51,12 +53,13 @@ def settings(*, mtn: bool, option: str, devices: int) -> list[str]:
     """Return the overrides of a run, except its model and folder."""
     ddp = [] if devices == 1 else ["trainer=ddp", f"trainer.devices={devices}"]
     batch = f"data.batch_size={GLOBAL_BATCH // devices}"
-    return [*ddp, *_RUN, f"mtn.enabled={str(mtn).lower()}", *OPTIONS[option], batch]
+    return [*ddp, *_RUN, f"mtn.enabled={str(mtn).lower()}", *(OPTIONS | LOSSES)[option], batch]
 
 
 def train(folder: Path, *arguments: str) -> None:
     """Run the training command."""
-    command = [sys.executable, "-m", "mtnrec.train", f"hydra.run.dir={folder}", *arguments]
+    place = f"hydra.run.dir={quote_value(str(folder))}"
+    command = [sys.executable, "-m", "mtnrec.train", place, *arguments]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
 
 

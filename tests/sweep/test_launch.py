@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from mtnrec.command.config import CONF_DIR
+from mtnrec.command.config import CONF_DIR, resolve_settings
 from mtnrec.run.folder import State, lock_run_folder, run_state
 from mtnrec.sweep import launch as sweep
 from mtnrec.train import main as train_main
@@ -112,6 +112,7 @@ def test_the_command_line_narrows_every_grid(plan):
         ("analysis_3_target", 10 * 2 * 2, [], 3),
         ("analysis_3_layers", 10 * 2 * 4, ["mtn.layers=all,[0]"], 3),
         ("lambda", 5 * 2 * 2 * 6, ["mtn.lam=1e-4"], 3),
+        ("denoising", 10 * 2 * 2 * 3, ["noise.proportion=0", "noise.label_flip={click:0.1}"], 3),
         ("alpha", 10 * 2 * 5, ["mtn.alpha=uniform,[0,0,1]"], 3),
         ("layer_weighting", 10 * 2 * 4, ["mtn.layer_weighting=mean,gated"], 3),
     ],
@@ -151,19 +152,19 @@ def test_the_quickstart_runs_on_any_launcher(plan):
 
 
 def test_a_key_that_only_some_choices_have_is_left_out_of_the_other_runs(plan, caplog):
-    jobs = plan([{}], "model=choice(esmm,mmoe)", "model.experts=choice(4)", "seed=0,1")
+    jobs = plan([{}], "model=choice(shared_bottom,mmoe)", "model.experts=choice(4)", "seed=0,1")
 
     experts = {job.folder.name.split("-")[1]: job.config["model"].get("experts") for job in jobs}
     assert len(jobs) == 4
-    assert experts == {"esmm": None, "mmoe": 4}
+    assert experts == {"sharedbottom": None, "mmoe": 4}
     assert caplog.messages == [
-        "model.experts does not fit model=esmm: 2 of 4 runs are made without it"
+        "model.experts does not fit model=shared_bottom: 2 of 4 runs are made without it"
     ]
     assert {len(job.overrides) for job in jobs} == {2, 3}
 
 
 def test_a_swept_key_that_does_not_fit_makes_no_second_run(plan):
-    jobs = plan([{}], "model=choice(esmm,mmoe)", "model.experts=choice(4,8)")
+    jobs = plan([{}], "model=choice(shared_bottom,mmoe)", "model.experts=choice(4,8)")
 
     assert sorted(str(job.config["model"].get("experts")) for job in jobs) == ["4", "8", "None"]
 
@@ -236,6 +237,17 @@ def test_a_dry_run_lists_the_runs_and_trains_nothing(train, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_secrets_are_hidden_in_the_list_of_a_dry_run(train, tmp_path, capsys):
+    key = "+logger.settings.api_key=4f2a9c81d7e6"
+    keys = [*LOG, "hydra.mode=MULTIRUN", "seed=0,1", "logger=wandb", key]
+
+    train(*keys, "dry_run=true", folder=tmp_path)
+
+    out = capsys.readouterr().out
+    assert out.count("+logger.settings.api_key=<hidden>") == 2
+    assert "4f2a9c81d7e6" not in out
+
+
 @pytest.mark.parametrize("subdir", ["${hydra.job.num}", "mine"])
 def test_run_folders_that_are_not_named_after_the_settings_are_refused(subdir, train, tmp_path):
     with pytest.raises(SystemExit, match=r"^mtnrec: hydra.sweep.subdir must name each run by its"):
@@ -289,6 +301,23 @@ def test_the_command_of_a_run_repeats_it_in_its_folder(name, train, tmp_path):
     assert record["seed"] == 3
     assert record["config"]["output_dir"] == str(folder)
     assert not (folder / "failure.json").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *('"it\'s"', r"'a\'b'", "'say \"a\"'", "'a,b','c=d'", r"'\${seed}'", "'点击'"),
+    ],
+)
+def test_the_command_of_a_run_has_its_settings_whatever_the_value(value, plan):
+    jobs = plan(None, f"data.name={value}")
+
+    for job in jobs:
+        command = shlex.split(shlex.join(job.command))[3:]
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            again = loader.load_configuration("train", command, RunMode.RUN)
+        assert resolve_settings(again) == job.config
 
 
 def test_the_same_sweep_again_runs_only_what_is_not_finished(train, tmp_path, capsys):

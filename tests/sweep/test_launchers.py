@@ -1,8 +1,12 @@
 import json
 import os
 import pickle
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager, suppress
 
 import cloudpickle
 import pytest
@@ -17,6 +21,7 @@ from submitit.core.utils import FailedJobError
 import mtnrec.train
 from hydra_plugins.mtnrec_slurm_launcher import MtnrecSlurmLauncher
 from mtnrec.command.config import CONF_DIR
+from mtnrec.files import read_json
 from mtnrec.run.folder import State, lock_run_folder, run_state
 from mtnrec.sweep.progress import read_progress
 from mtnrec.sweep.subprocess_job import run_in_subprocess
@@ -26,18 +31,53 @@ QUICK = [*LOG, "trainer.max_epochs=1"]
 SEARCH = [*QUICK, "experiment=lambda_search", "data=synthetic", "hydra.sweeper.n_trials=3"]
 
 
+WORKERS = ["hydra/launcher=workers", "hydra.launcher.n_jobs=2"]
+
+
 def records(root):
     return {path: json.loads(path.read_text()) for path in sorted(root.rglob("result.json"))}
 
 
-def sweep(folder, *overrides):
-    command = [
+def command(folder, *overrides):
+    return [
         *(sys.executable, "-m", "mtnrec.train", "-m", f"hydra.sweep.dir={folder}", *LOG),
         *(f"data_root={folder.parent / 'data'}", "trainer.accelerator=cpu", "threads=1"),
         *("model=shared_bottom", "model.embedding_dim=4", "model.bottom_widths=[16]"),
         *("model.tower_widths=[8]", "seed=0,1", *overrides),
     ]
-    subprocess.run(command, check=True, capture_output=True, timeout=400)
+
+
+def sweep(folder, *overrides):
+    subprocess.run(command(folder, *overrides), check=True, capture_output=True, timeout=400)
+
+
+@contextmanager
+def started(folder, *overrides):
+    """Start a sweep that takes a few seconds, in a process group like that of a terminal."""
+    keys = ["data.batch_size=32", "trainer.max_epochs=12", "patience=99", *overrides]
+    process = subprocess.Popen(
+        command(folder, *keys),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def processes_after_an_epoch(root, process):
+    """Wait until a run has a checkpoint, and return the processes of such runs."""
+    while process.poll() is None:
+        folders = [path.parents[1] for path in root.rglob("last.ckpt")]
+        if found := [read_json(folder / "running.json") for folder in folders]:
+            return [running["pid"] for running in found]
+        time.sleep(0.05)
+    raise AssertionError("the sweep ended")
 
 
 def test_the_command_can_be_sent_to_other_processes():
@@ -140,6 +180,56 @@ def test_submitit_gives_the_results_of_one_process(tmp_path):
     assert [record["metrics"] for record in jobs] == [record["metrics"] for record in one]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [[], WORKERS], ids=["basic", "workers"])
+@pytest.mark.parametrize(
+    ("sent", "to_all", "status"),
+    [(signal.SIGINT, True, 130), (signal.SIGTERM, True, 143), (signal.SIGTERM, False, 143)],
+)
+def test_an_interrupted_sweep_says_what_it_keeps_and_the_command_resumes_it(
+    sent, to_all, status, launcher, tmp_path
+):
+    root = tmp_path / "a sweep"
+    with started(root, *launcher) as process:
+        processes_after_an_epoch(root, process)
+        (os.killpg if to_all else os.kill)(process.pid, sent)
+        message = process.communicate(timeout=60)[1]
+
+    assert process.returncode == status
+    begun = len(list(root.rglob("running.json")))
+    assert f"mtnrec: interrupted. {root} keeps 0 finished runs of 2, and {begun} " in message
+    resume = shlex.split(message.splitlines()[-1])
+    assert resume[:3] == ["python", "-m", "mtnrec.train"]
+    subprocess.run([sys.executable, *resume[1:]], check=True, capture_output=True, timeout=400)
+    assert len(records(root)) == 2
+    logs = [path.read_text() for path in root.rglob("train.log")]
+    assert any("resumes from" in log for log in logs)
+
+
+@pytest.mark.slow
+def test_a_sweep_with_a_run_whose_process_is_always_killed_has_status_1(tmp_path):
+    root = tmp_path / "runs"
+    killed = set()
+    with started(root, *WORKERS) as process:
+        while process.poll() is None:
+            for path in root.glob("*-seed0-*/running.json"):
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    pid = json.loads(path.read_text())["pid"]
+                    if pid not in killed:
+                        killed.add(pid)
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        message = process.communicate(timeout=200)[1]
+
+    assert len(killed) == 3
+    assert process.returncode == 1
+    # The other run may have been in progress each time, and its worker ends with the killed one.
+    finished = len(records(root))
+    assert message.endswith(f"mtnrec: {2 - finished} of 2 runs are not finished\n")
+    (failure,) = root.glob("*-seed0-*/failure.json")
+    assert "its process died 3 times" in json.loads(failure.read_text())["message"]
+
+
 def test_ray_cluster_composes():
     pytest.importorskip("ray")
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -221,10 +311,9 @@ def test_a_sweep_of_two_processes_per_run_counts_each_row_once_and_equals_one(tm
     # In float64, where the order of a sum hardly matters; 1920 rows in batches of 480.
     keys = ["trainer.precision=64-true", "trainer.max_epochs=2", "mtn.enabled=true", "mtn.lam=0.1"]
     two = ["trainer=ddp", "trainer.devices=2", "data.batch_size=240"]
-    workers = ["hydra/launcher=workers", "hydra.launcher.n_jobs=2"]
     sweep(tmp_path / "one", *keys, "data.batch_size=480")
     sweep(tmp_path / "two", *keys, *two)
-    sweep(tmp_path / "workers", *keys, *two, *workers)
+    sweep(tmp_path / "workers", *keys, *two, *WORKERS)
 
     expected = list(records(tmp_path / "one").values())
     assert len(expected) == 2

@@ -149,14 +149,35 @@ def test_an_odd_file_of_a_running_run_is_named(text, sweep, caplog):
     assert caplog.messages[0].startswith(f"{folder / 'running.json'} ")
 
 
-def test_a_running_run_shows_its_monitor_and_a_clock_ahead_counts_no_time(sweep):
+def test_a_running_run_shows_its_monitor(sweep):
     folder = sweep / "log-esmm-seed2-abc"
     with lock_run_folder(folder, [], []):
-        ahead = {"epochs": 3, "monitor": "val/cvr_auc", "value": 0.71234, "host": "h", "pid": 7}
-        report_progress(folder, ahead | {"started": time.time() + 3600})
+        progress = {"epochs": 3, "monitor": "val/cvr_auc", "value": 0.71234, "host": "h", "pid": 7}
+        report_progress(folder, progress)
         text = render(read_progress(sweep))
 
     assert "log-esmm-seed2-abc 3 0 s val/cvr_auc 0.7123 7 on h" in text
+
+
+@pytest.mark.parametrize("skew", [-7200.0, 0.0, 7200.0])
+def test_a_clock_that_is_behind_or_ahead_changes_no_time(skew, sweep):
+    folder = sweep / "log-esmm-seed2-abc"
+    with lock_run_folder(folder, [], []):
+        begun = time.time() - 500 + skew  # by the clock of the run's host
+        running = {"started": begun, "heartbeat": begun + 40, "pid": 7, "host": "h"}
+        (folder / "running.json").write_text(json.dumps(running))
+        (run,) = (run for run in read_progress(sweep) if run.state is State.RUNNING)
+
+    assert run.seconds == pytest.approx(40)
+
+
+def test_a_clock_that_is_set_back_counts_no_time(sweep):
+    folder = sweep / "log-esmm-seed2-abc"
+    with lock_run_folder(folder, [], []):
+        (folder / "running.json").write_text('{"started": 1000, "heartbeat": 100}')
+        text = render(read_progress(sweep))
+
+    assert "log-esmm-seed2-abc 0 0 s" in text
 
 
 @pytest.fixture
@@ -179,6 +200,12 @@ def test_the_leaderboard_ranks_arms_by_their_mean_monitor(arms):
     assert "best arms runs mean val/cvr_auc lowest highest" in text
     first = "optimizer.lr=0.01 2 0.7150 0.7100 0.7200"
     assert f"{first} optimizer.lr=0.1 2 0.7000 0.6000 0.8000" in text
+
+
+def test_the_leaderboard_names_a_run_by_its_folder_if_nothing_else_does(tmp_path, write_run):
+    write_run(tmp_path, "first", monitor="val/cvr_auc", metrics={"val/cvr_auc": 0.6})
+
+    assert "highest first 1 0.6000" in render(read_progress(tmp_path))
 
 
 def test_the_leaderboard_of_a_loss_begins_with_the_smallest(arms):

@@ -256,6 +256,32 @@ def test_each_job_of_a_sweep_is_a_separate_offline_run_of_wandb(train):
     assert group.endswith(f" {arm[:8]}")  # the report's arm
 
 
+def test_a_secret_of_the_command_line_is_in_no_file_of_a_run(train, tmp_path):
+    secret = f"{'4f2a9c81d7e6':0<40}"
+    keys = ["logger=[csv,tensorboard,wandb]", "logger.offline=true"]
+
+    train(*LOG, *keys, f"+logger.settings.api_key={secret}", folder=tmp_path)
+
+    contents = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (of_wandb,) = (text for name, text in contents.items() if name.endswith(".wandb"))
+    assert b"+logger.settings.api_key=<hidden>" in of_wandb  # its list of arguments
+    assert [name for name, text in contents.items() if secret.encode() in text] == []
+    assert any(name.startswith("events.out") for name in contents)
+
+
+def test_a_run_that_restarts_replaces_the_events_of_a_logger_of_another_name(train, tmp_path):
+    run = [*LOG, "trainer.max_epochs=1", "logger=tensorboard", "logger.tensorboard.name=curves"]
+    train(*run, folder=tmp_path)
+    before = {path.name for path in tmp_path.glob("curves/events.*")}
+
+    train(*run, "resume=false", folder=tmp_path)
+
+    after = {path.name for path in tmp_path.glob("curves/events.*")}
+    assert before
+    assert after
+    assert not before & after
+
+
 @pytest.mark.slow
 def test_a_resumed_run_is_the_same_run_of_wandb(train, tmp_path, monkeypatch):
     run = [*LOG, "logger=wandb", "logger.offline=true"]

@@ -7,20 +7,22 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from stress import kill
-from stress.ddp import MODELS, OPTIONS, compare, settings
+from stress.ddp import LOSSES, MODELS, OPTIONS, compare, settings
 from stress.ddp import train as train_apart
 
 from mtnrec.files import read_json
 from mtnrec.run.folder import State, run_state
 
 FAILING_RANK = Path(__file__).with_name("failing_rank.py")
+TRUNCATED = ["loss=truncated", "loss.rate=0.3", "loss.window=20", "loss.warm_up=10"]
 IN_THE_DEFAULT_SUITE = [("esmm", True, "all")]
 
 
 PRODUCT = [
     pytest.param(*case, marks=[] if case in IN_THE_DEFAULT_SUITE else [pytest.mark.slow])
-    for case in product(MODELS, (False, True), OPTIONS)
+    for case in [*product(MODELS, (False, True), OPTIONS), *product(["esmm"], [False], LOSSES)]
 ]
 
 
@@ -57,6 +59,15 @@ def test_all_ranks_evaluate_with_the_saved_batch_norm(tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_train_in_a_folder_whose_name_has_quotes(tmp_path):
+    keys = [*MODELS["esmm"], *settings(mtn=False, option="none", devices=2)]
+
+    train_apart(tmp_path / 'say "a"\\', f"data_root={tmp_path / 'data'}", *keys)
+
+    assert run_state(tmp_path / 'say "a"\\') is State.FINISHED
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["raise", "kill"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_ends_early_ends_the_run_with_an_error(rank, failure, tmp_path):
@@ -80,11 +91,11 @@ def test_a_rank_that_ends_early_ends_the_run_with_an_error(rank, failure, tmp_pa
 
 # With three processes the sum of their gradients depends on its order.
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize(("devices", "loss"), [(2, []), (3, []), (2, TRUNCATED)])
 def test_processes_resumed_within_an_epoch_end_with_the_bits_of_an_uninterrupted_run(
-    devices, tmp_path
+    devices, loss, tmp_path
 ):
-    keys = [*MODELS["esmm"], *settings(mtn=True, option="all", devices=devices)]
+    keys = [*MODELS["esmm"], *settings(mtn=True, option="all", devices=devices), *loss]
     keys += ["model.dropout=0.2", "trainer.precision=32-true", "data.batch_size=40"]
     keys += ["trainer.checkpoint_every_n_steps=1", f"data_root={tmp_path / 'data'}"]
     train_apart(tmp_path / "whole", *keys)
@@ -96,6 +107,11 @@ def test_processes_resumed_within_an_epoch_end_with_the_bits_of_an_uninterrupted
 
     assert ", after epoch 0, step 2\n" in (tmp_path / "run" / "train.log").read_text()
     kill.compare(tmp_path / "run", tmp_path / "whole")
+    if loss:  # each rank has the losses of its own rows
+        best = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)
+        seen = [state["seen"] for state in best["loss"]]
+        assert len(seen) == 2
+        assert seen[0] != seen[1]
 
 
 @pytest.mark.slow

@@ -156,6 +156,29 @@ def test_a_run_whose_disk_was_full_ends_with_the_bits_of_an_uninterrupted_one(
     assert_same_weights(tmp_path, whole)
 
 
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        ("ple", "adam"),
+        pytest.param("adatt", "adam", marks=pytest.mark.slow),
+        pytest.param("omoe", "adam", marks=pytest.mark.slow),
+        pytest.param("single_task", "lazy_adam", marks=pytest.mark.slow),
+    ],
+)
+def test_every_model_resumes_to_the_same_bits(model, optimizer, train, kill, tmp_path):
+    run = [*RUN, "data.batch_size=512", "trainer.max_epochs=2", f"optimizer={optimizer}"]
+    expected = train(*run, model=model)
+    kill("on_train_epoch_start", 2)
+    with pytest.raises(Killed):
+        train(*run, model=model, folder=tmp_path)
+
+    train(*run, model=model, folder=tmp_path)
+
+    assert "last.ckpt, after epoch 0" in (tmp_path / "train.log").read_text()
+    assert outcome(tmp_path) == outcome(expected)
+    assert_same_weights(tmp_path, expected)
+
+
 @pytest.mark.slow
 def test_checkpoints_within_an_epoch_change_nothing_without_mtn(train):
     run = [*RUN, "mtn.enabled=false", "trainer.max_epochs=2"]

@@ -7,14 +7,12 @@ understand a crafted file differently from any check made before, and allocate w
 
 import hashlib
 import io
-import logging
 import pickle
 import pickletools
 import re
 import sys
 import zipfile
 from collections import Counter, OrderedDict
-from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,6 +20,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from mtnrec.data.prepared.manifest import warn_without_checksum
 
 _MARK = b"mtnrec sha256 "
 _COMMENT = re.compile(_MARK + rb"[0-9a-f]{64}")
@@ -47,8 +47,6 @@ _DTYPES = {
     "BoolStorage": torch.bool,
 }
 
-_logger = logging.getLogger(__name__)
-
 
 def seal(content: io.BytesIO) -> None:
     """Append a SHA-256 of an archive to it, as its comment."""
@@ -69,16 +67,9 @@ def read_archive(path: Path) -> Any:
     """
     with path.open("rb") as file:
         if not _check_sum(file):
-            _warn_once(path)
+            warn_without_checksum(path)
         with zipfile.ZipFile(file) as archive:
             return _read(archive, path.stat().st_size)
-
-
-@cache
-def _warn_once(path: Path) -> None:
-    _logger.warning(
-        "%s has no checksum, since an earlier version wrote it; damage may go unnoticed", path
-    )
 
 
 def _check_sum(file: IO[bytes]) -> bool:

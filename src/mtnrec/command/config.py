@@ -50,6 +50,15 @@ def seed_keys(config: DictConfig) -> list[str]:
     return sorted(key for key, value in one.items() if two[key] != value)
 
 
+def override_key(override: str) -> str:
+    """Return the dotted key or the group that an override changes.
+
+    >>> [override_key(line) for line in ("seed=0", "++data.name=a=b", "~mtn", "model@_here_=esmm")]
+    ['seed', 'data.name', 'mtn', 'model']
+    """
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
 @contextmanager
 def naming_folders_after(keys: Collection[str]) -> Iterator[None]:
     """Name the folders of runs that are composed in the block after these overridden keys only."""
@@ -65,7 +74,7 @@ def named_settings(config: DictConfig) -> dict[str, Any]:
     choices, found = config.hydra.runtime.choices, {}
     keys = _KEYS_IN_NAMES.get()
     for override in config.hydra.overrides.task:
-        key = override.partition("=")[0].lstrip("+~").partition("@")[0]
+        key = override_key(override)
         if keys is not None and key not in keys:
             continue
         value = choices[key] if key in choices else OmegaConf.select(config, key)
@@ -185,6 +194,8 @@ class Predict:
     data: Any = None
     table: str | None = None
     keep: list[str] = MISSING
+    separator: str | None = None
+    decimal: str | None = None
     split: str = MISSING
     out: str = MISSING
     batch_size: int = MISSING
@@ -201,6 +212,8 @@ class Evaluate:
     data: Any = None
     table: str | None = None
     group: str | None = None
+    separator: str | None = None
+    decimal: str | None = None
     split: str = MISSING
     out: str | None = None
     batch_size: int = MISSING

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from rich import get_console
@@ -114,6 +115,8 @@ def _run_job(task: Callable[[DictConfig], Any], cfg: DictConfig, name: str) -> A
 def _hide_secrets(cfg: DictConfig) -> None:
     if "output_dir" in cfg and is_rank_zero():
         redact_files(Path(cfg.output_dir) / ".hydra")
+        if is_sweep_job():
+            redact_files(Path(HydraConfig.get().sweep.dir))  # Hydra's own sweepers write a file
 
 
 def _run_command(run: Callable[[], None], name: str) -> None:
@@ -142,7 +145,7 @@ def _explain_interrupt(cfg: DictConfig) -> str:
     if "output_dir" not in cfg:
         return "interrupted"
     folder = Path(cfg.output_dir)
-    command = shlex.join(job_command(folder))
+    command = redact_text(shlex.join(job_command(folder)))
     return f"interrupted. {describe_kept(folder)}. To resume:\n  {command}"
 
 

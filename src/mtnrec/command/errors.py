@@ -18,6 +18,7 @@ from mtnrec.command.help import read_groups
 from mtnrec.command.keys import explain_unknown
 
 _UNKNOWN = re.compile(r"Could not override '(.+)'\.")
+_NOT_A_CHOICE = "Config group override must be"  # Hydra's error about group=null or group=3
 _IN_CALL = re.compile(r"Error in call to target '.*?(\w+)'.*?(?:full_key: (\S+))?$", re.DOTALL)
 
 
@@ -34,6 +35,11 @@ def find_input_error(error: BaseException, command: str = "train") -> InputError
         error = error.__cause__
     if isinstance(error, InputError):
         return error
+    if isinstance(error, ValueError) and str(error).startswith(_NOT_A_CHOICE):
+        return InputError(
+            "a config group must be one of its choices or a list of them, got "
+            f"{str(error).rpartition(' ')[2]}. Choose one (--help lists them), or leave it out."
+        )
     if isinstance(error, HydraException | OmegaConfBaseException):
         return InputError(_explain(error, command))
     return None

@@ -12,8 +12,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning_utilities.core.rank_zero import rank_zero_only
+from omegaconf import read_write
 
-from mtnrec.command.config import CONF_DIR
+from mtnrec.command.config import CONF_DIR, override_key
 
 _LISTS_CALLBACKS = re.compile(r"\+{0,2}callbacks=\s*\[\s*\{")
 _PLAIN_PATH = re.compile(r"(/?[A-Za-z0-9_.-]+)?(/[A-Za-z0-9_.-]+)+")
@@ -59,7 +60,7 @@ def make_datamodule(data: Any, overrides: Sequence[str]) -> Any:
         overrides: Overrides of the command line.
     """
     datamodule = instantiate(data, _convert_="all")
-    keys = [line.lstrip("+~").partition("=")[0] for line in overrides]
+    keys = [override_key(line) for line in overrides]
     datamodule.given |= {key.removeprefix("data.") for key in keys if key.startswith("data.")}
     return datamodule
 
@@ -67,6 +68,16 @@ def make_datamodule(data: Any, overrides: Sequence[str]) -> Any:
 def job_command(output_dir: Path) -> list[str]:
     """Return the command that repeats this run alone, in the same folder."""
     return train_command(output_dir, job_overrides(), HydraConfig.get())
+
+
+def quote_for_ranks(output_dir: Path) -> None:
+    """Prepare Hydra's config for Lightning, which starts the other ranks with ``hydra.run.dir``.
+
+    Lightning puts it between double quotes and escapes nothing.
+    """
+    hydra: Any = HydraConfig.get()
+    with read_write(hydra):
+        hydra.run.dir = _escape_interpolations(_quote(str(output_dir.absolute()))[1:-1])
 
 
 def name_callbacks(argument: str) -> str:
@@ -119,6 +130,13 @@ def quote_value(text: str) -> str:
     >>> quote_value("runs/a"), quote_value("runs/a,b")
     ('runs/a', '"runs/a,b"')
     """
-    if _PLAIN_PATH.fullmatch(text):
-        return text
-    return QuotedString(text.replace("${", r"\${"), Quote.double).with_quotes()
+    return text if _PLAIN_PATH.fullmatch(text) else _quote(text)
+
+
+def _quote(text: str) -> str:
+    return QuotedString(_escape_interpolations(text), Quote.double).with_quotes()
+
+
+def _escape_interpolations(text: str) -> str:
+    """Return a string that OmegaConf reads as the text, which may hold ``${``."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

@@ -7,6 +7,7 @@ of common features, which describe the user and are shared by about 58 impressio
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +24,13 @@ from mtnrec.data.prepared.writer import Writer, write_prepared
 from mtnrec.data.raw.archives import read_tar
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block, map_in_order, read_blocks
-from mtnrec.data.raw.files import check_disk_space, find_one, list_files, require_raw_dir
+from mtnrec.data.raw.files import (
+    check_disk_space,
+    find_one,
+    identities,
+    list_files,
+    require_raw_dir,
+)
 from mtnrec.data.raw.progress import ReadProgress
 from mtnrec.data.raw.triples import MISSING
 from mtnrec.resources import available_cores
@@ -87,7 +94,8 @@ class AliCcp(DataModule):
 
     Args:
         raw_dir: Folder with ``sample_train.tar.gz`` and ``sample_test.tar.gz``, or with the four
-            files in them; only ``prepare`` needs it.
+            files in them; only ``prepare`` needs it. Given to training, its files must be those
+            that the set was prepared from.
         preset: ``aitm``, ``rechub`` or None.
         fields: Fields whose ids are features, e.g. ``["101", "205", "109_14"]``.
         values: Fields whose value is a numerical feature, 0 where a row lacks it.
@@ -153,7 +161,11 @@ class AliCcp(DataModule):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Settings that determine the prepared data set, apart from the raw files."""
+        """Settings that determine the prepared data set, and the identity of the raw files."""
+        found: list[Path] = []
+        if self.raw_dir is not None:
+            with suppress(InputError):  # prepare reports missing files; training needs none
+                found = [path for split in _SPLITS for path in _find(Path(self.raw_dir), split)]
         return {
             "preset": self.preset,
             "fields": self._ids,
@@ -163,7 +175,7 @@ class AliCcp(DataModule):
             "first": self._first,
             "scaling": self._scaling,
             "on_error": self.on_error,
-        }
+        } | ({"raw": identities(found, self._checksum)} if found else {})
 
     def _find_differing(self, found: dict[str, Any]) -> dict[str, Any]:
         is_chosen = self._ids or self._bags or self._values
@@ -195,6 +207,8 @@ class AliCcp(DataModule):
             ReadProgress() as meter,
             ThreadPoolExecutor(threads) as pool,
         ):
+            meter.log("Computing the checksums of the raw files")
+            parameters = self.parameters
             logs = {}
             for split in _SPLITS:
                 log = logs[split] = Log(split, self._columns, writer, meter, bad_rows[split])
@@ -216,7 +230,7 @@ class AliCcp(DataModule):
             schema, transforms = self._encode(writer, logs["train"], threads)
             return writer.finish(
                 source=self.name,
-                parameters=self.parameters,
+                parameters=parameters,
                 schema=schema,
                 report=report,
                 transforms=transforms,

@@ -9,7 +9,7 @@ header.
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,13 @@ from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.data.raw.archives import open_plain, open_zip
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block, read_blocks
-from mtnrec.data.raw.files import check_disk_space, find_one, list_files, require_raw_dir
+from mtnrec.data.raw.files import (
+    check_disk_space,
+    find_one,
+    identities,
+    list_files,
+    require_raw_dir,
+)
 from mtnrec.data.raw.progress import ReadProgress
 from mtnrec.schema import Schema
 
@@ -41,7 +47,8 @@ class AliExpress(DataModule):
         country: ``nl``, ``es``, ``fr``, ``us`` or ``ru``, the prefix of the raw file names.
         raw_dir: Folder with ``aliexpress_CC_datasets.zip``, or the four zips in it, or the four csv
             files in them, or MTReclib's ``train.csv`` and ``test.csv`` (or ``.csv.gz``); all give
-            the same prepared arrays. Only ``prepare`` needs it.
+            the same prepared arrays. Only ``prepare`` needs it; given to training, its files must
+            be those that the set was prepared from.
         conversion_without_click: ``refuse`` a conversion without a click, or ``drop`` and count it;
             only MTReclib's files can contain one.
         on_error: ``refuse`` a row that breaks the format, or ``skip`` and count such rows.
@@ -68,9 +75,14 @@ class AliExpress(DataModule):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Settings that determine the prepared data set, apart from the raw files."""
+        """Settings that determine the prepared data set, and the identity of the raw files."""
         keys = ("conversion_without_click", "on_error")
-        return {key: getattr(self, key) for key in keys}
+        found: list[Path] = []
+        if self.raw_dir is not None:
+            with suppress(InputError):  # prepare reports missing files; training needs none
+                found = _find(Path(self.raw_dir), self.country.lower()).paths
+        raw = {"raw": identities(found, self._checksum)} if found else {}
+        return {key: getattr(self, key) for key in keys} | raw
 
     def prepare(self) -> Manifest:
         """Read the raw files once, in bounded memory, and write the prepared data set.
@@ -89,6 +101,8 @@ class AliExpress(DataModule):
         files = _find(raw_dir, self.country.lower())
         check_disk_space(files.paths, self.folder, _PREPARED_BYTES_PER_TEXT_BYTE)
         with write_prepared(self.folder, _SPLITS) as writer, ReadProgress() as meter:
+            meter.log("Computing the checksums of the raw files")
+            parameters = self.parameters
             join = Join(
                 writer,
                 meter,
@@ -110,7 +124,7 @@ class AliExpress(DataModule):
             fields = encode_in_place(writer, _SPLITS, CATEGORICAL, vocabularies)
             return writer.finish(
                 source=self.name,
-                parameters=self.parameters,
+                parameters=parameters,
                 schema=Schema(fields, NUMERICAL, LABELS, funnel=True),
                 report=join.report(),
             )

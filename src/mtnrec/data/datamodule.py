@@ -25,7 +25,7 @@ from mtnrec.data.prepared.store import (
     expect_scattered_reads,
     open_prepared,
 )
-from mtnrec.data.prepared.verify import verify_once
+from mtnrec.data.prepared.verify import IDENTITIES, find_changed, noted_sha256, verify_once
 from mtnrec.data.samplers import (
     EvaluationSampler,
     RepeatedSampler,
@@ -50,8 +50,8 @@ class DataModule(L.LightningDataModule, ABC):
     A share of the training rows is the validation set: drawn at random (paper, section 3.1), or
     whole groups (users, searches) drawn at random, or the last rows.
 
-    The attribute ``noise``, set before ``setup``, replaces features of the batches; None replaces
-    nothing.
+    The attribute ``noise``, set before ``setup``, replaces features and flips labels of the
+    batches; None changes nothing.
 
     Args:
         name: Name of the data set, as in the config group ``data``.
@@ -140,6 +140,13 @@ class DataModule(L.LightningDataModule, ABC):
                 "data.dir, leave out or correct these settings, or prepare it again with them "
                 "(`python -m mtnrec.prepare ... overwrite=true`, or `prepare()` in Python)."
             )
+        for path in find_changed(manifest.parameters, self._raw_note):
+            _logger.warning(
+                "%s has changed since %s was prepared from it, but the prepared rows are used. "
+                "Prepare the set again (overwrite=true) to use the new ones",
+                path,
+                self.folder,
+            )
 
     def check_replaceable(self) -> None:
         """Refuse to replace a prepared data set with different settings.
@@ -166,6 +173,14 @@ class DataModule(L.LightningDataModule, ABC):
         """Settings that determine the prepared bytes; stored in the manifest."""
         return {}
 
+    @property
+    def _raw_note(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.raw")
+
+    def _checksum(self, file: Path) -> str:
+        """Return the SHA-256 of a raw file; computed again only if the file has changed."""
+        return noted_sha256(file, self._raw_note)
+
     def _find_differing(self, found: dict[str, Any]) -> dict[str, Any]:
         """Return the settings that differ from the stored ones, ``found``."""
         return {key: v for key, v in self.parameters.items() if key in found and found[key] != v}
@@ -173,7 +188,7 @@ class DataModule(L.LightningDataModule, ABC):
     def _describe_differing(self, found: dict[str, Any], differing: dict[str, Any]) -> str:
         parts = [
             f"{key}: other files or content"
-            if key in ("train", "test")
+            if key in IDENTITIES
             else f"{key}: {str(found.get(key))[:40]} there, {str(value)[:40]} here"
             for key, value in differing.items()
         ]
@@ -263,16 +278,29 @@ class DataModule(L.LightningDataModule, ABC):
     def column(self, split: str, stem: str) -> npt.NDArray[Any] | None:
         """Return one array of a split (e.g. ``labels``) in evaluation order; None if absent.
 
-        The array is as prepared: noise affects batches only.
+        The array is as prepared: noise affects batches and ``split_labels`` only.
         """
         arrays, rows = self.stored(split)
         array = arrays.get(stem)
         return None if array is None else np.asarray(array).take(rows, axis=0)
 
     def split_labels(self, split: str) -> UInt8Array:
-        """Return the labels of a split, ``(rows, T)``, in evaluation order."""
+        """Return the labels of a split, ``(rows, T)``, in evaluation order, with label noise."""
+        labels = self._stored_labels(split)
+        if self.noise is not None:
+            self.noise.flip_labels(split, self._rows[split], labels)
+        return labels
+
+    def _stored_labels(self, split: str) -> UInt8Array:
         arrays, rows = self.stored(split)
         return np.asarray(arrays["labels"]).take(rows, axis=0)
+
+    def record_noise(self) -> dict[str, Any]:
+        """Return the record of the noise, :meth:`~mtnrec.data.noise.Noise.record`."""
+        if self.noise is None:
+            raise RuntimeError("set the noise before setup()")
+        splits = self.noise.splits if self.noise.flips_labels else []
+        return self.noise.record(self.row_numbers, {s: self._stored_labels(s) for s in splits})
 
     def stored(self, split: str) -> tuple[Arrays, RowIndices]:
         """Return the arrays that hold a split, and the row numbers of the split in them."""

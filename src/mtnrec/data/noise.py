@@ -1,4 +1,4 @@
-"""Feature noise: some features of some rows get another valid value (paper, section 3.1).
+"""Noise of features, some of which get another valid value (paper, section 3.1), and of labels.
 
 A hash decides, so that no draw depends on another and nothing is stored: a row of a prepared file
 has the same noise in every batch, epoch, process, run and model, in training and in validation. The
@@ -8,7 +8,8 @@ number ``row`` is the state of the row. Output 0 of the row's state decides whet
 noisy. Output ``1 + column`` decides whether the feature is replaced, and is the state from which
 the new value is drawn (for a bag, its output ``position`` is the state from which that token is
 drawn). Columns are numbered in the order categorical fields, multi-valued fields, numerical
-features.
+features. Labels have a tree of their own, whose output ``label`` of a row's state decides whether
+the label is flipped, so that label noise does not depend on the features or on their noise.
 """
 
 import hashlib
@@ -20,9 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtnrec.arrays import BoolArray, Int64Array, IntArray, UIntArray
+from mtnrec.arrays import BoolArray, Int64Array, IntArray, UInt8Array, UIntArray
 from mtnrec.batch import Bags, Batch
-from mtnrec.checks import InputError, check_choice, check_integer, check_number
+from mtnrec.checks import InputError, check_choice, check_integer, check_number, format_names
 from mtnrec.data.prepared.layout import bag_stem
 from mtnrec.data.prepared.store import Arrays
 from mtnrec.schema import CategoricalField, Schema
@@ -68,10 +69,15 @@ def scale(bits: UIntArray, limits: Int64Array) -> Int64Array:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Noise:
-    """Replaces features of a batch with other valid values of their columns.
+    """Replaces features of a batch with other valid values of their columns, and flips labels.
 
     A bag is one feature: all its tokens are replaced, and its length and weights stay. A feature
     without another value and an empty bag are unchanged; a missing value may become any valid one.
+
+    Label noise turns positives into negatives (1 to 0, an event that was not logged), in every row,
+    whether its features are noisy or not. On a funnel an event that is lost takes the later ones
+    along: a row whose click is flipped has no conversion either, so a flip probability ``a`` of the
+    click and ``b`` of the conversion leaves ``(1 - a) * (1 - b)`` of the conversions.
 
     Args:
         proportion: Share of noisy rows, in [0, 1]. Rows that are noisy at a smaller proportion are
@@ -80,13 +86,16 @@ class Noise:
         sampling: ``uniform`` over the other values of the vocabulary, or ``empirical``, by their
             counts in the training file. A numerical feature's values are the distinct ones among at
             most 65,536 evenly spaced training rows, which bounds the time and memory of the set-up.
-        splits: Which of train, val and test have noisy rows.
+        label_flip: Probability that a positive label becomes negative, in [0, 1], by label; None
+            flips none. Labels that are flipped at a smaller probability are at a larger one too.
+        splits: Which of train, val and test have noisy rows and labels.
         seed: Seed of the noise.
     """
 
     proportion: float = 0.0
     feature_probability: float = 0.2
     sampling: str = "uniform"
+    label_flip: Mapping[str, float] | None = None
     splits: list[str] = field(default_factory=lambda: ["train", "val"])
     seed: int = 0
 
@@ -94,6 +103,15 @@ class Noise:
         check_number("noise.proportion", self.proportion, minimum=0, maximum=1)
         check_number("noise.feature_probability", self.feature_probability, minimum=0, maximum=1)
         check_choice("noise.sampling", self.sampling, ["uniform", "empirical"])
+        flips: Any = {} if self.label_flip is None else self.label_flip
+        if not isinstance(flips, Mapping):
+            raise InputError(
+                "noise.label_flip must have a probability by label, got "
+                f"{flips!r}. Set for example noise.label_flip={{conversion:0.1}}."
+            )
+        for label, probability in flips.items():
+            check_number(f"noise.label_flip.{label}", probability, minimum=0, maximum=1)
+        self._flip_probabilities = dict(flips)
         splits: Any = self.splits
         if not isinstance(splits, list | tuple) or not splits:
             raise InputError(
@@ -103,20 +121,37 @@ class Noise:
         for split in splits:
             check_choice("noise.splits", split, list(_FILES))
         check_integer("noise.seed", self.seed, minimum=0)
-        self._files = [
-            np.random.SeedSequence(self.seed, spawn_key=(file,)).generate_state(1, np.uint64)
-            for file in sorted(set(_FILES.values()))
-        ]
+        self._files = self._file_states()
+        self._label_files = self._file_states(1)
         self._schema: Schema | None = None
+
+    def _file_states(self, *tree: int) -> list[UIntArray]:
+        """Return the state of each file in a tree of generators."""
+        keys = [(file, *tree) for file in sorted(set(_FILES.values()))]
+        seeds = [np.random.SeedSequence(self.seed, spawn_key=key) for key in keys]
+        return [seed.generate_state(1, np.uint64) for seed in seeds]
+
+    @property
+    def flips_labels(self) -> bool:
+        """Whether any label may be flipped."""
+        return any(self._flip_probabilities.values())
 
     def learn(self, schema: Schema, arrays: Arrays) -> None:
         """Collect the values that may replace others.
 
         Args:
-            schema: The fields.
+            schema: The fields and labels.
             arrays: The training file. Uniform sampling reads the sampled rows' numerical features,
                 empirical sampling also all categorical values and tokens.
+
+        Raises:
+            InputError: If ``label_flip`` names a label that the data lack.
         """
+        if unknown := [label for label in self._flip_probabilities if label not in schema.labels]:
+            raise InputError(
+                f"noise.label_flip must name labels of the data ({', '.join(schema.labels)}), got "
+                f"{format_names([str(label) for label in unknown])}"
+            )
         self._schema = schema
         if not self.proportion:
             return
@@ -148,7 +183,7 @@ class Noise:
         return noisy, is_below(bits, self.feature_probability)
 
     def apply(self, split: str, rows: Int64Array, batch: Batch) -> None:
-        """Replace features of a batch, in place.
+        """Replace features and flip labels of a batch, in place.
 
         Args:
             split: ``train``, ``val`` or ``test``.
@@ -156,6 +191,8 @@ class Noise:
             batch: The ``B`` rows.
         """
         noisy, bits = self._hash(split, rows)
+        if batch.labels is not None:
+            self.flip_labels(split, rows, batch.labels.numpy())
         if not len(noisy):
             return
         replaced = is_below(bits, self.feature_probability)
@@ -173,17 +210,36 @@ class Noise:
             states = bits[has_noise, fields + bag]
             self._replace_tokens(batch.bags[bag], bag, noisy[has_noise], states)
 
-    def record(self, rows: Mapping[str, IntArray]) -> dict[str, Any]:
+    def flip_labels(self, split: str, rows: IntArray, labels: Values) -> None:
+        """Flip labels of some rows, in place.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+            rows: Row numbers in the prepared file, ``(n,)``.
+            labels: Their labels, 0 or 1, ``(n, T)``.
+        """
+        if not self.flips_labels or split not in self.splits:
+            return
+        for start in range(0, len(rows), _ROWS_PER_HASH):
+            piece = slice(start, start + _ROWS_PER_HASH)
+            labels[piece][self._flips(split, rows[piece])] = 0
+
+    def record(
+        self, rows: Mapping[str, IntArray], labels: Mapping[str, UInt8Array] | None = None
+    ) -> dict[str, Any]:
         """Return the settings and their effect on a data set; this hashes each noisy feature.
 
         Args:
             rows: Row numbers of each split in the prepared file.
+            labels: Labels of each noisy split as prepared, ``(rows, T)``; needed by label noise
+                only.
 
         Returns:
-            The settings, the ``noisy_rows`` and ``replaced_features`` of each noisy split, and the
-            ``checksum``: SHA-256 over the name of each split and, for each of its noisy rows, the
-            row number (int64, little-endian) and the bits of its replaced features; None without
-            noise.
+            The settings; of each noisy split the ``noisy_rows``, ``replaced_features`` and, by
+            label, ``flipped_labels``; and the ``checksum``: SHA-256 over the name of each split
+            and, for each of its noisy rows, the row number (int64, little-endian) and the bits of
+            its replaced features, then likewise of the rows with flipped labels, if labels are
+            flipped. It is None without noise.
         """
         splits = [split for split in _FILES if split in self.splits]
         noisy_rows, replaced_features = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
@@ -196,12 +252,43 @@ class Noise:
                 replaced_features[split] += int(np.count_nonzero(replaced))
                 numbers = chunk[noisy].astype("<i8")[:, None].view(np.uint8)
                 digest.update(np.hstack([numbers, np.packbits(replaced, axis=1)]).tobytes())
+        flipped_labels: dict[str, dict[str, int]] = {}
+        for split in splits if self.flips_labels else []:
+            assert self._schema is not None
+            assert labels is not None
+            digest.update(split.encode())
+            counts = np.zeros(len(self._schema.labels), np.int64)
+            for start in range(0, len(rows[split]), _ROWS_PER_HASH):
+                chunk = rows[split][start : start + _ROWS_PER_HASH]
+                positive = labels[split][start : start + _ROWS_PER_HASH] == 1
+                flipped = self._flips(split, chunk) & positive
+                counts += np.count_nonzero(flipped, axis=0)
+                any_flipped = flipped.any(axis=1)
+                numbers = chunk[any_flipped].astype("<i8")[:, None].view(np.uint8)
+                bits = np.packbits(flipped[any_flipped], axis=1)
+                digest.update(np.hstack([numbers, bits]).tobytes())
+            flipped_labels[split] = dict(zip(self._schema.labels, counts.tolist(), strict=True))
         return {
             **asdict(self),
             "noisy_rows": noisy_rows,
             "replaced_features": replaced_features,
-            "checksum": digest.hexdigest() if self.proportion else None,
+            "flipped_labels": flipped_labels,
+            "checksum": digest.hexdigest() if self.proportion or self.flips_labels else None,
         }
+
+    def _flips(self, split: str, rows: IntArray) -> BoolArray:
+        """Return which labels are 0 whatever they were, ``(n, T)``."""
+        if self._schema is None:
+            raise RuntimeError("call learn() first, or set the noise before DataModule.setup()")
+        labels = self._schema.labels
+        states = splitmix64(self._label_files[_FILES[split]], rows.astype(np.int64))
+        bits = splitmix64(states[:, None], np.arange(len(labels)))
+        flips = [
+            is_below(bits[:, column], self._flip_probabilities.get(label, 0))
+            for column, label in enumerate(labels)
+        ]
+        flipped = np.stack(flips, axis=1)
+        return np.logical_or.accumulate(flipped, axis=1) if self._schema.funnel else flipped
 
     def _hash(self, split: str, rows: Int64Array) -> tuple[Int64Array, UIntArray]:
         """Return the noisy positions, and the bits that decide which of their features change."""

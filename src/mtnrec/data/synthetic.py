@@ -9,8 +9,9 @@ vectors of a user add up to ``u``, those of an item to ``v``, and the labels dep
 
 ``w_1`` and ``w_2`` are unit vectors with inner product ``task_correlation`` and squared length
 ``interaction`` on ``u * v``; ``c`` is the standard deviation of the logits, and ``b`` is fitted to
-the rates. Both probabilities are stored with the labels, so that the AUC of the best possible
-scores (the Bayes AUC) is known for each task.
+the rates. Later stages are drawn like the conversion, given the label before. All probabilities are
+stored with the labels, so that the AUC of the best possible scores (the Bayes AUC) is known for
+each task.
 """
 
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ _UNSCALED_SIZE = 100
 _VOCABULARY_SIZES = (1, 4, 7, 2, 21, 7, 50, 8, 7, 2, 2, 2, 2, 2, 2, 2)  # as in AliExpress
 _INTEGER_COLUMNS = 3  # as in AliExpress: three of the numerical features are counts
 
+_RATES = ("test_share", "click_rate", "conversion_rate")
 _SMALLEST = {
     "rows": 1,
     "rows_per_search": 1,
@@ -66,10 +68,12 @@ class Synthetic(SelfPreparing):
         click_rate: Mean of P(click), in (0, 1).
         conversion_rate: Mean of P(conversion | click) over clicks, in (0, 1).
         click_spread: Standard deviation of the click logits.
-        conversion_spread: Standard deviation of the conversion logits.
+        conversion_spread: Standard deviation of the logits of the conversion and later stages.
         task_correlation: Inner product of the two task vectors, in [0, 1].
         interaction: Share of the logit variance that comes from products of user and item.
         generator_seed: Seed of the log, independent of the training seed.
+        later_stages: Further labels of the funnel: mean of P(label | label before) by name, in
+            order, for example ``{buy: 0.3}`` after click and conversion; None for none.
     """
 
     name: str = "synthetic"
@@ -90,6 +94,7 @@ class Synthetic(SelfPreparing):
     task_correlation: float = 0.5
     interaction: float = 0.2
     generator_seed: int = 0
+    later_stages: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,8 +107,9 @@ class Synthetic(SelfPreparing):
             check_integer("data.vocabulary_sizes", size, minimum=1)
         for name in ("skew", "click_spread", "conversion_spread"):
             check_number(f"data.{name}", getattr(self, name), minimum=0)
-        for name in ("test_share", "click_rate", "conversion_rate"):
-            rate = getattr(self, name)
+        rates = {name: getattr(self, name) for name in _RATES}
+        rates |= {f"later_stages.{name}": rate for name, rate in self._later.items()}
+        for name, rate in rates.items():
             check_number(f"data.{name}", rate, minimum=1e-9, maximum=1, open_maximum=True)
         check_number("data.vocabulary_scale", self.vocabulary_scale, minimum=1e-9, maximum=1)
         for name in ("task_correlation", "interaction"):
@@ -124,6 +130,15 @@ class Synthetic(SelfPreparing):
         ]
 
     @property
+    def _later(self) -> dict[str, float]:
+        return self.later_stages or {}
+
+    @property
+    def stage_rates(self) -> list[float]:
+        """Mean of P(label | label before) of each stage."""
+        return [self.click_rate, self.conversion_rate, *self._later.values()]
+
+    @property
     def _folder_name(self) -> str:
         return f"{self.name}-{self.rows}-{self.generator_seed}"
 
@@ -131,7 +146,10 @@ class Synthetic(SelfPreparing):
     def parameters(self) -> dict[str, Any]:
         """Settings that determine the log."""
         keys = [key for key in Synthetic.__annotations__ if key != "name"]
-        return {key: getattr(self, key) for key in keys}
+        found = {key: getattr(self, key) for key in keys}
+        if not self._later:  # logs of two stages are those of before the key existed
+            del found["later_stages"]
+        return found
 
     def prepare(self) -> Manifest:
         """Generate the log and write it as a prepared data set."""
@@ -156,7 +174,8 @@ class Synthetic(SelfPreparing):
             vocabularies = [values.vocabulary() for values in counts]
             fields = encode_in_place(writer, _SPLITS, names, vocabularies)
             numerical = tuple(f"numerical_{i + 1}" for i in range(self.numerical_features))
-            schema = Schema(fields, numerical, ("click", "conversion"), funnel=True)
+            labels = ("click", "conversion", *self._later)
+            schema = Schema(fields, numerical, labels, funnel=True)
             return writer.finish(
                 source=self.name, parameters=self.parameters, schema=schema, report={}
             )
@@ -164,22 +183,18 @@ class Synthetic(SelfPreparing):
     def _draw(self, chunk: int, searches: int) -> Arrays:
         rng = np.random.default_rng([self.generator_seed, 1, chunk])
         categorical, numerical, group = self.draw_features(rng, searches)
-        click_logit, conversion_logit = self._funnel.logits(categorical, numerical)
-        click_probability, conversion_probability = (
-            _sigmoid(click_logit),
-            _sigmoid(conversion_logit),
-        )
-        click = rng.random(len(group)) < click_probability
-        conversion = click & (rng.random(len(group)) < conversion_probability)
-        probabilities = np.stack(
-            [click_probability, click_probability * conversion_probability], axis=1
-        )
+        given = _sigmoid(self._funnel.logits(categorical, numerical))
+        reached = np.ones(len(group), np.bool_)
+        labels = []
+        for probability in given:
+            reached = reached & (rng.random(len(group)) < probability)
+            labels.append(reached)
         return {
             "categorical": categorical.astype(np.int32),
             "numerical": numerical.astype(np.float32),
-            "labels": np.stack([click, conversion], axis=1),
+            "labels": np.stack(labels, axis=1),
             "group": group,
-            "probabilities": probabilities,
+            "probabilities": np.ascontiguousarray(given.cumprod(axis=0).T),
         }
 
     def draw_features(
@@ -218,6 +233,13 @@ class _Funnel:
         self._tables = [rng.standard_normal((size, log.rank)) for size in log.sizes]
         self._loadings = 2 * rng.standard_normal((log.numerical_features, log.rank))
         sums, products = (_task_vectors(rng, log.rank, log.task_correlation) for _ in range(2))
+        # From streams of their own, so that the first two stages are those of a log without more.
+        for stage in range(len(log.stage_rates) - 2):
+            later = np.random.default_rng([log.generator_seed, 2, stage])
+            sums, products = (
+                np.column_stack([v, _related(later, v[:, 0], log.task_correlation)])
+                for v in (sums, products)
+            )
         self._tasks = np.concatenate(
             [np.sqrt(1 - log.interaction) * sums, np.sqrt(log.interaction) * products]
         )
@@ -229,14 +251,16 @@ class _Funnel:
         latent = self._latent(categorical, numerical)
         self._latent_mean, self._latent_scale = latent.mean(axis=0), _positive(latent.std(axis=0))
         scores = self._scores(categorical, numerical)
-        self._slopes = [log.click_spread, log.conversion_spread] / _positive(scores.std(axis=0))
-        click, conversion = (scores * self._slopes).T
-        click_bias = _fit_bias(click, np.ones(len(click)), log.click_rate)
-        clicks = _sigmoid(click + click_bias)
-        self._biases = [click_bias, _fit_bias(conversion, clicks, log.conversion_rate)]
+        spreads = [log.click_spread, *[log.conversion_spread] * (len(log.stage_rates) - 1)]
+        self._slopes = spreads / _positive(scores.std(axis=0))
+        self._biases = []
+        reached = np.ones(len(scores))
+        for slopes, rate in zip((scores * self._slopes).T, log.stage_rates, strict=True):
+            self._biases.append(_fit_bias(slopes, reached, rate))
+            reached = reached * _sigmoid(slopes + self._biases[-1])
 
     def logits(self, categorical: Int64Array, numerical: Float64Array) -> Float64Array:
-        """Return the logits of click and of conversion given click, ``(2, rows)``."""
+        """Return the logits of each label given the one before it, ``(T, rows)``."""
         return (self._scores(categorical, numerical) * self._slopes + self._biases).T
 
     def _scores(self, categorical: Int64Array, numerical: Float64Array) -> Float64Array:
@@ -264,6 +288,14 @@ def _task_vectors(rng: np.random.Generator, rank: int, correlation: float) -> Fl
     """Draw two unit vectors with inner product ``correlation``, ``(rank, 2)``."""
     directions, _ = np.linalg.qr(rng.standard_normal((rank, 2)))
     return directions @ np.array([[1.0, correlation], [0.0, np.sqrt(1 - correlation**2)]])
+
+
+def _related(rng: np.random.Generator, vector: Float64Array, correlation: float) -> Float64Array:
+    """Draw a unit vector whose inner product with a unit vector is ``correlation``."""
+    other = rng.standard_normal(len(vector))
+    other -= (other @ vector) * vector
+    other /= np.linalg.norm(other)
+    return correlation * vector + np.sqrt(1 - correlation**2) * other
 
 
 def _positive(deviation: Float64Array) -> Float64Array:

@@ -13,13 +13,13 @@ from mtnrec.data.datamodule import SelfPreparing
 from mtnrec.data.preparation.table import SPLITS, TablePreparation, TableSettings
 from mtnrec.data.prepared.manifest import LARGEST_NUMBER, Manifest
 from mtnrec.data.prepared.store import open_prepared
-from mtnrec.data.prepared.verify import noted_sha256
 from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.tabular import (
     ArrowStream,
     FrameSource,
     Source,
+    check_dialect,
     check_table,
     is_frame,
     open_source,
@@ -58,7 +58,7 @@ class Table(SelfPreparing):
         test: Table of the test rows, as for ``train``; if None, ``split`` takes them from
             ``train``.
         labels: Columns of 0 and 1 or true and false, without missing values; see ``positive``.
-        funnel: Whether the second label requires the first (click, conversion).
+        funnel: Whether each label requires the one before it (click, conversion).
         categorical: Categorical columns; None to infer them.
         numerical: Numerical columns; None to infer them.
         exclude: Columns to leave out.
@@ -160,17 +160,7 @@ class Table(SelfPreparing):
                 f"data.positive must be a text or a number, got {self.positive!r} (YAML reads yes "
                 "and no as true and false). Quote it, or leave it out if labels are true and false."
             )
-        if self.separator == r"\t":
-            self.separator = "\t"
-        if self.separator is not None and (
-            len(str(self.separator)) != 1 or str(self.separator) in '"\r\n' or self.separator == " "
-        ):
-            raise InputError(
-                f"data.separator must be one character, got {self.separator!r}. Set a comma, a "
-                "semicolon, a bar or a tab."
-            )
-        if self.decimal is not None:
-            check_choice("data.decimal", self.decimal, [".", ","])
+        self.separator = check_dialect("data.", self.separator, self.decimal)
 
     def _check_tables(self) -> None:
         for key in SPLITS:
@@ -245,9 +235,6 @@ class Table(SelfPreparing):
     @property
     def _settings(self) -> list[str]:
         return [key for key in Table.__annotations__ if key not in (*_OTHER, *_TABLES)]
-
-    def _checksum(self, file: Path) -> str:
-        return noted_sha256(file, self.folder.with_name(f".{self.folder.name}.raw"))
 
     def _find_differing(self, found: dict[str, Any]) -> dict[str, Any]:
         if self.train is not None:

@@ -120,7 +120,7 @@ def _labels(schema: Schema, statistics: Statistics) -> Iterator[_Part]:
     drift = _table("split", "task", *(str(number + 1) for number in range(SLICES)), names=2)
     for split, found in statistics.items():
         for column, task in enumerate(schema.tasks):
-            name = task.name.upper() if schema.funnel else task.name
+            name = schema.title(task)
             rows, positives = found.task_rows[:, column], found.task_positives[:, column]
             counts = f"{rows.sum():,}", f"{positives.sum():,}"
             rate = f"{positives.sum() / rows.sum():.3%}" if rows.any() else _NOTHING
@@ -228,6 +228,11 @@ def _noise(changes: Mapping[str, Changes]) -> _Part:
     for feature in next(iter(changes.values())).features:
         shares = [_share(change.features[feature], change.rows) for change in changes.values()]
         table.add_row(feature, *shares)
+    for label in next(iter(changes.values())).labels:
+        counts = [change.labels[label] for change in changes.values()]
+        if any(counts):
+            shares = [_share(n, c.rows) for n, c in zip(counts, changes.values(), strict=True)]
+            table.add_row(f"label {label}", *shares)
     compared = ", ".join(f"{change.rows:,} rows of {split}" for split, change in changes.items())
     note = f"counted on {compared}; a feature with a single value does not change"
     return _Part("Noise: share of rows, and of each feature's values, that change", table, (note,))

@@ -60,11 +60,13 @@ class Changes:
         rows: RowIndices compared.
         noisy_rows: Rows in which a feature changes.
         features: Rows in which each feature changes.
+        labels: Rows in which each label changes.
     """
 
     rows: int
     noisy_rows: int
     features: dict[str, int]
+    labels: dict[str, int]
 
 
 def count_changes(
@@ -75,7 +77,7 @@ def count_changes(
     Args:
         arrays: Arrays that hold the split.
         rows: Indices of the split's rows in them.
-        schema: Features.
+        schema: Features and labels.
         change: Applies the noise to a batch.
     """
     count = min(_SAMPLE, len(rows))
@@ -83,6 +85,7 @@ def count_changes(
     gatherers = RowGatherer(arrays, rows, schema), RowGatherer(arrays, rows, schema, change)
     features = [field.name for field in (*schema.categorical, *schema.multivalued)]
     total = np.zeros(len(features) + len(schema.numerical), np.int64)
+    flipped = np.zeros(len(schema.labels), np.int64)
     noisy_rows = 0
     for start in range(0, count, _ROWS_PER_COMPARISON):
         piece = np.arange(start, min(start + _ROWS_PER_COMPARISON, count))
@@ -90,8 +93,15 @@ def count_changes(
         changed = _compare(clean, noisy)
         noisy_rows += int(np.count_nonzero(changed.any(axis=1)))
         total += np.count_nonzero(changed, axis=0)
+        if clean.labels is not None and noisy.labels is not None:
+            flipped += (clean.labels != noisy.labels).sum(dim=0).numpy()
     names = [*features, *schema.numerical]
-    return Changes(count, noisy_rows, dict(zip(names, total.tolist(), strict=True)))
+    return Changes(
+        count,
+        noisy_rows,
+        dict(zip(names, total.tolist(), strict=True)),
+        dict(zip(schema.labels, flipped.tolist(), strict=True)),
+    )
 
 
 def _compare(clean: Batch, noisy: Batch) -> BoolArray:

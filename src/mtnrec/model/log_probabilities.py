@@ -13,30 +13,32 @@ def label_log_probabilities(logits: Tensor) -> LogProbabilities:
     return LogProbabilities(_log_sigmoid(joined), _log_sigmoid(-joined))
 
 
-def funnel_log_probabilities(click_logit: Tensor, conversion_logit: Tensor) -> LogProbabilities:
-    """Convert two logits ``(B, 1)`` to a funnel: ``P(y) = s(a)``, ``P(z) = s(a) s(b)`` (ESMM).
+def funnel_log_probabilities(*logits: Tensor) -> LogProbabilities:
+    """Convert logits of the stages, ``(B, 1)`` each, to ``P(y) = s(a)``, ``P(z) = s(a) s(b)``, ….
 
-    At any logit the error is at most 2 eps for the values and 64 eps for the gradients.
+    Each logit is that of a label given the label before it (ESMM). At any logit the error is at
+    most 2 eps for the values and 64 eps for the gradients of two stages.
 
     >>> click, conversion = torch.tensor([[60.0]]), torch.tensor([[-60.0]])
     >>> funnel_log_probabilities(click, conversion).positive
     tensor([[-8.7565e-27, -6.0000e+01]])
     """
-    a, b = map(_at_least_float32, (click_logit, conversion_logit))
-    click, no_click = _log_sigmoid(a), _log_sigmoid(-a)
-    conversion = click + _log_sigmoid(b)
-    # log P(z = 0). Where P(z = 1) is small, log1p; else 1 - s(a) s(b) = s(-a) + s(a) s(-b), which
-    # would cancel there. The constant keeps the gradient of the branch not taken finite.
-    product = _sigmoid(a) * _sigmoid(b)
-    is_small = product < 0.5
-    no_conversion = torch.where(
-        is_small,
-        torch.where(is_small, -product, -0.5).log1p(),
-        torch.logaddexp(no_click, click + _log_sigmoid(-b)),
-    )
-    return LogProbabilities(
-        torch.cat([click, conversion], dim=1), torch.cat([no_click, no_conversion], dim=1)
-    )
+    first, *later = map(_at_least_float32, logits)
+    positive, negative, product = [_log_sigmoid(first)], [_log_sigmoid(-first)], _sigmoid(first)
+    for logit in later:
+        # log P(z = 0). Where P(z = 1) is small, log1p; else 1 - s(a) s(b) = s(-a) + s(a) s(-b),
+        # which would cancel there. The constant keeps the gradient of the branch not taken finite.
+        product = product * _sigmoid(logit)
+        is_small = product < 0.5
+        missed_here = positive[-1] + _log_sigmoid(-logit)
+        missed = torch.where(
+            is_small,
+            torch.where(is_small, -product, -0.5).log1p(),
+            torch.logaddexp(negative[-1], missed_here),
+        )
+        positive.append(positive[-1] + _log_sigmoid(logit))
+        negative.append(missed)
+    return LogProbabilities(torch.cat(positive, dim=1), torch.cat(negative, dim=1))
 
 
 def _sigmoid(logits: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from mtnrec.batch import LogProbabilities
+from mtnrec.batch import Batch, LogProbabilities
+from mtnrec.checks import InputError
 
 
 def cross_entropies(output: LogProbabilities, labels: Tensor) -> Tensor:
@@ -12,4 +13,20 @@ def cross_entropies(output: LogProbabilities, labels: Tensor) -> Tensor:
         output: Log-probabilities, ``(B, T)`` each.
         labels: 0 or 1, ``(B, T)``.
     """
-    return -(labels * output.positive + (1 - labels) * output.negative).mean(dim=0)
+    return row_cross_entropies(output, labels).mean(dim=0)
+
+
+def row_cross_entropies(output: LogProbabilities, labels: Tensor) -> Tensor:
+    """Return the cross entropy of each label and row, ``(B, T)``; a label may be any number."""
+    return -(labels * output.positive + (1 - labels) * output.negative)
+
+
+def training_labels(batch: Batch) -> Tensor:
+    """Return the labels of a batch, ``(B, T)``.
+
+    Raises:
+        InputError: If it has none.
+    """
+    if batch.labels is None:
+        raise InputError("a batch must have labels for training, got none")
+    return batch.labels

@@ -95,20 +95,21 @@ class ParallelMLPs(nn.ModuleList):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Apply each MLP to its own input, ``(E, B, I)``; return ``(E, B, O)``."""
-        return self._apply_from(0, inputs)
+        return self.apply_slice(inputs, None, None)
 
     def after_first_layer(self, hidden: Tensor) -> Tensor:
         """Apply all layers after the first linear layers to their outputs, ``(E, B, O)``."""
-        return self._apply_from(1, hidden)
+        return self.apply_slice(hidden, 1, None)
 
     def first_layers(self) -> list[nn.Linear]:
         """Return the first linear layer of each MLP."""
         return self.by_depth()[0]
 
-    def _apply_from(self, start: int, hidden: Tensor) -> Tensor:
-        mlps = [list(mlp)[start:] for mlp in self.mlps()]
+    def apply_slice(self, hidden: Tensor, start: int | None, stop: int | None) -> Tensor:
+        """Apply the modules ``[start:stop]`` of each MLP; with a head, it is the last module."""
+        mlps = [list(mlp)[start:stop] for mlp in self.mlps()]
         for modules in zip(*mlps, strict=True):
-            hidden = _apply_together(modules, hidden)
+            hidden = apply_together(modules, hidden)
         return hidden
 
     def by_depth(self) -> list[list[nn.Linear]]:
@@ -118,7 +119,7 @@ class ParallelMLPs(nn.ModuleList):
         ]
 
 
-def _apply_together(modules: Sequence[nn.Module], hidden: Tensor) -> Tensor:
+def apply_together(modules: Sequence[nn.Module], hidden: Tensor) -> Tensor:
     """Apply modules of one kind, each to its own slice of ``(E, B, I)``."""
     if isinstance(modules[0], nn.Linear):
         weights = torch.stack([layer.get_parameter("weight") for layer in modules])

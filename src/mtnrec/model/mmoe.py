@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import check_integer
@@ -13,7 +13,7 @@ from mtnrec.model.log_probabilities import label_log_probabilities
 from mtnrec.model.mlp import ParallelMLPs, check_sizes
 from mtnrec.schema import Schema
 
-_MOST_EXPERTS = 10_000
+MOST_EXPERTS = 10_000
 
 
 class MMoE(nn.Module):
@@ -51,7 +51,7 @@ class MMoE(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        check_integer("model.experts", experts, minimum=1, maximum=_MOST_EXPERTS)
+        check_integer("model.experts", experts, minimum=1, maximum=MOST_EXPERTS)
         check_sizes(
             dropout=dropout,
             batch_norm=batch_norm,
@@ -81,9 +81,7 @@ class MMoE(nn.Module):
         hidden, logits = self.input.first_layers(batch, self.experts.first_layers(), gates)
         experts = self.experts.after_first_layer(hidden)  # (E, B, O)
         experts = self.expert_outputs(experts.transpose(0, 1))  # (B, E, O)
-        shares = logits.transpose(0, 1).softmax(dim=2)  # (B, T, E)
-        mixtures = torch.bmm(shares, experts)  # (B, T, O)
-        return label_log_probabilities(self.towers(mixtures.transpose(0, 1)))
+        return label_log_probabilities(self.towers(mix_experts(experts, logits)))
 
     def task_layers(self) -> list[list[nn.Linear]]:
         """Return, for each depth of the towers, the ``T`` linear layers."""
@@ -92,3 +90,14 @@ class MMoE(nn.Module):
     def shared_layers(self) -> list[list[nn.Linear]]:
         """Return, for each depth of the experts, the ``E`` linear layers."""
         return self.experts.by_depth()
+
+
+def mix_experts(experts: Tensor, logits: Tensor) -> Tensor:
+    """Return the mean of the experts' outputs with each gate's softmax weights, ``(T, B, O)``.
+
+    Args:
+        experts: Outputs of the experts, ``(B, E, O)``.
+        logits: Outputs of the gates, ``(T, B, E)``.
+    """
+    shares = logits.transpose(0, 1).softmax(dim=2)  # (B, T, E)
+    return torch.bmm(shares, experts).transpose(0, 1)

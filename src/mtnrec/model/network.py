@@ -11,6 +11,8 @@ from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError
 from mtnrec.resources import memory_bytes
 
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+
 
 @runtime_checkable
 class Network(Protocol):
@@ -59,6 +61,14 @@ def require_network(module: object) -> None:
             f"without {' and '.join(missing)}. Add them: they return lists of the model's linear "
             "layers by depth, or []."
         )
+
+
+def count_parameters(network: nn.Module) -> dict[str, int]:
+    """Return the numbers of parameters: ``embeddings``, in tables, and ``network``, the rest."""
+    tables = [part for part in network.modules() if isinstance(part, _TABLES)]
+    embeddings = sum(table.weight.numel() for table in tables)
+    total = sum(parameter.numel() for parameter in network.parameters())
+    return {"embeddings": embeddings, "network": total - embeddings}
 
 
 def build_network(build: Callable[[], nn.Module]) -> nn.Module:

@@ -1,7 +1,6 @@
 """Balance of several losses in one objective."""
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -45,11 +44,11 @@ class Weights(nn.Module):
         InputError: If a weight is out of range, or, in :meth:`prepare`, if a name is unknown.
     """
 
-    def __init__(self, weights: Mapping[str, float] = MappingProxyType({})) -> None:
+    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         super().__init__()
-        for name, weight in weights.items():
+        self.weights = dict(weights or {})
+        for name, weight in self.weights.items():
             check_number(f"balance.weights.{name}", weight, minimum=0)
-        self.weights = dict(weights)
         self.register_buffer("_weights", None, persistent=False)
 
     def prepare(self, names: Sequence[str]) -> None:

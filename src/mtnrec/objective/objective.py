@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mtnrec.batch import Batch
 from mtnrec.checks import InputError, check_choice
-from mtnrec.model.loss import cross_entropies
+from mtnrec.model.loss import cross_entropies, training_labels
 from mtnrec.objective.balance import Weights
 from mtnrec.objective.loss import CrossEntropy
 
@@ -68,6 +68,12 @@ class Objective(nn.Module):
         """Whether the balance computes the gradients itself."""
         return hasattr(self.balance, "backward")
 
+    @property
+    def supports_cuda_graphs(self) -> bool:
+        """Whether a step can be captured, as far as loss and balance go."""
+        by_loss = getattr(self.loss, "supports_cuda_graphs", False)
+        return by_loss and not self.is_balanced_by_gradients
+
     def forward(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return the objective, followed by the values to log, ``(1 + len(value_names),)``.
 
@@ -94,14 +100,13 @@ class Objective(nn.Module):
                 raise ValueError(f"losses() has {tuple(named)}, loss_weights has {self.names}")
             losses = torch.stack(list(named.values()))
             return losses, losses[self._places]
-        if batch.labels is None:
-            raise InputError("a batch must have labels for training, got none")
+        labels = training_labels(batch)
         output = network(batch)
-        losses = self.loss(output, batch.labels)
+        losses = self.loss(output, labels)
         if isinstance(self.loss, CrossEntropy):
             return losses, losses
         with torch.no_grad():
-            return losses, cross_entropies(output, batch.labels)
+            return losses, cross_entropies(output, labels)
 
     def backward(self, objective: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         """Let the balance add its gradients, for the last batch.
@@ -119,4 +124,6 @@ class Objective(nn.Module):
     def after_step(self, network: nn.Module, batch: Batch) -> None:
         """Tell the balance the losses of the batch after the step, if it asks for them."""
         if hasattr(self.balance, "after_step"):
+            self.loss.eval()  # it has counted this batch
             self.balance.after_step(self.losses(network, batch)[0])
+            self.loss.train()

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mtnrec.reporting.table.published import PAPER_MTN
-from mtnrec.run.identity import flatten, treatment_names
+from mtnrec.run.identity import flatten, label_flips, treatment_names
 from mtnrec.run.record import RunRecord
 
-_MODEL_NAMES = {"SharedBottom": "Shared-bottom"}  # the paper's, where they differ from the class
+LABEL_NOISE = "label_flip"  # in the label of a data set with label noise
+# The paper's names, where they differ from the class.
+_MODEL_NAMES = {"SharedBottom": "Shared-bottom", "SingleTask": "Single-task"}
 _TREATMENT_NAMES = {"mtn": "MTN", "l2": "L2", "frobenius": "Frobenius"}
 
 
@@ -39,7 +41,8 @@ def label_runs(records: Sequence[RunRecord]) -> list[Labels]:
     ``MMoE (optimizer.lr=0.01)``. A variant names, for each treatment, those of its settings in
     which any model's variants with that treatment differ; of MTN, only those that are not the
     paper's. So ``+MTN`` and ``+MTN (target=shared)`` are the same for every model. A regulariser is
-    named by its norm: ``+MTN+L2 (lam=0.001)``.
+    named by its norm: ``+MTN+L2 (lam=0.001)``. A data set with label
+    noise names it, whether it differs or not: ``synthetic (label_flip.conversion=0.1)``.
     """
     variants = _variant_labels(records)
     parts = zip(_data_labels(records), _model_labels(records), variants, strict=True)
@@ -49,12 +52,19 @@ def label_runs(records: Sequence[RunRecord]) -> list[Labels]:
 def _data_labels(records: Sequence[RunRecord]) -> list[str]:
     names = [record.data["name"] for record in records]
     parameters = [dict(flatten(record.data["parameters"])) for record in records]
-    labels = _labels(names, names, parameters)
+    flips = [
+        {
+            f"{LABEL_NOISE}.{label}": share
+            for label, share in label_flips(record.config["noise"]).items()
+        }
+        for record in records
+    ]
+    labels = _labels(names, names, parameters, flips)
     checksums = [{"checksum": record.data["checksum"][:8]} for record in records]
     pairs = {(label, part["checksum"]) for label, part in zip(labels, checksums, strict=True)}
     if len(pairs) == len(set(labels)):
         return labels
-    return _labels(names, names, checksums)
+    return _labels(names, names, checksums, flips)
 
 
 def _model_labels(records: Sequence[RunRecord]) -> list[str]:
@@ -63,8 +73,8 @@ def _model_labels(records: Sequence[RunRecord]) -> list[str]:
     names = [_MODEL_NAMES.get(name, name) for name in classes]
     # Data set and noise have columns of their own: name only what differs within them.
     groups = [
-        (name, arm["checksum"], arm["noise.proportion"])
-        for name, arm in zip(names, arms, strict=True)
+        (name, arm["checksum"], arm["noise.proportion"], str(label_flips(record.config["noise"])))
+        for name, arm, record in zip(names, arms, records, strict=True)
     ]
     settings = [{key.removeprefix("model."): value for key, value in arm.items()} for arm in arms]
     return _labels(names, groups, settings)
@@ -106,18 +116,25 @@ def _parts(
 
 
 def _labels(
-    names: Sequence[str], groups: Sequence[Any], settings: Sequence[Mapping[str, Any]]
+    names: Sequence[str],
+    groups: Sequence[Any],
+    settings: Sequence[Mapping[str, Any]],
+    more: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[str]:
-    """Return each name, with the settings that differ within any group of that name."""
+    """Return each name, with the settings that differ within any group of that name, and more."""
     members: dict[Any, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault((names[index], group), []).append(index)
     differing: dict[str, set[str]] = {name: set() for name in names}
     for (name, _), indices in members.items():
         differing[name] |= _differing([settings[index] for index in indices])
-    return [
-        _label(name, {key: setting[key] for key in sorted(differing[name] & setting.keys())})
+    shown = [
+        {key: setting[key] for key in sorted(differing[name] & setting.keys())}
         for name, setting in zip(names, settings, strict=True)
+    ]
+    added = more or [{}] * len(names)
+    return [
+        _label(name, {**own, **also}) for name, own, also in zip(names, shown, added, strict=True)
     ]
 
 

@@ -14,8 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mtnrec.files import slug, write_atomic
-from mtnrec.reporting.figure.catalogue import KINDS, MOST_BLOCKS, WrittenFigure, blocks
-from mtnrec.reporting.figure.style import COLORS
+from mtnrec.reporting.figure.catalogue import KINDS, MOST_ARMS, MOST_BLOCKS, WrittenFigure, blocks
+from mtnrec.reporting.figure.style import color_of
+from mtnrec.reporting.machines import warn_of_machines
 from mtnrec.reporting.runs import Runs, UnfinishedRun
 from mtnrec.reporting.summary import Forest, costs_of_arms, facts, lay_out_forest, summarise
 from mtnrec.reporting.table.appendix import (
@@ -105,11 +106,12 @@ def write_page(
         summary=list(summarise(compared)),
         forest=forest,
         costs=costs_of_arms(runs),
+        warnings=warn_of_machines(runs),
         facts=facts(runs),
         left_out=left_out,
         sections=list(_sections(path, runs, compared, scores, differences, figures)),
         runs=runs_table(runs, path.parent),
-        colors=COLORS,
+        color_of=color_of,
         version=metadata.version("mtnrec"),
     )
     write_atomic(path, page)
@@ -162,20 +164,25 @@ def _sections(
         folded=[
             ("Data sets", _rendered([data_table(runs)])),
             ("Settings shared by all runs", _rendered([shared])),
-            ("Versions", _rendered([version_table(runs)])),
+            ("Versions and machines", _rendered([version_table(runs)])),
         ],
     )
 
 
 def _left_out(runs: Runs) -> str:
     """Return which runs have no figures of their training and layers."""
-    found = blocks(runs.settings)[["data", "block"]].drop_duplicates()
-    if len(found) <= MOST_BLOCKS:
+    arms = blocks(runs.settings).query("treated").groupby(["data", "block"])["line"].nunique()
+    models = blocks(runs.settings)[["data", "block"]].drop_duplicates()
+    parts = []
+    if len(models) > MOST_BLOCKS:
+        parts.append(f"the first {MOST_BLOCKS} of {len(models)} models")
+    if len(arms) and arms.max() > MOST_ARMS:
+        parts.append(f"the first {MOST_ARMS} arms of each model")
+    if not parts:
         return ""
     return (
-        f"The first {MOST_BLOCKS} of {len(found)} models have figures of training, layers and "
-        "calibration. The values of all runs are in epochs.csv; report a folder of fewer runs to "
-        "see the others."
+        f"Only {' and '.join(parts)} have figures of training, layers and calibration. The values "
+        "of all runs are in epochs.csv; report a folder of fewer runs to see the others."
     )
 
 

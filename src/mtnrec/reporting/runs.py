@@ -1,7 +1,8 @@
 """Finished runs as tables: one row per run, metric, epoch or bin.
 
-The columns ``data``, ``model``, ``variant`` and ``noise`` together identify an arm. ``label`` is
-its name; ``baseline`` is a hash that it shares with the arm that it is compared with, its baseline,
+The columns ``data``, ``model``, ``variant`` and ``noise`` together identify an arm: ``noise`` is
+the share of rows with noisy features, and ``data`` names the label noise. ``label`` is the arm's
+name; ``baseline`` is a hash that it shares with the arm that it is compared with, its baseline,
 which is not ``treated``.
 """
 
@@ -20,7 +21,7 @@ from mtnrec.checks import InputError
 from mtnrec.files import read_json
 from mtnrec.metric.catalogue import MetricKey, metric_info, parse_metric_key
 from mtnrec.reporting.baseline import natural_order, place_arms
-from mtnrec.reporting.labels import as_text, label_runs, text_or_none
+from mtnrec.reporting.labels import LABEL_NOISE, as_text, label_runs, text_or_none
 from mtnrec.reporting.table.published import TASKS
 from mtnrec.run.folder import FAILURE_FILE, RUNNING_FILE
 from mtnrec.run.record import RECORD_FILE, RunRecord
@@ -28,6 +29,7 @@ from mtnrec.run.record import RECORD_FILE, RunRecord
 _MTN_NUMBERS = ("lam", "refresh_every")
 _MTN_TEXTS: tuple[str, ...] = ("target", "layers", "subsets", "alpha", "layer_weighting")
 _MTN_TEXTS += ("coupling", "norm", "frobenius")
+_PARAMETERS = ("network", "embeddings")
 _ARM: tuple[str, ...] = (
     "run",
     "arm",
@@ -159,6 +161,7 @@ class Runs(Sequence[Run]):
                     for key, value in run.record.samples_per_second.items()
                 },
                 "peak_memory_bytes": run.record.peak_memory_bytes,
+                **{f"{key}_parameters": run.record.parameters.get(key) for key in _PARAMETERS},
             }
             for run, label, place in zip(self, labels, places, strict=True)
         ]
@@ -169,22 +172,28 @@ class Runs(Sequence[Run]):
     def swept(self) -> dict[str, list[Any]]:
         """Value of each run, by the dotted key of a setting that differs; None if it is not set.
 
-        Settings that have a column of their own name are left out.
+        Settings that have a column of their own name, and label noise, are left out.
         """
         arms = [run.record.identity.arm_settings for run in self]
         found: dict[str, set[str]] = {}
         for arm in arms:
             for key, value in arm.items():
                 found.setdefault(key, set()).add(as_text(value))
-        keys = sorted(k for k, texts in found.items() if len(texts) > 1 and k not in _OWN_COLUMNS)
+        keys = sorted(
+            key
+            for key, texts in found.items()
+            if len(texts) > 1
+            and key not in _OWN_COLUMNS
+            and not key.startswith(f"noise.{LABEL_NOISE}.")
+        )
         return {key: _column([arm.get(key) for arm in arms]) for key in keys}
 
     @cached_property
     def tasks(self) -> list[str]:
         """Tasks in the order of the labels; CTR, CVR and CTCVR first, others by name."""
-        labels = [name for run in self for name in _labels(run.record)]
+        known = [name for run in self for name in _task_order(run.record)]
         found = {place.partition("/")[2] for run in self for place in run.record.counts}
-        order = list(dict.fromkeys([*TASKS, *labels, *sorted(found)]))
+        order = list(dict.fromkeys([*TASKS, *known, *sorted(found)]))
         return [task for task in order if task in found]
 
     @cached_property
@@ -200,10 +209,15 @@ class Runs(Sequence[Run]):
 
     @cached_property
     def costs(self) -> pd.DataFrame:
-        """One row per run: seconds, samples per second and peak memory."""
+        """One row per run: seconds, samples per second, peak memory and numbers of parameters.
+
+        The numbers are ``network_parameters`` and ``embeddings_parameters``; runs recorded before
+        they were counted have none.
+        """
         costs = [name for name in self.settings.columns if name.startswith("seconds_")]
         costs += [name for name in self.settings.columns if name.endswith("_samples_per_second")]
-        return self.settings[[*_ARM, *costs, "peak_memory_bytes"]]
+        costs += ["peak_memory_bytes", *(f"{key}_parameters" for key in _PARAMETERS)]
+        return self.settings[[*_ARM, *costs]]
 
     @cached_property
     def epochs(self) -> pd.DataFrame:
@@ -361,8 +375,10 @@ def _metric_keys(record: RunRecord) -> list[MetricKey]:
     return [key for key in keys if key is not None]
 
 
-def _labels(record: RunRecord) -> Sequence[str]:
-    """Return the labels of a run's data set in order, if its settings name them."""
+def _task_order(record: RunRecord) -> Sequence[str]:
+    """Return the tasks of a run in order, or its labels where the record has no tasks."""
+    if isinstance(tasks := record.data.get("tasks"), list):
+        return [task for task in tasks if isinstance(task, str)]
     for settings in (record.data["parameters"], record.config["data"]):
         if isinstance(labels := settings.get("labels"), list):
             return [label for label in labels if isinstance(label, str)]
@@ -379,6 +395,8 @@ def _column(values: Sequence[Any]) -> list[Any]:
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
     types: dict[str, Any] = {name: "string" for name in _TEXTS if name in table}
+    counts = (f"{key}_parameters" for key in _PARAMETERS)
+    types |= {name: "Int64" for name in counts if name in table}
     if "value" in table:
         types["value"] = "float64"
     return table.astype(types)

@@ -8,7 +8,10 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from mtnrec.metric.catalogue import metric_info
+from mtnrec.reporting.baseline import natural_order
+from mtnrec.reporting.machines import describe_machines, threads
 from mtnrec.reporting.runs import Runs
+from mtnrec.reporting.table.appendix import mean_costs
 from mtnrec.reporting.table.published import task_title
 from mtnrec.reporting.table.scores import SPLIT_NAMES
 
@@ -142,28 +145,25 @@ def lay_out_forest(compared: pd.DataFrame) -> Forest:
 
 def costs_of_arms(runs: Runs) -> list[dict[str, str]]:
     """Return the mean training time and memory of each arm, over data sets and noise."""
-    costs = runs.costs.sort_values(["treated", "color"], kind="stable")
-    speeds = costs.groupby(["baseline", "treated"])["train_samples_per_second"].mean()
-    without = costs["baseline"].map(speeds.xs(False, level="treated"))
-    costs = costs.assign(slower=without / costs["train_samples_per_second"])
+    costs = mean_costs(runs).sort_values(["treated", "color"], kind="stable")
     found = []
-    for (label, treated, color), arm in costs.groupby(["label", "treated", "color"], sort=False):
-        slower = arm["slower"].mean()
+    for (label, color), arm in costs.groupby(["label", "color"], sort=False):
+        ratio = arm["speed_ratio"].mean()
         found.append(
             {
                 "arm": str(label),
                 "color": str(color),
                 "seconds": f"{arm['seconds_fit'].mean():,.1f} s",
-                "ratio": f"{slower:.2f} times" if treated and pd.notna(slower) else "",
-                "memory": f"{arm['peak_memory_bytes'].mean() / _GIB:.1f} GiB",
+                "ratio": f"{ratio:.2f}" if pd.notna(ratio) else "",
+                "memory": f"{arm['peak_memory_bytes'].mean() / _GIB:.2f} GiB",
             }
         )
     return found
 
 
 def facts(runs: Runs) -> Mapping[str, str]:
-    """Return what was run: data, rows, arms, seeds, machine."""
-    settings, record = runs.settings, runs[0].record
+    """Return what was run: data, rows, arms, seeds, machine, software."""
+    settings = runs.settings
     rows = {run.record.data["name"]: run.record.data["rows"] for run in runs}
     seconds = sum(sum(run.record.seconds.values()) for run in runs)
     noise = sorted(settings["noise"].unique())
@@ -179,13 +179,15 @@ def facts(runs: Runs) -> Mapping[str, str]:
     if len(noise) > 1 or noise[0]:
         found["noise"] = ", ".join(f"{value:g}" for value in noise)
     found["monitor"] = ", ".join(sorted({str(run.record.config["monitor"]) for run in runs}))
-    threads = sorted({str(run.record.threads) for run in runs if run.record.threads})
+    if machines := describe_machines(runs):
+        found["machine"] = machines
     versions = [
-        f"{name} {record.versions[name]}"
+        f"{name} {', '.join(sorted(texts))}"
         for name in ("python", "torch", "mtnrec")
-        if name in record.versions
+        if (texts := {run.record.versions[name] for run in runs if name in run.record.versions})
     ]
-    found["machine"] = ", ".join([*versions, *(f"{t} threads per run" for t in threads)])
+    counts = sorted({threads(run.record) for run in runs} - {""}, key=natural_order)
+    found["software"] = ", ".join([*versions, *counts])
     return found
 
 

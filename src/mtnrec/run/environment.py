@@ -146,10 +146,17 @@ def find_commits() -> dict[str, Any]:
     """
     checkout = _PACKAGE.parents[1]
     is_checkout = (checkout / "pyproject.toml").is_file() and _PACKAGE.parent.name == "src"
-    return {
-        "working_directory": _commit(Path.cwd()),
-        "mtnrec": _commit(checkout) if is_checkout else None,
-    }
+    folders = {"working_directory": _find_checkout(Path.cwd())}
+    folders |= {"mtnrec": _find_checkout(checkout)} if is_checkout else {}
+    commits = {folder: _commit(folder) for folder in {*folders.values()}}
+    return {"mtnrec": None} | {name: commits[folder] for name, folder in folders.items()}
+
+
+def _find_checkout(folder: Path) -> Path:
+    """Return the root of the checkout that a folder is in; a folder outside one as it is."""
+    folder = folder.resolve()
+    roots = (parent for parent in (folder, *folder.parents) if (parent / ".git").exists())
+    return next(roots, folder)
 
 
 def _commit(folder: Path) -> dict[str, Any] | None:

@@ -185,6 +185,9 @@ def clear_earlier_run(folder: Path, *, resumes: bool) -> None:
     names = ["csv", "tensorboard"] if resumes else ["csv", "tensorboard", "spectra"]
     for name in names:
         shutil.rmtree(folder / name, ignore_errors=True)
+    for pattern in ("events.*", "*/events.*"):  # a TensorBoard logger of another name
+        for path in folder.glob(f"{pattern}tfevents.*"):
+            path.unlink()
     if not resumes:
         # The id that W&B resumes; what the earlier run has not sent yet stays in wandb/.
         (folder / "wandb" / "wandb-resume.json").unlink(missing_ok=True)

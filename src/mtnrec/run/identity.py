@@ -20,7 +20,7 @@ TREATMENTS = ("mtn", "regularizer")  # config groups that a baseline lacks
 _OPTIONAL = ("regularizer", "loss", "balance", "scheduler", "metrics", "callbacks")
 _DEFAULTS = {
     "loss": {"_target_": "mtnrec.objective.loss.CrossEntropy"},
-    "balance": {"_target_": "mtnrec.objective.balance.Weights", "weights": {}},
+    "balance": {"_target_": "mtnrec.objective.balance.Weights", "weights": None},
     "scheduler": {
         "_target_": "torch.optim.lr_scheduler.ConstantLR",
         "_partial_": True,
@@ -71,8 +71,7 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     # MTN recomputes its factors at each checkpoint; nothing else depends on the interval.
     if not config["mtn"]["enabled"] or not config["trainer"].get(CHECKPOINTS):
         settings["trainer"].pop(CHECKPOINTS, None)
-    if not config["noise"]["proportion"]:
-        settings["noise"] = {"proportion": 0}
+    settings["noise"] = _noise_settings(settings["noise"])
     # Their order matters, their names do not.
     if isinstance(callbacks := settings.get("callbacks"), Mapping):
         settings["callbacks"] = list(callbacks.values())
@@ -92,6 +91,27 @@ def _leave_out_defaults(settings: dict[str, Any]) -> None:
     for group in _OPTIONAL:
         if group in settings and settings[group] in (None, {}, [], _DEFAULTS.get(group)):
             del settings[group]
+
+
+def _noise_settings(noise: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the noise that count."""
+    flips = label_flips(noise)
+    of_labels: dict[str, Any] = {"label_flip": flips} if flips else {}
+    if noise["proportion"]:
+        return {key: value for key, value in noise.items() if key != "label_flip"} | of_labels
+    if flips:
+        of_labels |= {key: noise[key] for key in ("splits", "seed")}
+    return {"proportion": 0, **of_labels}
+
+
+def label_flips(noise: Mapping[str, Any]) -> dict[str, float]:
+    """Return the flip probability of each label that has one, from the settings of the noise.
+
+    >>> label_flips({"proportion": 0.1, "label_flip": {"click": 0.0, "conversion": 0.1}})
+    {'conversion': 0.1}
+    """
+    flips = noise.get("label_flip") or {}  # absent from records of before it existed
+    return {label: probability for label, probability in flips.items() if probability}
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -149,6 +169,7 @@ def folder_name(config: Mapping[str, Any], swept: Mapping[str, Any] | None = Non
     words += [choices.get(group, name) for group, name in treatment_names(settings).items()]
     proportion = config["noise"]["proportion"]
     words += [f"noise{proportion:g}"] if proportion else []
+    words += _flip_words(config["noise"])
     for end, (key, value) in zip(ends, shown.items(), strict=True):
         words.append(f"{end if ends.count(end) == 1 else key}_{_word(value)}")
     name = "-".join(_safe(str(word))[:_LONGEST_WORD] for word in words)
@@ -159,7 +180,11 @@ def folder_name(config: Mapping[str, Any], swept: Mapping[str, Any] | None = Non
 def _is_shown(key: str, keys: Collection[str]) -> bool:
     """Return whether a folder's name has a word for a key of the settings ``keys``."""
     is_setting = key in keys or any(other.startswith(f"{key}.") for other in keys)
-    return is_setting and key not in _NAMED
+    return is_setting and key not in _NAMED and not key.startswith("noise.label_flip")
+
+
+def _flip_words(noise: Mapping[str, Any]) -> list[str]:
+    return [f"flip_{label}_{share:g}" for label, share in label_flips(noise).items()]
 
 
 def _word(value: Any) -> str:
@@ -245,19 +270,24 @@ class RunIdentity:
 
     @cached_property
     def tags(self) -> list[str]:
-        """Data set, model, treatment and noise, one word each."""
-        settings, proportion = self.shown_settings, self.settings["noise"]["proportion"]
+        """Data set, model, treatment and noise, one word each; one for each noisy label."""
+        settings = self.shown_settings
         treatment = "+".join(treatment_names(self.settings).values()) or "baseline"
-        noise = f"noise_{proportion:g}" if proportion else "clean"
-        return [str(settings["data"]), settings["model"], treatment, noise]
+        return [str(settings["data"]), settings["model"], treatment, *self._noise_words]
+
+    @cached_property
+    def _noise_words(self) -> list[str]:
+        noise = self.settings["noise"]
+        words = [f"noise_{noise['proportion']:g}"] if noise["proportion"] else []
+        return [*words, *_flip_words(noise)] or ["clean"]
 
     @cached_property
     def group(self) -> str:
         """Name of the arm."""
-        *words, noise = self.tags
+        words, noise = self.tags[:3], self._noise_words
         found = [self.settings[group].get("lam") for group in self.treatments]
         strengths = [f"lam={lam:g}" for lam in found if lam is not None]
-        return " ".join([*words, *strengths, noise, self.arm[:8]])
+        return " ".join([*words, *strengths, *noise, self.arm[:8]])
 
     @cached_property
     def name(self) -> str:

@@ -1,6 +1,5 @@
 """Record of a run, ``result.json``: settings, data and results."""
 
-import json
 import logging
 import math
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from mtnrec.checks import InputError
-from mtnrec.files import write_json
+from mtnrec.files import read_json, write_json
 from mtnrec.run.environment import code_of_run, describe_changes, sources, versions
 from mtnrec.run.identity import RunIdentity
 
@@ -57,8 +56,9 @@ class RunRecord:
         seed: Seed of the run.
         config: Resolved config.
         versions: Versions by package.
-        data: Name, checksum, parameters and rows of the data set, and suspected leaks.
-        noise: Settings and counts of the noise, and a checksum of the replaced rows and features.
+        data: Name, checksum, parameters, rows and tasks of the data set, and suspected leaks.
+        noise: Settings and counts of the noise, and a checksum of the replaced rows and features
+            and the flipped labels.
         mtn: Group ``mtn`` of the config.
         best_epoch: Epoch whose weights were tested, from 0.
         metrics: Values by key, for example ``test/ctr_auc``; None where undefined.
@@ -75,6 +75,8 @@ class RunRecord:
         seconds: Durations of ``setup``, ``fit`` and ``test``.
         samples_per_second: Throughput of ``train`` and ``evaluate``, loading included.
         peak_memory_bytes: Peak memory of the process so far, GPU memory included.
+        parameters: Numbers of parameters, of the ``embeddings`` and of the rest, ``network``; empty
+            in records from before they were counted.
         added_metrics: Better direction, ``higher`` or ``lower``, of each metric that the catalogue
             lacks.
         keys_of_seed: Dotted config keys derived from the seed, including ``seed``.
@@ -103,6 +105,7 @@ class RunRecord:
     commits: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     stopped: str | None = None
+    parameters: Mapping[str, int] = field(default_factory=dict)
     added_metrics: Mapping[str, str] = field(default_factory=dict)
     keys_of_seed: Sequence[str] = field(default_factory=lambda: ["seed", "data.seed"])
     status: str = "finished"
@@ -131,15 +134,12 @@ class RunRecord:
         """Read a ``result.json``.
 
         Raises:
-            InputError: If it is not valid JSON, lacks a key, has a value of another type, or has a
-                different format version.
+            InputError: If it is missing or not valid JSON, lacks a key, has a value of another
+                type, or has a different format version.
         """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:  # of JSON, encoding or nesting
-            raise InputError(
-                f"{path} is not valid JSON ({error}). Delete it and run again."
-            ) from None
+        content = read_json(path)
+        if content is None:
+            raise InputError(f"{path} is missing. Run again.")
         return cls.from_content(content, path)
 
     @classmethod

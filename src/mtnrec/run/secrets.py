@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ _NAME = (
 _IS_SECRET = re.compile(rf"{_NAME}$", re.IGNORECASE)
 # In overrides and messages: logger.settings.api_key=…, 'token': '…', but not a path a/token=1/b.
 _ASSIGNED = re.compile(
-    rf"""(?<![\w./-])((?:[\w.]*[._])?{_NAME}["']?\s*[=:]\s*)(?!["']?\$\{{)(?:"[^"]+"|'[^']+'|[^\s,}}\]"']+)""",
+    rf"""(?<![\w./-])((?:[\w.]*[._])?{_NAME}["']?\s*[=:]\s*)(?!["']?\$\{{)(?:"(?:\\.|[^"\\])+"|'(?:\\.|[^'\\])+'|[^\s,}}\]"']+)""",
     re.IGNORECASE,
 )
+_FORMATTER = logging.Formatter()
 _found: set[str] = set()  # values that `redact` has hidden by their key
 
 
@@ -56,11 +58,16 @@ def redact_text(text: str) -> str:
     return _ASSIGNED.sub(rf"\g<1>{HIDDEN}", _hide_values(text))
 
 
+@cache
+def _names_secret(variable: str) -> bool:
+    return _IS_SECRET.search(variable) is not None
+
+
 def _hide_values(text: str) -> str:
     variables = {
         value
         for variable, value in os.environ.items()
-        if len(value) >= _SHORTEST and _IS_SECRET.search(variable)
+        if len(value) >= _SHORTEST and _names_secret(variable)
     }
     for secret in sorted(variables | _found, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
@@ -73,6 +80,8 @@ def redact_log(record: logging.LogRecord) -> bool:
     hidden = redact_text(message)
     if hidden != message:
         record.msg, record.args = hidden, ()
+    if record.exc_info and not record.exc_text:
+        record.exc_text = redact_text(_FORMATTER.formatException(record.exc_info))
     return True
 
 

@@ -147,33 +147,34 @@ class Encoder:
         return stored.astype(np.float32)
 
     def _bags(self, name: str, frame: pl.DataFrame, place: Callable[[int], str]) -> Bags:
-        lengths, items = to_bags(_as_lists(name, frame[name]))
+        lengths, items = to_bags(frame[name])
+        row = np.repeat(np.arange(len(lengths)), lengths)
         items = to_text(items)
         if items.null_count():
-            raise InputError(f"column {name!r}: a list must not hold missing values. Delete them.")
+            first = int(row[items.is_null().arg_max() or 0])
+            raise InputError(
+                f"{place(first)}, column {name!r}: a list must not hold missing values. Delete "
+                "them."
+            )
         tokens = self._indices(name, items)
         self.missing[name] += int((lengths == 0).sum())
         weights = np.ones(len(tokens), np.float32)
         if (given := _weight_column(name)) in frame.columns:
-            others, values = to_bags(_as_lists(given, frame[given]))
+            others, values = to_bags(frame[given])
             if (differ := others != lengths).any():
-                row = int(differ.argmax())
-                raise InputError(f"{place(row)}: the lists {name!r} and {given!r} differ in length")
-            weights = _read_numbers(given, values, lambda _: "a list").astype(np.float32)
+                first = int(differ.argmax())
+                raise InputError(
+                    f"{place(first)}: the lists {name!r} and {given!r} differ in length"
+                )
+            read = _read_numbers(given, values, lambda item: place(int(row[item])))
+            _require_finite(given, np.isnan(read), values, lambda item: place(int(row[item])))
+            weights = read.astype(np.float32)
         offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
         return Bags(*map(torch.from_numpy, (tokens, weights, offsets)))
 
 
 def _weight_column(name: str) -> str:
     return f"{name}_weights"
-
-
-def _as_lists(name: str, column: pl.Series) -> pl.Series:
-    if not isinstance(column.dtype, pl.List):
-        raise InputError(
-            f"column {name!r} must hold lists, since the field is multi-valued, got {column.dtype}"
-        )
-    return column
 
 
 def _read_numbers(name: str, column: pl.Series, place: Callable[[int], str]) -> Float64Array:
@@ -190,9 +191,10 @@ def _require_finite(
 ) -> None:
     if wrong.any():
         row = int(wrong.argmax())
+        remedy = "Correct it, or set decimal if numbers have another decimal sign."
         raise InputError(
             f"{place(row)}, column {name!r}: a number must be finite in 32 bits, got "
-            f"{column[row]!r}"
+            f"{column[row]!r}. {remedy if column.dtype == pl.String else 'Correct it.'}"
         )
 
 

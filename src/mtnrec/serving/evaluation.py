@@ -9,6 +9,7 @@ from rich import box
 from torch import Tensor
 
 from mtnrec.checks import InputError
+from mtnrec.data.prepared.manifest import Manifest
 from mtnrec.metric.catalogue import METRICS
 from mtnrec.metric.task_metrics import TaskMetrics
 from mtnrec.schema import Schema
@@ -47,7 +48,7 @@ def evaluate(scorer: Scorer, rows: Rows) -> Evaluated:
     metrics, count = TaskMetrics(schema), 0
     with warning_of_unseen(scorer.encoder):
         for part in progressing(rows, "evaluating"):
-            labels = _valid_labels(part, schema)
+            labels = _valid_labels(part, scorer.manifest)
             output = scorer.predict(part.batch, part.place).output
             metrics.update(output, labels, part.batch.group)
             count += len(part.batch)
@@ -56,12 +57,15 @@ def evaluate(scorer: Scorer, rows: Rows) -> Evaluated:
     return Evaluated(count, {name: value.item() for name, value in metrics.compute().items()})
 
 
-def _valid_labels(part: Part, schema: Schema) -> Tensor:
-    labels = part.batch.labels
+def _valid_labels(part: Part, manifest: Manifest) -> Tensor:
+    schema, labels = manifest.schema, part.batch.labels
     assert labels is not None
     wrong, rule = labels.isnan().any(dim=1), "a label must be 0 or 1"
+    if (positive := manifest.parameters.get("positive")) is not None:
+        rule = f"a label must be as in the training data, with data.positive={positive}"
     if schema.funnel and not wrong.any():
-        wrong, rule = labels[:, 1] > labels[:, 0], "a conversion must have a click"
+        wrong = (labels.diff(dim=1) > 0).any(dim=1)
+        rule = "a conversion must have a click, each label of a funnel the one before it"
     if wrong.any():
         row = int(wrong.int().argmax())
         raise InputError(f"{part.place(row)}: {rule} ({', '.join(schema.labels)}). Correct it.")
@@ -82,7 +86,7 @@ def metrics_table(schema: Schema, found: Evaluated) -> rich.table.Table:
         table.add_column(header, justify="right")
     for task in schema.tasks:
         table.add_row(
-            task.name.upper() if schema.funnel else task.name,
+            schema.title(task),
             schema.definition(task),
             *(f"{found.metrics[f'{task.name}_{count}']:,}" for count in ("rows", "positives")),
             *(_number(found.metrics, f"{task.name}_{name}") for name in shown),

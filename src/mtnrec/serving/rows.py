@@ -10,15 +10,16 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
+from mtnrec.arrays import Float32Array
 from mtnrec.batch import Batch
 from mtnrec.checks import InputError, check_choice, check_integer, format_names
 from mtnrec.data.batches import RowGatherer
 from mtnrec.data.datamodule import DataModule
+from mtnrec.data.preparation.table import positive_texts
 from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.raw.bad_rows import BadRows
-from mtnrec.data.raw.column import to_labels
-from mtnrec.data.raw.tabular import Chunk, FileSource
-from mtnrec.schema import Schema
+from mtnrec.data.raw.column import to_labels, to_text
+from mtnrec.data.raw.tabular import Chunk, FileSource, check_dialect
 from mtnrec.serving.scorer import Scorer, shifted
 
 
@@ -42,10 +43,12 @@ class Rows(Protocol):
     Attributes:
         total: Number of rows; None if it is not known in advance.
         has_labels: Whether they have labels.
+        form: Separator and decimal sign of csv files, in words; empty if there are none.
     """
 
     total: int | None
     has_labels: bool
+    form: str
 
     def __iter__(self) -> Iterator[Part]:
         """Yield the rows of each batch."""
@@ -66,6 +69,7 @@ class PreparedRows:
     """
 
     has_labels = True
+    form = ""
 
     def __init__(self, scorer: Scorer, directory: Path, split: str, batch_size: int) -> None:
         manifest, arrays = open_prepared(directory)
@@ -107,6 +111,8 @@ class TableRows:
         batch_size: Rows scored at a time.
         keep: Columns copied to the scores unchanged, e.g. an id.
         group: Column of the user or search, for the grouped AUC.
+        separator: Separator of the cells of csv files; None to infer it.
+        decimal: Decimal sign of the numbers in csv files; None to infer it.
 
     Raises:
         InputError: If the table cannot be read or lacks a column.
@@ -120,9 +126,13 @@ class TableRows:
         *,
         keep: Sequence[str] = (),
         group: str | None = None,
+        separator: str | None = None,
+        decimal: str | None = None,
     ) -> None:
         self.total: int | None = None
-        self._source = FileSource("table", path)
+        separator = check_dialect("", separator, decimal)
+        self._source = FileSource("table", path, separator, decimal)
+        self.form = self._source.form
         self._source.require_columns("the model", scorer.encoder.columns)
         self._source.require_columns("keep", list(keep))
         self._source.require_columns("group", [] if group is None else [group])
@@ -133,6 +143,8 @@ class TableRows:
         self._schema = scorer.manifest.schema
         self.has_labels = set(self._schema.labels) <= set(self._source.columns)
         self._labels = self._schema.labels if self.has_labels else ()
+        self._positive = scorer.manifest.parameters.get("positive")
+        self._negatives: dict[str, str] = {}
         self._keep, self._group = list(keep), group
         self._encoder, self._batch_size = scorer.encoder, batch_size
 
@@ -155,11 +167,28 @@ class TableRows:
         place = shifted(chunk.place, start)
         batch = self._encoder.encode(frame, place)
         if self.has_labels:
-            batch.labels = read_labels(frame, self._schema)
+            columns = [self._read_label(frame[name]) for name in self._labels]
+            batch.labels = torch.from_numpy(np.stack(columns, axis=1))
         if self._group is not None:
             batch.group = _read_groups(frame[self._group], place)
         kept = chunk.stored.select(self._keep).slice(start, self._batch_size).to_arrow()
         return Part(batch, place, kept)
+
+    def _read_label(self, column: pl.Series) -> Float32Array:
+        """Return a label as in the training data; NaN where it is missing or invalid.
+
+        Under a single positive value only one other may occur: the first found.
+        """
+        positive = positive_texts(self._positive)
+        read = to_labels(column, positive).cast(pl.Float32).fill_null(np.nan).to_numpy().copy()
+        if positive is None or isinstance(self._positive, list | tuple):
+            return read
+        text = to_text(column).str.to_lowercase()
+        others = text.filter(read == 0)
+        if others.len():
+            negative = self._negatives.setdefault(column.name, str(others[0]))
+            read[(read == 0) & (text != negative).fill_null(value=False).to_numpy()] = np.nan
+        return read
 
 
 def open_rows(
@@ -171,12 +200,14 @@ def open_rows(
     batch_size: int,
     keep: Sequence[str] = (),
     group: str | None = None,
+    separator: str | None = None,
+    decimal: str | None = None,
 ) -> Rows:
     """Open a split of a prepared data set, or a table; see the two classes above.
 
     Raises:
-        InputError: If not exactly one of ``data`` and ``table`` is given, columns are named without
-            a table, or it cannot be read.
+        InputError: If not exactly one of ``data`` and ``table`` is given, an argument about a table
+            comes with ``data``, or the rows cannot be read.
     """
     check_integer("batch_size", batch_size, minimum=1)
     if (data is None) == (table is None):
@@ -186,21 +217,24 @@ def open_rows(
             "data set) or table=FILE (raw values)."
         )
     if table is not None:
-        return TableRows(scorer, Path(table), batch_size, keep=keep, group=group)
+        return TableRows(
+            scorer,
+            Path(table),
+            batch_size,
+            keep=keep,
+            group=group,
+            separator=separator,
+            decimal=decimal,
+        )
     assert data is not None
-    for key, columns in {"keep": list(keep), "group": group}.items():
-        if columns:
+    of_table = {"keep": list(keep), "group": group, "separator": separator, "decimal": decimal}
+    for key, value in of_table.items():
+        if value:
             raise InputError(
-                f"{key} must name columns of a table, got {columns} with data. Leave {key} out."
+                f"{key} must come with table=FILE, got {key}={value} with data. Leave {key} out."
             )
     data.prepare_data()
     return PreparedRows(scorer, data.folder, split, batch_size)
-
-
-def read_labels(frame: pl.DataFrame, schema: Schema) -> Tensor:
-    """Return the labels of raw rows, float32 ``(rows, T)``; NaN where one is missing or invalid."""
-    columns = [to_labels(frame[name]).cast(pl.Float32).fill_null(np.nan) for name in schema.labels]
-    return torch.from_numpy(np.stack([column.to_numpy() for column in columns], axis=1))
 
 
 def _read_groups(column: pl.Series, place: Callable[[int], str]) -> Tensor:
@@ -208,7 +242,7 @@ def _read_groups(column: pl.Series, place: Callable[[int], str]) -> Tensor:
     if column.null_count():
         row = int(column.is_null().arg_max() or 0)
         raise InputError(f"{place(row)}, column {column.name!r}: a group must not be missing")
-    hashes = column.cast(pl.String).hash(0).to_numpy()
+    hashes = to_text(column).hash(0).to_numpy()
     return torch.from_numpy(hashes.view(np.int64).copy())
 
 

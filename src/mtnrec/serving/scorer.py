@@ -22,7 +22,7 @@ from mtnrec.checkpoint.bundle import (
 )
 from mtnrec.checks import InputError, check_integer
 from mtnrec.data.prepared.manifest import Manifest
-from mtnrec.data.raw.tabular import ArrowStream, missing_to_null, read_frame
+from mtnrec.data.raw.tabular import ArrowStream, check_types, missing_to_null, read_frame
 from mtnrec.metric.task_metrics import task_probabilities
 from mtnrec.run.folder import find_checkpoint
 from mtnrec.serving.encoder import Encoder, read_vocabularies
@@ -84,7 +84,9 @@ class Scorer:
         """
         check_integer("batch_size", batch_size, minimum=1)
         needed = {*self.encoder.columns, *self.encoder.lists}
-        rows = missing_to_null(read_frame("the frame", frame, needed)[0])
+        read = read_frame("the frame", frame, needed)[0]
+        check_types("frame", "the frame", read.schema, self.encoder.lists)
+        rows = missing_to_null(read)
         with warning_of_unseen(self.encoder):
             scores = self.score_raw(rows, "row {}".format, batch_size)
         index = frame.index if isinstance(frame, pd.DataFrame) else None

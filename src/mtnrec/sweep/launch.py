@@ -28,7 +28,7 @@ from rich import get_console
 from rich.live import Live
 
 from mtnrec.checks import InputError
-from mtnrec.command.config import naming_folders_after, resolve_settings
+from mtnrec.command.config import naming_folders_after, override_key, resolve_settings
 from mtnrec.command.errors import unknown_key
 from mtnrec.command.interrupt import got_sigterm, interrupt_status
 from mtnrec.command.job import draws_on_screen, make_datamodule, train_command
@@ -166,7 +166,7 @@ class _Misfits:
                 composed = loader.load_sweep_config(config, kept)
             except HydraException as error:
                 key = unknown_key(error) or ""
-                others = [line for line in kept if _key(line) != key]
+                others = [line for line in kept if override_key(line) != key]
                 if "." not in key or len(others) == len(kept):
                     raise
                 kept = others
@@ -181,7 +181,7 @@ class _Misfits:
             group = key.partition(".")[0]
             choice = f"{group}={composed.hydra.runtime.choices.get(group)}"
             self._lacking.setdefault(key, Counter())[choice] += 1
-        self._used |= {_key(line) for line in kept}
+        self._used |= {override_key(line) for line in kept}
         self._runs += 1
 
     def report(self) -> None:
@@ -196,10 +196,6 @@ class _Misfits:
                 choices.total(),
                 self._runs,
             )
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0]
 
 
 def _make_job(composed: DictConfig, overrides: Sequence[str]) -> Job:
@@ -275,17 +271,18 @@ def _list(jobs: Sequence[Job], pending: Sequence[Job], directory: Path) -> None:
         state = run_state(job.folder)
         if job in pending and state is State.FINISHED:
             state = State.WAITING
-        line = f"{state:12}{job.folder.relative_to(directory)}  {' '.join(job.overrides)}"
+        line = f"{state:12}{job.folder.relative_to(directory)}  {' '.join(_shown(job))}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _say_interrupted(jobs: Sequence[Job], directory: Path) -> None:
     states = Counter(run_state(job.folder) for job in jobs)
-    command = shlex.join(["python", "-m", "mtnrec.train", *sys.argv[1:]])
+    started = states[State.INTERRUPTED] + states[State.RUNNING]  # a worker may not have ended yet
+    command = redact_text(shlex.join(["python", "-m", "mtnrec.train", *sys.argv[1:]]))
     sys.stderr.write(
         f"mtnrec: interrupted. {directory} keeps {states[State.FINISHED]} finished runs of "
-        f"{len(jobs)}, and {states[State.INTERRUPTED]} interrupted ones up to their last complete "
-        f"epoch. To resume:\n  {command}\n"
+        f"{len(jobs)}, and {started} interrupted ones up to their last complete epoch. To resume:\n"
+        f"  {command}\n"
     )
 
 
@@ -319,7 +316,8 @@ def _find_data(
                 datamodule.prepare_data()
             prepared[data] = datamodule.find_checksum(), datamodule.settings_used()
         except (InputError, InstantiationException) as error:
-            _logger.warning("%d of %d runs will fail: %s", uses[data], len(jobs), error)
+            message = redact_text(str(error))
+            _logger.warning("%d of %d runs will fail: %s", uses[data], len(jobs), message)
     return prepared
 
 
@@ -341,7 +339,7 @@ def _launch(pending: Sequence[Job], launcher: Launcher) -> None:
             dead = [job for job in pending if run_state(job.folder) is State.INTERRUPTED]
             if not dead:
                 raise
-            _logger.warning("%s; continuing with the remaining runs", error)
+            _logger.warning("%s; continuing with the remaining runs", redact_text(str(error)))
             for job in dead:
                 deaths[job.folder] += 1
                 if deaths[job.folder] == _MAX_CRASHES:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +71,7 @@ class RunProgress:
     @property
     def kind(self) -> str:
         """Name without seed and hash; runs of one kind cost about the same."""
-        return self.name.rpartition("-seed")[0]
+        return self.name.rpartition("-seed")[0] or self.name
 
 
 def read_progress(root: Path) -> list[RunProgress]:
@@ -164,8 +163,9 @@ def _read_run(root: Path, folder: Path, overrides: tuple[str, ...], submitted: b
 
 
 def _elapsed(path: Path, progress: Mapping[str, Any]) -> float:
-    now = time.time()
-    return now - _number(path, progress.get("started", now))
+    """Return the seconds up to the last heartbeat, by the clock of the run's own host."""
+    started = _number(path, progress.get("started", 0))
+    return _number(path, progress.get("heartbeat", started)) - started
 
 
 @cache

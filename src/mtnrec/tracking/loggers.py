@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from mtnrec.checks import InputError
 from mtnrec.run.identity import RunIdentity, flatten
 from mtnrec.run.record import RunRecord
+from mtnrec.run.secrets import redact_text
 from mtnrec.tracking.tables import record_tables
 
 _logger = logging.getLogger(__name__)
@@ -145,7 +146,8 @@ def _start(logger: WandbLogger) -> None:
     import wandb
 
     try:
-        _ = logger.experiment
+        with _hidden_arguments():
+            _ = logger.experiment
     except wandb.errors.UsageError as error:
         raise _no_key(error) from error
     except wandb.errors.CommError as error:
@@ -158,9 +160,21 @@ def _start(logger: WandbLogger) -> None:
         wandb.teardown()  # ends its service, which still holds the run
         os.environ["WANDB_MODE"] = "offline"
         try:
-            _ = logger.experiment
+            with _hidden_arguments():
+                _ = logger.experiment
         finally:
             del os.environ["WANDB_MODE"]
+
+
+@contextmanager
+def _hidden_arguments() -> Iterator[None]:
+    """Hide secrets in ``sys.argv``, which W&B stores, during the block."""
+    arguments = sys.argv[:]
+    sys.argv[:] = map(redact_text, arguments)
+    try:
+        yield
+    finally:
+        sys.argv[:] = arguments
 
 
 def report_run(loggers: Iterable[Logger], record: RunRecord) -> None:

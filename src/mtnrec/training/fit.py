@@ -27,7 +27,7 @@ from mtnrec.command.job import is_rank_zero, owns_screen
 from mtnrec.data.datamodule import DataModule
 from mtnrec.inspection.leaks import LeakCheck, check_leaks
 from mtnrec.metric.task_metrics import bayes_aucs
-from mtnrec.model.network import build_network
+from mtnrec.model.network import build_network, count_parameters
 from mtnrec.objective.objective import TASK_LOSSES
 from mtnrec.performance import tune_process
 from mtnrec.run.environment import (
@@ -176,7 +176,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         config=config,
         versions=packages,
         data=_describe_data(datamodule, leaks),
-        noise=datamodule.noise.record(datamodule.row_numbers),
+        noise=datamodule.record_noise(),
         mtn=config["mtn"],
         best_epoch=chosen["epoch"],
         metrics=metrics | _bayes_aucs(datamodule, counts),
@@ -193,6 +193,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         seconds=recorder.seconds,
         samples_per_second=recorder.samples_per_second(),
         peak_memory_bytes=peak_memory_bytes(),
+        parameters=count_parameters(module.network),
     )
     if trainer.is_global_zero:
         record.write(output_dir)
@@ -314,6 +315,7 @@ def _describe_data(datamodule: DataModule, leaks: LeakCheck) -> dict[str, Any]:
         "checksum": manifest.checksum,
         "parameters": manifest.parameters,
         "rows": datamodule.split_rows,
+        "tasks": [task.name for task in datamodule.schema.tasks],
         "suspected_leaks": [asdict(leak) for leak in leaks.leaks],
         "leaks_not_judged": leaks.not_judged,
     }

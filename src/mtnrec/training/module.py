@@ -67,8 +67,8 @@ class MultiTaskModule(L.LightningModule):
         task_loss: ``sum``, as in eq. 5, or ``mean``, as in MTReclib, with which the same ``lambda``
             weighs as much as ``lambda * T`` with the sum.
         metrics: More metrics by name, as in :class:`~mtnrec.metric.added.AddedMetrics`.
-        cuda_graphs: Whether a GPU captures the passes of the network and replays them, if it
-            ``supports_cuda_graphs``; no effect on a CPU.
+        cuda_graphs: Whether a GPU captures the passes of the network and replays them, if network
+            and loss have ``supports_cuda_graphs``; no effect on a CPU.
 
     Raises:
         InputError: If a value is out of range.
@@ -144,7 +144,7 @@ class MultiTaskModule(L.LightningModule):
     def on_train_start(self) -> None:
         steps_alone = self.trainer.accumulate_grad_batches == 1
         captures = self._cuda_graphs and steps_alone and can_be_captured(self.network)
-        captures = captures and not self.objective.is_balanced_by_gradients
+        captures = captures and self.objective.supports_cuda_graphs
         self._graph = CudaGraphLoss(self.network, self._objective) if captures else None
 
     def on_train_end(self) -> None:
@@ -192,10 +192,15 @@ class MultiTaskModule(L.LightningModule):
         if self._rows:  # within an epoch
             own = [self._sums, self._rows]
             checkpoint["train_values"] = _gather_ranks(own)
+        if hasattr(self.objective.loss, "rank_state"):
+            checkpoint["loss"] = _gather_ranks(self.objective.loss.rank_state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         ranks = checkpoint.get("train_values")
         self._sums, self._rows = ranks[self.global_rank] if ranks else ([], 0)
+        states = checkpoint.get("loss")
+        if states and hasattr(self.objective.loss, "load_rank_state"):
+            self.objective.loss.load_rank_state(states[self.global_rank])
 
     def validation_step(self, batch: Batch) -> None:
         self.val_metrics.update(self(batch), _batch_labels(batch), batch.group)
@@ -264,10 +269,11 @@ class MultiTaskModule(L.LightningModule):
             self._set_rates()
 
     def _set_rates(self) -> None:
-        loss = self.objective.loss
-        data = getattr(self.trainer, "datamodule", None)
-        if hasattr(loss, "set_rates") and data is not None:
-            loss.set_rates(torch.from_numpy(data.split_labels("train").mean(axis=0)))
+        if not hasattr(self.objective.loss, "set_rates"):
+            return
+        labels = getattr(getattr(self.trainer, "datamodule", None), "split_labels", None)
+        rates = None if labels is None else torch.from_numpy(labels("train").mean(axis=0))
+        self.objective.loss.set_rates(rates)
 
     def configure_optimizers(self) -> Any:
         optimizer = self._make_optimizer()

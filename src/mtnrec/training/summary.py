@@ -13,7 +13,9 @@ from rich.text import Text
 from torch import nn
 
 from mtnrec.metric.catalogue import metric_key
+from mtnrec.model.network import count_parameters
 from mtnrec.run.folder import BEST_CHECKPOINT
+from mtnrec.run.identity import label_flips
 from mtnrec.run.record import RECORD_FILE, RunRecord
 from mtnrec.schema import Schema
 
@@ -46,21 +48,24 @@ def opening_panel(
         device: Device of this process, and how many processes there are.
         threads: Threads of this process.
     """
-    tables = [m for m in network.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-    embeddings = sum(table.weight.numel() for table in tables)
-    others = sum(parameter.numel() for parameter in network.parameters()) - embeddings
+    parameters = count_parameters(network)
     splits = {"train": "training", "val": "validation", "test": "test"}
     counts = ", ".join(f"{rows[split]:,} {name}" for split, name in splits.items())
     mtn, proportion = config["mtn"], config["noise"]["proportion"]
     lines = {
-        "model": f"{type(network).__name__}: {others:,} parameters, {embeddings:,} in embeddings",
+        "model": f"{type(network).__name__}: {parameters['network']:,} parameters, "
+        f"{parameters['embeddings']:,} more in embeddings",
         "data": f"{config['data']['name']}: {counts} rows",
         "device": f"{device}, {threads} thread{'' if threads == 1 else 's'}",
         "MTN": f"lam={mtn['lam']:g} on {mtn['target']}" if mtn["enabled"] else "off",
         "folder": str(Path(config["output_dir"]).absolute()),
     }
-    if proportion:
-        lines["noise"] = f"{proportion:.0%} of the {', '.join(config['noise']['splits'])} rows"
+    where = f"the {', '.join(config['noise']['splits'])} rows"
+    noise = [f"{proportion:.0%} of {where}"] if proportion else []
+    flips = label_flips(config["noise"]).items()
+    noise += [f"{label}=1 flipped with probability {p:g} in {where}" for label, p in flips]
+    if noise:
+        lines["noise"] = "; ".join(noise)
     grid = Table.grid(padding=(0, 2))
     for name, text in lines.items():
         grid.add_row(name, Text(text, overflow="fold"))
@@ -101,7 +106,7 @@ def summary_table(schema: Schema, record: RunRecord) -> Table:
         keys = [metric_key("val", task.name, "auc")]
         keys += [metric_key("test", task.name, metric) for metric in shown.values()]
         table.add_row(
-            task.name.upper() if schema.funnel else task.name,
+            schema.title(task),
             schema.definition(task).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"),
             f"{count['rows']:,}",
             f"{count['positives']:,}",

@@ -374,12 +374,13 @@ def test_a_changed_scale_is_named_by_the_checksum(directory):
         open_prepared(directory)
 
 
-def test_a_schema_without_a_checksum_is_read_with_a_warning(directory, caplog):
+def test_a_schema_without_a_checksum_is_read_with_one_warning(directory, caplog, monkeypatch):
     expected = write_default(directory)
     rewrite_schema(directory, lambda entries: None)
+    monkeypatch.chdir(directory.parent)
 
-    for _ in range(2):
-        assert open_prepared(directory)[0] == expected
+    for folder in (directory, directory, Path(directory.name)):
+        assert open_prepared(folder)[0] == expected
 
     (warning,) = caplog.messages
     assert warning.startswith(f"{directory / 'schema.json'} has no checksum, since an earlier")

@@ -1,9 +1,20 @@
+import csv
+import io
 import re
 from xml.etree import ElementTree
 
 import pytest
 
-from mtnrec.reporting.table.render import Cell, Group, Row, Table, to_html, to_latex, to_markdown
+from mtnrec.reporting.table.render import (
+    Cell,
+    Group,
+    Row,
+    Table,
+    to_csv,
+    to_html,
+    to_latex,
+    to_markdown,
+)
 
 HOSTILE = "a_b & <script> | 5% #{x} $~^\\ *[z]`"
 
@@ -94,7 +105,7 @@ def test_html_is_a_table_with_headers_of_rows_and_columns(table):
     figure = ElementTree.fromstring(to_html(table))
 
     assert figure.attrib == {"class": "table"}
-    assert figure.find("table/caption").text == "Title"
+    assert figure.find("table/caption/span").text == "Title"
     groups, columns = figure.findall("table/thead/tr")
     assert [(th.text, th.get("colspan")) for th in groups.findall("th")] == [
         ("NL", "2"),
@@ -115,6 +126,25 @@ def test_html_is_a_table_with_headers_of_rows_and_columns(table):
         ("warning", "A warning."),
         ("note", "A note."),
     ]
+
+
+def test_csv_html_latex_and_markdown_have_the_same_numbers_in_the_same_order():
+    cells = [[Cell("0.7", spread="0.01"), Cell("-3")], [Cell("0.9", spread="0.02"), Cell("4")]]
+    rows = tuple(Row(name, tuple(row)) for name, row in zip("ab", cells, strict=True))
+    table = Table("Title", "Arm", (Group("NL", ("CTR", "seeds")),), rows)
+    expected = [["0.7", "0.01", "-3"], ["0.9", "0.02", "4"]]
+
+    header, *lines = csv.reader(io.StringIO(to_csv(table)))
+    found = ElementTree.fromstring(to_html(table)).findall("table/tbody/tr")
+    latex = to_latex(table).replace("$-$", "-").splitlines()
+
+    assert header == ["Arm", "NL CTR", "NL CTR ±", "NL seeds"]
+    assert [line[1:] for line in lines] == expected
+    texts = [" ".join(row.itertext()) for row in found]
+    texts += [line for line in latex if line.startswith(("a &", "b &"))]
+    texts += [line for line in to_markdown(table).splitlines() if re.match(r"\| [ab] ", line)]
+    numbers = [re.findall(r"-?\d+\.?\d*", text) for text in texts]
+    assert numbers == expected * 3
 
 
 def test_html_preserves_labels(hostile):

@@ -116,6 +116,19 @@ def test_runs_of_different_splits_settings_or_data_are_never_paired(write_arms, 
     assert (cells["seeds"] == 6).all()
 
 
+def test_label_noise_is_in_no_table_without_noise(write_arms, results):
+    write_arms()
+    write_arms(**{"noise.label_flip": {"conversion": 0.1}})
+
+    tables = split_by_table(results())
+
+    flipped = "synthetic (label_flip.conversion=0.1)"
+    assert list(tables) == ["Models without noise", f"Models under noise, {flipped}"]
+    assert [set(table["data"]) for table in tables.values()] == [{"synthetic"}, {flipped}]
+    table = score_table(comparisons(tables[f"Models under noise, {flipped}"]), "")
+    assert [group.header for group in table.groups] == [flipped]
+
+
 def test_runs_under_different_noise_masks_are_never_paired(write_arms, results):
     write_arms(mtn_seeds=[], noise=0.1)
     write_arms(seeds=[], mtn_seeds=range(6), noise=0.1, **{"noise.seed": 7})
@@ -164,9 +177,9 @@ def test_the_layout_is_the_papers(tmp_path, write_run, results):
     ]
     assert {group.columns for group in table.groups} == {("CTR", "CVR", "CTCVR")}
     assert [(row.header, row.starts) for row in table.rows] == [
-        (header, header != "+MTN")
+        (f"{model}{variant}", not variant)
         for model in ("MMoE", "ESMM", "Shared-bottom", "Another")
-        for header in (model, "+MTN")
+        for variant in ("", " +MTN")
     ]
 
 
@@ -301,12 +314,12 @@ def test_runs_are_split_into_the_papers_tables(tmp_path, write_run, results):
     } == {
         "Models without noise": (
             ["synthetic"],
-            ["MMoE", "+MTN", "ESMM", "+MTN"],  # of the paper's lambda
+            ["MMoE", "MMoE +MTN", "ESMM", "ESMM +MTN"],  # of the paper's lambda
         ),
-        "Models under noise, Ali-CCP": (["noise 0.05", "noise 0.1"], ["MMoE", "+MTN"]),
+        "Models under noise, Ali-CCP": (["noise 0.05", "noise 0.1"], ["MMoE", "MMoE +MTN"]),
         "Variants of MTN, ESMM": (
             ["synthetic"],
-            ["ESMM", "+MTN", "+MTN (lam=0.0001)"],
+            ["ESMM", "ESMM +MTN", "ESMM +MTN (lam=0.0001)"],
         ),
     }
     assert set(pd.concat(parts)["run"]) == set(results()["run"])

@@ -5,7 +5,7 @@ split and 17 to sort by time.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,8 @@ _INFERRED = {
 WEIGHTS = "_weights"  # ends the name of the column of weights of a multi-valued field
 _MOST_VALUES = 20  # of a label in a chunk
 _NEEDS_CLICK = (
-    "a conversion needs a click (set data.conversion_without_click=drop to drop and count it)"
+    "a conversion needs a click, each label of a funnel the one before it (set "
+    "data.conversion_without_click=drop to drop and count it)"
 )
 
 
@@ -183,12 +184,16 @@ class TablePreparation:
         }
 
     def _chunks(
-        self, action: str, split: str, columns: list[str], bad_rows: BadRows
+        self,
+        action: str,
+        split: str,
+        columns: list[str],
+        bad_rows: BadRows,
+        lists: Sequence[str] = (),
     ) -> Iterator[Chunk]:
+        """Read columns of a split; those named in ``lists`` may hold lists."""
         source = self._sources[split]
         bar = self._progress.add_task(f"{action} {source.name}:", total=None)
-        not_lists = {*(self._table.numerical or []), *self._labels, *self._keys()}
-        lists = [name for name in columns if name not in not_lists]
         for chunk in source.chunks(columns, bad_rows, lists=lists):
             yield chunk
             self._progress.advance(bar, chunk.frame.height)
@@ -232,7 +237,14 @@ class TablePreparation:
         for split in self._sources if table.group is not None else ("train",):
             names = list(profiles) if split == "train" else self._groups()
             labels = self._labels if split == "train" else []
-            chunks = self._chunks("inspecting", split, [*names, *labels], BadRows(table.on_error))
+            not_lists = {*(table.numerical or []), *self._keys()}
+            chunks = self._chunks(
+                "inspecting",
+                split,
+                [*names, *labels],
+                BadRows(table.on_error),
+                lists=[name for name in names if name not in not_lists],
+            )
             for chunk in chunks:
                 for name in names:
                     profiles[name].update(chunk.frame[name], chunk.place)
@@ -301,12 +313,8 @@ class TablePreparation:
         console = self._progress.console
         console.print(shown)
         for of_split in self._sources.values():
-            if of_split.dialect is not None:
-                separator, decimal = of_split.dialect
-                console.print(
-                    f"{of_split.name}: separator {separator!r}, decimal sign {decimal!r}",
-                    markup=False,
-                )
+            if of_split.form:
+                console.print(of_split.form, markup=False)
         console.print(f"{rows:,} rows to write, about {rows * width / 1e6:,.1f} MB of disk")
 
     def _draw(
@@ -442,9 +450,9 @@ class TablePreparation:
         weights = [name + WEIGHTS for name in plan.multivalued]
         weights = [name for name in weights if name in self._sources[source].columns]
         columns = [*plan.categorical, *plan.numerical, *self._labels, *self._keys()]
-        columns += [*plan.multivalued, *weights]
+        lists = [*plan.multivalued, *weights]
         positive = positive_texts(self._table.positive)
-        for chunk in self._chunks(action, source, columns, bad_rows):
+        for chunk in self._chunks(action, source, [*columns, *lists], bad_rows, lists):
             rules = _Rules(chunk, bad_rows)
             labels = [rules.read_label(name, positive) for name in self._labels]
             numerical = [
@@ -457,9 +465,10 @@ class TablePreparation:
             group, time = self._read_keys(chunk, plan, rules)
             orphan = np.zeros(chunk.frame.height, np.bool_)
             if self._table.funnel:
-                orphan = labels[1] > labels[0]
-                if self._table.conversion_without_click == "refuse":
-                    rules.require(self._labels[1], ~orphan, _NEEDS_CLICK)
+                for name, before, label in zip(self._labels[1:], labels, labels[1:], strict=False):
+                    orphan |= label > before
+                    if self._table.conversion_without_click == "refuse":
+                        rules.require(name, label <= before, _NEEDS_CLICK)
             keep = ~(rules.broken | orphan)
             tests = plan.tests(chunk) if source == "train" else np.ones_like(keep)
             yield _Rows(

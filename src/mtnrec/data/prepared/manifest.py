@@ -190,8 +190,13 @@ def read_schema(path: Path) -> bytes:
             "Prepare the data set again."
         )
     if f'"{_CHECKSUM}":'.encode() not in text:
-        _warn_once(path)
+        warn_without_checksum(path)
     return text
+
+
+def warn_without_checksum(path: Path) -> None:
+    """Warn once, however the path is written, that damage to a file may go unnoticed."""
+    _warn_once(path.resolve())
 
 
 @cache

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from mtnrec.schema import Schema
 
 _SETTLED_SECONDS = 2.0  # the coarsest timestamps of a file system
 _ROWS_PER_CHECK = 1 << 16
+# Parameters that identify raw files, by name, size and SHA-256: of a log, and of a table.
+IDENTITIES = ("raw", "train", "test")
 
 
 def verify_prepared(directory: Path, manifest: Manifest) -> None:
@@ -144,10 +147,7 @@ def noted_sha256(path: Path, note: Path) -> str:
     """
     path = path.resolve()
     state, changed = _file_state(path)
-    known: Any = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(note.read_bytes()) if note.is_file() else {}
-    known = known if isinstance(known, dict) else {}
+    known = _read_note(note)
     entry = known.get(str(path))
     if isinstance(entry, list) and len(entry) == 2 and entry[0] == state:
         return str(entry[1])
@@ -158,3 +158,33 @@ def noted_sha256(path: Path, note: Path) -> str:
             note.unlink(missing_ok=True)
             note.write_text(json.dumps({**known, str(path): [state, checksum]}), encoding="utf-8")
     return checksum
+
+
+def find_changed(parameters: Mapping[str, Any], note: Path) -> list[Path]:
+    """Return the raw files whose content is not that from which a data set was prepared.
+
+    Files that were moved or deleted are not found.
+
+    Args:
+        parameters: Parameters of the prepared data set.
+        note: Note of :func:`noted_sha256`, which says where the files are.
+    """
+    noted = [path for path in map(Path, _read_note(note)) if path.is_file()]
+    changed = []
+    for entry in chain.from_iterable(_as_list(parameters.get(key)) for key in IDENTITIES):
+        if len(file := _as_list(entry)) == 3:  # a frame has two entries
+            paths = [path for path in noted if path.name == file[0]]
+            if paths and all(noted_sha256(path, note) != file[2] for path in paths):
+                changed.append(paths[-1])
+    return changed
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _read_note(note: Path) -> dict[str, Any]:
+    known: Any = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(note.read_bytes()) if note.is_file() else {}
+    return known if isinstance(known, dict) else {}

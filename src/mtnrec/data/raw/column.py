@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from mtnrec.arrays import Float64Array, Int64Array
+from mtnrec.checks import InputError
 
 FEWEST_ROWS_OF_AN_ID = 100  # a smaller table can have distinct values by chance
 _BLOCK = 4096
@@ -31,8 +32,12 @@ _MOMENT = (
     r" ?(?<zone>Z|UTC|(?<sign>[+-])(?<hours>\d{2}):?(?<minutes>\d{2})?)?$"
 )
 _RESPELLED = "|".join((_FRACTION, _SCIENTIFIC, _BOOLEAN, "^NaN$", _DATE.replace("|$", "")))
-# Spellings that people, not programs, read as a number: 5 with blanks, 1_000, 8,14, 1,000,000.
-_NEARLY_NUMBER = r"^\s*[+-]?[0-9]+(?:_[0-9]+|,[0-9]+|(?:,[0-9]{3})*)(?:\.[0-9]+)?\s*$"
+# Spellings that people, not programs, read as a number: 5 with blanks, 1_000, 8,14, 1,000,000,
+# 1 000, $5, 5 %.
+_NEARLY_NUMBER = (
+    r"^\s*[$€£¥]?\s*[+-]?[0-9]+(?:_[0-9]+|,[0-9]+|(?:[, \x{a0}][0-9]{3})*)(?:\.[0-9]+)?"
+    r"\s*[%$€£¥]?\s*$"
+)
 _LABELS = {"0": 0, "false": 0, "1": 1, "true": 1}
 
 
@@ -188,10 +193,20 @@ def to_text(column: pl.Series) -> pl.Series:
 def to_bags(column: pl.Series) -> tuple[Int64Array, pl.Series]:
     """Return the length of each list, 0 for a missing one, and all their items.
 
+    Raises:
+        InputError: If the cells are not lists; they may all be missing.
+
     >>> lengths, items = to_bags(pl.Series([["a", "b"], None, ["c"]]))
     >>> lengths.tolist(), items.to_list()
     ([2, 0, 1], ['a', 'b', 'c'])
     """
+    if column.dtype == pl.Null:
+        column = column.cast(pl.List(pl.Null))
+    if not isinstance(column.dtype, pl.List):
+        raise InputError(
+            f"column {column.name!r} must hold lists, since the field is multi-valued, got "
+            f"{column.dtype}"
+        )
     lengths = column.list.len().fill_null(0).cast(pl.Int64)
     return lengths.to_numpy(), column.filter(lengths > 0).explode()
 
@@ -304,7 +319,8 @@ def to_times(column: pl.Series, kind: str) -> pl.Series:
     if kind == "integer":
         return to_text(column).cast(pl.Int64, strict=False)
     if kind == "number":
-        return to_numbers(column).fill_nan(None)
+        numbers = to_numbers(column)
+        return numbers.set(~numbers.is_finite(), None)
     if column.dtype == pl.String:
         fraction = column.str.extract(r":\d{2}\.(\d{1,6})").fill_null("0").str.pad_end(6, "0")
         return _moments(column).dt.epoch("us") + fraction.cast(pl.Int64)
@@ -321,10 +337,12 @@ class Moments:
     """
 
     def __init__(self, columns: int) -> None:
-        self.mean = np.zeros(columns)
+        self._mean = np.zeros(columns)
         self._rows = 0
         self._count = np.zeros(columns)
         self._squares = np.zeros(columns)
+        self._lowest = np.full(columns, np.inf)
+        self._highest = np.full(columns, -np.inf)
         self._rest = np.empty((0, columns))
 
     def update(self, values: Float64Array) -> None:
@@ -341,11 +359,16 @@ class Moments:
         self._rest = self._rest[:0]
 
     @property
+    def mean(self) -> Float64Array:
+        """Mean; of a constant column its value, to the bit."""
+        return np.where(self._lowest == self._highest, self._lowest, self._mean)
+
+    @property
     def scale(self) -> Float64Array:
         """Standard deviation; 1 for a column that is constant up to rounding."""
         variance = self._squares / max(self._rows, 1)
         epsilon = np.finfo(np.float64).eps
-        rounding = (self._rows * self.mean * epsilon) ** 2 + self._rows * variance * epsilon
+        rounding = (self._rows * self._mean * epsilon) ** 2 + self._rows * variance * epsilon
         return np.where(variance <= rounding, 1.0, np.sqrt(variance))
 
     def _add(self, block: Float64Array) -> None:
@@ -355,9 +378,11 @@ class Moments:
         mean = np.where(present, block, 0).sum(axis=0) / count.clip(min=1)
         squares = (np.where(present, block - mean, 0) ** 2).sum(axis=0)
         total = self._count + count
-        difference = mean - self.mean
-        self.mean = self.mean + difference * count / total.clip(min=1)
+        difference = mean - self._mean
+        self._mean = self._mean + difference * count / total.clip(min=1)
         between = difference**2 * self._count * count / total.clip(min=1)
         self._squares = self._squares + squares + between
+        self._lowest = np.fmin(self._lowest, np.fmin.reduce(block, axis=0, initial=np.inf))
+        self._highest = np.fmax(self._highest, np.fmax.reduce(block, axis=0, initial=-np.inf))
         self._count = total
         self._rows += len(block)

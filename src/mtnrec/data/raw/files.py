@@ -3,7 +3,7 @@
 import gzip
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich import get_console
@@ -63,6 +63,11 @@ def find_one(files: dict[str, list[Path]], names: Sequence[str]) -> Path | None:
             f"{', '.join(map(str, found))}. Delete all but one, or set data.raw_dir to its folder."
         )
     return found[0] if found else None
+
+
+def identities(files: Sequence[Path], checksum: Callable[[Path], str]) -> list[list[str | int]]:
+    """Return name, size and SHA-256 of each file, as stored in the manifest."""
+    return [[file.name, file.stat().st_size, checksum(file)] for file in files]
 
 
 def text_bytes(path: Path) -> int:

@@ -24,30 +24,34 @@ from typing import IO, Any, NamedTuple, Protocol, TypeGuard, cast
 
 import numpy as np
 import polars as pl
+import polars.selectors as cs
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from polars.exceptions import PanicException, PolarsError
 from rich.filesize import decimal
 
 from mtnrec.arrays import BoolArray, Int64Array
-from mtnrec.checks import InputError, find_duplicates, format_names
+from mtnrec.checks import InputError, check_choice, find_duplicates, format_names
 from mtnrec.data.raw import blocks
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block, read_blocks
+from mtnrec.data.raw.files import identities
 from mtnrec.data.raw.limits import BoundedStream, inflated
 from mtnrec.resources import memory_bytes
 from mtnrec.schema import MOST_COLUMNS
 
 _ROWS_PER_CHUNK = 1 << 16  # of Parquet
 _BYTES_PER_VALUE = 16  # at least, for a text
-_UNREADABLE = (pl.Binary, pl.Object, pl.Time, pl.Duration)
+_READABLE = (pl.Boolean, pl.String, pl.Categorical, pl.Enum, pl.Date, pl.Datetime, pl.Null)
 _FORMS = re.compile(r"\.(?:[ct]sv(?:\.gz|\.zst)?|parquet)$")
 FORMS = "a .csv, .tsv or .parquet file, a compressed one (.csv.gz, .csv.zst)"
 _SEPARATORS = (",", ";", "\t", "|")
 _SAMPLE = 1000  # lines from which the separator and the decimal sign are inferred
-_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+")  # names that pandas gives its index
+# Names that pandas gives its index.
+_INDEX = re.compile(r"__index_level_\d+__|Unnamed: \d+(?:\.\d+)?")
 _MOST_BLANKS = 1 << 16  # bytes of line ends at the end of a file
 _DECIMAL_COMMA = r"^([+-]?[0-9]*),([0-9]+(?:[eE][+-]?[0-9]+)?)$"
+_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2},[0-9]{3}")  # 1,250 may be 1250 or 1.25
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,14 @@ class Source(ABC):
                 there are no rows.
         """
 
+    @property
+    def form(self) -> str:
+        """Separator and decimal sign of its csv files, in words; empty if it has none."""
+        if self.dialect is None:
+            return ""
+        separator, decimal = self.dialect
+        return f"{self.name}: separator {separator!r}, decimal sign {decimal!r}"
+
     def require_columns(self, key: str, names: list[str]) -> None:
         """Refuse names that are not columns; ``key`` is the setting that lists them."""
         if missing := [name for name in names if name not in (*self.columns, *self.index)]:
@@ -184,7 +196,7 @@ class FileSource(Source):
 
     def identity(self, checksum: Callable[[Path], str]) -> list[list[str | int]]:
         """Return name, size and SHA-256 of each file."""
-        return [[file.name, file.stat().st_size, checksum(file)] for file in self._files]
+        return identities(self._files, checksum)
 
     def chunks(
         self,
@@ -197,12 +209,16 @@ class FileSource(Source):
         first = 0
         for path in self._files:
             if path.suffix == ".parquet":
-                check = partial(_check_types, self._key, path, lists=lists, any_type=any_type)
+                check = partial(check_types, self._key, path, lists=lists, any_type=any_type)
                 parts = _read_parquet(path, columns, check)
             else:
                 parts = _read_csv(path, columns, bad_rows, cast(Dialect, self.dialect))
+            has_commas = self.dialect is not None and self.dialect.decimal == ","
             for unit, numbers, frame in parts:
-                yield Chunk(missing_to_null(frame), frame, path, unit, numbers, first)
+                cells = missing_to_null(frame)
+                if has_commas:
+                    cells = cells.with_columns(cs.string().str.replace(_DECIMAL_COMMA, "$1.$2"))
+                yield Chunk(cells, frame, path, unit, numbers, first)
                 first += frame.height
         if not first:
             raise InputError(f"{self.path} has no rows")
@@ -248,7 +264,7 @@ class FrameSource(Source):
         any_type: Sequence[str] = (),
     ) -> Iterator[Chunk]:
         frame = self._frame.select(columns)
-        _check_types(self._key, self.path, frame.schema, lists, any_type)
+        check_types(self._key, self.path, frame.schema, lists, any_type)
         for first in range(0, frame.height, _ROWS_PER_CHUNK):
             part = frame.slice(first, _ROWS_PER_CHUNK)
             numbers = np.arange(first + 1, first + 1 + part.height)
@@ -299,6 +315,28 @@ def read_frame(
             table = table.select(kept)
         index = _index_of(table.schema.metadata, table.schema.names)
         return cast(pl.DataFrame, pl.from_arrow(table, rechunk=False)), index
+
+
+def check_dialect(prefix: str, separator: Any, decimal: Any) -> str | None:
+    r"""Check the settings ``separator`` and ``decimal``; return the separator, a tab for ``\t``.
+
+    Args:
+        prefix: Stands before their names in messages, for example ``data.``.
+        separator: See :class:`FileSource`.
+        decimal: See :class:`FileSource`.
+    """
+    if separator == r"\t":
+        separator = "\t"
+    if separator is not None and (
+        len(str(separator)) != 1 or str(separator) in '"\r\n' or separator == " "
+    ):
+        raise InputError(
+            f"{prefix}separator must be one character, got {separator!r}. Set a comma, a "
+            "semicolon, a bar or a tab."
+        )
+    if decimal is not None:
+        check_choice(f"{prefix}decimal", decimal, [".", ","])
+    return None if separator is None else str(separator)
 
 
 def is_frame(table: object) -> TypeGuard[ArrowStream]:
@@ -475,8 +513,8 @@ def _infer_dialect(path: Path, separator: str | None, decimal: str | None) -> Di
         cells = [cell for row in _split_sample(lines, separator) for cell in row]
         commas = [cell for cell in cells if re.match(_DECIMAL_COMMA, cell)]
         points = any(re.fullmatch(r"[+-]?[0-9]+\.[0-9]+", cell) for cell in cells)
-        # Three digits each may be thousands. Between commas, a quoted 1,2 may be a list.
-        is_comma = separator != "," and any(len(cell.partition(",")[2]) != 3 for cell in commas)
+        # Between commas, a quoted 1,2 may be a list.
+        is_comma = separator != "," and any(not _THOUSANDS.fullmatch(cell) for cell in commas)
         decimal = "," if is_comma and not points else "."
     return Dialect(separator, decimal)
 
@@ -540,21 +578,32 @@ def _read_parquet(
             row += frame.height
 
 
-def _check_types(
+def check_types(
     key: str,
     path: Path | str,
     schema: pl.Schema,
     lists: Sequence[str],
-    any_type: Sequence[str],
+    any_type: Sequence[str] = (),
 ) -> None:
+    """Refuse columns that hold neither numbers, texts, booleans nor dates.
+
+    Args:
+        key: The setting that names the table, for the remedy.
+        path: The table, for messages.
+        schema: Types of the columns.
+        lists: Columns that may also hold lists of these.
+        any_type: Columns that may hold anything.
+
+    Raises:
+        InputError: If there is one.
+    """
     leave_out = "Leave it out with data.exclude, or turn" if key.startswith("data.") else "Turn"
     for name, dtype in schema.items():
         if name in any_type:
             continue
-        is_list = isinstance(dtype, pl.List) and not (
-            dtype.inner.is_nested() or dtype.inner in _UNREADABLE
-        )
-        if (dtype.is_nested() and not (name in lists and is_list)) or dtype in _UNREADABLE:
+        is_list = isinstance(dtype, pl.List) and name in lists
+        cell = cast(pl.List, dtype).inner if is_list else dtype
+        if not (cell.is_numeric() or cell in _READABLE):
             raise InputError(
                 f"{path}: the column {name!r} is of type {dtype}. {leave_out} it into numbers or "
                 "texts."
@@ -596,10 +645,7 @@ def _read_csv(
             rule = f"expected {len(header)} values (the row is truncated or malformed)"
             for row in np.flatnonzero(bad):
                 bad_rows.add(f"{path}, line {numbers[row]}", rule, str(widths[row]))
-            frame = make_frame(~bad).select(columns)
-            if dialect.decimal == ",":
-                frame = frame.with_columns(pl.all().str.replace(_DECIMAL_COMMA, "$1.$2"))
-            yield "line", numbers[~bad], frame
+            yield "line", numbers[~bad], make_frame(~bad).select(columns)
 
 
 def _blocks(path: Path) -> Iterator[Block]:

@@ -23,6 +23,7 @@ from mtnrec.reporting.runs import Run, Runs
 
 MOST_BLOCKS = 4  # models with figures of their training; drawing one takes a second
 _MOST_LINES = 6  # arms per figure next to their baseline; more have another figure
+MOST_ARMS = 2 * _MOST_LINES  # of a model, with figures of their training
 _INTERVAL = "the mean over seeds with its 95 % confidence interval (Student's t)"
 _MEDIAN = "the median over seeds, with a band from the smallest to the largest value"
 _WHILE_ALL_TRAIN = "A curve ends at the epoch in which the first of its seeds stopped."
@@ -211,7 +212,7 @@ def drawn_figures(runs: Runs) -> Iterator[_Drawn]:
 def plan_figures(runs: Runs) -> list[PlannedFigure]:
     """Return every kind of figure for every data set, model and noise, to be drawn.
 
-    Of many models only the first have figures of their training.
+    Of many models, and of many arms of a model, only the first have figures of their training.
     """
     return [*_of_results(runs), *_of_training(runs), *_of_arrays(runs)]
 
@@ -225,6 +226,8 @@ def _of_results(runs: Runs) -> Iterator[PlannedFigure]:
                 "paired_differences", (data,), partial(figures.paired_differences, rows)
             )
         for (model, noise), rows in _groups(of_data, "model", "noise"):
+            if rows["lam"].nunique() < 2:
+                continue
             parts = _parts(data, model, noise)
             yield PlannedFigure("lambda_curves", parts, partial(figures.lambda_curves, rows))
 
@@ -238,7 +241,7 @@ def _of_training(runs: Runs) -> Iterator[PlannedFigure]:
         several = of_block["noise"].nunique() > 1
         rows = of_block["noise"].map(lambda noise: f"noise {noise:g}") if several else ""
         arms = of_block.assign(row=rows)[["run", "row", "line", "color", "best_epoch", "treated"]]
-        for page in _pages(arms):
+        for page in _pages(arms, MOST_ARMS):
             for kind, draw, tables in (
                 ("training_curves", training_figures.training_curves, by_run),
                 ("reliability", figures.reliability, bins),
@@ -270,7 +273,8 @@ def _of_arrays(runs: Runs) -> Iterator[PlannedFigure]:
             if place == "shared" and not experts.any():
                 continue
             suffix = ("experts",) if place == "shared" else ()
-            for page in _pages(arms[["run", "arm", "line", "color", "treated", "mtn"]]):
+            shown_arms = arms[["run", "arm", "line", "color", "treated", "mtn"]]
+            for page in _pages(shown_arms, MOST_ARMS):
                 of_page = [by_name[name] for name in page["run"]]
                 shown = (*parts, *suffix)
                 curves = partial(_mechanism_curves, page, of_page, logged, place)
@@ -288,7 +292,8 @@ def _of_arrays(runs: Runs) -> Iterator[PlannedFigure]:
                         partial(_best_spectra, page, of_page, place),
                     ),
                 )
-        yield PlannedFigure("expert_distances", parts, partial(_distances, group, by_name))
+        for page in _pages(group, MOST_ARMS):
+            yield PlannedFigure("expert_distances", parts, partial(_distances, page, by_name))
 
 
 def _draw(
@@ -384,9 +389,9 @@ def _parts(data: str, model: str, noise: float) -> tuple[str, ...]:
     return (data, model, f"noise {noise:g}") if noise else (data, model)
 
 
-def _pages(table: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """Yield the rows of a few arms at a time, each with those of the baselines."""
-    lines = list(table.loc[table["treated"], "line"].unique())
+def _pages(table: pd.DataFrame, most: int | None = None) -> Iterator[pd.DataFrame]:
+    """Yield the rows of a few of the first ``most`` arms at a time, with those of the baselines."""
+    lines = list(table.loc[table["treated"], "line"].unique())[:most]
     for start in range(0, max(len(lines), 1), _MOST_LINES):
         shown = table["line"].isin(lines[start : start + _MOST_LINES])
         yield table[~table["treated"] | shown]

@@ -35,7 +35,7 @@ Draw = Callable[[Axes, pd.DataFrame, str, Style], None]
 FORMATS = ("pdf", "svg", "png")
 SEQUENTIAL = "cividis"  # perceptually uniform, also in grey and to the colour-blind
 _ONE_COLUMN, _TWO_COLUMNS = 3.3, 7.0  # inches, on a two-column page
-COLORS = ("#80868f", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLORS = ("#80868f", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _FEW_POINTS = 3
 _DASHES = ((0, (4, 2)), "-", (0, (6, 1, 1, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
@@ -79,13 +79,22 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+def color_of(number: int) -> str:
+    """Return the colour of an arm by its number; only 0, a baseline, is grey.
+
+    >>> color_of(0) == color_of(7), color_of(1) == color_of(7)
+    (False, True)
+    """
+    return _COLORS[1 + (number - 1) % (len(_COLORS) - 1) if number else 0]
+
+
 def line_style(index: int) -> dict[str, Any]:
     """Return colour, marker and dashes of an arm by its number; 0, grey, is a baseline."""
     return {
-        "color": COLORS[index % len(COLORS)],
+        "color": color_of(index),
         "marker": _MARKERS[index % len(_MARKERS)],
         "linestyle": _DASHES[index % len(_DASHES)],
-        "markerfacecolor": "white" if index == 0 else COLORS[index % len(COLORS)],
+        "markerfacecolor": "white" if index == 0 else color_of(index),
     }
 
 
@@ -251,7 +260,7 @@ def legend(figure: Figure) -> None:
             handles.setdefault(label, handle)
     widest = 0.5 + 0.06 * max(map(len, handles))  # inches
     columns = max(1, min(len(handles), int(figure.get_figwidth() / widest)))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=columns)
     figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(handles) // columns))
 
 

@@ -11,7 +11,9 @@ from urllib.parse import quote
 import pandas as pd
 import yaml  # type: ignore[import-untyped]
 
+from mtnrec.reporting.baseline import natural_order
 from mtnrec.reporting.labels import as_text
+from mtnrec.reporting.machines import hardware, warn_of_machines
 from mtnrec.reporting.runs import Run, Runs
 from mtnrec.reporting.table.published import (
     MTRECLIB_PROTOCOL,
@@ -133,37 +135,62 @@ def deviation_tables(cells: pd.DataFrame) -> Iterator[Table]:
             yield Table(title, "Model", (Group("", columns),), rows, notes)
 
 
+def mean_costs(runs: Runs) -> pd.DataFrame:
+    """Return the mean costs of each arm, by data set, name and noise.
+
+    ``runs`` counts its runs; ``speed_ratio`` is its speed in training, divided by that of its
+    baseline, NaN for a baseline.
+    """
+    arm = ["data", "label", "color", "noise", "treated", "arm", "baseline"]
+    groups = runs.costs.groupby(arm, as_index=False)
+    means = groups.mean(numeric_only=True).assign(runs=groups.size()["size"])
+    speeds = means[~means["treated"]].set_index("baseline")["train_samples_per_second"]
+    without = means["baseline"].map(speeds[~speeds.index.duplicated()])
+    ratio = (means["train_samples_per_second"] / without).where(means["treated"])
+    names = sorted(means["label"].unique(), key=natural_order)
+    means = means.assign(speed_ratio=ratio, rank=means["label"].map(names.index))
+    return means.sort_values(["data", "rank", "noise"], kind="stable", ignore_index=True)
+
+
 def cost_table(runs: Runs) -> Table:
     """Return the mean costs of each arm, and the speed of MTN relative to its baseline."""
-    costs = runs.costs
-    arm = ["data", "label", "noise", "treated", "arm", "baseline"]
-    means = costs.groupby(arm, sort=True, as_index=False).mean(numeric_only=True)
-    counts = costs.groupby("arm")["run"].count()
-    speeds = means[~means["treated"]].set_index("baseline")["train_samples_per_second"]
     rows = []
-    for cost in means.to_dict("records"):
-        speed = cost["train_samples_per_second"]
-        without = speeds.get(cost["baseline"])
-        ratio = _EMPTY if not cost["treated"] or without is None else f"{speed / without:.2f}"
+    for cost in mean_costs(runs).to_dict("records"):
+        ratio = _EMPTY if pd.isna(cost["speed_ratio"]) else f"{cost['speed_ratio']:.2f}"
         rows.append(
             _row(
                 cost["label"],
-                *(cost["data"], f"{cost['noise']:g}", f"{counts[cost['arm']]}"),
+                *(cost["data"], f"{cost['noise']:g}", f"{cost['runs']}"),
                 *(f"{cost[f'seconds_{stage}']:,.1f}" for stage in ("setup", "fit", "test")),
-                *(f"{speed:,.0f}", ratio, f"{cost['evaluate_samples_per_second']:,.0f}"),
+                f"{cost['train_samples_per_second']:,.0f}",
+                *(ratio, f"{cost['evaluate_samples_per_second']:,.0f}"),
                 f"{cost['peak_memory_bytes'] / _GIB:.2f}",
+                *(_count(cost[f"{part}_parameters"]) for part in ("network", "embeddings")),
             )
         )
     columns = (
         *("data", "noise", "runs", "setup, s", "fit, s", "test, s", "trained rows/s"),
-        *("to baseline", "evaluated rows/s", "memory, GiB"),
+        *("speed to baseline", "evaluated rows/s", "memory, GiB", "parameters"),
+        "in embeddings",
     )
     notes = (
         "Means over the runs, including loading, as measured: runs that shared a machine slowed "
-        "each other down. To baseline: rows trained per second, divided by those of the baseline. "
-        "Memory: peak of the process so far, which may stem from an earlier run in it.",
+        "each other down. Speed to baseline: rows trained per second, divided by those of the "
+        "baseline. Memory: peak of the process so far, which may stem from an earlier run in it. "
+        "Parameters: without those in embeddings, which have a column of their own.",
     )
-    return Table("Costs of the runs", "Model", (Group("", columns),), tuple(rows), notes)
+    return Table(
+        "Costs of each arm",
+        "Arm",
+        (Group("", columns),),
+        tuple(rows),
+        notes,
+        tuple(warn_of_machines(runs)),
+    )
+
+
+def _count(number: float) -> str:
+    return _EMPTY if pd.isna(number) else f"{number:,.0f}"
 
 
 def data_table(runs: Runs) -> Table:
@@ -173,9 +200,9 @@ def data_table(runs: Runs) -> Table:
     for checksum, record in records.items():
         data = record.data
         positives = (
-            f"{place.removeprefix('test/')} {count['positives']:,} of {count['rows']:,}"
-            for place, count in sorted(record.counts.items())
-            if place.startswith("test/")
+            f"{task_title(task)} {count['positives']:,} of {count['rows']:,}"
+            for task in runs.tasks
+            if (count := record.counts.get(f"test/{task}")) is not None
         )
         leaks = [f"{leak['feature']} ({leak['task']})" for leak in data["suspected_leaks"]]
         rows.append(
@@ -206,13 +233,17 @@ def settings_tables(runs: Runs) -> tuple[Table, Table]:
 
 
 def version_table(runs: Runs) -> Table:
-    """Return the versions that the runs were made with, and their threads."""
+    """Return the versions that the runs were made with, their threads and machines."""
     versions = [run.record.versions for run in runs]
     names = sorted({name for version in versions for name in version})
     found = {name: _values(versions, name) for name in names}
     threads = [{"threads": run.record.threads} for run in runs]
     found["threads per process"] = _values(threads, "threads")
-    return _two_columns("Versions", "Package", "Version", found)
+    machines = [{"hardware": hardware(run.record), **run.record.machine} for run in runs]
+    for key, title in (("hardware", "hardware"), ("os", "operating system"), ("host", "host")):
+        if values := [text for text in _values(machines, key) if text not in ("", _EMPTY)]:
+            found[title] = values
+    return _two_columns("Versions and machines", "Name", "Version", found)
 
 
 def _values(mappings: Sequence[Mapping[str, Any]], key: str) -> list[str]:

@@ -172,7 +172,7 @@ def to_html(table: Table) -> str:
         header = _tag("th", html.escape(row.header), scope="row")
         bodies[-1].append(_tag("tr", header + "".join(_tag("td", cell) for cell in cells)))
     parts = [
-        _tag("caption", html.escape(table.title)),
+        _tag("caption", _tag("span", html.escape(table.title))),
         _tag("thead", "\n".join(head)),
         *(_tag("tbody", "\n".join(body)) for body in bodies),
     ]
@@ -186,14 +186,25 @@ def to_html(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """Render the cells of a table as csv, without marks and notes."""
+    """Render the cells of a table as csv, without marks and notes.
+
+    A column of means is followed by one of their spreads, named after it with ±.
+    """
     columns = [
         f"{group.header} {column}".strip() for group in table.groups for column in group.columns
     ]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([table.stub, *columns])
-    writer.writerows([row.header, *(cell.text for cell in row.cells)] for row in table.rows)
+    lines = [[table.stub], *([row.header] for row in table.rows)]
+    for number, column in enumerate(columns):
+        cells = [row.cells[number] for row in table.rows]
+        found = [(column, *(cell.text for cell in cells))]
+        if any(cell.spread for cell in cells):
+            found.append((f"{column} ±", *(cell.spread for cell in cells)))
+        for texts in found:
+            for line, text in zip(lines, texts, strict=True):
+                line.append(text)
+    writer.writerows(lines)
     return file.getvalue()
 
 

@@ -1,0 +1,39 @@
+"""Config, data and model of a run, for benchmarks that train without its protocol."""
+
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import nn
+
+from mtnrec.command.config import CONF_DIR
+from mtnrec.data.datamodule import DataModule
+from mtnrec.schema import Schema
+from mtnrec.training.module import MultiTaskModule
+
+
+def compose_train(*overrides: str) -> DictConfig:
+    """Return the config of ``python -m mtnrec.train`` with these overrides."""
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+def make_data(cfg: DictConfig) -> DataModule:
+    """Return the prepared data set with its noise, before its set-up."""
+    datamodule: DataModule = instantiate(cfg.data, _convert_="all")
+    datamodule.noise = instantiate(cfg.noise, _convert_="all")
+    datamodule.prepare_data()
+    return datamodule
+
+
+def make_network(cfg: DictConfig, schema: Schema) -> nn.Module:
+    """Return the network."""
+    network: nn.Module = instantiate(cfg.model, _partial_=True, _convert_="all")(schema=schema)
+    return network
+
+
+def make_module(cfg: DictConfig, schema: Schema) -> MultiTaskModule:
+    """Return the network in its LightningModule, with the optimiser."""
+    optimizer: Any = instantiate(cfg.optimizer)
+    return MultiTaskModule(make_network(cfg, schema), schema=schema, optimizer=optimizer)
