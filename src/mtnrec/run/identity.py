@@ -27,11 +27,6 @@ _DEFAULTS = {
         "factor": 1,
     },
 }
-# Keys left out of the settings at these values.
-_ADDED_KEYS: Mapping[str, Mapping[str, Any]] = {
-    "mtn": {"norm": "trace", "cap": 0.5},
-    "optimizer": {"weight_decay": 0, "embedding_weight_decay": None},
-}
 # Keys that say where a run reads and writes, or how it is displayed and computed, but do not change
 # its result. The checksum stands for the data.
 _NOT_OF_THE_RUN = (
@@ -79,15 +74,10 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _leave_out_defaults(settings: dict[str, Any]) -> None:
-    """Delete the groups and keys that add nothing, so that runs of before they existed count."""
+    """Delete the groups that add nothing, so that runs of before they existed count."""
     own = settings.get("regularizer")
     if isinstance(own, Mapping) and own.get("enabled") is False:
         del settings["regularizer"]
-    for group, added in _ADDED_KEYS.items():
-        keys = settings.get(group, {})
-        same = {key for key, value in added.items() if keys.get(key, value) == value}
-        if same & set(keys):
-            settings[group] = {k: value for k, value in keys.items() if k not in same}
     for group in _OPTIONAL:
         if group in settings and settings[group] in (None, {}, [], _DEFAULTS.get(group)):
             del settings[group]
