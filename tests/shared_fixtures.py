@@ -53,6 +53,12 @@ _SMALL_MODELS = {
     "ple": ["model.experts=2", "model.levels=[[16],[12]]", "model.tower_widths=[8]"],
     "adatt": ["model.task_experts=2", "model.levels=[[16],[12]]", "model.tower_widths=[8]"],
     "naive_cvr": ["model.tower_widths=[16,8]"],
+    "mmoe_cross": ["model.experts=3", "model.expert_widths=[16]", "model.tower_widths=[8]"],
+    "heac": ["model.experts=3", "model.expert_widths=[16]", "model.gate_widths=[8]"],
+    "stem": [
+        *("model.experts=2", "model.task_experts=1", "model.expert_widths=[16]"),
+        *("model.gate_widths=[8]", "model.tower_widths=[8]"),
+    ],
 }
 
 

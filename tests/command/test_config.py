@@ -46,6 +46,7 @@ def test_every_group_has_its_choices():
         "esmm",
         "esmm_10m",
         "mmoe",
+        "mmoe_cross",
         "naive_cvr",
         "omoe",
         "ple",
@@ -298,6 +299,8 @@ def test_a_bad_value_is_refused_with_rule_and_value(key, value, message, mmoe_co
         ("embedding_dim", {"price": 4}, "model.embedding_dim must have a default"),
         ("experts", 0, "model.experts must be an integer from 1 to 10000, got 0"),
         ("batch_norm", 1, "model.batch_norm must be true or false, got 1"),
+        ("cross_layers", -1, "model.cross_layers must be an integer from 0 to 100, got -1"),
+        ("personal_fields", ["user"], "model.personal_fields must name fields of the data (categ"),
     ],
 )
 def test_a_bad_size_of_a_model_is_refused_with_rule_and_value(

@@ -124,7 +124,7 @@ def test_the_umbrella_runs_a_command_as_its_module(tmp_path):
         ),
         (["+data.colour=red"], "data.colour is not a key of mtnrec.data.synthetic.Synthetic. "),
         (["~patience"], "~patience removes a key of mtnrec train. Leave it out."),
-        (["model=esm"], "model must be one of adatt, "),
+        (["model=esm"], "model must be one of "),
         (
             ["experiment=[alpha,lambda]"],
             "experiment must be one choice, got [alpha,lambda].",

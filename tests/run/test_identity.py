@@ -172,47 +172,6 @@ def test_groups_that_add_nothing_are_not_settings(compose_config):
     assert run_id(config | {"balance": {"_target_": "my.Balance"}}) != run_id(config)
 
 
-def test_keys_that_were_added_later_count_only_at_other_values(compose_config):
-    config = OmegaConf.to_container(
-        compose_config("output_dir=run", "mtn.enabled=true"), resolve=True
-    )
-    earlier = copy.deepcopy(config)
-    for key in ("norm", "cap"):
-        del earlier["mtn"][key]
-    for key in ("weight_decay", "embedding_weight_decay"):
-        del earlier["optimizer"][key]
-
-    assert run_id(earlier) == run_id(config)
-    changed = copy.deepcopy(config)
-    changed["optimizer"]["weight_decay"] = 1e-5
-    assert run_id(changed) != run_id(config)
-
-
-SETTINGS_BEFORE = {  # of the runs of version 0.1
-    "adam": {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 1e-3, "fused": True},
-    "lazy_adam": {
-        "_target_": "mtnrec.optimizer.lazy_adam.LazyAdam",
-        "_partial_": True,
-        "lr": 1e-3,
-        "betas": [0.9, 0.999],
-        "eps": 1e-8,
-    },
-}
-
-
-@pytest.mark.parametrize("optimizer", SETTINGS_BEFORE)
-def test_default_settings_are_those_of_earlier_runs(optimizer, compose_config):
-    config = resolve_settings(compose_config(f"optimizer={optimizer}", "mtn.enabled=true"))
-
-    settings = RunIdentity(config, "abc", ["seed"]).settings
-
-    assert settings["optimizer"] == SETTINGS_BEFORE[optimizer]
-    assert set(settings["mtn"]) == {
-        *("_target_", "enabled", "lam", "target", "layers", "subsets", "alpha", "layer_weighting"),
-        *("frobenius", "coupling", "refresh_every", "alpha_optimizer"),
-    }
-
-
 def test_a_constant_rate_and_a_regulariser_that_is_off_are_not_settings(compose_config):
     plain, other = (
         resolve_settings(compose_config(*overrides))

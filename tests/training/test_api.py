@@ -99,7 +99,7 @@ def test_a_built_network_is_refused(data):
 @pytest.mark.parametrize(
     ("keys", "error", "message"),
     [
-        ({"model": "esm"}, InputError, "model must be one of adatt, .*; got 'esm'"),
+        ({"model": "esm"}, InputError, "model must be one of .*mmoe.*; got 'esm'"),
         ({"trainer": {"epochs": 3}}, InputError, "trainer must have keys of its choice default"),
         ({"optimizer": partial(torch.optim.Adam, lr=nn.ReLU())}, InputError, r"optimizer\.lr must"),
         ({"patience": 0}, InputError, "patience must be an integer >= 1"),

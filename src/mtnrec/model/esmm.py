@@ -32,6 +32,9 @@ class ESMM(nn.Module):
         bag_mode: ``mean`` or ``sum`` of a multi-valued field's weighted tokens.
         embedding_init: ``joint`` or ``per_field``, as in
             :class:`~mtnrec.model.feature_input.FeatureInput`.
+        cross_layers: Number of layers of a :class:`~mtnrec.model.cross.CrossNetwork` on the input;
+            0 for none.
+        cross_rank: Rank of its matrices.
         experts: Number of shared experts, ``E``; 0 for towers on the embeddings.
         expert_widths: Output widths of each expert's layers.
         tower_widths: Output widths of each tower's hidden layers, which comprise the bottom and
@@ -58,6 +61,8 @@ class ESMM(nn.Module):
         embedding_dim: int | Mapping[Any, int] = 128,
         embedding_init: str = "joint",
         bag_mode: str = "mean",
+        cross_layers: int = 0,
+        cross_rank: int = 64,
         experts: int = 0,
         expert_widths: Sequence[int] = (512, 256),
         tower_widths: Sequence[int] = (512, 256, 128, 64),
@@ -83,7 +88,14 @@ class ESMM(nn.Module):
             check_funnel(name, schema, two_labels=True)
         check_funnel(type(self).__name__, schema)
         self.labels = schema.labels
-        self.input = FeatureInput(schema, embedding_dim, bag_mode, embedding_init)
+        self.input = FeatureInput(
+            schema,
+            embedding_dim,
+            bag_mode,
+            embedding_init,
+            cross_layers=cross_layers,
+            cross_rank=cross_rank,
+        )
         width = self.input.out_features
         self.experts: ParallelMLPs | None = None
         if experts:

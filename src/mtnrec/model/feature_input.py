@@ -14,10 +14,14 @@ from mtnrec.checks import (
     InputError,
     check_choice,
     check_integer,
+    find_duplicates,
     format_names,
 )
+from mtnrec.model.cross import CrossNetwork
+from mtnrec.model.mlp import apply_together
 from mtnrec.schema import Schema
 
+_MOST_CROSS_LAYERS = 100
 _WIDEST_RUN = 32  # columns; beyond, zeros off the diagonal cost more than a product
 
 
@@ -86,6 +90,9 @@ class FeatureInput(nn.Module):
             MTReclib, whose settings the paper uses; or ``per_field``, those of a table per field
             (``sqrt(6 / (N_f + D))``), so that the vectors of a field with few values start up to a
             hundred times larger.
+        cross_layers: Number of layers of a :class:`~mtnrec.model.cross.CrossNetwork` on the rows; 0
+            leaves them as they are.
+        cross_rank: Rank of its matrices.
 
     Row 0 of each table, which stands for missing and unseen values, starts at zero: it is rare or
     absent in training, so a random start would add noise to every row that has it.
@@ -98,11 +105,16 @@ class FeatureInput(nn.Module):
         embedding_dim: int | Mapping[Any, int],
         bag_mode: str,
         embedding_init: str = "joint",
+        *,
+        cross_layers: int = 0,
+        cross_rank: int = 64,
     ) -> None:
         super().__init__()
         widths, default = _widths(schema, embedding_dim)
         check_choice("model.bag_mode", bag_mode, ["mean", "sum"])
         check_choice("model.embedding_init", embedding_init, ["joint", "per_field"])
+        check_integer("model.cross_layers", cross_layers, minimum=0, maximum=_MOST_CROSS_LAYERS)
+        check_integer("model.cross_rank", cross_rank, minimum=1)
         if not schema.categorical and not schema.multivalued and not schema.numerical:
             raise InputError("the data set must have at least one feature, got none")
         self.tables, self.bag_tables = (
@@ -123,6 +135,9 @@ class FeatureInput(nn.Module):
         if self.numerical is not None:
             self._widths.append(default)
         self.out_features = sum(self._widths)
+        self.cross = (
+            CrossNetwork(self.out_features, cross_layers, cross_rank) if cross_layers else None
+        )
         sizes = [field.vocabulary_size for field in schema.categorical]
         self._plan = plan_blocks(sizes, self._widths)
         starts = torch.tensor(self._plan.one_hot_starts, dtype=torch.int64)
@@ -142,13 +157,29 @@ class FeatureInput(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the rows, ``(B, (F + M + 1) * D)``; one ``D`` less without numerical features."""
+        rows = torch.cat(self.vectors(batch), dim=1)
+        return rows if self.cross is None else self.cross(rows)
+
+    def vectors(self, batch: Batch) -> list[Tensor]:
+        """Return the vector of each field and that of the numerical features, ``(B, D)`` each."""
         columns = batch.categorical.unbind(dim=1)
         tables = _embeddings(self.tables)
         vectors = [table(column) for table, column in zip(tables, columns, strict=True)]
         vectors += self._bag_vectors(batch)
         if self.numerical is not None:
             vectors.append(self.numerical(batch.numerical))
-        return torch.cat(vectors, dim=1)
+        return vectors
+
+    def vector(self, batch: Batch, field: int) -> Tensor:
+        """Return the vector of a field, ``(B, D)``; multi-valued fields follow the categorical."""
+        if field < len(self.tables):
+            return self._table(field)(batch.categorical[:, field])
+        bag = field - len(self.tables)
+        return self._bag_vector(_embeddings(self.bag_tables)[bag], batch.bags[bag])
+
+    def width(self, field: int) -> int:
+        """Return the ``D`` of a field, numbered as in :meth:`vector`."""
+        return self._widths[field]
 
     def first_layers(self, batch: Batch, *groups: Sequence[nn.Linear]) -> list[Tensor]:
         """Return ``layer(self(batch))`` for each layer, without building the wide rows.
@@ -159,7 +190,8 @@ class FeatureInput(nn.Module):
         numerical features folds into the layer. Fields with a large vocabulary look up their
         vectors as usual. All shares are one matrix product; parameters, function and gradients
         equal those of the wide rows up to rounding. An exported model builds the wide rows: models
-        are served one row at a time, where folding would be most of the work.
+        are served one row at a time, where folding would be most of the work; so does a cross
+        network, whose layers multiply the rows elementwise.
 
         Args:
             batch: ``B`` rows.
@@ -171,6 +203,9 @@ class FeatureInput(nn.Module):
         if torch.compiler.is_exporting():
             rows = self(batch)
             return [torch.stack([layer(rows) for layer in layers]) for layers in groups]
+        if self.cross is not None:
+            rows = self(batch)
+            return [apply_together(group, rows.expand(len(group), -1, -1)) for group in groups]
         columns = self._columns(batch)
         return [
             torch.bmm(columns.expand(len(layers), -1, -1), self._fold(layers).transpose(1, 2))
@@ -179,7 +214,7 @@ class FeatureInput(nn.Module):
 
     def first_layer(self, batch: Batch, layer: nn.Linear) -> Tensor:
         """Return ``layer(self(batch))``, ``(B, O)``, computed as in :meth:`first_layers`."""
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or self.cross is not None:
             return layer(self(batch))
         return self._columns(batch) @ self._fold([layer])[0].T
 
@@ -337,12 +372,7 @@ def _widths(schema: Schema, embedding_dim: int | Mapping[Any, int]) -> tuple[dic
     if not isinstance(embedding_dim, Mapping):
         check_integer("model.embedding_dim", embedding_dim, minimum=1)
         return dict.fromkeys(names, embedding_dim), embedding_dim
-    # YAML reads the names 101 and 109_14 as the numbers 101 and 10914.
-    by_number = {name.replace("_", ""): name for name in names if name[:1].isdigit()}
-    widths = {
-        str(key) if str(key) in names else by_number.get(str(key), str(key)): width
-        for key, width in embedding_dim.items()
-    }
+    widths = {_name_in_data(key, names): width for key, width in embedding_dim.items()}
     for name, width in widths.items():
         check_integer(f"model.embedding_dim.{name}", width, minimum=1)
     if "default" not in widths:
@@ -351,12 +381,46 @@ def _widths(schema: Schema, embedding_dim: int | Mapping[Any, int]) -> tuple[dic
             "as in {default: 128, 101: 16}."
         )
     default = widths.pop("default")
-    if unknown := [name for name in widths if name not in names]:
+    _check_names("model.embedding_dim", [*widths], names)
+    return dict.fromkeys(names, default) | widths, default
+
+
+def find_fields(schema: Schema, key: str, fields: Any) -> list[int]:
+    """Return the numbers of named fields; multi-valued fields follow the categorical ones.
+
+    Args:
+        schema: The fields.
+        key: Config key for messages.
+        fields: Names; numbers that YAML made of names count.
+
+    Raises:
+        InputError: If ``fields`` is not a list of distinct names of fields, at least one.
+    """
+    names = [field.name for field in (*schema.categorical, *schema.multivalued)]
+    if isinstance(fields, str) or not isinstance(fields, Sequence) or not fields:
         raise InputError(
-            f"model.embedding_dim must name fields of the data ({', '.join(names) or 'none'}), got "
+            f"{key} must be a list of at least one field, or null, got {fields!r}. The data has "
+            f"{', '.join(names) or 'none'}."
+        )
+    found = [_name_in_data(name, names) for name in fields]
+    _check_names(key, found, names)
+    if twice := find_duplicates(found):
+        raise InputError(f"{key} must name a field once, got {format_names(twice)} more than once")
+    return [names.index(name) for name in found]
+
+
+def _check_names(key: str, found: Sequence[str], names: Sequence[str]) -> None:
+    if unknown := [name for name in found if name not in names]:
+        raise InputError(
+            f"{key} must name fields of the data ({', '.join(names) or 'none'}), got "
             f"{format_names(unknown)}"
         )
-    return dict.fromkeys(names, default) | widths, default
+
+
+def _name_in_data(key: Any, names: Sequence[str]) -> str:
+    # YAML reads the names 101 and 109_14 as the numbers 101 and 10914.
+    by_number = {name.replace("_", ""): name for name in names if name[:1].isdigit()}
+    return str(key) if str(key) in names else by_number.get(str(key), str(key))
 
 
 def _join(fields: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:

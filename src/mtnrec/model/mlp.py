@@ -101,6 +101,20 @@ class ParallelMLPs(nn.ModuleList):
         """Apply all layers after the first linear layers to their outputs, ``(E, B, O)``."""
         return self.apply_slice(hidden, 1, None)
 
+    def gated(self, inputs: Tensor, gates: Sequence[Tensor]) -> Tensor:
+        """Apply each MLP with a head to its own input; ``gates`` multiply the hidden layers.
+
+        Args:
+            inputs: ``(E, B, I)``.
+            gates: Factors of each hidden layer's outputs, ``(E, B, O)`` each.
+        """
+        hidden, factors = inputs, iter(gates)
+        for depth, modules in enumerate(zip(*self.mlps(), strict=True)):
+            if depth and isinstance(modules[0], nn.Linear):
+                hidden = hidden * next(factors)
+            hidden = apply_together(modules, hidden)
+        return hidden
+
     def first_layers(self) -> list[nn.Linear]:
         """Return the first linear layer of each MLP."""
         return self.by_depth()[0]

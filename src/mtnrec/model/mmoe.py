@@ -11,6 +11,7 @@ from mtnrec.checks import check_integer
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
 from mtnrec.model.mlp import ParallelMLPs, check_sizes
+from mtnrec.model.personal_gates import PersonalGates
 from mtnrec.schema import Schema
 
 MOST_EXPERTS = 10_000
@@ -28,9 +29,14 @@ class MMoE(nn.Module):
         bag_mode: ``mean`` or ``sum`` of a multi-valued field's weighted tokens.
         embedding_init: ``joint`` or ``per_field``, as in
             :class:`~mtnrec.model.feature_input.FeatureInput`.
+        cross_layers: Number of layers of a :class:`~mtnrec.model.cross.CrossNetwork` on the input;
+            0 for none.
+        cross_rank: Rank of its matrices.
         experts: Number of experts, ``E``.
         expert_widths: Output widths of each expert's layers.
         tower_widths: Output widths of each tower's hidden layers.
+        personal_fields: Fields, such as the user's id, whose vectors gate the towers as in
+            :class:`~mtnrec.model.personal_gates.PersonalGates`; None for no gates.
         dropout: Dropout probability in [0, 1); the paper uses 0.
         batch_norm: Whether to use batch norm; the paper does not.
     """
@@ -44,9 +50,12 @@ class MMoE(nn.Module):
         embedding_dim: int | Mapping[Any, int] = 128,
         embedding_init: str = "joint",
         bag_mode: str = "mean",
+        cross_layers: int = 0,
+        cross_rank: int = 64,
         experts: int = 8,
         expert_widths: Sequence[int] = (512, 256),
         tower_widths: Sequence[int] = (128, 64),
+        personal_fields: Sequence[str] | None = None,
         dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
@@ -58,7 +67,14 @@ class MMoE(nn.Module):
             expert_widths=expert_widths,
             tower_widths=tower_widths,
         )
-        self.input = FeatureInput(schema, embedding_dim, bag_mode, embedding_init)
+        self.input = FeatureInput(
+            schema,
+            embedding_dim,
+            bag_mode,
+            embedding_init,
+            cross_layers=cross_layers,
+            cross_rank=cross_rank,
+        )
         width = self.input.out_features
         self.experts = ParallelMLPs(
             experts, width, expert_widths, dropout=dropout, batch_norm=batch_norm
@@ -73,6 +89,11 @@ class MMoE(nn.Module):
             batch_norm=batch_norm,
             head=True,
         )
+        self.personal_gates = (
+            None
+            if personal_fields is None
+            else PersonalGates(schema, self.input, personal_fields, expert_widths[-1], tower_widths)
+        )
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
@@ -81,7 +102,11 @@ class MMoE(nn.Module):
         hidden, logits = self.input.first_layers(batch, self.experts.first_layers(), gates)
         experts = self.experts.after_first_layer(hidden)  # (E, B, O)
         experts = self.expert_outputs(experts.transpose(0, 1))  # (B, E, O)
-        return label_log_probabilities(self.towers(mix_experts(experts, logits)))
+        mixtures = mix_experts(experts, logits)  # (T, B, O)
+        if self.personal_gates is None:
+            return label_log_probabilities(self.towers(mixtures))
+        gates = self.personal_gates(self.input, batch, mixtures)
+        return label_log_probabilities(self.towers.gated(mixtures, gates))
 
     def task_layers(self) -> list[list[nn.Linear]]:
         """Return, for each depth of the towers, the ``T`` linear layers."""

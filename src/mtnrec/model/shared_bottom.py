@@ -24,6 +24,9 @@ class SharedBottom(nn.Module):
         bag_mode: ``mean`` or ``sum`` of a multi-valued field's weighted tokens.
         embedding_init: ``joint`` or ``per_field``, as in
             :class:`~mtnrec.model.feature_input.FeatureInput`.
+        cross_layers: Number of layers of a :class:`~mtnrec.model.cross.CrossNetwork` on the input;
+            0 for none.
+        cross_rank: Rank of its matrices.
         bottom_widths: Output widths of the bottom's layers.
         tower_widths: Output widths of each tower's hidden layers.
         dropout: Dropout probability in [0, 1); the paper uses 0.
@@ -39,6 +42,8 @@ class SharedBottom(nn.Module):
         embedding_dim: int | Mapping[Any, int] = 128,
         embedding_init: str = "joint",
         bag_mode: str = "mean",
+        cross_layers: int = 0,
+        cross_rank: int = 64,
         bottom_widths: Sequence[int] = (512, 256),
         tower_widths: Sequence[int] = (128, 64),
         dropout: float = 0.0,
@@ -51,7 +56,14 @@ class SharedBottom(nn.Module):
             bottom_widths=bottom_widths,
             tower_widths=tower_widths,
         )
-        self.input = FeatureInput(schema, embedding_dim, bag_mode, embedding_init)
+        self.input = FeatureInput(
+            schema,
+            embedding_dim,
+            bag_mode,
+            embedding_init,
+            cross_layers=cross_layers,
+            cross_rank=cross_rank,
+        )
         self.bottom = MLP(
             self.input.out_features, bottom_widths, dropout=dropout, batch_norm=batch_norm
         )
