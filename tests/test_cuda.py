@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3", "data.batch_size=128"]
 ON_GPU = [*LOG, "trainer.accelerator=gpu"]
 IN_FLOAT64 = "trainer.precision=64-true"
-MODELS = ("shared_bottom", "esmm", "mmoe", "single_task", "omoe", "ple", "adatt")
+MODELS = (
+    *("shared_bottom", "esmm", "mmoe", "single_task", "omoe", "ple", "adatt", "mmoe_cross", "stem"),
+)
 
 
 def read_capture(folder):

@@ -16,7 +16,8 @@ from mtnrec.batch import Batch
 from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.schema import CategoricalField, Schema
 
-MODELS = ["shared_bottom", "esmm", "mmoe", "single_task", "omoe", "ple", "adatt"]
+MODELS = ["shared_bottom", "esmm", "mmoe", "single_task", "omoe", "ple", "adatt", "mmoe_cross"]
+MODELS += ["stem"]
 # Rates at which every split has both classes of every task.
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
 # MTN acts, and the best epoch is neither the first nor the last.

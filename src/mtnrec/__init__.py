@@ -64,12 +64,14 @@ if TYPE_CHECKING:
     from mtnrec.model.dcmt import DCMT
     from mtnrec.model.escm2 import ESCM2
     from mtnrec.model.esmm import ESMM
+    from mtnrec.model.heac import HEAC
     from mtnrec.model.mmoe import MMoE
     from mtnrec.model.naive_cvr import NaiveCVR
     from mtnrec.model.omoe import OMoE
     from mtnrec.model.ple import PLE
     from mtnrec.model.shared_bottom import SharedBottom
     from mtnrec.model.single_task import SingleTask
+    from mtnrec.model.stem import STEM
     from mtnrec.mtn.callback import MTN
     from mtnrec.optimizer.lazy_adam import LazyAdam
     from mtnrec.regularizer.callback import Regularizer
@@ -83,8 +85,10 @@ __all__ = [
     "DCMT",
     "ESCM2",
     "ESMM",
+    "HEAC",
     "MTN",
     "PLE",
+    "STEM",
     "AdaTT",
     "AliCcp",
     "AliExpress",
@@ -112,6 +116,7 @@ _MODULES = {
     "DCMT": "model.dcmt",
     "ESCM2": "model.escm2",
     "ESMM": "model.esmm",
+    "HEAC": "model.heac",
     "LazyAdam": "optimizer.lazy_adam",
     "MMoE": "model.mmoe",
     "MTN": "mtn.callback",
@@ -123,6 +128,7 @@ _MODULES = {
     "Regularizer": "regularizer.callback",
     "SharedBottom": "model.shared_bottom",
     "SingleTask": "model.single_task",
+    "STEM": "model.stem",
     "Synthetic": "data.synthetic",
     "Table": "data.table",
     "fit": "training.api",

@@ -45,6 +45,7 @@ def test_every_group_has_its_choices():
         "escm2",
         "esmm",
         "esmm_10m",
+        "heac",
         "mmoe",
         "mmoe_cross",
         "naive_cvr",
@@ -55,6 +56,7 @@ def test_every_group_has_its_choices():
         "shared_bottom_10m",
         "single_task",
         "single_task_10m",
+        "stem",
     ]
     assert choices("mtn") == ["capped", "gttn", "laf", "mtn", "nuclear", "tt", "tucker"]
     assert choices("regularizer") == ["frobenius", "group_lasso", "l2", "soft_sharing"]

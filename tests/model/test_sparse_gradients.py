@@ -11,6 +11,7 @@ import torch
 
 from mtnrec.checks import InputError
 from mtnrec.model.esmm import ESMM
+from mtnrec.model.heac import HEAC
 from mtnrec.model.loss import cross_entropies
 from mtnrec.model.mmoe import MMoE
 from mtnrec.model.shared_bottom import SharedBottom
@@ -36,6 +37,13 @@ BUILD = {
     "shared_bottom": lambda: SharedBottom(SCHEMA, bottom_widths=[6], tower_widths=[5], **PLAIN),
     "esmm": lambda: ESMM(SCHEMA, tower_widths=[6, 5], **PLAIN),
     "mmoe": lambda: MMoE(SCHEMA, experts=3, expert_widths=[6], tower_widths=[5], **PLAIN),
+    "personal": lambda: MMoE(
+        SCHEMA, expert_widths=[6], tower_widths=[5], personal_fields=["a", "history"], **PLAIN
+    ),
+    "cross": lambda: SharedBottom(
+        SCHEMA, bottom_widths=[6], tower_widths=[5], cross_layers=2, **PLAIN
+    ),
+    "heac": lambda: HEAC(SCHEMA, experts=3, expert_widths=[6], gate_widths=[5], **PLAIN),
 }
 
 

@@ -616,6 +616,15 @@ def test_shared_layers_that_do_not_exist_are_refused(build, funnel_schema):
         start(make_mtn(target="shared"), make_network(funnel_schema, build))
 
 
+def test_towers_that_do_not_exist_are_refused():
+    network = SimpleNamespace(task_layers=list, shared_layers=list)
+
+    with pytest.raises(
+        InputError, match=r"have layers per task for mtn.target=towers, got none.*target=shared"
+    ):
+        start(make_mtn(), network)
+
+
 def test_a_network_without_task_layers_is_refused():
     with pytest.raises(
         InputError, match=r"Linear must have a method task_layers\(\).*enabled=false"

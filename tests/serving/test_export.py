@@ -28,7 +28,7 @@ from mtnrec.serving.scorer import Scorer
 
 MODELS = [
     *("shared_bottom", "esmm", "mmoe", "single_task", "omoe", "ple", "adatt", "aitm", "escm2"),
-    *("dcmt", "naive_cvr"),
+    *("dcmt", "naive_cvr", "mmoe_cross", "stem"),
 ]
 LOG = ["data=synthetic", "data.rows=2600"]
 
@@ -76,9 +76,9 @@ FORMS = [("onnx", ".onnx", run_onnx), ("torch_export", ".pt2", run_program)]
         pytest.param(
             model,
             *form,
-            marks=[] if model in ("esmm", "ple") else [pytest.mark.slow],
+            marks=[] if model in ("esmm", "ple", "heac") else [pytest.mark.slow],
         )
-        for model, form in product(MODELS, FORMS)
+        for model, form in product([*MODELS, "heac"], FORMS)
     ],
 )
 def test_the_file_gives_the_probabilities_of_the_checkpoint_whatever_the_rows(

@@ -41,6 +41,25 @@ def funnel_log_probabilities(*logits: Tensor) -> LogProbabilities:
     return LogProbabilities(torch.cat(positive, dim=1), torch.cat(negative, dim=1))
 
 
+def mixture_log_probabilities(shares: Tensor, logits: Tensor) -> LogProbabilities:
+    """Convert a mixture of heads to ``log sum_j g_j s(c_j)``, and the same of ``1 - s(c_j)``.
+
+    Args:
+        shares: Logits of the mixture's weights, whose softmax is ``g``, ``(T, B, J)``.
+        logits: Log-odds ``c`` of the label by each head, ``(T, B, J)``.
+
+    >>> output = mixture_log_probabilities(torch.zeros(1, 1, 2), torch.tensor([[[60.0, 0.0]]]))
+    >>> output.positive.exp()
+    tensor([[0.7500]])
+    """
+    log_shares = _at_least_float32(shares).log_softmax(dim=2)
+    logits = _at_least_float32(logits)
+    positive, negative = (
+        (log_shares + _log_sigmoid(signed)).logsumexp(dim=2).T for signed in (logits, -logits)
+    )
+    return LogProbabilities(positive, negative)
+
+
 def _sigmoid(logits: Tensor) -> Tensor:
     # The gradient of torch's sigmoid, s(x) (1 - s(x)), cancels where s(x) is near 1.
     return torch.where(logits > 0, 1 - (-logits).sigmoid(), logits.sigmoid())

@@ -70,8 +70,8 @@ class LayerChoice:
             )
         if not depths:
             raise InputError(
-                f"{name} must have towers of equal shape for {group} to act on, got none. Set "
-                f"{group}.enabled=false, or choose a model with towers: model=mmoe."
+                f"{name} must have layers per task for {group}.target=towers, got none. Choose "
+                f"{group}.target=shared if it has experts, or {group}.enabled=false."
             )
         return depths
 
