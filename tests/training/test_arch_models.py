@@ -76,3 +76,15 @@ def test_every_model_resumes_to_the_same_bits(model, overrides, train, kill, tmp
     )
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["onnx", "torch_export"])
+def test_gates_of_the_towers_pass_the_comparison_that_export_makes(form, train, export, tmp_path):
+    model, overrides = PERSONAL
+    out = tmp_path / ("model.onnx" if form == "onnx" else "model.pt2")
+    run = train(*LOG, *overrides, model=model)
+
+    export(f"checkpoint={run}", f"format={form}", f"out={out}")
+
+    assert out.stat().st_size > 0

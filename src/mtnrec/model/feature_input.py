@@ -18,7 +18,6 @@ from mtnrec.checks import (
     format_names,
 )
 from mtnrec.model.cross import CrossNetwork
-from mtnrec.model.mlp import apply_together
 from mtnrec.schema import Schema
 
 _MOST_CROSS_LAYERS = 100
@@ -200,12 +199,9 @@ class FeatureInput(nn.Module):
         Returns:
             The outputs of each group of ``E`` layers, ``(E, B, O)``.
         """
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or self.cross is not None:
             rows = self(batch)
             return [torch.stack([layer(rows) for layer in layers]) for layers in groups]
-        if self.cross is not None:
-            rows = self(batch)
-            return [apply_together(group, rows.expand(len(group), -1, -1)) for group in groups]
         columns = self._columns(batch)
         return [
             torch.bmm(columns.expand(len(layers), -1, -1), self._fold(layers).transpose(1, 2))
