@@ -16,8 +16,9 @@ from mtnrec.batch import Batch
 from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.schema import CategoricalField, Schema
 
-MODELS = ["shared_bottom", "esmm", "mmoe", "single_task", "omoe", "ple", "adatt", "mmoe_cross"]
-MODELS += ["stem"]
+QUICK = ["esmm", "mmoe"]
+SLOW = ["shared_bottom", "single_task", "omoe", "ple", "adatt", "mmoe_cross", "stem"]
+MODELS = [*QUICK, *(pytest.param(model, marks=pytest.mark.slow) for model in SLOW)]
 # Rates at which every split has both classes of every task.
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
 # MTN acts, and the best epoch is neither the first nor the last.
@@ -198,7 +199,7 @@ def test_a_validation_every_other_epoch_is_recorded_under_its_epoch(train):
 
 
 @pytest.mark.parametrize(
-    "model", ["mmoe", *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS if m != "mmoe")]
+    "model", ["mmoe", *(pytest.param(m, marks=pytest.mark.slow) for m in ("esmm", *SLOW))]
 )
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(model, train):
     random = ["mtn.enabled=true", "model.dropout=0.2", "noise.proportion=0.15"]

@@ -1,6 +1,5 @@
 """Identity of a run: settings, arm and baseline."""
 
-import copy
 import re
 
 import pytest
