@@ -233,6 +233,7 @@ def test_mtn_on_shared_layers_is_refused_where_nothing_is_shared(train, tmp_path
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_bf16_keeps_the_weights_in_float32(train):
     folder = train(*LOG, "mtn.enabled=true", "trainer.precision=bf16-mixed")
 
@@ -260,6 +261,7 @@ def test_training_stops_after_patience_decreases_of_the_monitor_in_a_row(train):
     assert record["best_epoch"] == int(np.argmax(curve))
 
 
+@pytest.mark.slow
 def test_repeats_may_redraw_validation_rows_and_noise(train):
     keys = [*LOG, "noise.proportion=0.2", "trainer.max_epochs=1"]
     seeds = [read_record(train(*keys, f"seed={seed}")) for seed in (1, 2)]
@@ -311,6 +313,7 @@ def test_mtn_is_logged_each_epoch_when_it_acts(run, plain_run):
     assert not [name for name in read_csv(plain_run) if name.startswith("mtn/")]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_same_scalars_as_csv(run, train):
     folder = train(*LOG, *OVERFIT, "logger=tensorboard")
 
@@ -349,6 +352,7 @@ def test_a_second_run_in_a_folder_replaces_the_first(plain_run, train, tmp_path)
 
 
 @pytest.mark.parametrize(("click_rate", "conversion_rate"), [(0.4, 0.03), (0.02, 0.3)])
+@pytest.mark.slow
 def test_a_validation_set_of_one_class_trains_to_the_end(
     click_rate, conversion_rate, train, tmp_path
 ):

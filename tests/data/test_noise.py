@@ -695,6 +695,7 @@ def test_a_run_with_label_noise_tests_on_clean_labels_and_records_it(train):
     assert one["cell"] != clean["cell"]
 
 
+@pytest.mark.slow
 def test_every_run_on_a_data_set_records_the_same_noise(train):
     log = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
     noisy = [*log, "noise.proportion=0.15", "trainer.max_epochs=1"]

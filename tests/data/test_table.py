@@ -788,6 +788,7 @@ def test_every_cell_of_the_real_sample_of_torch_rechub_is_read(prepare, tmp_path
 
 
 @pytest.mark.skipif(not HILLSTROM.is_file(), reason="the real table is not at hand")
+@pytest.mark.slow
 def test_hillstrom_is_prepared_and_trained_on(prepare, train, tmp_path):
     keys = ["data=table", "data.name=hillstrom", f"data.dir={tmp_path / 'hillstrom'}"]
     prepare(

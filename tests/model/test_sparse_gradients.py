@@ -159,11 +159,11 @@ def test_sparse_gradients_change_neither_the_output_nor_the_state_dict(make_batc
 
 
 @pytest.mark.parametrize("coupling", [None, "gradient", "decoupled"])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     "clip",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"gradient_clip_val": 0.01},
         {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"},
     ],

@@ -128,7 +128,7 @@ def distance(a, b):
     ],
     ids=["no clip", "clip norm", "clip value"],
 )
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_the_same_penalty_inside_the_loss(name, accumulate, clip, alpha, fit, funnel_schema):
     # Clipping would reach an alpha inside the loss, but not the callback's: there it is fixed.

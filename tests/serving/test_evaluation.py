@@ -102,6 +102,7 @@ def ratings(train, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("label", "positive"), [("low", "'yes'"), ("stars", "[1,2]")])
+@pytest.mark.slow
 def test_labels_are_read_with_the_positive_values_of_the_training(
     label, positive, ratings, evaluate, predict, tmp_path, capsys
 ):

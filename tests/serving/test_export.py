@@ -76,7 +76,7 @@ FORMS = [("onnx", ".onnx", run_onnx), ("torch_export", ".pt2", run_program)]
         pytest.param(
             model,
             *form,
-            marks=[] if model in ("esmm", "ple", "heac") else [pytest.mark.slow],
+            marks=[] if model == "esmm" else [pytest.mark.slow],
         )
         for model, form in product([*MODELS, "heac"], FORMS)
     ],

@@ -53,6 +53,7 @@ def plan():
     return make
 
 
+@pytest.mark.slow
 def test_several_grids_make_one_sweep(plan):
     grids = [
         {"seed": "range(0,2)", "model": "esmm,mmoe"},
@@ -169,6 +170,7 @@ def test_a_swept_key_that_does_not_fit_makes_no_second_run(plan):
     assert sorted(str(job.config["model"].get("experts")) for job in jobs) == ["4", "8", "None"]
 
 
+@pytest.mark.slow
 def test_keys_of_a_data_set_of_an_experiment_reach_its_runs(train, tmp_path, capsys):
     keys = ["experiment=table_1", "data.on_error=skip", "seed=0", "model=esmm", "dry_run=true"]
 
@@ -209,6 +211,7 @@ def test_swept_experiments_each_bring_their_grid_and_folder():
     ]
 
 
+@pytest.mark.slow
 def test_a_sweep_over_experiments_runs_the_grid_of_each(train, tmp_path, capsys):
     keys = ["experiment=alpha,figure_1", "seed=3", "data=synthetic", "dry_run=true"]
 
@@ -279,7 +282,7 @@ def test_a_failing_run_does_not_end_a_sweep_and_its_command_is_printed(train, tm
         assert f"{tmp_path / name} failed: mtn.lam must be" in out
 
 
-@pytest.mark.parametrize("name", ["runs", "a,b=é [c] 'd'"])
+@pytest.mark.parametrize("name", [pytest.param("runs", marks=pytest.mark.slow), "a,b=é [c] 'd'"])
 def test_the_command_of_a_run_repeats_it_in_its_folder(name, train, tmp_path):
     experiment = tmp_path / "own conf" / "experiment" / "mine.yaml"
     experiment.parent.mkdir(parents=True)

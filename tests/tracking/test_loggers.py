@@ -220,6 +220,7 @@ def read_wandb_run(path):
     return SimpleNamespace(**kept, history=history, axes=axes)
 
 
+@pytest.mark.slow
 def test_each_job_of_a_sweep_is_a_separate_offline_run_of_wandb(train):
     sweep = train(*LOG, "hydra.mode=MULTIRUN", "seed=0,1", "logger=wandb", "logger.offline=true")
 
@@ -380,6 +381,7 @@ def test_a_server_that_goes_away_does_not_end_the_run(train, tmp_path, wandb_at)
     assert len(read_wandb_run(path).history["val/cvr_auc"]) == 2
 
 
+@pytest.mark.slow
 def test_tables_that_the_server_refuses_do_not_end_the_run(train, tmp_path, monkeypatch):
     def refuse(*_):
         raise wandb.errors.CommError("gone")

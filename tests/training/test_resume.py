@@ -128,6 +128,7 @@ def test_a_run_killed_within_an_epoch_ends_with_the_bits_of_an_uninterrupted_one
     assert read_csv(tmp_path) == read_csv(expected)
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_was_full_ends_with_the_bits_of_an_uninterrupted_one(
     whole, train, tmp_path, monkeypatch
 ):
@@ -305,6 +306,7 @@ def test_a_missing_or_damaged_best_epoch_is_reported(train, interrupted):
     train(*RUN, folder=interrupted)
 
 
+@pytest.mark.slow
 def test_leftovers_of_a_killed_write_are_removed(train, interrupted):
     names = ["checkpoints/.last.ckpt.1.tmp", "checkpoints/.best.ckpt.1.tmp", ".running.json.1.tmp"]
     for name in names:
