@@ -39,6 +39,7 @@ OPTIONS = {
     "clipping": ["trainer.gradient_clip_val=0.1"],
     "noise": ["noise.proportion=0.5", "noise.label_flip={click:0.2}"],
     "lazy_adam": ["optimizer=lazy_adam"],
+    "uncertainty": ["balance=uncertainty"],
 }
 OPTIONS["all"] = [override for option in OPTIONS.values() for override in option]
 LOSSES = {"reweighted": ["loss=reweighted"]}
@@ -119,7 +120,10 @@ def _measure(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, int]]]
         schema=datamodule.schema
     )
     optimizer = instantiate(config["optimizer"])
-    module = MultiTaskModule(network, schema=datamodule.schema, optimizer=optimizer)
+    balance = instantiate(config["balance"], _convert_="all")
+    module = MultiTaskModule(
+        network, schema=datamodule.schema, optimizer=optimizer, balance=balance
+    )
     module.to(torch.float64).load_state_dict(weights)
     trainer = L.Trainer(
         accelerator="cpu",

@@ -101,6 +101,10 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
             ["mtn.refresh_every=16", "trainer.precision=bf16-mixed"],
             marks=pytest.mark.slow,
         ),
+        pytest.param(24, 22, ["balance=metabalance"], marks=pytest.mark.slow),
+        pytest.param(24, 22, ["balance=uncertainty"], marks=pytest.mark.slow),
+        pytest.param(24, 22, ["balance=famo"], marks=pytest.mark.slow),
+        pytest.param(24, 22, ["balance=pcgrad"], marks=pytest.mark.slow),
         # In the second epoch too: 8 steps an epoch, of two batches each and the last of one.
         pytest.param(24, 11, ["trainer.accumulate_grad_batches=2"], marks=pytest.mark.slow),
         pytest.param(

@@ -61,7 +61,7 @@ class Objective(nn.Module):
         self._terms: Tensor | None = None
         if hasattr(self.loss, "prepare"):
             self.loss.prepare(tuple(labels))
-        self.balance.prepare(self.names)
+        self.balance.prepare(self.names, _parameters(network))
 
     @property
     def is_balanced_by_gradients(self) -> bool:
@@ -69,23 +69,37 @@ class Objective(nn.Module):
         return hasattr(self.balance, "backward")
 
     @property
+    def is_adapted_after_steps(self) -> bool:
+        """Whether the balance asks for the losses after each optimiser step."""
+        return hasattr(self.balance, "after_step")
+
+    @property
+    def has_fixed_balance(self) -> bool:
+        """Whether the balance has neither parameters nor state, as a captured step needs."""
+        learns = any(True for _ in self.balance.parameters())
+        return not (learns or self.is_balanced_by_gradients or self.is_adapted_after_steps)
+
+    @property
     def supports_cuda_graphs(self) -> bool:
         """Whether a step can be captured, as far as loss and balance go."""
-        by_loss = getattr(self.loss, "supports_cuda_graphs", False)
-        return by_loss and not self.is_balanced_by_gradients
+        return getattr(self.loss, "supports_cuda_graphs", False) and self.has_fixed_balance
 
     def forward(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return the objective, followed by the values to log, ``(1 + len(value_names),)``.
 
         The values have no gradient: ``loss``, the sum or mean of the cross entropies, ``loss_name``
-        of each loss, and what network, loss and balance measured.
+        of each loss, and what network, loss and balance measured; a balance of gradients measures
+        in :meth:`backward`.
         """
         losses, entropies = self.losses(network, batch)
-        terms = losses if self._weights is None else losses * losses.new_tensor(self._weights)
-        objective = self._reduce(self.balance(terms))
+        terms = self._weighted(losses)
+        balanced = self.balance(terms)
+        objective = self._reduce(balanced)
+        parts = [network, self.loss]
         if self.is_balanced_by_gradients:
-            self._terms = terms
-        parts = (network, self.loss, self.balance)
+            self._terms = balanced
+        else:
+            parts.append(self.balance)
         measured = {k: v for part in parts for k, v in getattr(part, "measured", {}).items()}
         self.value_names = ["loss", *(f"loss_{name}" for name in self.names), *measured]
         values = [self._reduce(entropies), losses, *measured.values()]
@@ -108,22 +122,49 @@ class Objective(nn.Module):
         with torch.no_grad():
             return losses, cross_entropies(output, labels)
 
-    def backward(self, objective: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-        """Let the balance add its gradients, for the last batch.
+    def backward(self, network: nn.Module, objective: Tensor) -> Tensor:
+        """Let the balance add its gradients for the last batch; return more values to log.
 
         Args:
+            network: The network.
             objective: The objective as Lightning scaled it, for AMP and accumulation.
-            parameters: Parameters of the network.
         """
         assert self._terms is not None
         terms, self._terms = self._terms, None
-        scale = objective.detach() / terms.detach().sum()
-        self.balance.backward(scale, terms, parameters)
+        # The same for each term: of the sum or mean, the accumulation and the loss scaler.
+        (scales,) = torch.autograd.grad(objective, terms)
+        self.balance.backward(scales[0], terms, _parameters(network))
+        measured = getattr(self.balance, "measured", {})
+        self.value_names += measured
+        return torch.tensor([float(value) for value in measured.values()]).to(objective)
 
     @torch.no_grad()
     def after_step(self, network: nn.Module, batch: Batch) -> None:
-        """Tell the balance the losses of the batch after the step, if it asks for them."""
-        if hasattr(self.balance, "after_step"):
-            self.loss.eval()  # it has counted this batch
-            self.balance.after_step(self.losses(network, batch)[0])
-            self.loss.train()
+        """Tell the balance the losses of the batch after the step.
+
+        Buffers of the network, for example batch norm's statistics, stay as the step left them.
+        """
+        buffers = list(network.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        self.loss.eval()  # it has counted this batch
+        losses, _ = self.losses(network, batch)
+        self.loss.train()
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        self.balance.after_step(self._weighted(losses))
+
+    def _weighted(self, losses: Tensor) -> Tensor:
+        return losses if self._weights is None else losses * losses.new_tensor(self._weights)
+
+
+def _parameters(network: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the network's parameters: ``embeddings`` and ``layers``."""
+    tables = [
+        part for part in network.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)
+    ]
+    embeddings = {id(parameter) for table in tables for parameter in table.parameters()}
+    parameters = list(network.parameters())
+    return {
+        "embeddings": [p for p in parameters if id(p) in embeddings],
+        "layers": [p for p in parameters if id(p) not in embeddings],
+    }

@@ -96,6 +96,11 @@ class MultiTaskModule(L.LightningModule):
         self.objective = Objective(
             network, schema.labels, loss=loss, balance=balance, task_loss=task_loss
         )
+        if cuda_graphs and not self.objective.has_fixed_balance:
+            raise InputError(
+                "cuda_graphs must be false for a balance that adapts, got true with "
+                f"{type(self.objective.balance).__name__}. Set it to false, or choose balance=sum."
+            )
         self._optimizer = optimizer
         if embedding_weight_decay is not None:
             check_number("optimizer.embedding_weight_decay", embedding_weight_decay, minimum=0)
@@ -114,6 +119,7 @@ class MultiTaskModule(L.LightningModule):
         self.metadata: dict[str, Any] = {}
         self._cuda_graphs = cuda_graphs
         self._graph: CudaGraphLoss | None = None
+        self._batch: Batch | None = None  # for the losses after the step
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
@@ -122,10 +128,8 @@ class MultiTaskModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         found = self._objective(batch) if self._graph is None else self._graph(batch)
         self._values.append((len(batch), found[1:].detach()))
-        if len(self._values) == _SUM_EVERY_N_STEPS:
-            self._sum_values()
-        if self.trainer.is_last_batch or self.trainer.global_step + 1 == self.trainer.max_steps:
-            self._log_values()
+        if self.objective.is_adapted_after_steps:
+            self._batch = batch
         return found[0]
 
     def _objective(self, batch: Batch) -> Tensor:
@@ -133,13 +137,25 @@ class MultiTaskModule(L.LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self.objective.is_balanced_by_gradients:
-            trained = [p for p in self.network.parameters() if p.requires_grad]
-            self.objective.backward(loss, trained)
+            rows, values = self._values.pop()
+            measured = self.objective.backward(self.network, loss)
+            self._values.append((rows, torch.cat([values, measured])))
         else:
             super().backward(loss, *args, **kwargs)
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        self.objective.after_step(self.network, batch)
+    def on_after_backward(self) -> None:
+        if len(self._values) == _SUM_EVERY_N_STEPS:
+            self._sum_values()
+        if self.trainer.is_last_batch or self.trainer.global_step + 1 == self.trainer.max_steps:
+            self._log_values()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self._batch is not None:
+            # Not at the end of the batch, since a checkpoint may be saved before that.
+            with self.trainer.precision_plugin.train_step_context():
+                self.objective.after_step(self.network, self._batch)
+            self._batch = None
 
     def on_train_start(self) -> None:
         steps_alone = self.trainer.accumulate_grad_batches == 1
@@ -264,9 +280,20 @@ class MultiTaskModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            self._check_processes()
             # DDP checks for sparse gradients before Lightning configures the optimiser.
             self._make_optimizer()
             self._set_rates()
+
+    def _check_processes(self) -> None:
+        objective, processes = self.objective, self.trainer.world_size
+        alone = objective.is_balanced_by_gradients or objective.is_adapted_after_steps
+        if alone and processes > 1:
+            raise InputError(
+                f"balance must be sum, weights or uncertainty for several processes, got "
+                f"{type(objective.balance).__name__} with {processes}: each would balance the "
+                "losses of its own rows. Set trainer.devices=1, or choose another balance."
+            )
 
     def _set_rates(self) -> None:
         if not hasattr(self.objective.loss, "set_rates"):
@@ -301,6 +328,11 @@ class MultiTaskModule(L.LightningModule):
         except (ValueError, TypeError) as error:
             raise InputError(f"optimizer: {error}") from error
         lazy = isinstance(optimizer, LazyAdam)
+        if lazy and self.objective.is_balanced_by_gradients:
+            raise InputError(
+                f"balance={type(balance).__name__} needs dense gradients, and optimizer=lazy_adam "
+                "has sparse ones. Choose optimizer=adam, or another balance."
+            )
         if lazy and dist.is_initialized() and dist.get_backend() == "nccl":
             raise InputError(
                 "optimizer=lazy_adam has sparse gradients, which NCCL cannot sum over processes. "
@@ -331,7 +363,14 @@ class MultiTaskModule(L.LightningModule):
     ) -> None:
         if gradient_clip_val and isinstance(optimizer, LazyAdam):
             optimizer = optimizer.gradients_to_clip()
+        # The balance's gradients are of another scale, and must not shrink those of the network.
+        own = list(self.objective.balance.parameters())
+        gradients = [parameter.grad for parameter in own]
+        for parameter in own:
+            parameter.grad = None
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        for parameter, gradient in zip(own, gradients, strict=True):
+            parameter.grad = gradient
 
 
 def _gather_ranks(own: Any) -> list[Any]:
