@@ -74,7 +74,8 @@ class MetaBalance(nn.Module):
     are left as they are. The cost is that of :class:`GradientBalance`.
 
     Args:
-        main: Name of the main loss; None is the last one, the conversion of a funnel.
+        main: Name of the main loss; None is the last one, a funnel's conversion unless the network
+            has losses of its own.
         r: Share of the step to the main loss's norm, from 0 (the plain sum) to 1.
         beta: Decay of the moving average, in [0, 1).
 
