@@ -396,6 +396,12 @@ def test_misuse_is_refused(funnel_schema, batches):
     with pytest.raises(InputError, match=r"cuda_graphs must be false for a balance that adapts"):
         MultiTaskModule(network, schema=funnel_schema, balance=FAMO(), cuda_graphs=True)
     MultiTaskModule(network, schema=funnel_schema, balance=Weights(), cuda_graphs=True)
+    network.loss_weights = {"click": 1.0, "conversion": 0.0}
+    for balance in (Uncertainty(), FAMO()):
+        with pytest.raises(InputError, match=r"above 0, got weight 0 for conversion of MMoE. Cho"):
+            MultiTaskModule(network, schema=funnel_schema, balance=balance)
+    MultiTaskModule(network, schema=funnel_schema, balance=GradientBalance("mgda"))
+    del network.loss_weights
     lazy = MultiTaskModule(
         network, schema=funnel_schema, balance=GradientBalance("mgda"), optimizer=LazyAdam
     )

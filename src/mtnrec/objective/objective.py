@@ -62,6 +62,14 @@ class Objective(nn.Module):
         if hasattr(self.loss, "prepare"):
             self.loss.prepare(tuple(labels))
         self.balance.prepare(self.names, _parameters(network))
+        by_value = not (self.has_fixed_balance or self.is_balanced_by_gradients)
+        absent = [name for name, value in zip(self.names, values, strict=False) if not value]
+        if by_value and absent:  # the logarithm of such a loss has no bound
+            raise InputError(
+                f"balance={type(self.balance).__name__} needs losses of weights above 0, got "
+                f"weight 0 for {', '.join(absent)} of {type(network).__name__}. Choose "
+                "balance=sum, or a balance of gradients."
+            )
 
     @property
     def is_balanced_by_gradients(self) -> bool:
