@@ -142,9 +142,24 @@ def test_every_auc_is_that_of_the_best_checkpoint(model, mtn, train):
         for task, rows in rows_of_tasks(labels, true_probabilities, groups).items():
             expected[f"{split}/{task}_bayes_auc"] = roc_auc_score(*rows[:2])
     metrics = read_record(folder)["metrics"]
-    assert {name: metrics[name] for name in metrics if name.endswith("_auc")} == pytest.approx(
-        expected, abs=1e-12
-    )
+    found = {name: value for name, value in metrics.items() if name.endswith("_auc")}
+    of_labels = {name: value for name, value in found.items() if "all_rows" not in name}
+    assert of_labels == pytest.approx(expected, abs=1e-12)
+
+
+def test_cvr_over_all_rows_is_that_of_the_best_checkpoint(run):
+    metrics, datamodule = read_record(run)["metrics"], open_data(run)
+
+    for split in ("val", "test"):
+        p, q = np.asarray(score(run, split)), datamodule.column(split, "probabilities")
+        predicted, true = p[:, 1] / p[:, 0], q[:, 1] / q[:, 0]
+        # Each row twice: as a positive that weighs the true CVR, and as a negative.
+        labels = np.repeat([1, 0], len(true))
+        rows = labels, np.tile(predicted, 2), np.concatenate([true, 1 - true])
+        auc = roc_auc_score(*rows[:2], sample_weight=rows[2])
+        assert metrics[f"{split}/cvr_all_rows_auc"] == pytest.approx(auc, abs=1e-5)
+        expected = log_loss(*rows[:2], sample_weight=rows[2])
+        assert metrics[f"{split}/cvr_all_rows_log_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_log_loss_is_that_of_the_best_checkpoint(run):
@@ -381,7 +396,7 @@ def test_prepared_aliexpress_trains(model, train, prepare, write_aliexpress, tmp
     assert record["data"]["rows"] == {"train": 48, "val": 12, "test": 60}
     assert record["counts"]["test/cvr"] == {"rows": 20, "positives": 10}
     assert 0 <= record["metrics"]["test/ctcvr_auc"] <= 1
-    assert not [name for name in record["metrics"] if "bayes" in name]
+    assert not [name for name in record["metrics"] if "bayes" in name or "all_rows" in name]
 
 
 def test_a_suspected_leak_is_logged_and_recorded(train, tmp_path):
@@ -513,7 +528,7 @@ def test_each_preset_for_debugging_runs_to_its_end(name, train):
 
     rows = {"fast": 128, "limit": 32, "overfit": 64}[name]
     assert record["counts"]["test/ctr"]["rows"] == rows
-    assert "test/ctr_bayes_auc" not in record["metrics"]
+    assert not {"test/ctr_bayes_auc", "test/cvr_all_rows_auc"} & record["metrics"].keys()
     if name == "overfit":
         losses = [epoch["train/loss"] for epoch in record["history"]]
         assert losses == sorted(losses, reverse=True)

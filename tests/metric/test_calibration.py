@@ -1,5 +1,7 @@
 """Log loss, calibration and its error against scikit-learn, hand values and a slow loop."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from mtnrec.metric.calibration import (
     calibration,
     calibration_curve,
     expected_calibration_error,
+    expected_log_loss,
     log_loss,
 )
 
@@ -62,6 +65,19 @@ def test_log_loss_of_many_rows_loses_no_digit():
 
 def test_log_loss_of_no_rows_is_nan():
     assert log_loss(torch.empty(0), torch.empty(0), torch.empty(0)).isnan()
+
+
+def test_expected_log_loss_is_the_mean_over_all_draws_of_the_labels():
+    rng = np.random.default_rng(0)
+    true, predicted = torch.from_numpy(rng.uniform(0.05, 0.95, (2, 6)))
+    expected = 0.0
+    for labels in itertools.product([0, 1], repeat=6):
+        chance = torch.where(torch.tensor(labels) > 0, true, 1 - true).prod().item()
+        expected += chance * metrics.log_loss(labels, predicted, labels=[0, 1])
+
+    found = expected_log_loss(predicted.log(), (-predicted).log1p(), true)
+
+    assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_calibration_is_predicted_over_observed_positives():

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.special import entr
 from sklearn import metrics
 
 from mtnrec.batch import LogProbabilities
 from mtnrec.metric.calibration import calibration_curve, expected_calibration_error
 from mtnrec.metric.ranking import grouped_auc
-from mtnrec.metric.task_metrics import TaskMetrics, bayes_aucs
+from mtnrec.metric.task_metrics import TaskMetrics, all_rows_metrics, bayes_aucs
 from mtnrec.schema import Schema
 
 FUNNEL = Schema((), ("price",), ("click", "conversion"), funnel=True)
@@ -242,6 +243,95 @@ def test_bayes_aucs_are_those_of_the_true_probabilities():
         "ctcvr_bayes_auc": metrics.roc_auc_score(y[:, 1], p[:, 1]),
     }
     assert found == pytest.approx(expected, abs=1e-12)
+
+
+def true_and_predicted(rows, stages, seed=0):
+    """True probabilities of a funnel, and other log-probabilities, whose quotients have ties."""
+    rng = np.random.default_rng(seed)
+    true = rng.uniform(0.05, 0.95, (rows, stages)).cumprod(axis=1)
+    # Whole numbers, so that differences are exact.
+    logs = -rng.integers(1, 6, (rows, stages)).cumsum(axis=1).astype(float)
+    return true, torch.from_numpy(logs)
+
+
+def pairwise_auc(scores, true):
+    """Sum over all pairs of rows: the first as a positive, the second as a negative."""
+    wins = total = 0.0
+    for score, p in zip(scores, true, strict=True):
+        for other, q in zip(scores, true, strict=True):
+            wins += p * (1 - q) * (0.5 if score == other else float(score > other))
+            total += p * (1 - q)
+    return wins / total
+
+
+@pytest.mark.parametrize("labels", [("click", "conversion"), ("click", "cart", "buy")])
+def test_conditional_tasks_are_compared_with_the_truth_on_all_rows(labels):
+    schema = Schema((), ("price",), labels, funnel=True)
+    true, predicted = true_and_predicted(60, len(labels))
+
+    found = all_rows_metrics(schema, predicted, torch.from_numpy(true))
+
+    conditional = [task for task in schema.tasks if task.given is not None]
+    logs = predicted.numpy()
+    expected = {}
+    for stage, task in enumerate(conditional, start=1):
+        truth = true[:, stage] / true[:, stage - 1]
+        score = np.exp(logs[:, stage] - logs[:, stage - 1])
+        # Each row twice: as a positive that weighs p, and as a negative that weighs 1 - p.
+        both = np.repeat([1, 0], len(truth)), np.tile(score, 2)
+        log_loss = metrics.log_loss(*both, sample_weight=np.concatenate([truth, 1 - truth]))
+        expected[f"{task.name}_all_rows_auc"] = pairwise_auc(score, truth)
+        expected[f"{task.name}_all_rows_log_loss"] = log_loss
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
+
+
+def test_the_truth_has_the_log_loss_of_its_entropy_and_no_score_a_larger_auc():
+    true, predicted = true_and_predicted(500, 2)
+    p = torch.from_numpy(true)
+    cvr = true[:, 1] / true[:, 0]
+
+    exact, other = (all_rows_metrics(FUNNEL, s, p) for s in (p.log(), predicted))
+
+    entropy = (entr(cvr) + entr(1 - cvr)).mean()
+    assert exact["cvr_all_rows_log_loss"].item() == pytest.approx(entropy, rel=1e-12)
+    assert other["cvr_all_rows_log_loss"] > entropy
+    assert other["cvr_all_rows_auc"] < exact["cvr_all_rows_auc"]
+
+
+def test_a_quotient_above_one_never_gains_log_loss_over_all_rows():
+    true = torch.tensor([[0.5, 0.4]], dtype=torch.float64)
+    above = torch.tensor([[0.2, 0.6]], dtype=torch.float64)
+
+    found = all_rows_metrics(FUNNEL, above.log(), true)["cvr_all_rows_log_loss"].item()
+
+    assert found == pytest.approx(-0.2 * np.log(1e-7), rel=1e-6)
+
+
+def test_only_the_truth_of_every_row_adds_metrics_and_labels_do_not_change_them():
+    output, labels, groups = draw(400)
+    true, _ = true_and_predicted(400, 2)
+
+    def measured(labels, probabilities):
+        task_metrics = TaskMetrics(FUNNEL)
+        for piece in torch.arange(400).split(150):
+            part = LogProbabilities(output.positive[piece], output.negative[piece])
+            task_metrics.update(part, labels[piece], groups[piece])
+        return task_metrics.compute(probabilities)
+
+    plain, found = measured(labels, None), measured(labels, true)
+    flipped = measured(labels[:, [1, 0]], true)
+
+    added = {"cvr_all_rows_auc", "cvr_all_rows_log_loss"}
+    assert found.keys() - plain.keys() == added
+    assert_same({name: found[name] for name in plain}, plain)
+    assert all(torch.equal(found[name], flipped[name]) for name in added)
+    assert_same(measured(labels, true[:399]), plain)
+
+
+def test_independent_labels_have_no_conditional_task():
+    true, predicted = true_and_predicted(50, 3)
+
+    assert all_rows_metrics(INDEPENDENT, predicted, torch.from_numpy(true)) == {}
 
 
 TWO_RANKS = """

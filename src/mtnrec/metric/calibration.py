@@ -24,6 +24,22 @@ def log_loss(positive: Tensor, negative: Tensor, labels: Tensor) -> Tensor:
     return -torch.where(labels > 0, positive, negative).double().mean()
 
 
+def expected_log_loss(positive: Tensor, negative: Tensor, probabilities: Tensor) -> Tensor:
+    """Return the expectation of the :func:`log_loss` over labels drawn from true probabilities.
+
+    The true probabilities themselves have the least, their mean entropy.
+
+    Args:
+        positive: ``log P(label = 1)``, ``(n,)``.
+        negative: ``log P(label = 0)``, ``(n,)``.
+        probabilities: True ``P(label = 1)``, float64 ``(n,)``.
+
+    Returns:
+        float64 scalar; NaN if there are no rows.
+    """
+    return -(probabilities * positive + (1 - probabilities) * negative).mean()
+
+
 class CalibrationCurve(NamedTuple):
     """Predicted and observed rates over bins of equal mass, least probable first.
 

@@ -25,8 +25,8 @@ class MetricInfo:
         better: Better direction: ``higher``, ``lower``, or ``one`` (closer to 1).
         can_monitor: Whether it can choose the epoch.
         needs_both_classes: Whether it is undefined on rows of one class.
-        is_measured: Whether it is computed from predictions; the Bayes AUC is computed from the
-            true probabilities.
+        is_measured: Whether it is computed from predictions and labels; the others take the true
+            probabilities, which synthetic logs have.
     """
 
     title: str
@@ -49,6 +49,12 @@ METRICS = {
     "ece": MetricInfo("expected calibration error", better="lower", can_monitor=True),
     "grouped_auc": MetricInfo("grouped AUC", better="higher"),
     "bayes_auc": MetricInfo("Bayes AUC", better="higher", is_measured=False),
+    "all_rows_auc": MetricInfo(
+        "AUC over all rows against the true probability", better="higher", is_measured=False
+    ),
+    "all_rows_log_loss": MetricInfo(
+        "log loss over all rows against the true probability", better="lower", is_measured=False
+    ),
 }
 COUNTS = ("rows", "positives")
 

@@ -18,7 +18,7 @@ from mtnrec.schema import Schema, Task
 
 # CVR can exceed 1 where it is a quotient; its log loss, undefined there, uses this value instead.
 # Calibration, its curve and its error use the quotient: the excess over 1 is part of the error.
-_LARGEST_QUOTIENT = 1 - 1e-7
+_LARGEST_LOG_QUOTIENT = math.log(1 - 1e-7)
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,40 @@ def rows_of_task(
         return TaskRows(positive, negative, labels[:, task.label], groups)
     chosen = labels[:, task.given].nonzero().squeeze(1)
     quotient = log_probability(task, output.positive[chosen])  # few rows, since clicks are rare
-    ceiling = math.log(_LARGEST_QUOTIENT)
-    complement = (-quotient.double().clamp(max=ceiling).expm1()).log()
+    _, complement = _bounded(quotient)
     chosen_groups = None if groups is None else groups[chosen]
     return TaskRows(quotient, complement, labels[chosen, task.label], chosen_groups)
+
+
+def _bounded(quotient: Tensor) -> LogProbabilities:
+    """Return the float64 logs of a quotient below 1 and of its complement."""
+    bounded = quotient.double().clamp(max=_LARGEST_LOG_QUOTIENT)
+    return LogProbabilities(bounded, (-bounded.expm1()).log())
+
+
+def all_rows_metrics(schema: Schema, positive: Tensor, probabilities: Tensor) -> dict[str, Tensor]:
+    """Return AUC and log loss of each conditional task (CVR) over all rows, as ``task_metric``.
+
+    Labels show a conditional probability on the rows of its condition only: for CVR, on clicked
+    rows. Where the truth ``p`` is known, these metrics compare the prediction with it on every row,
+    without labels: the log loss is that expected of labels drawn from ``p``, and in the AUC each
+    row is a positive with weight ``p`` and a negative with weight ``1 - p``.
+
+    Args:
+        schema: The tasks.
+        positive: Log-probabilities of the labels, ``(n, T)``.
+        probabilities: True ``P(label = 1)``, float64 ``(n, T)``, in the same order of rows.
+    """
+    values: dict[str, Tensor] = {}
+    for task in schema.tasks:
+        if task.given is None:
+            continue
+        true = probabilities[:, task.label] / probabilities[:, task.given]
+        quotient = log_probability(task, positive)
+        auc = ranking.weighted_auc(quotient, true, 1 - true)
+        log_loss = calibration.expected_log_loss(*_bounded(quotient), true)
+        values |= {f"{task.name}_all_rows_auc": auc, f"{task.name}_all_rows_log_loss": log_loss}
+    return values
 
 
 def bayes_aucs(schema: Schema, probabilities: Float64Array, labels: UInt8Array) -> dict[str, float]:
@@ -151,8 +181,9 @@ class TaskMetrics(Metric):
     """Collects the predictions of a split and measures every task on all of them at once.
 
     Metrics are never averaged over batches; under DDP the predictions of all ranks are gathered
-    first. Keeps ``9 T + 8`` bytes per row (8 of them for groups); computing takes as many again
-    plus about 25. ``curves`` holds the calibration curves of the last ``compute()`` by task; their
+    first, in the order of the ranks, which is that of the split. Keeps ``9 T + 8`` bytes per row (8
+    of them for groups); computing takes as many again plus about 25, and 80 more with true
+    probabilities. ``curves`` holds the calibration curves of the last ``compute()`` by task; their
     bins are those of the calibration error, at no extra cost. ``nan_rows`` holds the positions of
     the rows that have a score that is not a number, as an int64 tensor.
 
@@ -190,10 +221,15 @@ class TaskMetrics(Metric):
         if group is not None:
             self.groups.append(group)
 
-    def compute(self) -> dict[str, Tensor]:
+    def compute(self, probabilities: Float64Array | None = None) -> dict[str, Tensor]:
         """Return every metric as a float64 scalar under ``task_metric``, and the counts.
 
         ``task_rows`` and ``task_positives`` are int64 scalars.
+
+        Args:
+            probabilities: True ``P(label = 1)`` of the split, ``(n, T)``, in its order, for the
+                :func:`all_rows_metrics`. They are left out without it, and if rows of the split
+                were not measured.
         """
         # On the CPU, since CUDA has no deterministic cumulative sum.
         output = LogProbabilities(
@@ -210,4 +246,7 @@ class TaskMetrics(Metric):
             values |= {f"{task.name}_{name}": value for name, value in found.items()}
             values[f"{task.name}_rows"] = torch.tensor(len(rows.labels))
             values[f"{task.name}_positives"] = rows.labels.long().sum()
+        if probabilities is not None and len(probabilities) == len(labels):
+            true = torch.from_numpy(probabilities)
+            values |= all_rows_metrics(self._schema, output.positive, true)
         return values

@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from mtnrec.arrays import Int64Array
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError, check_flag, check_number
+from mtnrec.data.datamodule import DataModule
 from mtnrec.metric.added import AddedMetrics
 from mtnrec.metric.task_metrics import TaskMetrics
 from mtnrec.model.feature_input import FeatureInput
@@ -249,7 +250,10 @@ class MultiTaskModule(L.LightningModule):
         }
 
     def _log_metrics(self, split: str, metrics: TaskMetrics) -> None:
-        values = {f"{split}/{name}": value.item() for name, value in metrics.compute().items()}
+        data = getattr(self.trainer, "datamodule", None)
+        true = data.column(split, "probabilities") if isinstance(data, DataModule) else None
+        found = metrics.compute(true)
+        values = {f"{split}/{name}": value.item() for name, value in found.items()}
         metrics.reset()
         if len(metrics.nan_rows):
             raise self._nan_scores(split, metrics.nan_rows.numpy())
