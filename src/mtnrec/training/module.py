@@ -290,7 +290,8 @@ class MultiTaskModule(L.LightningModule):
             self._set_rates()
 
     def _check_processes(self) -> None:
-        objective, processes = self.objective, self.trainer.world_size
+        objective = self.objective
+        processes = dist.get_world_size() if dist.is_initialized() else 1
         alone = objective.is_balanced_by_gradients or objective.is_adapted_after_steps
         if alone and processes > 1:
             raise InputError(
