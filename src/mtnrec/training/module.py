@@ -291,9 +291,8 @@ class MultiTaskModule(L.LightningModule):
 
     def _check_processes(self) -> None:
         objective = self.objective
-        processes = dist.get_world_size() if dist.is_initialized() else 1
         alone = objective.is_balanced_by_gradients or objective.is_adapted_after_steps
-        if alone and processes > 1:
+        if alone and (processes := self.trainer.world_size) > 1:
             raise InputError(
                 f"balance must be sum, weights or uncertainty for several processes, got "
                 f"{type(objective.balance).__name__} with {processes}: each would balance the "
