@@ -13,15 +13,18 @@ from pathlib import Path
 
 import cloudpickle
 import pytest
+import torch
 import yaml
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
+from hydra.utils import instantiate
 
 from mtnrec.command.config import CONF_DIR, resolve_settings
 from mtnrec.run.folder import State, lock_run_folder, run_state
+from mtnrec.schema import Schema
 from mtnrec.sweep import launch as sweep
 from mtnrec.train import main as train_main
 
@@ -48,7 +51,8 @@ def plan():
             config = loader.load_configuration("train", [*arguments, *lines], RunMode.MULTIRUN)
             sweeper = config.hydra.sweeper
             grids = grids or [{**sweeper.params, **g} for g in (sweeper.grids or {"": {}}).values()]
-            return sweep.plan(config, loader, grids, [*arguments, *lines])
+            of_runs = [a for a in arguments if not a.removeprefix("~").startswith("hydra.")]
+            return sweep.plan(config, loader, grids, [*of_runs, *lines])
 
     return make
 
@@ -116,6 +120,7 @@ def test_the_command_line_narrows_every_grid(plan):
         ("denoising", 10 * 2 * 2 * 3, ["noise.proportion=0", "noise.label_flip={click:0.1}"], 3),
         ("alpha", 10 * 2 * 5, ["mtn.alpha=uniform,[0,0,1]"], 3),
         ("layer_weighting", 10 * 2 * 4, ["mtn.layer_weighting=mean,gated"], 3),
+        ("zoo", 3 * 2, [], 2),  # of each grid; the three grids narrow to the same runs
     ],
 )
 def test_an_experiment_sweeps_its_grid_and_narrows(name, swept, narrowed, runs, plan):
@@ -144,6 +149,68 @@ def test_mtn_and_each_rival_have_a_grid_of_seven_lambdas_and_one_baseline(plan):
         *("l2", "frobenius", "soft_sharing", "group_lasso"),
     }
     assert set(arms.values()) == {7}
+
+
+def test_the_zoo_has_every_model_without_and_with_mtn(plan):
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in CONF_DIR.glob("model/*.yaml")}
+    models = {settings["_target_"] for settings in files.values() if "defaults" not in settings}
+
+    jobs = plan(None, "seed=0", experiment="zoo")
+
+    runs = [(job.config["model"]["_target_"], job.config["mtn"]["enabled"]) for job in jobs]
+    assert len(runs) == len(set(runs))
+    assert {model for model, _ in runs} == models
+    assert {model for model, mtn in runs if mtn} == models
+
+
+@pytest.mark.parametrize(
+    ("schema", "grids", "models"),
+    [
+        (Schema((), ("x",), ("buy", "like"), funnel=False), ["funnel", "two_stages"], 6),
+        (Schema((), ("x",), ("click", "cart", "buy"), funnel=True), ["two_stages"], 8),
+    ],
+    ids=["independent", "three_stages"],
+)
+def test_the_zoo_leaves_out_the_models_that_do_not_fit_the_labels(schema, grids, models, plan):
+    dropped = [f"~hydra.sweeper.grids.{grid}" for grid in grids]
+
+    jobs = plan(None, "seed=0", "mtn.enabled=false", *dropped, experiment="zoo")
+
+    with torch.device("meta"):
+        networks = [instantiate(job.config["model"], schema=schema) for job in jobs]
+    assert len(networks) == models
+
+
+def test_the_debiased_models_and_their_controls_share_experts_and_towers(plan):
+    jobs = plan(None, "seed=0", experiment="debiasing")
+
+    models = [job.config["model"] for job in jobs]
+    arms = [
+        (
+            model["_target_"].rpartition(".")[2],
+            model.get("clicked_weight", model.get("estimator")),
+        )
+        for model in models
+    ]
+    assert arms == [
+        *(("ESMM", weight) for weight in (0, 1, 10, 20)),
+        ("NaiveCVR", None),
+        ("ESCM2", "ips"),
+        ("ESCM2", "dr"),
+        ("DCMT", None),
+    ]
+    (sizes,) = {
+        str([model[key] for key in ("experts", "expert_widths", "tower_widths")])
+        for model in models
+    }
+    assert sizes == "[8, [512, 256], [128, 64]]"
+    assert jobs[3].config["data"]["click_rate"] == 1 / 20
+
+
+def test_the_weights_of_the_debiasing_experiment_narrow_and_leave_out_no_model(plan):
+    jobs = plan(None, "seed=0", "model.clicked_weight=0,26", experiment="debiasing")
+
+    assert [job.config["model"].get("clicked_weight") for job in jobs] == [0, 26, *[None] * 4]
 
 
 def test_the_quickstart_runs_on_any_launcher(plan):
