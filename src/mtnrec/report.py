@@ -16,6 +16,7 @@ from mtnrec.command.entry_point import entry_point
 from mtnrec.reporting.figure.catalogue import PlannedFigure, write_figures
 from mtnrec.reporting.page import write_page
 from mtnrec.reporting.runs import read_runs, unfinished
+from mtnrec.reporting.table.ranks import rank_arms, rank_tables
 from mtnrec.reporting.table.render import write_tables
 from mtnrec.reporting.table.scores import comparisons, difference_table, score_table, split_by_table
 
@@ -34,8 +35,12 @@ def _report(cfg: DictConfig) -> None:
         if (cells["pairs"] > 0).any():
             differences.append(difference_table(cells, f"{title}: differences"))
 
+    ranks = list(
+        rank_tables(rank_arms(runs.results, metric=cfg.metric, split=cfg.split), cfg.split)
+    )
+
     runs.write(out)
-    write_tables(out / "tables", [*scores, *differences])
+    write_tables(out / "tables", [*scores, *differences, *ranks])
     figures = write_figures(out / "figures", runs, _track)
     page = out / "index.html"
     write_page(
@@ -45,9 +50,10 @@ def _report(cfg: DictConfig) -> None:
         compared=compared,
         scores=scores,
         differences=differences,
+        ranks=ranks,
         figures=figures,
     )
-    tables = len(scores) + len(differences)
+    tables = len(scores) + len(differences) + len(ranks)
     console.print(
         f"{len(runs)} runs, {tables} tables and {len(figures)} figures; the page is "
         f"{page.resolve().as_uri()}",

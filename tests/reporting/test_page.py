@@ -9,6 +9,7 @@ from mtnrec.reporting.page import write_page
 from mtnrec.reporting.runs import read_runs, unfinished
 from mtnrec.reporting.summary import costs_of_arms, lay_out_forest, summarise
 from mtnrec.reporting.table.appendix import cost_table, deviation_tables, settings_tables
+from mtnrec.reporting.table.ranks import rank_arms, rank_tables
 from mtnrec.reporting.table.scores import comparisons, difference_table, score_table, split_by_table
 
 VOID = {"meta", "img", "br", "input"}
@@ -63,6 +64,7 @@ def make_page(root, out, baseline=None):
         compared=comparisons(runs.results),
         scores=[score_table(cells, title) for title, cells in parts.items()],
         differences=[difference_table(cells, f"{title}: d") for title, cells in parts.items()],
+        ranks=list(rank_tables(rank_arms(runs.results))),
         figures=[draw(out, kind) for kind in ("alphas", "noise_curves", "alphas")],
     )
     return path.read_text(encoding="utf-8")
@@ -295,6 +297,18 @@ def test_the_costs_of_the_first_screen_are_those_of_the_table(root):
         mean = sum(float(row[seconds].text) for row in rows) / len(rows)
         assert float(cost["seconds"].removesuffix(" s")) == pytest.approx(mean, abs=0.1)
         assert {row[memory].text for row in rows} == {cost["memory"].removesuffix(" GiB")}
+
+
+def test_arms_on_several_data_sets_have_a_section_of_ranks(tmp_path, write_run):
+    for data in ("a", "b"):
+        for model in ("ESMM", "MMoE", "PLE"):
+            write_run(tmp_path / "runs", f"{data}-{model}", model=model, data=data)
+
+    page = Page(make_page(tmp_path / "runs", tmp_path / "report"))
+
+    assert "ranks-over-data-sets" in page.ids
+    assert "#ranks-over-data-sets" in page.links
+    assert "critical difference" in page.text
 
 
 def test_every_sortable_header_is_a_button_above_a_value_of_each_row(root, tmp_path):

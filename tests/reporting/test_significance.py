@@ -8,7 +8,14 @@ from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import DescrStatsW
 
 from mtnrec.checks import InputError
-from mtnrec.reporting.significance import compare, holm, mean_interval, seeds_needed, stars
+from mtnrec.reporting.significance import (
+    compare,
+    compare_ranks,
+    holm,
+    mean_interval,
+    seeds_needed,
+    stars,
+)
 
 
 def drawn(pairs, shift=0.0, seed=0):
@@ -181,3 +188,60 @@ def test_holm_keeps_the_errors_of_a_whole_table_at_the_level():
 
     assert wrong <= stats.binom.ppf(1 - 1e-5, tables, 0.05)
     assert (p_values < 0.05).any(axis=1).mean() > 0.3  # what there is without it
+
+
+@pytest.mark.parametrize("decimals", [9, 1], ids=["without_ties", "with_ties"])
+def test_friedmans_p_value_is_scipys(decimals):
+    costs = np.random.default_rng(0).normal(size=(6, 4)).round(decimals)
+
+    found = compare_ranks(costs)
+
+    assert found.p_value == pytest.approx(stats.friedmanchisquare(*costs.T).pvalue, rel=1e-12)
+
+
+def test_ties_share_the_mean_of_their_ranks():
+    found = compare_ranks([[0.1, 0.2, 0.2], [0.3, 0.3, 0.3]])
+
+    assert found.mean_ranks.tolist() == [(1 + 2) / 2, (2.5 + 2) / 2, (2.5 + 2) / 2]
+
+
+def test_friedmans_p_value_is_undefined_where_all_arms_tie():
+    assert np.isnan(compare_ranks(np.ones((3, 4))).p_value)
+
+
+@pytest.mark.parametrize(
+    ("arms", "quantile"),
+    [
+        (3, 2.343),
+        (4, 2.569),
+        (5, 2.728),
+        (6, 2.850),
+        (7, 2.949),
+        (8, 3.031),
+        (9, 3.102),
+        (10, 3.164),
+    ],
+)
+def test_the_critical_difference_uses_demsars_quantiles(arms, quantile):
+    """Demsar (2006), Table 5(a), rounded there to three decimals."""
+    found = compare_ranks(np.random.default_rng(0).normal(size=(14, arms)))
+
+    factor = (arms * (arms + 1) / (6 * 14)) ** 0.5
+    assert found.critical_difference / factor == pytest.approx(quantile, abs=1.1e-3)
+
+
+def test_the_critical_difference_of_demsars_example():
+    """Demsar (2006), section 3.2.2: four classifiers on 14 data sets."""
+    found = compare_ranks(np.random.default_rng(0).normal(size=(14, 4)))
+
+    assert round(found.critical_difference, 2) == 1.25
+
+
+def test_the_range_of_normal_variables_exceeds_the_quantile_in_one_of_twenty_cases():
+    arms, count = 24, 4
+    found = compare_ranks(np.random.default_rng(0).normal(size=(count, arms)))
+
+    q = found.critical_difference / (arms * (arms + 1) / (6 * count)) ** 0.5 * 2**0.5
+    z = np.linspace(-10, 10, 20001)
+    density = arms * stats.norm.pdf(z) * (stats.norm.cdf(z) - stats.norm.cdf(z - q)) ** (arms - 1)
+    assert np.trapezoid(density, z) == pytest.approx(0.95, abs=1e-6)

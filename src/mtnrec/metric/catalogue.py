@@ -37,9 +37,13 @@ class MetricInfo:
 
     def improves(self, value: Any, baseline: Any) -> Any:
         """Return whether a value beats the baseline's, for numbers, arrays or columns."""
+        return self.cost(value) < self.cost(baseline)
+
+    def cost(self, value: Any) -> Any:
+        """Return values that are smaller the better, for numbers, arrays or columns."""
         if self.better == "one":
-            return abs(value - 1) < abs(baseline - 1)
-        return value < baseline if self.better == "lower" else value > baseline
+            return abs(value - 1)
+        return value if self.better == "lower" else -value
 
 
 METRICS = {

@@ -14,7 +14,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mtnrec.files import slug, write_atomic
-from mtnrec.reporting.figure.catalogue import KINDS, MOST_ARMS, MOST_BLOCKS, WrittenFigure, blocks
+from mtnrec.reporting.figure.catalogue import (
+    KINDS,
+    MOST_ARMS,
+    MOST_BLOCKS,
+    RANKS,
+    WrittenFigure,
+    blocks,
+)
 from mtnrec.reporting.figure.style import color_of
 from mtnrec.reporting.machines import warn_of_machines
 from mtnrec.reporting.runs import Runs, UnfinishedRun
@@ -48,6 +55,7 @@ _MECHANISM = (
 
 @dataclass(frozen=True)
 class _Image:
+    kind: str
     title: str
     caption: str
     svg: Markup
@@ -78,6 +86,7 @@ def write_page(
     compared: pd.DataFrame,
     scores: Sequence[Table],
     differences: Sequence[Table],
+    ranks: Sequence[Table],
     figures: Sequence[WrittenFigure],
 ) -> None:
     """Write a page with embedded style, script and figures, which any browser opens offline.
@@ -89,6 +98,7 @@ def write_page(
         compared: Output of :func:`mtnrec.reporting.table.scores.comparisons` for all runs.
         scores: Tables of scores.
         differences: Tables of the differences.
+        ranks: Tables of the ranks over data sets.
         figures: Written figures; their SVG is embedded.
     """
     environment = Environment(
@@ -109,7 +119,7 @@ def write_page(
         warnings=warn_of_machines(runs),
         facts=facts(runs),
         left_out=left_out,
-        sections=list(_sections(path, runs, compared, scores, differences, figures)),
+        sections=list(_sections(path, runs, compared, scores, differences, ranks, figures)),
         runs=runs_table(runs, path.parent),
         color_of=color_of,
         version=metadata.version("mtnrec"),
@@ -123,6 +133,7 @@ def _sections(
     compared: pd.DataFrame,
     scores: Sequence[Table],
     differences: Sequence[Table],
+    ranks: Sequence[Table],
     figures: Sequence[WrittenFigure],
 ) -> Iterator[_Section]:
     def section(title: str, *, most: int = 1, **parts: object) -> _Section:
@@ -142,13 +153,15 @@ def _sections(
         tables=_rendered(scores),
         folded=[("Each difference, with p-values", _rendered(differences))] if differences else (),
     )
+    if ranks:
+        yield section(RANKS, tables=_rendered(ranks))
     published = list(deviation_tables(compared))
     if published:
         yield _Section("Published numbers", tables=_rendered(published))
     has_mtn = runs.settings["mtn"].any()
     texts = {"Training": _left_out(runs), "What MTN does": _MECHANISM if has_mtn else ""}
     for name in dict.fromkeys(kind.section for kind in KINDS.values()):
-        if name in ("Results", "Calibration"):  # with tables
+        if name in ("Results", RANKS, "Calibration"):  # with tables
             continue
         found = section(name, most=2, text=texts.get(name, ""))
         if found.images:
@@ -218,7 +231,7 @@ def _image(figure: WrittenFigure, folder: Path) -> _Image:
         (path.suffix.removeprefix("."), quote(Path(os.path.relpath(path, folder)).as_posix()))
         for path in figure.paths
     ]
-    return _Image(figure.title, figure.caption, _inline(path, figure.alt), links)
+    return _Image(figure.kind, figure.title, figure.caption, _inline(path, figure.alt), links)
 
 
 def _inline(path: Path, alt: str) -> Markup:

@@ -311,12 +311,15 @@ def test_one_seed_of_independent_tasks_is_drawn_without_a_band(make_runs):
 def test_every_kind_is_drawn_if_the_runs_have_it(make_runs):
     keys = {"spectra": True, "auc": {"ctr": 0.7}, "epochs": 2}
     arms = [{"mtn": False}, {"mtn": True}, {"mtn": {"lam": 0.1}}, {"noise": 0.1}]
-    runs = make_runs(*(arm | keys for arm in arms), {"model": "ESMM", **keys})
+    more = [{"model": "ESMM", **keys}]
+    more += [{"data": "other", "auc": keys["auc"], **arm} for arm in arms[:3]]
+    runs = make_runs(*(arm | keys for arm in arms), *more)
 
     found = [(kind, parts) for kind, parts, figure in drawn_figures(runs) if figure is not None]
 
     assert {kind for kind, _ in found} == set(KINDS)
     assert [parts for kind, parts in found if kind == "noise_curves"] == [("synthetic",)]
+    assert [parts for kind, parts in found if kind == "ranks"] == [("CTR",)]
     assert ("spectra", ("synthetic", "MMoE")) in found
     assert ("expert_distances", ("synthetic", "MMoE", "noise 0.1")) in found
     of_esmm = {kind for kind, parts in found if "ESMM" in parts}

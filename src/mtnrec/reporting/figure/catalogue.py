@@ -20,7 +20,10 @@ from mtnrec.reporting.figure import results as figures
 from mtnrec.reporting.figure import training as training_figures
 from mtnrec.reporting.figure.style import FORMATS, ordered, save
 from mtnrec.reporting.runs import Run, Runs
+from mtnrec.reporting.table.published import task_title
+from mtnrec.reporting.table.ranks import rank_arms
 
+RANKS = "Ranks over data sets"  # section of the page
 MOST_BLOCKS = 4  # models with figures of their training; drawing one takes a second
 _MOST_LINES = 6  # arms per figure next to their baseline; more have another figure
 MOST_ARMS = 2 * _MOST_LINES  # of a model, with figures of their training
@@ -100,6 +103,15 @@ KINDS = {
         f"and {_INTERVAL}. Right of the line, the AUC is higher than the baseline's.",
         "Dot plots of the differences in test AUC, one row per model and noise, one column per "
         "task.",
+    ),
+    "ranks": Kind(
+        RANKS,
+        "Ranks",
+        "Mean rank of each arm by test AUC over data sets, best first (marker, and the number "
+        "after the name). The bars are as long as the critical difference: two arms whose bars do "
+        "not overlap differ significantly at 5 %, over all pairs of arms (Nemenyi). Grey band: the "
+        "bar of the best arm.",
+        "Dot plot of the mean rank of each arm, with bars as long as the critical difference.",
     ),
     "lambda_curves": Kind(
         "Lambda",
@@ -214,7 +226,7 @@ def plan_figures(runs: Runs) -> list[PlannedFigure]:
 
     Of many models, and of many arms of a model, only the first have figures of their training.
     """
-    return [*_of_results(runs), *_of_training(runs), *_of_arrays(runs)]
+    return [*_of_results(runs), *_of_ranks(runs), *_of_training(runs), *_of_arrays(runs)]
 
 
 def _of_results(runs: Runs) -> Iterator[PlannedFigure]:
@@ -230,6 +242,12 @@ def _of_results(runs: Runs) -> Iterator[PlannedFigure]:
                 continue
             parts = _parts(data, model, noise)
             yield PlannedFigure("lambda_curves", parts, partial(figures.lambda_curves, rows))
+
+
+def _of_ranks(runs: Runs) -> Iterator[PlannedFigure]:
+    for ranking in rank_arms(runs.results):
+        parts = tuple(filter(None, (task_title(ranking.task), ranking.noise)))
+        yield PlannedFigure("ranks", parts, partial(figures.critical_differences, ranking))
 
 
 def _of_training(runs: Runs) -> Iterator[PlannedFigure]:

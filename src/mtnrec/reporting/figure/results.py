@@ -1,4 +1,4 @@
-"""Figures of results: AUC against noise and lambda, paired differences, calibration.
+"""Figures of results: AUC against noise and lambda, differences, ranks, calibration.
 
 Functions that draw a figure return None if the rows hold no data for it.
 """
@@ -25,6 +25,7 @@ from mtnrec.reporting.figure.style import (
 )
 from mtnrec.reporting.significance import mean_interval
 from mtnrec.reporting.table.published import task_title
+from mtnrec.reporting.table.ranks import Ranking
 
 CALIBRATION_BINS = 20
 
@@ -125,6 +126,36 @@ def differences(aucs: pd.DataFrame) -> pd.DataFrame:
     pairs = aucs[aucs["treated"]].merge(without, on=pair, suffixes=("", "_without"))
     pairs["difference"] = pairs["value"] - pairs["value_without"]
     return pairs.dropna(subset="difference")
+
+
+@styled
+def critical_differences(ranking: Ranking) -> Figure:
+    """Draw the mean rank of each arm with a bar as long as the critical difference, best first.
+
+    Two arms whose bars do not overlap differ significantly. The band is the best arm's bar.
+    """
+    ranks, half = ranking.test.mean_ranks, ranking.test.critical_difference / 2
+    figure, ((axes,),) = panels(1, 1, height=0.3 * len(ranks))
+    order = np.argsort(ranks, kind="stable")
+    for height, index in enumerate(order):
+        style = line_style(ranking.colors[index])
+        axes.plot(ranks[index] + np.array([-half, half]), [height] * 2, color=style["color"])
+        (dot,) = axes.plot(ranks[index], height, **style)
+        text = f"{ranking.arms[index]}, {ranks[index]:.2f}"
+        hover(dot, [f"{text} ± {half:.2f}"])
+        # Above the bar, not next to the axis, where a long name would leave no room for it.
+        axes.annotate(
+            text,
+            (0, height),
+            (0, 5),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+        )
+    axes.axvspan(ranks.min() - half, ranks.min() + half, color="0.55", alpha=0.15, linewidth=0)
+    axes.set(xlim=(0.5, len(ranks) + 0.5), ylim=(len(ranks) - 0.5, -0.9), yticks=[])
+    axes.set_xlabel(f"mean rank, {task_title(ranking.task)}: test {ranking.metric}")
+    axes.spines.left.set_visible(False)
+    return figure
 
 
 @styled

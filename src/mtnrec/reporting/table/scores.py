@@ -58,7 +58,7 @@ def split_by_table(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
     parts = {"Models without noise": pairs[~is_noisy]}
     for data in _ordered(results["data"], DATA_NAMES):
         noisy = pairs[(pairs["data"] == data) & is_noisy]
-        parts[f"Models under noise, {_data_name(data)}"] = noisy
+        parts[f"Models under noise, {data_name(data)}"] = noisy
     for model in _ordered(results["model"], MODELS):
         parts[f"Variants of MTN, {model}"] = results[varied & (results["model"] == model)]
     return {title: part for title, part in parts.items() if len(part)}
@@ -165,8 +165,8 @@ def difference_table(cells: pd.DataFrame, title: str) -> Table:
             f"{cell['mean']:.4f}",
             f"{cell['difference']:+.4f}",
             _EMPTY if np.isnan(cell["low"]) else f"[{cell['low']:+.4f}, {cell['high']:+.4f}]",
-            *(_p_text(cell[key]) for key in ("p_value", "holm_p")),
-            *([_p_text(cell["wilcoxon_p"])] if "Wilcoxon p" in columns else []),
+            *(p_text(cell[key]) for key in ("p_value", "holm_p")),
+            *([p_text(cell["wilcoxon_p"])] if "Wilcoxon p" in columns else []),
             _seeds_text(cell["seeds_needed"]),
         )
         rows.append(Row(header, tuple(map(Cell, texts)), starts=header != previous))
@@ -218,7 +218,7 @@ def _sorted(cells: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
         "variant": sorted(by_setting["variant"].unique(), key=bool),
         "data": _ordered(cells["data"], DATA_NAMES),
         "noise": sorted(cells["noise"].unique()),
-        "task": _in_order(results["task"]),
+        "task": in_order(results["task"]),
     }
     ranks = {
         name: {value: rank for rank, value in enumerate(order)} for name, order in orders.items()
@@ -228,7 +228,7 @@ def _sorted(cells: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _in_order(tasks: Iterable[str]) -> list[str]:
+def in_order(tasks: Iterable[str]) -> list[str]:
     """Return CTR, CVR and CTCVR, then the other tasks in order of first occurrence."""
     found = dict.fromkeys(tasks)
     return list(dict.fromkeys([*(task for task in TASKS if task in found), *found]))
@@ -256,9 +256,9 @@ def _groups(cells: pd.DataFrame) -> list[tuple[str, float, str, list[str]]]:
     groups = []
     for data, noise in ordered:
         tasks = cells.loc[(cells["data"] == data) & (cells["noise"] == noise), "task"]
-        parts = [_data_name(data)] if several_data or not several_noise else []
+        parts = [data_name(data)] if several_data or not several_noise else []
         parts += [f"noise {noise:g}"] if several_noise or noise else []
-        groups.append((data, noise, ", ".join(parts), _in_order(tasks)))
+        groups.append((data, noise, ", ".join(parts), in_order(tasks)))
     return groups
 
 
@@ -319,7 +319,8 @@ def _warnings(cells: pd.DataFrame) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _data_name(label: str) -> str:
+def data_name(label: str) -> str:
+    """Return the paper's name of a data set, with the settings in its label."""
     name, bracket, rest = label.partition(" (")
     return DATA_NAMES.get(name, name) + bracket + rest
 
@@ -328,7 +329,8 @@ def _task_name(task: str, tasks: Iterable[str]) -> str:
     return task.upper() if set(tasks) == set(TASKS) else task
 
 
-def _p_text(p_value: float) -> str:
+def p_text(p_value: float) -> str:
+    """Format a p-value; NaN is one that is undefined."""
     if np.isnan(p_value):
         return _EMPTY
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
