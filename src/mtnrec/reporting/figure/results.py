@@ -3,6 +3,8 @@
 Functions that draw a figure return None if the rows hold no data for it.
 """
 
+import textwrap
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -28,6 +30,7 @@ from mtnrec.reporting.table.published import task_title
 from mtnrec.reporting.table.ranks import Ranking
 
 CALIBRATION_BINS = 20
+_NAME_WIDTH = 46  # characters of an arm's name in a line of a figure one column wide
 
 
 @styled
@@ -135,24 +138,26 @@ def critical_differences(ranking: Ranking) -> Figure:
     Two arms whose bars do not overlap differ significantly. The band is the best arm's bar.
     """
     ranks, half = ranking.test.mean_ranks, ranking.test.critical_difference / 2
-    figure, ((axes,),) = panels(1, 1, height=0.3 * len(ranks))
     order = np.argsort(ranks, kind="stable")
-    for height, index in enumerate(order):
+    texts = [textwrap.fill(f"{ranking.arms[n]}, {ranks[n]:.2f}", _NAME_WIDTH) for n in order]
+    heights = np.cumsum([1 + 0.5 * text.count("\n") for text in texts])
+    figure, ((axes,),) = panels(1, 1, height=0.3 * heights[-1])
+    for height, index, text in zip(heights, order, texts, strict=True):
         style = line_style(ranking.colors[index])
         axes.plot(ranks[index] + np.array([-half, half]), [height] * 2, color=style["color"])
         (dot,) = axes.plot(ranks[index], height, **style)
-        text = f"{ranking.arms[index]}, {ranks[index]:.2f}"
-        hover(dot, [f"{text} ± {half:.2f}"])
+        hover(dot, [f"{ranking.arms[index]}: {ranks[index]:.2f} ± {half:.2f}"])
         # Above the bar, not next to the axis, where a long name would leave no room for it.
-        axes.annotate(
+        name = axes.annotate(
             text,
             (0, height),
             (0, 5),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
         )
+        name.set_in_layout(False)
     axes.axvspan(ranks.min() - half, ranks.min() + half, color="0.55", alpha=0.15, linewidth=0)
-    axes.set(xlim=(0.5, len(ranks) + 0.5), ylim=(len(ranks) - 0.5, -0.9), yticks=[])
+    axes.set(xlim=(0.5, len(ranks) + 0.5), ylim=(heights[-1] + 0.5, 0.1), yticks=[])
     axes.set_xlabel(f"mean rank, {task_title(ranking.task)}: test {ranking.metric}")
     axes.spines.left.set_visible(False)
     return figure
