@@ -207,6 +207,10 @@ def test_every_swept_setting_is_a_column(tmp_path, write_run):
         (None, {"MMoE": {"ESMM"}, "MMoE lr": {"ESMM"}, "ESMM lr": {"ESMM"}}),
         ("optimizer.lr=1e-2", {"MMoE": {"MMoE lr"}, "ESMM": {"ESMM lr"}}),
         ("model=mmoe", {"ESMM": {"MMoE"}, "ESMM lr": {"MMoE lr"}}),
+        (
+            "model=mmoe,optimizer.lr=1e-2",
+            {"MMoE": {"MMoE lr"}, "ESMM": {"MMoE lr"}, "ESMM lr": {"MMoE lr"}},
+        ),
     ],
 )
 def test_arms_are_compared_with_any_setting_of_the_baseline(
@@ -225,7 +229,22 @@ def test_arms_are_compared_with_any_setting_of_the_baseline(
     assert found == compared
 
 
-@pytest.mark.parametrize("baseline", ["optimizer.lr=5", "optimizer.rate=1", "lr"])
+def test_the_settings_of_a_baseline_may_hold_commas_and_mtn(tmp_path, write_run):
+    for mtn in (False, {"lam": 0.1}, {"lam": 0.2}):
+        for widths in ([8, 4], [8]):
+            name = f"{mtn} {widths}"
+            write_run(tmp_path, name, mtn=mtn, **{"model.widths": widths})
+
+    runs = read_runs(tmp_path, "model.widths=[8,4],mtn.enabled=false")
+
+    assert runs.settings["baseline"].nunique() == 1
+    assert set(runs.settings.loc[~runs.settings["treated"], "run"]) == {"False [8, 4]"}
+
+
+@pytest.mark.parametrize(
+    "baseline",
+    ["optimizer.lr=5", "optimizer.rate=1", "lr", "optimizer.lr=0.01,model.embedding_dim=5"],
+)
 def test_a_baseline_that_no_run_has_is_refused_with_the_choices(baseline, tmp_path, write_run):
     write_run(tmp_path, "a")
     write_run(tmp_path, "b", **{"optimizer.lr": 0.01})

@@ -7,13 +7,14 @@ are compared with it.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mtnrec.checks import InputError, format_names
 from mtnrec.reporting.labels import Labels, as_text
 from mtnrec.run.record import RunRecord
 
+_BETWEEN_PAIRS = re.compile(r",(?=[\w.]+=)")  # values may have commas
 BASELINE = "baseline"  # name of an arm without a treatment in figures
 
 
@@ -39,12 +40,13 @@ def place_arms(
     Args:
         records: Records of the runs.
         labels: Their labels.
-        baseline: Setting of the baseline, ``key=value``, for example ``optimizer.lr=1e-3`` or
-            ``model=esmm``. If None, the baseline is the arm without MTN and without a regulariser;
-            if all or none have one, the first arm, by label, on the same data and noise.
+        baseline: Settings of the baseline, ``key=value``, for example ``optimizer.lr=1e-3`` or
+            ``model=esmm,model.clicked_weight=0``. If None, the baseline is the arm without MTN and
+            without a regulariser; if all or none have one, the first arm, by label, on the same
+            data and noise.
 
     Raises:
-        InputError: If no run has the setting.
+        InputError: If no run has the settings.
     """
     treated = [bool(record.identity.treatments) for record in records]
     if baseline is None and len(set(treated)) == 2:
@@ -54,18 +56,21 @@ def place_arms(
         ]
     if baseline is None:
         return _compared_with_first(records, labels)
-    key, _, value = baseline.partition("=")
-    found = [_value(record, key) for record in records]
-    if not any(_is_same(one, value) for one in found):
+    wanted = dict(pair.partition("=")[::2] for pair in _BETWEEN_PAIRS.split(baseline))
+    is_baseline = [
+        all(_is_same(_value(record, key), value) for key, value in wanted.items())
+        for record in records
+    ]
+    if not any(is_baseline):
         raise _unknown(records, baseline)
-    is_of_mtn = key == "mtn.enabled"  # the other settings of MTN differ with it
+    is_of_mtn = list(wanted) == ["mtn.enabled"]  # the other settings of MTN differ with it
     return [
         Place(
-            _block(record, "mtn" if is_of_mtn else key),
-            not _is_same(one, value),
+            _block(record, ["mtn"] if is_of_mtn else wanted),
+            not found,
             (label.variant or BASELINE) if is_of_mtn else label.arm,
         )
-        for record, one, label in zip(records, found, labels, strict=True)
+        for record, found, label in zip(records, is_baseline, labels, strict=True)
     ]
 
 
@@ -110,13 +115,14 @@ def _is_same(value: Any, text: str) -> bool:
         return value is not None and as_text(value) == text
 
 
-def _block(record: RunRecord, key: str) -> str:
-    settings = record.identity.arm_settings
-    left_out = ("checksum",) if key.startswith("data") else ()
+def _block(record: RunRecord, keys: Collection[str]) -> str:
+    """Return a hash of the settings other than the keys and those below them."""
+    groups = {"mtn" if key == "mtn.enabled" else key for key in keys}
+    groups |= {"checksum" for key in keys if key.startswith("data")}
     rest = {
         other: value
-        for other, value in settings.items()
-        if other != key and not other.startswith(f"{key}.") and other not in left_out
+        for other, value in record.identity.arm_settings.items()
+        if not any(other == group or other.startswith(f"{group}.") for group in groups)
     }
     return _hash(rest)
 
@@ -129,7 +135,7 @@ def _unknown(records: Sequence[RunRecord], baseline: str) -> InputError:
     varied = {key: values for key, values in found.items() if len(values) > 1 and key != "checksum"}
     choices = [f"{key}={value}" for key, values in varied.items() for value in sorted(values)]
     return InputError(
-        f"baseline must be a setting of some runs, key=value, got {baseline}. Choose from those "
+        f"baseline must be settings of some runs, key=value, got {baseline}. Choose from those "
         f"that differ: {format_names(choices) or 'none does'}."
     )
 
