@@ -299,6 +299,23 @@ def test_the_costs_of_the_first_screen_are_those_of_the_table(root):
         assert {row[memory].text for row in rows} == {cost["memory"].removesuffix(" GiB")}
 
 
+@pytest.mark.parametrize(
+    ("baseline", "expected"),
+    [
+        (None, ["ESMM", "ESMM +MTN", "MMoE", "MMoE +MTN"]),
+        ("model=mmoe,mtn.enabled=true", ["MMoE +MTN", "ESMM", "ESMM +MTN", "MMoE"]),
+    ],
+)
+def test_the_costs_of_the_first_screen_list_an_arm_after_its_baseline(
+    baseline, expected, tmp_path, write_run
+):
+    for model in ("MMoE", "ESMM"):
+        for mtn in (True, False):
+            write_run(tmp_path, f"{model}-{mtn}", model=model, mtn=mtn)
+
+    assert [cost["arm"] for cost in costs_of_arms(read_runs(tmp_path, baseline))] == expected
+
+
 def test_arms_on_several_data_sets_have_a_section_of_ranks(tmp_path, write_run):
     for data in ("a", "b"):
         for model in ("ESMM", "MMoE", "PLE"):

@@ -144,8 +144,14 @@ def lay_out_forest(compared: pd.DataFrame) -> Forest:
 
 
 def costs_of_arms(runs: Runs) -> list[dict[str, str]]:
-    """Return the mean training time and memory of each arm, over data sets and noise."""
-    costs = mean_costs(runs).sort_values(["treated", "color"], kind="stable")
+    """Return the mean training time and memory of each arm, over data sets and noise.
+
+    An arm follows its baseline.
+    """
+    costs = mean_costs(runs)
+    order = list(costs["baseline"].drop_duplicates())
+    costs = costs.assign(block=costs["baseline"].map(order.index))
+    costs = costs.sort_values(["block", "treated"], kind="stable")
     found = []
     for (label, color), arm in costs.groupby(["label", "color"], sort=False):
         ratio = arm["speed_ratio"].mean()

@@ -172,3 +172,19 @@ def test_the_bars_of_the_figure_are_as_long_as_the_critical_difference(write, tm
     assert lengths == pytest.approx([ranking.test.critical_difference] * 3)
     assert [float(dot.get_xdata()[0]) for dot in dots] == sorted(ranking.test.mean_ranks)
     assert axes.texts[0].get_text() == "Shared-bottom, 1.00"
+
+
+def test_a_long_name_of_an_arm_takes_several_lines_and_more_height(write, tmp_path):
+    for data in "ab":
+        write(data, [0.7, 0.6], models=["ESMM", "PLE"])
+        write(data, [0.5], models=[f"Network{'WithALongName' * 2}"], **{"optimizer.lr": 0.01})
+        write(data, [0.4], models=[f"Network{'WithALongName' * 2}"], **{"optimizer.lr": 0.02})
+    (ranking,) = rank_arms(read_runs(tmp_path).results)
+
+    (axes,) = critical_differences(ranking).axes
+
+    texts = [text.get_text() for text in axes.texts]
+    assert [text.count("\n") for text in texts] == [0, 0, 1, 1]
+    assert max(len(line) for text in texts for line in text.splitlines()) <= 46
+    heights = [float(dot.get_ydata()[0]) for dot in axes.lines[1::2]]
+    assert np.diff(heights)[-1] > np.diff(heights)[0]
