@@ -135,8 +135,8 @@ def _unknown(records: Sequence[RunRecord], baseline: str) -> InputError:
     varied = {key: values for key, values in found.items() if len(values) > 1 and key != "checksum"}
     choices = [f"{key}={value}" for key, values in varied.items() for value in sorted(values)]
     return InputError(
-        f"baseline must be settings of some runs, key=value, got {baseline}. Choose from those "
-        f"that differ: {format_names(choices) or 'none does'}."
+        f"baseline must be settings of some runs, for example model=esmm, got {baseline}. Choose "
+        f"from those that differ: {format_names(choices) or 'none does'}."
     )
 
 
