@@ -160,14 +160,15 @@ def test_the_zoo_has_every_model_without_and_with_mtn(plan):
     runs = [(job.config["model"]["_target_"], job.config["mtn"]["enabled"]) for job in jobs]
     assert len(runs) == len(set(runs))
     assert {model for model, _ in runs} == models
-    assert {model for model, mtn in runs if mtn} == models
+    without_towers = {"mtnrec.model.heac.HEAC"}
+    assert {model for model, mtn in runs if mtn} == models - without_towers
 
 
 @pytest.mark.parametrize(
     ("schema", "grids", "models"),
     [
-        (Schema((), ("x",), ("buy", "like"), funnel=False), ["funnel", "two_stages"], 6),
-        (Schema((), ("x",), ("click", "cart", "buy"), funnel=True), ["two_stages"], 8),
+        (Schema((), ("x",), ("buy", "like"), funnel=False), ["funnel", "two_stages"], 8),
+        (Schema((), ("x",), ("click", "cart", "buy"), funnel=True), ["two_stages"], 10),
     ],
     ids=["independent", "three_stages"],
 )

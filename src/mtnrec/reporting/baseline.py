@@ -66,7 +66,7 @@ def place_arms(
     is_of_mtn = list(wanted) == ["mtn.enabled"]  # the other settings of MTN differ with it
     return [
         Place(
-            _block(record, ["mtn"] if is_of_mtn else wanted),
+            _block(record, wanted),
             not found,
             (label.variant or BASELINE) if is_of_mtn else label.arm,
         )

@@ -62,6 +62,8 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         settings[part] = {key: v for key, v in settings[part].items() if key not in keys}
     if not config["mtn"]["enabled"]:
         settings["mtn"] = {"enabled": False}
+    elif settings["mtn"].get("norm") != "capped":
+        settings["mtn"] = {key: v for key, v in settings["mtn"].items() if key != "cap"}
     _leave_out_defaults(settings)
     # MTN recomputes its factors at each checkpoint; nothing else depends on the interval.
     if not config["mtn"]["enabled"] or not config["trainer"].get(CHECKPOINTS):
