@@ -117,5 +117,5 @@ def test_other_norms_of_mtn_are_named_and_are_not_the_papers(write_run, tmp_path
     matched = deviations(comparisons(runs.results), paper_results())
 
     assert variants["paper"] == "+MTN"
-    assert variants["capped"] == "+MTN (norm=capped)"
+    assert variants["capped"] == "+MTN (cap=0.5, norm=capped)"
     assert set(matched["variant"]) == {"", "+MTN"}
