@@ -1,5 +1,6 @@
 """Config, data and model of a run, for benchmarks that train without its protocol."""
 
+from collections.abc import Callable
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -7,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from mtnrec.command.config import CONF_DIR
+from mtnrec.command.config import CONF_DIR, optimizer_keys
 from mtnrec.data.datamodule import DataModule
 from mtnrec.schema import Schema
 from mtnrec.training.module import MultiTaskModule
@@ -35,5 +36,11 @@ def make_network(cfg: DictConfig, schema: Schema) -> nn.Module:
 
 def make_module(cfg: DictConfig, schema: Schema) -> MultiTaskModule:
     """Return the network in its LightningModule, with the optimiser."""
-    optimizer: Any = instantiate(cfg.optimizer)
-    return MultiTaskModule(make_network(cfg, schema), schema=schema, optimizer=optimizer)
+    network = make_network(cfg, schema)
+    return MultiTaskModule(network, schema=schema, optimizer=optimizer_of(cfg))
+
+
+def optimizer_of(cfg: DictConfig) -> Callable[..., Any]:
+    """Return the call that makes the optimiser from parameters."""
+    made: Callable[..., Any] = instantiate(optimizer_keys(cfg.optimizer))
+    return made

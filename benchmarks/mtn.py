@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _setup import compose_train, make_data, make_network
+from _setup import compose_train, make_data, make_network, optimizer_of
 from hydra.utils import instantiate
 from mtn_accuracy import FIGURES, compose_training, load, train, worst
 
@@ -47,7 +47,7 @@ class Training:
         datamodule.setup()
         torch.manual_seed(0)
         self.network: Any = make_network(cfg, datamodule.schema)
-        self.optimizer = instantiate(cfg.optimizer)(self.network.parameters())
+        self.optimizer = optimizer_of(cfg)(self.network.parameters())
         self.mtn = instantiate(cfg.mtn, _convert_="all")
         loader = datamodule.train_dataloader()
         self.batches: Iterator[Batch] = chain.from_iterable(repeat(loader))

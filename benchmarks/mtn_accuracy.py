@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _setup import compose_train, make_data, make_network
+from _setup import compose_train, make_data, make_network, optimizer_of
 from hydra.utils import instantiate
 from torch import Tensor
 
@@ -61,7 +61,7 @@ def train(cfg: Any, schema: Any, epochs: list[list[Batch]], dtype: torch.dtype) 
     """Train; yield the logged values of the mechanism after each epoch."""
     torch.manual_seed(cfg.seed)
     network: Any = make_network(cfg, schema).to(dtype)
-    optimizer = instantiate(cfg.optimizer)(network.parameters())
+    optimizer = optimizer_of(cfg)(network.parameters())
     mtn = instantiate(cfg.mtn, _convert_="all")
     trainer: Any = SimpleNamespace(precision_plugin=None, global_step=0)
     module: Any = SimpleNamespace(network=network, device=torch.device("cpu"))

@@ -63,12 +63,12 @@ def kernel(tmp_path_factory):
 
 
 @pytest.fixture
-def execute(kernel, sweep):
-    """Run a notebook on the sweep, without variables of earlier notebooks."""
+def execute(kernel):
+    """Run a notebook, on the runs of a folder, without variables of earlier notebooks."""
 
-    def run(name):
+    def run(name, runs="runs"):
         notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-        start = f"%reset -f\n%env MTNREC_RUNS={sweep}"
+        start = f"%reset -f\n%env MTNREC_RUNS={runs}"
         notebook.cells.insert(0, nbformat.v4.new_code_cell(start))
         kernel.nb = notebook
         kernel.execute(cleanup_kc=False)
@@ -107,8 +107,9 @@ def test_every_notebook_is_run():
     assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == sorted(NAMES)
 
 
+@pytest.mark.slow
 def test_the_quickstart_compares_the_pairs_of_the_records(execute, records, sweep):
-    notebook = execute("quickstart")
+    notebook = execute("quickstart", sweep)
 
     baseline = aucs(records, "cvr", None, None, 0.1)
     treated = aucs(records, "cvr", "towers", 1e-3, 0.1)
@@ -121,8 +122,11 @@ def test_the_quickstart_compares_the_pairs_of_the_records(execute, records, swee
     assert kinds(notebook)["text/html"] == 4 + scores + 1 + 2  # pandas, differences, origin
 
 
-def test_the_noise_notebook_takes_changes_seed_by_seed_and_corrects_for_all_tests(execute, records):
-    notebook = execute("noise_robustness")
+@pytest.mark.slow
+def test_the_noise_notebook_takes_changes_seed_by_seed_and_corrects_for_all_tests(
+    execute, records, sweep
+):
+    notebook = execute("noise_robustness", sweep)
 
     arms = [(None, None), ("towers", 1e-3)]
     changes = np.concatenate(
@@ -148,8 +152,8 @@ def test_the_noise_notebook_takes_changes_seed_by_seed_and_corrects_for_all_test
 
 
 @pytest.mark.slow
-def test_the_mechanism_notebook_counts_collapses_and_pairs_with_lambda_0(execute, records):
-    notebook = execute("mechanism")
+def test_the_mechanism_notebook_counts_collapses_and_pairs_with_lambda_0(execute, records, sweep):
+    notebook = execute("mechanism", sweep)
 
     last = [
         record["history"][-1]

@@ -260,13 +260,8 @@ def test_nuclear_norm_is_followed_between_two_decompositions(start):
     assert [d.gap < 1e-3 for d in mtn._penalty.pop_deviations()] == [True, True]
 
 
-@pytest.mark.parametrize(
-    "choice",
-    [
-        pytest.param(choice, marks=[] if choice == "nuclear" else pytest.mark.slow)
-        for choice in ("gttn", "tucker", "tt", "laf", "capped", "nuclear")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["gttn", "tucker", "tt", "laf", "capped", "nuclear"])
 def test_each_relative_trains(choice, train):
     folder = train(f"mtn={choice}", "mtn.enabled=true", "data.rows=2000", "trainer.max_epochs=1")
 

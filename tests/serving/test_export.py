@@ -150,6 +150,7 @@ def test_padded_bags_equal_the_bags(bag_mode):
     torch.testing.assert_close(torch.stack([ctr, ctcvr], dim=1), expected)
 
 
+@pytest.mark.slow
 def test_a_quotient_of_vanishing_probabilities_is_right(trained, export, tmp_path):
     checkpoint = trained("shared_bottom")
     content = torch.load(checkpoint, weights_only=True)
@@ -168,6 +169,7 @@ def test_a_quotient_of_vanishing_probabilities_is_right(trained, export, tmp_pat
     np.testing.assert_allclose(conversion, expected[:, 1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_with_different_probabilities_is_not_written(trained, tmp_path, monkeypatch):
     scorer = load_checkpoint(trained("esmm"), "cpu")
     right = scorer.score_batch
@@ -194,6 +196,7 @@ def test_keys_that_do_not_fit_are_refused(overrides, message, trained, export):
         export(*([] if "checkpoint" in overrides[0] else [f"checkpoint={checkpoint}"]), *overrides)
 
 
+@pytest.mark.slow
 def test_a_package_that_is_not_installed_is_named(trained, export, monkeypatch, tmp_path):
     checkpoint = trained("esmm")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

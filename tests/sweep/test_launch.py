@@ -112,15 +112,20 @@ def test_the_command_line_narrows_every_grid(plan):
     [
         ("table_1", 10 * 4 * 3 * 2, [], 2),
         ("table_2", 10 * 3 * 3 * 2, ["noise.proportion=0.1"], 2),
-        ("figure_1", 10 * 6, ["noise.proportion=0,0.1"], 2),
-        ("figure_3", 10 * 2 * 2, [], 3),  # without MTN its target makes no difference
         ("analysis_3_target", 10 * 2 * 2, [], 3),
-        ("analysis_3_layers", 10 * 2 * 4, ["mtn.layers=all,[0]"], 3),
-        ("lambda", 5 * 2 * 2 * 6, ["mtn.lam=1e-4"], 3),
         ("denoising", 10 * 2 * 2 * 3, ["noise.proportion=0", "noise.label_flip={click:0.1}"], 3),
-        ("alpha", 10 * 2 * 5, ["mtn.alpha=uniform,[0,0,1]"], 3),
-        ("layer_weighting", 10 * 2 * 4, ["mtn.layer_weighting=mean,gated"], 3),
-        ("zoo", 3 * 2, [], 2),  # of each grid; the three grids narrow to the same runs
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("figure_1", 10 * 6, ["noise.proportion=0,0.1"], 2),
+                ("figure_3", 10 * 2 * 2, [], 3),  # without MTN its target makes no difference
+                ("analysis_3_layers", 10 * 2 * 4, ["mtn.layers=all,[0]"], 3),
+                ("lambda", 5 * 2 * 2 * 6, ["mtn.lam=1e-4"], 3),
+                ("alpha", 10 * 2 * 5, ["mtn.alpha=uniform,[0,0,1]"], 3),
+                ("layer_weighting", 10 * 2 * 4, ["mtn.layer_weighting=mean,gated"], 3),
+                ("zoo", 3 * 2, [], 2),  # of each grid; the three grids narrow to the same runs
+            )
+        ),
     ],
 )
 def test_an_experiment_sweeps_its_grid_and_narrows(name, swept, narrowed, runs, plan):
@@ -139,6 +144,7 @@ def test_an_experiment_sweeps_its_grid_and_narrows(name, swept, narrowed, runs, 
     assert {job.config["data"]["name"] for job in jobs} == {"synthetic"}
 
 
+@pytest.mark.slow
 def test_mtn_and_each_rival_have_a_grid_of_seven_lambdas_and_one_baseline(plan):
     jobs = plan(None, "data=synthetic", "seed=0", experiment="regularizers")
 
@@ -151,6 +157,7 @@ def test_mtn_and_each_rival_have_a_grid_of_seven_lambdas_and_one_baseline(plan):
     assert set(arms.values()) == {7}
 
 
+@pytest.mark.slow
 def test_the_zoo_has_every_model_without_and_with_mtn(plan):
     files = {path.stem: yaml.safe_load(path.read_text()) for path in CONF_DIR.glob("model/*.yaml")}
     models = {settings["_target_"] for settings in files.values() if "defaults" not in settings}
@@ -172,6 +179,7 @@ def test_the_zoo_has_every_model_without_and_with_mtn(plan):
     ],
     ids=["independent", "three_stages"],
 )
+@pytest.mark.slow
 def test_the_zoo_leaves_out_the_models_that_do_not_fit_the_labels(schema, grids, models, plan):
     dropped = [f"~hydra.sweeper.grids.{grid}" for grid in grids]
 
@@ -208,6 +216,7 @@ def test_the_debiased_models_and_their_controls_share_experts_and_towers(plan):
     assert jobs[3].config["data"]["click_rate"] == 1 / 20
 
 
+@pytest.mark.slow
 def test_the_weights_of_the_debiasing_experiment_narrow_and_leave_out_no_model(plan):
     jobs = plan(None, "seed=0", "model.clicked_weight=0,26", experiment="debiasing")
 

@@ -116,6 +116,7 @@ def test_a_logger_that_needs_no_key_is_accepted(overrides, compose_config):
 
 
 @pytest.mark.usefixtures("no_login")
+@pytest.mark.slow
 def test_wandb_with_a_key_or_switched_off_by_its_variable_is_accepted(compose_config, monkeypatch):
     node = compose_config("logger=wandb", "output_dir=out").logger
     for variable, value in (("WANDB_MODE", "disabled"), ("WANDB_API_KEY", 40 * "0")):

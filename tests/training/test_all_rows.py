@@ -96,6 +96,7 @@ def test_a_model_that_predicts_the_truth_has_the_bayes_values_and_a_bent_one_its
         assert aucs == pytest.approx([auc, auc], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_record_history_and_report_have_every_conditional_task(
     train, report, tmp_path, monkeypatch
 ):

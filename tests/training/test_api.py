@@ -80,6 +80,7 @@ def test_history_has_a_row_for_each_epoch(data):
     assert run.history["val/cvr_auc"].notna().all()
 
 
+@pytest.mark.slow
 def test_runs_of_different_seeds_and_noise_share_one_data_set(data):
     quiet = mtnrec.fit(data, WIDTHS, trainer=SHORT, seed=4)
     noisy = mtnrec.fit(data, WIDTHS, trainer=SHORT, seed=4, noise=mtnrec.Noise(proportion=0.3))

@@ -54,11 +54,12 @@ def test_an_unknown_personal_field_is_refused_before_training(train, tmp_path):
     ("model", "overrides"),
     [
         ("heac", []),
-        pytest.param("stem", ["optimizer=lazy_adam"], marks=pytest.mark.slow),
-        pytest.param("mmoe_cross", [], marks=pytest.mark.slow),
-        pytest.param(*PERSONAL, marks=pytest.mark.slow),
+        ("stem", ["optimizer=lazy_adam"]),
+        ("mmoe_cross", []),
+        PERSONAL,
     ],
 )
+@pytest.mark.slow
 def test_every_model_resumes_to_the_same_bits(model, overrides, train, kill, tmp_path):
     run = [*LOG, *overrides, "model.dropout=0.3", "trainer.max_epochs=2"]
     expected = train(*run, model=model)

@@ -85,6 +85,7 @@ def test_a_list_of_callbacks_is_accepted_on_the_command_line(train, tmp_path):
     assert (folder / "order.txt").read_text() == "0.1 "
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_a_callback_ends_with_the_bits_of_an_uninterrupted_one(
     train, kill, tmp_path
 ):
@@ -180,6 +181,7 @@ def test_fit_runs_callbacks(tmp_path):
     assert {"csv", "tensorboard"} <= {path.name for path in run.folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_finished_run_of_other_sources_is_kept_with_a_warning(train, tmp_path):
     run = [*LOG, f"+callbacks.mine._target_={SCALED}", "trainer.max_epochs=1"]
     folder = train(*run, folder=tmp_path / "run")

@@ -26,6 +26,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("model", CASES)
+@pytest.mark.slow
 def test_a_killed_run_with_mtn_ends_with_the_bits_of_an_uninterrupted_one(
     model, train, kill, tmp_path
 ):

@@ -167,6 +167,7 @@ def test_plateau_lowers_the_rate_once_after_each_validation_that_is_not_better(t
     assert rates == pytest.approx([0.01, 0.01, 0.001])  # the first validation is the best so far
 
 
+@pytest.mark.slow
 def test_a_constant_schedule_changes_no_bit(train):
     plain, constant = (train(*RUN, *more) for more in ([], ["scheduler=constant"]))
 
@@ -192,6 +193,7 @@ def test_a_constant_schedule_changes_no_bit(train):
         for within in (True, False)
     ],
 )
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     scheduler, within, train, kill, tmp_path
 ):

@@ -221,6 +221,7 @@ def test_a_resumed_run_counts_the_time_before(train, kill, tmp_path):
     assert read_record(tmp_path)["seconds"]["fit"] > state["RunRecorder"]["fit_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_of_other_settings_does_not_resume_from_the_checkpoint(train, kill, tmp_path):
     kill("on_train_epoch_start", 2)
     with pytest.raises(Killed):

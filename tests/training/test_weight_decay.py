@@ -116,6 +116,7 @@ def test_a_negative_decay_is_refused(make_module):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "lazy_adam"])
+@pytest.mark.slow
 def test_the_command_decays_the_embeddings_apart(optimizer, train):
     run = [f"optimizer={optimizer}", "data.rows=1000", "trainer.max_epochs=1"]
     run += ["optimizer.weight_decay=0.01", "optimizer.embedding_weight_decay=0.1"]

@@ -11,8 +11,9 @@ from mtnrec.checks import InputError, check_flag, check_integer, check_number
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import funnel_log_probabilities, label_log_probabilities
 from mtnrec.model.loss import row_cross_entropies, training_labels
+from mtnrec.model.mixture import mix_experts
 from mtnrec.model.mlp import ParallelMLPs, check_sizes
-from mtnrec.model.mmoe import MOST_EXPERTS, mix_experts
+from mtnrec.model.mmoe import MOST_EXPERTS
 from mtnrec.schema import Schema
 
 

@@ -10,6 +10,7 @@ from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError, check_integer
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import mixture_log_probabilities
+from mtnrec.model.mixture import mix_experts
 from mtnrec.model.mlp import MLP, ParallelMLPs, check_sizes
 from mtnrec.schema import Schema
 
@@ -94,8 +95,7 @@ class HEAC(nn.Module):
         experts = self.experts.after_first_layer(hidden)  # (E, B, O)
         experts = self.expert_outputs(experts.transpose(0, 1))  # (B, E, O)
         contexts = self._contexts(batch)
-        shares = self.expert_gate(contexts).softmax(dim=2).transpose(0, 1)  # (B, T, E)
-        mixtures = torch.bmm(shares, experts).transpose(0, 1)  # (T, B, O)
+        mixtures = mix_experts(experts, self.expert_gate(contexts))  # (T, B, O)
         return mixture_log_probabilities(self.critic_gate(contexts), self.critics(mixtures))
 
     def _contexts(self, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mixtures of experts that belong to tasks, whose inputs are streams, one per task."""
+"""Mixtures of experts, shared or of a task."""
 
 from collections.abc import Sequence
 
@@ -20,6 +20,16 @@ def mix(weights: Tensor, experts: Tensor) -> Tensor:
         ``(S, B, O)``.
     """
     return torch.bmm(weights, experts).transpose(0, 1)
+
+
+def mix_experts(experts: Tensor, logits: Tensor) -> Tensor:
+    """Return the mean of the experts' outputs with each gate's softmax weights, ``(S, B, O)``.
+
+    Args:
+        experts: Outputs of the experts, ``(B, E, O)``.
+        logits: Outputs of the gates, ``(S, B, E)``.
+    """
+    return mix(logits.transpose(0, 1).softmax(dim=2), experts)
 
 
 def spread_own(weights: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import check_integer
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
+from mtnrec.model.mixture import mix_experts
 from mtnrec.model.mlp import ParallelMLPs, check_sizes
 from mtnrec.model.personal_gates import PersonalGates
 from mtnrec.schema import Schema
@@ -115,14 +115,3 @@ class MMoE(nn.Module):
     def shared_layers(self) -> list[list[nn.Linear]]:
         """Return, for each depth of the experts, the ``E`` linear layers."""
         return self.experts.by_depth()
-
-
-def mix_experts(experts: Tensor, logits: Tensor) -> Tensor:
-    """Return the mean of the experts' outputs with each gate's softmax weights, ``(T, B, O)``.
-
-    Args:
-        experts: Outputs of the experts, ``(B, E, O)``.
-        logits: Outputs of the gates, ``(T, B, E)``.
-    """
-    shares = logits.transpose(0, 1).softmax(dim=2)  # (B, T, E)
-    return torch.bmm(shares, experts).transpose(0, 1)

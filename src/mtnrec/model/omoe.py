@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import check_integer
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
+from mtnrec.model.mixture import mix_experts
 from mtnrec.model.mlp import ParallelMLPs, check_sizes
 from mtnrec.schema import Schema
 
@@ -80,8 +80,7 @@ class OMoE(nn.Module):
         hidden, logits = self.input.first_layers(batch, self.experts.first_layers(), [self.gate])
         experts = self.experts.after_first_layer(hidden)  # (E, B, O)
         experts = self.expert_outputs(experts.transpose(0, 1))  # (B, E, O)
-        shares = logits.transpose(0, 1).softmax(dim=2)  # (B, 1, E)
-        mixture = torch.bmm(shares, experts).transpose(0, 1)  # (1, B, O)
+        mixture = mix_experts(experts, logits)  # (1, B, O)
         return label_log_probabilities(self.towers(mixture.expand(len(self.towers), -1, -1)))
 
     def task_layers(self) -> list[list[nn.Linear]]:

@@ -11,6 +11,7 @@ from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError, check_integer
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
+from mtnrec.model.mixture import mix
 from mtnrec.model.mlp import ParallelMLPs, apply_together, check_sizes
 from mtnrec.schema import Schema
 
@@ -98,9 +99,9 @@ class STEM(nn.Module):
         logits = apply_together(list(self.gate_outputs), self.gates.after_first_layer(logits))
         shares = logits.transpose(0, 1).softmax(dim=2)  # (B, T, E)
         trained = self.get_buffer("_trained")
-        mixtures = torch.bmm(shares * trained, experts)  # (B, T, O)
-        mixtures = mixtures + torch.bmm(shares * ~trained, experts.detach())
-        return label_log_probabilities(self.towers(mixtures.transpose(0, 1)))
+        mixtures = mix(shares * trained, experts)  # (T, B, O)
+        mixtures = mixtures + mix(shares * ~trained, experts.detach())
+        return label_log_probabilities(self.towers(mixtures))
 
     def _first_layers(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the outputs of the first layers of the experts and of the gates.

@@ -369,6 +369,7 @@ def test_values_are_shown_under_the_pointer(make_runs, tmp_path):
     assert ">MMoE, 0.1: 0.6 [0.6, 0.6]</title>" in path.read_text()
 
 
+@pytest.mark.slow
 def test_names_with_dollars_and_of_any_length_are_drawn_and_kept(make_runs, tmp_path):
     name = "a$b$" + "点击" * 100
     runs = make_runs(*({"data": name, "noise": n, "auc": {"c$d$e": 0.7}} for n in (0, 0.1)))
@@ -447,6 +448,7 @@ def test_a_panel_without_data_is_blank_under_the_name_of_its_column():
     assert figure.axes[1].get_title() == "d"
 
 
+@pytest.mark.slow
 def test_names_with_dollar_signs_are_drawn_as_they_are(make_runs, tmp_path):
     names = {"auc": {"$buy$": 0.7, "a_$x^$": 0.8}, "data": "$\\frac{$"}
     runs = make_runs(
