@@ -28,7 +28,7 @@ from rich import get_console
 from mtnrec import load_checkpoint
 from mtnrec.checkpoint.bundle import model_metadata
 from mtnrec.checks import InputError
-from mtnrec.command.config import CONF_DIR, lightning_keys
+from mtnrec.command.config import CONF_DIR, lightning_keys, optimizer_keys
 from mtnrec.command.errors import find_input_error
 from mtnrec.data.ali_ccp import AliCcp
 from mtnrec.data.aliexpress import AliExpress
@@ -654,12 +654,14 @@ def _config_target(folder: Path) -> Target:
 def _build(config: Any, schema: Schema) -> None:
     """Build all parts of a training without training."""
     check_settings(config)
-    for part in ("data", "noise", "mtn"):
+    for part in ("data", "noise", "mtn", "regularizer"):
         instantiate(config[part], _convert_="all")
+    objective = {part: instantiate(config[part], _convert_="all") for part in ("loss", "balance")}
     model = instantiate(config.model, _partial_=True, _convert_="all")
     network = build_network(partial(model, schema=schema))
-    optimizer = instantiate(config.optimizer)
-    MultiTaskModule(network, schema=schema, optimizer=optimizer).configure_optimizers()
+    optimizer = instantiate(optimizer_keys(config.optimizer))
+    module = MultiTaskModule(network, schema=schema, optimizer=optimizer, **objective)
+    module.configure_optimizers()
     labels = np.array([[0, 0], [1, 0], [1, 1]], np.uint8)
     folder = Path(config.output_dir)
     selection_callbacks(
