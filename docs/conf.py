@@ -47,6 +47,7 @@ add_module_names = False
 _FOREIGN = "abc collections lightning numpy npt omegaconf pandas pathlib polars torch torchmetrics"
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", rf"{name}(\..*)?") for name in _FOREIGN.split()]
+nitpick_ignore_regex += [("py:class", r"dict\[str")]  # napoleon splits the type of an attribute
 
 html_theme = "furo"
 html_title = "mtnrec"

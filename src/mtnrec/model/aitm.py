@@ -21,9 +21,9 @@ class AITM(nn.Module):
     """A tower per label of a funnel; each stage receives what the stage before it has learned.
 
     The first stage's state is its tower's output. That of a later stage is an attention over two
-    tokens, the state before it and its own tower's output; see :class:`Transfer`. The towers are
+    tokens, the state before it and its own tower's output; see ``Transfer``. The towers are
     CTR and CTCVR, or one for each stage; CVR is their quotient (paper, eq. 1). A further loss,
-    ``calibrator``, is :func:`calibrator`.
+    ``calibrator``, is the function ``calibrator``.
 
     Args:
         schema: Fields and labels of the data, which must be a funnel.

@@ -17,7 +17,7 @@ class Balance(Protocol):
 
     Its parameters are trained by the optimiser of the network at their own rate ``lr``, without
     weight decay or clipping. Three attributes are optional. ``backward(scale, losses, parameters)``
-    adds the gradient of the sum of the losses, as :meth:`__call__` returned them, times ``scale``
+    adds the gradient of the sum of the losses, as ``__call__`` returned them, times ``scale``
     to the parameters in place of autograd's; ``after_step(losses)`` is called after each optimiser
     step with the losses of the same batch. With either, training needs a single process, and with
     ``backward`` dense gradients. ``measured`` is as in :class:`~mtnrec.objective.loss.Loss`, of the
