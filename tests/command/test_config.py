@@ -59,7 +59,7 @@ def test_every_group_has_its_choices():
         "stem",
     ]
     assert choices("mtn") == ["capped", "gttn", "laf", "mtn", "nuclear", "tt", "tucker"]
-    assert choices("regularizer") == ["frobenius", "group_lasso", "l2", "soft_sharing"]
+    assert choices("regularizer") == ["frobenius", "group_lasso", "l2", "none", "soft_sharing"]
     assert choices("optimizer") == ["adam", "adamw", "lazy_adam"]
     assert choices("scheduler") == ["constant", "cosine", "one_cycle", "plateau"]
     assert choices("logger") == ["csv", "tensorboard", "wandb"]

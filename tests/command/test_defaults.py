@@ -75,7 +75,7 @@ def test_fit_has_the_defaults_of_train(compose_config):
     config, parameters = compose_config(), inspect.signature(fit).parameters
 
     shared = set(parameters) & set(config) - {"data", "model", "mtn", "noise", "output_dir"}
-    groups = {"loss": "cross_entropy", "balance": "sum", "optimizer": "adam"}
+    groups = {"regularizer": "none", "loss": "cross_entropy", "balance": "sum", "optimizer": "adam"}
     groups |= {"trainer": "default", "logger": "csv"}
     assert {key: parameters[key].default for key in shared} == {
         key: groups.get(key, config[key]) for key in shared

@@ -17,7 +17,7 @@ def regularizer(norm="l2", **keys):
 
 @pytest.fixture
 def four_arms(write_run, tmp_path):
-    """The runs of ``regularizer=null,l2 mtn.enabled=false,true``, three seeds."""
+    """The runs of ``regularizer=none,l2 mtn.enabled=false,true``, three seeds."""
     for seed in range(3):
         for number, (name, auc) in enumerate(AUC.items()):
             write_run(

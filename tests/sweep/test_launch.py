@@ -98,6 +98,13 @@ def test_a_run_keeps_the_folder_that_another_sweep_gave_it(plan):
     assert "patience_4" in other.folder.name
 
 
+def test_a_sweep_over_rivals_includes_none(plan):
+    jobs = plan(None, "regularizer=none,l2", "scheduler=constant,cosine", "balance=sum,pcgrad")
+
+    norms = [(job.config["regularizer"] or {}).get("norm") for job in jobs]
+    assert sorted(norms, key=str) == [None] * 4 + ["l2"] * 4
+
+
 def test_the_command_line_narrows_every_grid(plan):
     grids = [{"seed": "range(0,9)", "model": model} for model in ("esmm", "mmoe")]
 

@@ -111,7 +111,7 @@ class Train:
     noise: Any = MISSING
     model: Any = MISSING
     mtn: Any = MISSING
-    regularizer: Any = None
+    regularizer: Any = MISSING
     loss: Any = MISSING
     balance: Any = MISSING
     optimizer: Any = MISSING

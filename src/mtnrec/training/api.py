@@ -73,7 +73,7 @@ def fit(
     model: str | Mapping[str, Any] | Callable[..., nn.Module] = "esmm",
     *,
     mtn: MTN | str | Mapping[str, Any] | None = None,
-    regularizer: str | L.Callback | Mapping[str, Any] | None = None,
+    regularizer: str | L.Callback | Mapping[str, Any] = "none",
     loss: str | Mapping[str, Any] | Callable[..., nn.Module] = "cross_entropy",
     balance: str | Mapping[str, Any] | Callable[..., nn.Module] = "sum",
     noise: Noise | Mapping[str, Any] | None = None,
@@ -108,7 +108,7 @@ def fit(
         mtn: The callback, a choice of ``conf/mtn``, which is then enabled, or keys of the default
             choice; None trains without MTN.
         regularizer: Another penalty on the weights: a choice of ``conf/regularizer``, keys with
-            their ``_target_``, or a callback; None adds none.
+            their ``_target_``, or a callback.
         loss: Loss of each label: a choice of ``conf/loss``, keys, or a class or partial call.
         balance: How the losses join: a choice of ``conf/balance``, keys, or a class or partial
             call.

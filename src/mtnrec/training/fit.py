@@ -129,7 +129,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
     code = code_of_run(packages, own_sources, torch.get_num_threads())
     resume_point = ResumePoint(output_dir, identity.id, cfg.trainer[CHECKPOINTS], code=code)
     divergence, experts = Divergence(), ExpertDistances()
-    regularizer = instantiate(cfg.regularizer, _convert_="all")
+    regularizer = instantiate(cfg.regularizer, _convert_="all") if cfg.regularizer else None
     callbacks = [
         mtn,
         *([] if regularizer is None else [regularizer]),
