@@ -38,8 +38,6 @@ def compose_run(groups: Mapping[str, Any], keys: Mapping[str, Any]) -> DictConfi
         elif group in Train.__annotations__:
             value = groups.get(str(group), choice)
             found[group] = None if value is None else group_config(str(group), value, choice)
-            if group in _BUILT_WITHOUT_MORE and not isinstance(value, str | Mapping | None):
-                found[group].pop("_partial_", None)
     del root["hydra"]
     return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Train), root, found, dict(keys)))
 
@@ -65,7 +63,8 @@ def group_config(group: str, value: Any, default: str | None) -> DictConfig:
         configs = [group_config(group, item, default) for item in value]
         return cast(DictConfig, OmegaConf.merge(*configs))
     if not isinstance(value, Mapping):
-        return OmegaConf.create(describe_call(group, value))
+        describe = _describe_object if group in _BUILT_WITHOUT_MORE else describe_call
+        return OmegaConf.create(describe(group, value))
     if "_target_" in value:
         return OmegaConf.create(dict(value))
     if default is None:

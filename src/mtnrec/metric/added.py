@@ -64,12 +64,8 @@ def _check_name(name: str) -> None:
         return
     raise InputError(
         "metrics must have names of lower-case letters, digits and _ that do not end in "
-        f"{', '.join(own)}, got {name!r}. Rename it, for example {_example(str(name))}."
+        f"{', '.join(own)}, got {name!r}. Rename it, for example precision_at_10."
     )
-
-
-def _example(name: str) -> str:
-    return f"my_{name}_value" if name in METRICS else "precision_at_10"
 
 
 def _check_metric(name: str, metric: Any) -> None:

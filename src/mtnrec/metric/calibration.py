@@ -19,7 +19,7 @@ def log_loss(positive: Tensor, negative: Tensor, labels: Tensor) -> Tensor:
         labels: 0 or 1, ``(n,)``.
 
     Returns:
-        float64 scalar; NaN if there are no rows.
+        float64 scalar; NaN without rows.
     """
     return -torch.where(labels > 0, positive, negative).double().mean()
 
@@ -35,7 +35,7 @@ def expected_log_loss(positive: Tensor, negative: Tensor, probabilities: Tensor)
         probabilities: True ``P(label = 1)``, float64 ``(n,)``.
 
     Returns:
-        float64 scalar; NaN if there are no rows.
+        float64 scalar; NaN without rows.
     """
     return -(probabilities * positive + (1 - probabilities) * negative).mean()
 
@@ -108,7 +108,7 @@ def expected_calibration_error(curve: CalibrationCurve) -> Tensor:
     """Return the mean distance between predicted and observed rates over the rows.
 
     Returns:
-        float64 scalar, in [0, 1] for probabilities; NaN if there are no rows.
+        float64 scalar, in [0, 1] for probabilities; NaN without rows.
     """
     distances = (curve.predicted - curve.observed).abs()
     return (distances * curve.rows).sum() / curve.rows.sum()

@@ -12,7 +12,7 @@ from mtnrec.checks import check_number
 from mtnrec.model.esmm import check_funnel
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
-from mtnrec.model.loss import cross_entropies, training_labels
+from mtnrec.model.loss import cross_entropies, require_labels
 from mtnrec.model.mlp import ParallelMLPs, check_sizes
 from mtnrec.schema import Schema
 
@@ -94,7 +94,7 @@ class AITM(nn.Module):
         Measures ``violating_share``, the share of rows at which a stage is more probable than the
         one before it; no other row has a gradient of the calibrator.
         """
-        labels, output = training_labels(batch), self(batch)
+        labels, output = require_labels(batch), self(batch)
         violating = (output.positive.detach().diff(dim=1) > 0).any(dim=1)
         self.measured = {"violating_share": violating.float().mean()}
         return dict(zip(self.labels, cross_entropies(output, labels), strict=True)) | {

@@ -10,7 +10,7 @@ from mtnrec.batch import Batch
 from mtnrec.checks import check_number
 from mtnrec.model.esmm import ESMM, check_funnel, logit_cross_entropies
 from mtnrec.model.log_probabilities import funnel_log_probabilities, label_log_probabilities
-from mtnrec.model.loss import cross_entropies, training_labels
+from mtnrec.model.loss import cross_entropies, require_labels
 from mtnrec.model.propensity import inverse_propensities, measure_weights
 from mtnrec.schema import Schema
 
@@ -96,7 +96,7 @@ class DCMT(ESMM):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the labels' cross entropies, the loss of CVR and the heads' agreement."""
-        labels = training_labels(batch)
+        labels = require_labels(batch)
         clicks, conversions = labels.unbind(dim=1)
         click, conversion, counterfactual = self.logits(batch)
         output = funnel_log_probabilities(click, conversion)

@@ -9,7 +9,7 @@ from mtnrec.batch import Batch
 from mtnrec.checks import InputError, check_choice, check_flag, check_number
 from mtnrec.model.esmm import ESMM, check_funnel, logit_cross_entropies
 from mtnrec.model.log_probabilities import funnel_log_probabilities, label_log_probabilities
-from mtnrec.model.loss import cross_entropies, training_labels
+from mtnrec.model.loss import cross_entropies, require_labels
 from mtnrec.model.mlp import MLP
 from mtnrec.model.propensity import inverse_propensities, measure_weights
 from mtnrec.schema import Schema
@@ -102,7 +102,7 @@ class ESCM2(ESMM):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the labels' cross entropies, the loss of CVR and any loss of the imputation."""
-        labels = training_labels(batch)
+        labels = require_labels(batch)
         clicks, conversions = labels.unbind(dim=1)
         click, conversion, *imputation = self.logits(batch)
         output = funnel_log_probabilities(click, conversion)

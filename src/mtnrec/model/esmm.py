@@ -10,10 +10,9 @@ from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError, check_flag, check_integer, check_number
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import funnel_log_probabilities, label_log_probabilities
-from mtnrec.model.loss import row_cross_entropies, training_labels
-from mtnrec.model.mixture import mix_experts
+from mtnrec.model.loss import require_labels, row_cross_entropies
+from mtnrec.model.mixture import MOST_EXPERTS, linear_layers, mix_experts
 from mtnrec.model.mlp import ParallelMLPs, check_sizes
-from mtnrec.model.mmoe import MOST_EXPERTS
 from mtnrec.schema import Schema
 
 
@@ -146,7 +145,7 @@ class ESMM(nn.Module):
         if self.experts is None:
             (hidden,) = self.input.first_layers(batch, self.towers.first_layers())
             return self.towers.apply_slice(hidden, 1, -1)
-        gates = [gate for gate in self.gates if isinstance(gate, nn.Linear)]
+        gates = linear_layers(self.gates)
         hidden, logits = self.input.first_layers(batch, self.experts.first_layers(), gates)
         experts = self.experts.after_first_layer(hidden)  # (E, B, O)
         experts = self.expert_outputs(experts.transpose(0, 1))  # (B, E, O)
@@ -157,7 +156,7 @@ class ESMM(nn.Module):
 
         The last two are divided by ``B``, not by the clicks.
         """
-        labels = training_labels(batch)
+        labels = require_labels(batch)
         click, conversion = self.logits(batch)
         rows = row_cross_entropies(funnel_log_probabilities(click, conversion), labels)
         clicks = labels[:, 0]

@@ -21,12 +21,12 @@ def row_cross_entropies(output: LogProbabilities, labels: Tensor) -> Tensor:
     return -(labels * output.positive + (1 - labels) * output.negative)
 
 
-def training_labels(batch: Batch) -> Tensor:
+def require_labels(batch: Batch) -> Tensor:
     """Return the labels of a batch, ``(B, T)``.
 
     Raises:
         InputError: If it has none.
     """
     if batch.labels is None:
-        raise InputError("a batch must have labels for training, got none")
+        raise InputError("a batch must have labels for training and evaluation, got none")
     return batch.labels

@@ -1,12 +1,18 @@
 """Mixtures of experts, shared or of a task."""
 
 from collections.abc import Sequence
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from mtnrec.batch import Batch
 from mtnrec.checks import InputError
+from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.mlp import check_sizes
+
+MOST_EXPERTS = 10_000
 
 
 def mix(weights: Tensor, experts: Tensor) -> Tensor:
@@ -49,6 +55,35 @@ def spread_own(weights: Tensor) -> Tensor:
     return (tasks.unsqueeze(2) * weights.unsqueeze(2)).flatten(2)
 
 
+class Levels(nn.ModuleList):
+    """Levels of experts, each of which turns streams into those of the next.
+
+    A level has its ``experts`` and ``expert_outputs``, returns by ``first_layers()`` the groups of
+    layers that read the streams, and continues by ``after_first_layers`` from their outputs, so
+    that those of the first level stay folded into the input.
+    """
+
+    @property
+    def expert_outputs(self) -> nn.Module:
+        """Module that the outputs ``(B, E, O)`` of the last level's experts pass through."""
+        return self._levels()[-1].expert_outputs
+
+    def forward(self, features: FeatureInput, batch: Batch) -> Tensor:
+        """Return the streams after the last level, ``(T, B, O)``."""
+        first, *others = self._levels()
+        streams = first.after_first_layers(*features.first_layers(batch, *first.first_layers()))
+        for level in others:
+            streams = level(streams)
+        return streams
+
+    def by_depth(self) -> list[list[nn.Linear]]:
+        """Return, for each depth of all levels, the linear layers of all experts."""
+        return list(chain.from_iterable(level.experts.by_depth() for level in self._levels()))
+
+    def _levels(self) -> list[Any]:
+        return list(cast(Any, self))
+
+
 def linear_layers(layers: nn.ModuleList) -> list[nn.Linear]:
     """Return the linear layers of a list of modules."""
     return [layer for layer in layers if isinstance(layer, nn.Linear)]
@@ -58,7 +93,7 @@ def check_levels(levels: Sequence[Sequence[int]], *, dropout: float, batch_norm:
     """Check the widths of the experts' layers, level by level, and the keys of all networks.
 
     Raises:
-        InputError: If there is no level, or a level's widths are not a list of widths.
+        InputError: If levels are missing, or a level's widths are not a list of widths.
     """
     if isinstance(levels, str | int) or not len(levels):
         raise InputError(

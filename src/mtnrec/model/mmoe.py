@@ -9,12 +9,10 @@ from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import check_integer
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
-from mtnrec.model.mixture import mix_experts
+from mtnrec.model.mixture import MOST_EXPERTS, linear_layers, mix_experts
 from mtnrec.model.mlp import ParallelMLPs, check_sizes
 from mtnrec.model.personal_gates import PersonalGates
 from mtnrec.schema import Schema
-
-MOST_EXPERTS = 10_000
 
 
 class MMoE(nn.Module):
@@ -97,7 +95,7 @@ class MMoE(nn.Module):
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
-        gates = [gate for gate in self.gates if isinstance(gate, nn.Linear)]
+        gates = linear_layers(self.gates)
         # (E, B, O) of the experts' first layers, (T, B, E) of the gates
         hidden, logits = self.input.first_layers(batch, self.experts.first_layers(), gates)
         experts = self.experts.after_first_layer(hidden)  # (E, B, O)

@@ -8,7 +8,7 @@ from torch import Tensor
 from mtnrec.batch import Batch
 from mtnrec.model.esmm import ESMM, check_funnel, logit_cross_entropies
 from mtnrec.model.log_probabilities import funnel_log_probabilities
-from mtnrec.model.loss import cross_entropies, training_labels
+from mtnrec.model.loss import cross_entropies, require_labels
 from mtnrec.schema import Schema
 
 
@@ -60,7 +60,7 @@ class NaiveCVR(ESMM):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the labels' cross entropies and that of CVR over clicked rows, 0 without any."""
-        labels = training_labels(batch)
+        labels = require_labels(batch)
         click, conversion = self.logits(batch)
         entropies = cross_entropies(funnel_log_probabilities(click, conversion), labels)
         clicks = labels[:, 0]

@@ -63,12 +63,20 @@ def require_network(module: object) -> None:
         )
 
 
-def count_parameters(network: nn.Module) -> dict[str, int]:
-    """Return the numbers of parameters: ``embeddings``, in tables, and ``network``, the rest."""
+def split_parameters(network: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters: ``embeddings``, those of tables, and ``network``, the rest."""
     tables = [part for part in network.modules() if isinstance(part, _TABLES)]
-    embeddings = sum(table.weight.numel() for table in tables)
-    total = sum(parameter.numel() for parameter in network.parameters())
-    return {"embeddings": embeddings, "network": total - embeddings}
+    embeddings = {id(parameter) for table in tables for parameter in table.parameters()}
+    found: dict[str, list[nn.Parameter]] = {"embeddings": [], "network": []}
+    for parameter in network.parameters():
+        found["embeddings" if id(parameter) in embeddings else "network"].append(parameter)
+    return found
+
+
+def count_parameters(network: nn.Module) -> dict[str, int]:
+    """Return the numbers of parameters, by the parts of :func:`split_parameters`."""
+    parts = split_parameters(network)
+    return {name: sum(parameter.numel() for parameter in part) for name, part in parts.items()}
 
 
 def build_network(build: Callable[[], nn.Module]) -> nn.Module:

@@ -9,11 +9,9 @@ from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import check_integer
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
-from mtnrec.model.mixture import mix_experts
+from mtnrec.model.mixture import MOST_EXPERTS, mix_experts
 from mtnrec.model.mlp import ParallelMLPs, check_sizes
 from mtnrec.schema import Schema
-
-_MOST_EXPERTS = 10_000
 
 
 class OMoE(nn.Module):
@@ -51,7 +49,7 @@ class OMoE(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        check_integer("model.experts", experts, minimum=1, maximum=_MOST_EXPERTS)
+        check_integer("model.experts", experts, minimum=1, maximum=MOST_EXPERTS)
         check_sizes(
             dropout=dropout,
             batch_norm=batch_norm,

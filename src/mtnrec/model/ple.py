@@ -1,6 +1,5 @@
 """PLE and CGC (H. Tang et al., Progressive Layered Extraction, RecSys 2020)."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +10,16 @@ from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import check_integer
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
-from mtnrec.model.mixture import check_levels, linear_layers, mix, spread_own
+from mtnrec.model.mixture import (
+    MOST_EXPERTS,
+    Levels,
+    check_levels,
+    linear_layers,
+    mix,
+    spread_own,
+)
 from mtnrec.model.mlp import ParallelMLPs, apply_together, check_sizes
 from mtnrec.schema import Schema
-
-_MOST_EXPERTS = 10_000
 
 
 class PLE(nn.Module):
@@ -60,13 +64,13 @@ class PLE(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        check_integer("model.experts", experts, minimum=1, maximum=_MOST_EXPERTS)
-        check_integer("model.task_experts", task_experts, minimum=0, maximum=_MOST_EXPERTS)
+        check_integer("model.experts", experts, minimum=1, maximum=MOST_EXPERTS)
+        check_integer("model.task_experts", task_experts, minimum=0, maximum=MOST_EXPERTS)
         check_levels(levels, dropout=dropout, batch_norm=batch_norm)
         check_sizes(dropout=dropout, batch_norm=batch_norm, tower_widths=tower_widths)
         self.input = FeatureInput(schema, embedding_dim, bag_mode, embedding_init)
         inputs = [self.input.out_features, *(widths[-1] for widths in levels)]
-        self.levels = nn.ModuleList(
+        self.levels = Levels(
             _Level(
                 width,
                 widths,
@@ -89,17 +93,13 @@ class PLE(nn.Module):
         )
 
     @property
-    def expert_outputs(self) -> nn.Identity:
+    def expert_outputs(self) -> nn.Module:
         """Module that the outputs ``(B, E, O)`` of the last level's experts pass through."""
-        return self._levels()[-1].expert_outputs
+        return self.levels.expert_outputs
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""
-        first, *others = self._levels()
-        streams = first.after_first_layers(*self.input.first_layers(batch, *first.first_layers()))
-        for level in others:
-            streams = level(streams)
-        return label_log_probabilities(self.towers(streams))
+        return label_log_probabilities(self.towers(self.levels(self.input, batch)))
 
     def task_layers(self) -> list[list[nn.Linear]]:
         """Return, for each depth of the towers, the ``T`` linear layers."""
@@ -107,11 +107,7 @@ class PLE(nn.Module):
 
     def shared_layers(self) -> list[list[nn.Linear]]:
         """Return, for each depth of all levels, the linear layers of all experts."""
-        depths = (level.experts.by_depth() for level in self._levels())
-        return list(itertools.chain.from_iterable(depths))
-
-    def _levels(self) -> list["_Level"]:
-        return [level for level in self.levels if isinstance(level, _Level)]
+        return self.levels.by_depth()
 
 
 class _Level(nn.Module):

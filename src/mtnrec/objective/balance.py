@@ -53,6 +53,11 @@ def check_several(balance: str, names: Sequence[str]) -> None:
         )
 
 
+def weigh(losses: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the losses times their weights, ``(K,)``, without a tensor from the host."""
+    return torch.stack([loss * weight for loss, weight in zip(losses, weights, strict=True)])
+
+
 class Weights(nn.Module):
     """Fixed weights of the losses.
 
@@ -69,7 +74,7 @@ class Weights(nn.Module):
         self.weights = dict(weights or {})
         for name, weight in self.weights.items():
             check_number(f"balance.weights.{name}", weight, minimum=0)
-        self.register_buffer("_weights", None, persistent=False)
+        self._weights: list[float] | None = None
 
     def prepare(
         self, names: Sequence[str], parameters: Mapping[str, Sequence[nn.Parameter]]
@@ -81,11 +86,11 @@ class Weights(nn.Module):
                 f"{format_names(unknown)}"
             )
         if self.weights:
-            self._weights = torch.tensor([float(self.weights.get(name, 1)) for name in names])
+            self._weights = [float(self.weights.get(name, 1)) for name in names]
 
     def forward(self, losses: Tensor) -> Tensor:
         """Return the weighted losses, ``(K,)``."""
-        return losses if self._weights is None else losses * self._weights.to(losses.dtype)
+        return losses if self._weights is None else weigh(losses, self._weights)
 
 
 class Uncertainty(nn.Module):

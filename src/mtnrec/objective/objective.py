@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from mtnrec.batch import Batch
 from mtnrec.checks import InputError, check_choice
-from mtnrec.model.loss import cross_entropies, training_labels
-from mtnrec.objective.balance import Weights
+from mtnrec.model.loss import cross_entropies, require_labels
+from mtnrec.model.network import split_parameters
+from mtnrec.objective.balance import Weights, weigh
 from mtnrec.objective.loss import CrossEntropy
 
 TASK_LOSSES = ("sum", "mean")
@@ -122,7 +123,7 @@ class Objective(nn.Module):
                 raise ValueError(f"losses() has {tuple(named)}, loss_weights has {self.names}")
             losses = torch.stack(list(named.values()))
             return losses, losses[self._places]
-        labels = training_labels(batch)
+        labels = require_labels(batch)
         output = network(batch)
         losses = self.loss(output, labels)
         if isinstance(self.loss, CrossEntropy):
@@ -162,17 +163,10 @@ class Objective(nn.Module):
         self.balance.after_step(self._weighted(losses))
 
     def _weighted(self, losses: Tensor) -> Tensor:
-        return losses if self._weights is None else losses * losses.new_tensor(self._weights)
+        return losses if self._weights is None else weigh(losses, self._weights)
 
 
 def _parameters(network: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the network's parameters: ``embeddings`` and ``layers``."""
-    tables = [
-        part for part in network.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)
-    ]
-    embeddings = {id(parameter) for table in tables for parameter in table.parameters()}
-    parameters = list(network.parameters())
-    return {
-        "embeddings": [p for p in parameters if id(p) in embeddings],
-        "layers": [p for p in parameters if id(p) not in embeddings],
-    }
+    parts = split_parameters(network)
+    return {"embeddings": parts["embeddings"], "layers": parts["network"]}

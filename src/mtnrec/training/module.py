@@ -22,7 +22,8 @@ from mtnrec.data.datamodule import DataModule
 from mtnrec.metric.added import AddedMetrics
 from mtnrec.metric.task_metrics import TaskMetrics
 from mtnrec.model.feature_input import FeatureInput
-from mtnrec.model.network import require_network
+from mtnrec.model.loss import require_labels
+from mtnrec.model.network import require_network, split_parameters
 from mtnrec.objective.objective import Objective
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.optimizer.scheduler import make_scheduler
@@ -220,10 +221,10 @@ class MultiTaskModule(L.LightningModule):
             self.objective.loss.load_rank_state(states[self.global_rank])
 
     def validation_step(self, batch: Batch) -> None:
-        self.val_metrics.update(self(batch), _batch_labels(batch), batch.group)
+        self.val_metrics.update(self(batch), require_labels(batch), batch.group)
 
     def test_step(self, batch: Batch) -> None:
-        self.test_metrics.update(self(batch), _batch_labels(batch), batch.group)
+        self.test_metrics.update(self(batch), require_labels(batch), batch.group)
 
     def on_validation_start(self) -> None:
         if dist.is_initialized():  # batch norm's statistics come from each rank's own rows
@@ -351,13 +352,9 @@ class MultiTaskModule(L.LightningModule):
     def _parameter_groups(self) -> Iterable[Any]:
         if self._embedding_weight_decay is None:
             return self.network.parameters()
-        tables = [part for part in self.network.modules() if isinstance(part, nn.Embedding)]
-        embeddings = {id(table.weight) for table in tables}
-        parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-        for parameter in self.network.parameters():
-            parts[id(parameter) in embeddings].append(parameter)
-        own = {"params": parts[True], "weight_decay": self._embedding_weight_decay}
-        return [{"params": parts[False]}, own]
+        parts = split_parameters(self.network)
+        own = {"params": parts["embeddings"], "weight_decay": self._embedding_weight_decay}
+        return [{"params": parts["network"]}, own]
 
     def configure_gradient_clipping(
         self,
@@ -383,12 +380,6 @@ def _gather_ranks(own: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return found
-
-
-def _batch_labels(batch: Batch) -> Tensor:
-    if batch.labels is None:
-        raise InputError("a batch must have labels for training and evaluation, got none")
-    return batch.labels
 
 
 def _check_weight_decay(optimizer: Optimizer, embedding_weight_decay: float | None) -> None:
