@@ -2,7 +2,7 @@
 
 ``make benchmark``, or ``python benchmarks/measure_all.py [--only train mtn]``
 
-Takes about half an hour on an idle machine. Each section is a separate command, which can also be
+Takes about an hour on an idle machine. Each section is a separate command, which can also be
 run alone; comparisons are made within one command.
 """
 

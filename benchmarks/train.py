@@ -22,10 +22,11 @@ from statistics import median
 from typing import Any
 
 MEASURES = ("fit", "train", "evaluate")
-LITERAL = Path(__file__).parents[1] / "tests" / "reference" / "literal.py"
+TESTS = Path(__file__).parents[1] / "tests"
+MODELS = ("shared_bottom", "esmm", "mmoe", "ple", "aitm", "stem")
 
 
-def run_on_a_terminal(command: Sequence[str]) -> str:
+def run_on_a_terminal(command: Sequence[str], cwd: Path | None = None) -> str:
     """Run a command whose output goes to a terminal; return the output."""
     ours, theirs = pty.openpty()
     output: list[bytes] = []
@@ -41,7 +42,7 @@ def run_on_a_terminal(command: Sequence[str]) -> str:
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        done = subprocess.run(command, stdout=theirs, stderr=theirs, check=False)
+        done = subprocess.run(command, stdout=theirs, stderr=theirs, check=False, cwd=cwd)
     finally:
         os.close(theirs)
         reader.join()
@@ -57,8 +58,9 @@ def measure_literal(
 ) -> dict[str, Any]:
     """Run the literal program; return rows per second by measure, and the test AUCs."""
     checkpoint = scratch / "literal.pt"
-    command = [sys.executable, str(LITERAL), str(folder), f"--model={model}", *options]
-    text = run_on_a_terminal([*command, f"--epochs={epochs}", f"--checkpoint={checkpoint}"])
+    command = [sys.executable, "-m", "reference.literal", str(folder), f"--model={model}"]
+    options = (*options, f"--epochs={epochs}", f"--checkpoint={checkpoint}")
+    text = run_on_a_terminal([*command, *options], cwd=TESTS)
     return json.loads(text.strip().splitlines()[-1])
 
 
@@ -80,7 +82,7 @@ def measure_mtnrec(
 def main() -> None:
     """Print one row per model: rows per second of both, and the ratio of each measure."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["shared_bottom", "esmm", "mmoe"])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=2)

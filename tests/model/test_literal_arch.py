@@ -77,7 +77,7 @@ def test_outputs_and_gradients_equal_a_loop_over_layers(case, rows, make_batch):
 
     output = network(batch)
     cross_entropies(output, batch.labels).sum().backward()
-    p = literal(batch.categorical, batch.numerical)
+    p = torch.stack(literal(batch.categorical, batch.numerical), dim=1)
     sum(nn.BCELoss()(p[:, task], batch.labels[:, task]) for task in range(2)).backward()
 
     torch.testing.assert_close(output.positive.exp(), p, rtol=1e-10, atol=0)

@@ -1,6 +1,6 @@
 """Train like the usual scripts: the layout of the papers computed literally in plain PyTorch.
 
-``python tests/reference/literal.py DIR --model mmoe``
+``cd tests && python -m reference.literal DIR --model mmoe``
 
 The baseline for mtnrec: the same prepared rows, layers, sizes, loss and optimiser, with rows loaded
 one by one by worker processes, an embedding, a concatenation, a loop over the experts,
@@ -11,10 +11,12 @@ prints its measurements as JSON.
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from reference import literal_arch, literal_funnel, literal_moe
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -109,17 +111,53 @@ class ESMM(nn.Module):
         return [click, click * conversion]
 
 
-MODELS = {"shared_bottom": SharedBottom, "mmoe": MMoE, "esmm": ESMM}
+def ple(sizes, numericals):
+    row = partial(literal_moe.Row, sizes, numericals, WIDTH)
+    levels = [[width] for width in BOTTOM]
+    return literal_moe.PLE(row, 2, 4, 2, levels, TOWER)
 
 
-def train(model, loader, optimizer, device):
+def aitm(sizes, numericals):
+    row = literal_funnel.Row(sizes, numericals, WIDTH)
+    return literal_funnel.AITM(row, [*BOTTOM, *TOWER], [])
+
+
+def stem(sizes, numericals):
+    own = WIDTH // 3  # two tasks' tables and the shared one
+    return literal_arch.STEM(sizes, numericals, own, EXPERTS, 6, BOTTOM, TOWER, TOWER)
+
+
+MODELS = {
+    "shared_bottom": SharedBottom,
+    "mmoe": MMoE,
+    "esmm": ESMM,
+    "ple": ple,
+    "aitm": aitm,
+    "stem": stem,
+}
+
+
+def entropies(outputs, labels):
+    loss_function = nn.BCELoss()
+    return sum(loss_function(outputs[task], labels[:, task]) for task in range(2))
+
+
+def calibrated(outputs, labels):
+    click, conversion = outputs
+    return entropies(outputs, labels) + 0.6 * torch.clamp(conversion - click, min=0).mean()
+
+
+LOSSES = {"aitm": calibrated}
+
+
+def train(model, loader, loss_function, optimizer, device):
     """Train one epoch; return the mean loss."""
     model.train()
-    loss_function, total = nn.BCELoss(), 0.0
+    total = 0.0
     for batch in tqdm(loader, disable=None):
         categorical, numerical, labels = (part.to(device) for part in batch)
         outputs = model(categorical, numerical)
-        loss = sum(loss_function(outputs[task], labels[:, task]) for task in range(2))
+        loss = loss_function(outputs, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -175,6 +213,7 @@ def main():
     }
     model = MODELS[arguments.model](sizes, len(schema["numerical"])).to(arguments.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loss_function = LOSSES.get(arguments.model, entropies)
     checkpoint = arguments.checkpoint or Path(f"literal_{arguments.model}.pt")
 
     seconds = {"train": 0.0, "evaluate": 0.0}
@@ -182,7 +221,7 @@ def main():
     begun = time.perf_counter()
     while epochs < arguments.epochs and since < arguments.patience:
         started = time.perf_counter()
-        train(model, loaders["train"], optimizer, arguments.device)
+        train(model, loaders["train"], loss_function, optimizer, arguments.device)
         trained = time.perf_counter()
         auc = evaluate(model, loaders["val"], arguments.device)[1]
         seconds["train"] += trained - started

@@ -1,6 +1,6 @@
 """HEAC, STEM and MMoE with cross network and personal gates: loops over layers on wide rows.
 
-Each model returns the labels' probabilities, ``(B, 2)``. The parameters have the names of mtnrec's.
+Each model returns the probability of each label, ``(B,)``. Parameters are named as in mtnrec.
 """
 
 import torch
@@ -101,8 +101,8 @@ class MMoE(nn.Module):
                     vectors = [self.input.tables[f](categorical[:, f]) for f in self.personal]
                     inputs = torch.cat([*vectors, mixture.detach()], dim=1)
                     x = x * self.personal_gates.gate(number // 2, task, inputs)
-            outputs.append(torch.sigmoid(head(x)))
-        return torch.cat(outputs, dim=1)
+            outputs.append(torch.sigmoid(head(x).squeeze(1)))
+        return outputs
 
 
 class HEAC(nn.Module):
@@ -131,7 +131,7 @@ class HEAC(nn.Module):
             shares = torch.softmax(self.critic_gate(context), dim=1)
             p = torch.sigmoid(self.critics(mixture))
             outputs.append((shares * p).sum(dim=1))
-        return torch.stack(outputs, dim=1)
+        return outputs
 
 
 class STEM(nn.Module):
@@ -170,5 +170,5 @@ class STEM(nn.Module):
             for number, (owner, expert) in enumerate(zip(self.owners, experts, strict=True)):
                 seen = expert if owner in (task, 2) else expert.detach()
                 mixture = mixture + weights[:, number : number + 1] * seen
-            outputs.append(torch.sigmoid(self.towers[task](mixture)))
-        return torch.cat(outputs, dim=1)
+            outputs.append(torch.sigmoid(self.towers[task](mixture).squeeze(1)))
+        return outputs
