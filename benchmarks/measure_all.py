@@ -2,8 +2,9 @@
 
 ``make benchmark``, or ``python benchmarks/measure_all.py [--only train mtn]``
 
-Takes about an hour on an idle machine. Each section is a separate command, which can also be
-run alone; comparisons are made within one command.
+Takes one to four hours on an idle machine. Each section is a separate command, which can also be
+run alone; comparisons are made within one command. ``--only`` measures some sections again and
+keeps the others, each with the machine it was measured on.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -24,6 +26,11 @@ from mtnrec.run.environment import versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.md"
+HEAD = """# Results
+
+Measured by `make benchmark`, without a GPU. Each section ends with its time and machine; ratios are
+within one run, and times of different machines cannot be compared.
+"""
 SECTIONS = {
     "train": ("Training, end to end, against the literal program", ["train.py"]),
     "bf16": (
@@ -65,9 +72,18 @@ def _cpu_information() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def read_sections(path: Path) -> dict[str, str]:
+    """Return the text of each section of an earlier run by its title."""
+    if not path.exists():
+        return {}
+    _, *parts = path.read_text(encoding="utf-8").split("\n## ")
+    return {title: text.strip() for title, _, text in (part.partition("\n") for part in parts)}
+
+
 def run(arguments: Sequence[str]) -> str:
     """Run a benchmark; return the text of its section."""
     script, *rest = arguments
+    began = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(HERE / script), *rest], capture_output=True, text=True, check=False
@@ -79,7 +95,8 @@ def run(arguments: Sequence[str]) -> str:
         output = f"```\n{output}\n```"
     seconds = time.perf_counter() - started
     command = shlex.join(["python", f"benchmarks/{script}", *rest])
-    return f"```\n{command}      # {seconds:.0f} s\n```\n\n{output}\n"
+    place = textwrap.fill(f"{began}, {machine()}", 100)
+    return f"```\n{command}      # {seconds:.0f} s\n```\n\n{output}\n\n{place}"
 
 
 def main() -> None:
@@ -88,13 +105,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    began = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    text = f"# Results\n\n`make benchmark`, {began}. {machine()}.\n"
+    found = read_sections(arguments.out)
     for name in arguments.only:
         title, command = SECTIONS[name]
         print(title, flush=True)
-        text += f"\n## {title}\n\n{run(command)}"
-        write_atomic(arguments.out, text)
+        found[title] = run(command)
+        parts = [
+            f"## {title}\n\n{found[title]}\n" for title, _ in SECTIONS.values() if title in found
+        ]
+        write_atomic(arguments.out, "\n".join([HEAD, *parts]))
     print(f"The results are in {arguments.out}")
 
 

@@ -2,7 +2,9 @@
 
 ``python benchmarks/step.py``
 
-Rows shaped like AliExpress, batches of 2,048. *Of the peak*: the rate of the step's matrix
+Rows shaped like AliExpress, batches of 2,048. *Literal*: floating-point operations of the literal
+program for the same step; their ratio to those of the step bounds the ratio of the speeds, where
+the literal program reaches the same share of the peak. *Of the peak*: the rate of the step's matrix
 products, relative to that of a product of two 2,048 x 2,048 matrices on this machine. *Products*,
 *optimiser*, *others*: shares of the time by torch's profiler. *Lightning*: extra time of the second
 epoch of a trainer with callbacks, logger and progress bar over an epoch of bare steps; in the first
@@ -10,11 +12,14 @@ epoch the optimiser creates its state.
 """
 
 import argparse
+import importlib
 import io
 import logging
+import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import cycle, islice
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -32,9 +37,11 @@ from mtnrec.batch import Batch
 from mtnrec.command.config import lightning_keys
 from mtnrec.model.loss import cross_entropies
 from mtnrec.performance import tune_process
+from mtnrec.schema import Schema
 from mtnrec.training.recorder import RunRecorder
 
-MODELS = ("shared_bottom", "esmm", "mmoe")
+TESTS = Path(__file__).parents[1] / "tests"
+MODELS = ("shared_bottom", "esmm", "mmoe", "ple", "aitm", "stem")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 ROUNDS = 8
 
@@ -61,6 +68,18 @@ def peak(repetitions: int = 20) -> float:
         a @ b
         seconds.append(perf_counter() - started)
     return 2 * 2048**3 / median(seconds)
+
+
+def literal_operations(model: str, schema: Schema, batch: Batch) -> float:
+    """Return the floating-point operations of a step of the literal program."""
+    sys.path.append(str(TESTS))
+    literal: Any = importlib.import_module("reference.literal")
+    sizes = [field.vocabulary_size for field in schema.categorical]
+    network = literal.MODELS[model](sizes, len(schema.numerical))
+    with FlopCounterMode(display=False) as counter:
+        outputs = network(batch.categorical, batch.numerical)
+        literal.entropies(outputs, batch.labels).backward()
+    return counter.get_total_flops()
 
 
 def measure(model: str, data_root: str, best: float) -> list[str]:
@@ -90,6 +109,7 @@ def measure(model: str, data_root: str, best: float) -> list[str]:
         step(batch)
     with FlopCounterMode(display=False) as counter:
         step(next(batches))
+    literal = literal_operations(model, datamodule.schema, next(batches))
     with profile() as trace:
         for batch in islice(batches, 8):
             step(batch)
@@ -120,6 +140,7 @@ def measure(model: str, data_root: str, best: float) -> list[str]:
     return [
         f"{seconds * 1e3:.1f} ms",
         f"{counter.get_total_flops() / 1e9:.1f}",
+        f"{literal / 1e9:.1f}",
         f"{counter.get_total_flops() / seconds / best:.0%}",
         f"{products:.0%}",
         f"{adam:.0%}",
@@ -137,8 +158,8 @@ def main() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     best = peak()
     print(f"Peak: {best / 1e9:.0f} GFLOP/s in float32, {torch.get_num_threads()} threads.\n")
-    print("| model | step | GFLOP | of the peak | products | optimiser | others | Lightning |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = "step | GFLOP | literal | of the peak | products | optimiser | others | Lightning"
+    print(f"| model | {columns} |\n|{'---|' * 9}")
     with tempfile.TemporaryDirectory() as data_root:
         for model in arguments.models:
             print(f"| `{model}` | {' | '.join(measure(model, data_root, best))} |", flush=True)

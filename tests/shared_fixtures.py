@@ -25,7 +25,6 @@ from rich import get_console
 
 from mtnrec.batch import Bags, Batch
 from mtnrec.command.config import CONF_DIR
-from mtnrec.command.job import quote_value
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.preparation.aliexpress import CATEGORICAL, LABELS, NUMERICAL
 from mtnrec.data.prepared.manifest import Manifest
@@ -36,6 +35,7 @@ from mtnrec.export import main as export_main
 from mtnrec.predict import main as predict_main
 from mtnrec.prepare import main as prepare_main
 from mtnrec.report import main as report_main
+from mtnrec.run.override import quote_value
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.status import main as status_main
 from mtnrec.train import main as train_main

@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from mtnrec.command.config import CONF_DIR
-from mtnrec.command.job import quote_for_ranks, quote_value, train_command
+from mtnrec.command.job import quote_for_ranks, train_command
 
 FOLDERS = [
     *("runs/a", "/home/josé/runs", "runs/a,b", "a=b", "o d=1,2 [é]", "it's", 'say "a"', "both '\""),
@@ -54,10 +54,6 @@ def test_lightning_starts_the_other_ranks_in_a_folder_of_any_name(name, monkeypa
     argument = f'hydra.run.dir="{hydra.run.dir}"'  # as Lightning's launcher writes it
     place = OverridesParser.create().parse_override(argument)
     assert OmegaConf.create({"seed": 1, "dir": place.value()}).dir == str(Path("/runs", name))
-
-
-def test_a_plain_folder_is_not_quoted():
-    assert quote_value("/home/me/runs/table_1/a-b.c") == "/home/me/runs/table_1/a-b.c"
 
 
 def test_the_command_finds_config_files_outside_the_package():

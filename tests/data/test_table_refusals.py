@@ -72,6 +72,27 @@ def test_a_row_id_is_refused_with_the_remedy(frame, folder, tmp_path, carrier, n
     assert [field.name for field in manifest.schema.categorical] == [name, "shop"]
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [("float64", 2**53), ("float32", 2**24)])
+@pytest.mark.parametrize("role", ["inferred", "categorical", "group"])
+def test_ids_in_floats_that_cannot_hold_them_are_refused(frame, folder, dtype, largest, role):
+    settings = {} if role == "inferred" else {role: "user" if role == "group" else ["user"]}
+    frame["user"] = (largest + np.arange(ROWS) // 2).astype(dtype)
+
+    with pytest.raises(InputError, match=r"'user' must hold its ids as integers or texts, .*"):
+        prepare(frame, folder, **settings)
+
+    frame["user"] = (largest - 1 - np.arange(ROWS) // 2).astype(dtype)
+    prepare(frame, folder, **settings)
+
+
+def test_a_measurement_in_large_floats_is_accepted(frame, folder):
+    frame["cents"] = 2.0**53 + 2 * np.arange(ROWS)
+
+    manifest, _ = prepare(frame, folder, numerical=["cents", "price"])
+
+    assert "cents" in manifest.schema.numerical
+
+
 def test_integers_are_categories_whatever_stores_them_unless_said_otherwise(frame, folder):
     frame["user"] = np.arange(ROWS) // 2
     as_floats = frame.assign(user=frame["user"].where(frame.index > 3).astype(float))

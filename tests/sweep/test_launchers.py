@@ -207,6 +207,20 @@ def test_an_interrupted_sweep_says_what_it_keeps_and_the_command_resumes_it(
 
 
 @pytest.mark.slow
+def test_a_sweep_goes_on_after_a_worker_was_killed_once(tmp_path):
+    root = tmp_path / "runs"
+    with started(root, *WORKERS) as process:
+        pid, *_ = processes_after_an_epoch(root, process)
+        os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=400)
+
+    assert process.returncode == 0
+    assert len(records(root)) == 2
+    logs = [path.read_text() for path in root.rglob("train.log")]
+    assert any("resumes from" in log for log in logs)
+
+
+@pytest.mark.slow
 def test_a_sweep_with_a_run_whose_process_is_always_killed_has_status_1(tmp_path):
     root = tmp_path / "runs"
     killed = set()

@@ -10,6 +10,7 @@ from torch import nn
 from mtnrec.checks import InputError
 from mtnrec.training.limits import (
     check_batch_norm,
+    check_clipping,
     check_first_validation,
     check_trainer_keys,
     total_steps,
@@ -36,6 +37,23 @@ WHOLE = {"limit_train_batches": 1.0, "val_check_interval": 1.0, "check_val_every
 def test_a_key_that_leaves_no_result_or_is_ignored_is_refused(key, value, remedy):
     with pytest.raises(InputError, match=rf"^trainer\.{key} must .*got .*{re.escape(remedy)}"):
         check_trainer_keys({key: value})
+
+
+def test_no_gradient_clips_below_zero():
+    with pytest.raises(InputError, match=r"trainer\.gradient_clip_val must be .*-1"):
+        check_clipping({"gradient_clip_val": -1}, {})
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", 16, "bf16"])
+def test_a_fused_optimiser_cannot_clip_in_mixed_precision(precision):
+    trainer = {"gradient_clip_val": 1.0, "precision": precision}
+
+    with pytest.raises(InputError, match=r"^optimizer\.fused must be false .*Set optimizer\.fused"):
+        check_clipping(trainer, {"fused": True})
+
+    check_clipping(trainer, {"fused": False})
+    check_clipping(trainer | {"gradient_clip_val": None}, {"fused": True})
+    check_clipping(trainer | {"precision": "32-true"}, {"fused": True})
 
 
 def test_the_keys_of_the_config_are_accepted(compose_config):

@@ -10,7 +10,7 @@ from hydra.types import RunMode
 
 from mtnrec.command.config import CONF_DIR
 from mtnrec.command.errors import unknown_key
-from mtnrec.command.job import quote_value
+from mtnrec.run.override import quote_value
 
 
 def defer_keys(name: str) -> bool:

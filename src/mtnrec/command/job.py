@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -15,9 +15,9 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import read_write
 
 from mtnrec.command.config import CONF_DIR, override_key
+from mtnrec.run.override import escape_interpolations, escape_quoted, quote_value
 
 _LISTS_CALLBACKS = re.compile(r"\+{0,2}callbacks=\s*\[\s*\{")
-_PLAIN_PATH = re.compile(r"(/?[A-Za-z0-9_.-]+)?(/[A-Za-z0-9_.-]+)+")
 # Hydra's keys about the sweep; the command of one run has none of them.
 _OF_SWEEP = (
     *("hydra.mode", "hydra.run.", "hydra.sweep", "hydra.launcher"),
@@ -77,7 +77,7 @@ def quote_for_ranks(output_dir: Path) -> None:
     """
     hydra: Any = HydraConfig.get()
     with read_write(hydra):
-        hydra.run.dir = _escape_interpolations(_quote(str(output_dir.absolute()))[1:-1])
+        hydra.run.dir = escape_interpolations(escape_quoted(str(output_dir.absolute())))
 
 
 def name_callbacks(argument: str) -> str:
@@ -122,21 +122,3 @@ def _options(hydra: Any) -> list[str]:
     if hydra.job.config_name != "train":
         options += ["--config-name", hydra.job.config_name]
     return options
-
-
-def quote_value(text: str) -> str:
-    """Return a text as a value of a Hydra override; a plain path stays as it is.
-
-    >>> quote_value("runs/a"), quote_value("runs/a,b")
-    ('runs/a', '"runs/a,b"')
-    """
-    return text if _PLAIN_PATH.fullmatch(text) else _quote(text)
-
-
-def _quote(text: str) -> str:
-    return QuotedString(_escape_interpolations(text), Quote.double).with_quotes()
-
-
-def _escape_interpolations(text: str) -> str:
-    """Return a string that OmegaConf reads as the text, which may hold ``${``."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

@@ -38,6 +38,37 @@ def mix_experts(experts: Tensor, logits: Tensor) -> Tensor:
     return mix(logits.transpose(0, 1).softmax(dim=2), experts)
 
 
+def mix_and_train(weights: Tensor, experts: Tensor, trained: Tensor) -> Tensor:
+    """Return the weighted sums of :func:`mix`, in which a stream trains only some experts.
+
+    Args:
+        weights: As in :func:`mix`.
+        experts: As in :func:`mix`.
+        trained: Whether a stream has a gradient with respect to an expert, ``(S, E)``.
+    """
+    weights = weights.to(experts.dtype)
+    if torch.compiler.is_exporting():
+        return mix(weights, experts)
+    mixed: Tensor = _MixAndTrain.apply(weights, experts, trained)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+class _MixAndTrain(torch.autograd.Function):
+    """One product each way, where a sum of attached and detached mixtures would take two."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, experts: Tensor, trained: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, experts, trained)
+        return torch.bmm(weights, experts).transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        weights, experts, trained = ctx.saved_tensors
+        gradient = gradients[0].transpose(0, 1)  # (B, S, O)
+        of_weights = torch.bmm(gradient, experts.transpose(1, 2))
+        return of_weights, torch.bmm((weights * trained).transpose(1, 2), gradient), None
+
+
 def spread_own(weights: Tensor) -> Tensor:
     """Return weights of each task's own experts as weights of all tasks' experts, 0 elsewhere.
 

@@ -11,7 +11,7 @@ from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError, check_integer
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
-from mtnrec.model.mixture import MOST_EXPERTS, mix
+from mtnrec.model.mixture import MOST_EXPERTS, mix_and_train
 from mtnrec.model.mlp import ParallelMLPs, apply_together, check_sizes
 from mtnrec.schema import Schema
 
@@ -96,9 +96,7 @@ class STEM(nn.Module):
         experts = self.expert_outputs(experts.transpose(0, 1))  # (B, E, O)
         logits = apply_together(list(self.gate_outputs), self.gates.after_first_layer(logits))
         shares = logits.transpose(0, 1).softmax(dim=2)  # (B, T, E)
-        trained = self.get_buffer("_trained")
-        mixtures = mix(shares * trained, experts)  # (T, B, O)
-        mixtures = mixtures + mix(shares * ~trained, experts.detach())
+        mixtures = mix_and_train(shares, experts, self.get_buffer("_trained"))  # (T, B, O)
         return label_log_probabilities(self.towers(mixtures))
 
     def _first_layers(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,7 @@ from mtnrec.training.divergence import Divergence
 from mtnrec.training.expert_distances import ExpertDistances
 from mtnrec.training.limits import (
     check_batch_norm,
+    check_clipping,
     check_first_validation,
     check_trainer_keys,
     limit_batches,
@@ -328,6 +329,7 @@ def check_settings(cfg: DictConfig) -> None:
         InputError: If a value is out of range.
     """
     check_trainer_keys(cfg.trainer)
+    check_clipping(cfg.trainer, cfg.optimizer)
     check_flag("resume", cfg.resume)
     check_choice("stop", cfg.stop, STOPS)
     check_choice("task_loss", cfg.task_loss, TASK_LOSSES)

@@ -11,7 +11,7 @@ import lightning as L
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtnrec.checks import InputError
+from mtnrec.checks import InputError, check_number
 
 _PASSED = {  # keys that the run itself passes to the trainer, and what to set instead
     "callbacks": "Set callbacks=…, whose callbacks run after those of the protocol",
@@ -19,6 +19,7 @@ _PASSED = {  # keys that the run itself passes to the trainer, and what to set i
     "default_root_dir": "Set hydra.run.dir",
 }
 _LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
+_MIXED = ("16-mixed", "bf16-mixed", "16", "bf16")  # names of Lightning
 _NEIGHBOURS = 8  # batch sizes tried around one that leaves a single row
 
 
@@ -50,6 +51,28 @@ def check_trainer_keys(trainer: Mapping[str, Any]) -> None:
                 f"trainer.{key} must be above 0, got {trainer[key]}: a run trains, chooses an "
                 "epoch on validation rows and tests it. Set a number of batches, or debug=limit."
             )
+
+
+def check_clipping(trainer: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
+    """Refuse gradient clipping that would be ignored, or that the optimiser cannot have.
+
+    Args:
+        trainer: ``cfg.trainer``.
+        optimizer: ``cfg.optimizer``.
+
+    Raises:
+        InputError: With the key and what to set instead.
+    """
+    limit, precision = trainer.get("gradient_clip_val"), str(trainer.get("precision"))
+    if limit is None:
+        return
+    check_number("trainer.gradient_clip_val", limit, minimum=0)
+    if limit and optimizer.get("fused") and precision in _MIXED:
+        raise InputError(
+            "optimizer.fused must be false where gradients are clipped in mixed precision, got "
+            f"true with trainer.gradient_clip_val={limit} and trainer.precision={precision}: the "
+            "fused optimiser scales the gradients itself. Set optimizer.fused=false."
+        )
 
 
 def limit_batches(limit: float | None, batches: int) -> int:

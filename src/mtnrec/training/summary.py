@@ -15,10 +15,11 @@ from torch import nn
 from mtnrec.metric.catalogue import metric_key
 from mtnrec.model.network import count_parameters
 from mtnrec.run.folder import BEST_CHECKPOINT
-from mtnrec.run.identity import label_flips
+from mtnrec.run.identity import label_flips, result_settings
 from mtnrec.run.record import RECORD_FILE, RunRecord
 from mtnrec.schema import Schema
 
+_GROUPS = ("regularizer", "loss", "balance", "scheduler")  # shown where they are not the default
 _PLACES = {  # what a run leaves, by its path in the run folder
     "folder": ".",
     "model": BEST_CHECKPOINT,
@@ -58,8 +59,10 @@ def opening_panel(
         "data": f"{config['data']['name']}: {counts} rows",
         "device": f"{device}, {threads} thread{'' if threads == 1 else 's'}",
         "MTN": f"lam={mtn['lam']:g} on {mtn['target']}" if mtn["enabled"] else "off",
-        "folder": str(Path(config["output_dir"]).absolute()),
     }
+    settings = result_settings(config)
+    lines |= {group: _call(settings[group]) for group in _GROUPS if group in settings}
+    lines["folder"] = str(Path(config["output_dir"]).absolute())
     where = f"the {', '.join(config['noise']['splits'])} rows"
     noise = [f"{proportion:.0%} of {where}"] if proportion else []
     flips = label_flips(config["noise"]).items()
@@ -70,6 +73,13 @@ def opening_panel(
     for name, text in lines.items():
         grid.add_row(name, Text(text, overflow="fold"))
     return Panel(grid, title="mtnrec.train", title_align="left", box=box.ROUNDED, expand=False)
+
+
+def _call(settings: Mapping[str, Any]) -> str:
+    """Return the settings of an object as a call of its class."""
+    name = str(settings["_target_"]).rpartition(".")[2]
+    given = [f"{key}={v}" for key, v in settings.items() if key[0] != "_" and v is not None]
+    return f"{name}({', '.join(given)})"
 
 
 def summary_table(schema: Schema, record: RunRecord) -> Table:

@@ -222,6 +222,7 @@ class TablePreparation:
         self._show(reasons, rows)
         kinds = {name: profiles[name].kind for name in self._keys()}
         for name in self._groups():
+            _refuse_inexact(path, name, profiles[name])
             if kinds[name] == "integer" and groups.values.cast(pl.Int64, strict=False).has_nulls():
                 kinds[name] = "text"  # too large for 64 bits: numbered like texts
         tests = self._draw(rows, kinds, groups)
@@ -583,9 +584,11 @@ def _kind(path: Path | str, name: str, profile: Profile, table: TableSettings) -
             f"{path}: the column {name!r} must have a value in some row, got none. Set "
             "data.exclude to leave it out."
         )
-    for kind in ("categorical", "numerical"):
-        if name in (getattr(table, kind) or []):
-            return "multi-valued" if profile.kind == "list" else kind, "given"
+    if name in (table.numerical or []):
+        return "multi-valued" if profile.kind == "list" else "numerical", "given"
+    _refuse_inexact(path, name, profile)
+    if name in (table.categorical or []):
+        return "multi-valued" if profile.kind == "list" else "categorical", "given"
     _refuse_word(name, profile)
     if profile.kind == "date":
         raise InputError(
@@ -600,6 +603,16 @@ def _kind(path: Path | str, name: str, profile: Profile, table: TableSettings) -
             "data.numerical (a measurement) or data.categorical."
         )
     return _INFERRED[profile.kind]
+
+
+def _refuse_inexact(path: Path | str, name: str, profile: Profile) -> None:
+    """Refuse ids in floats that cannot hold them: different ids would be one category."""
+    if profile.kind == "integer" and profile.is_inexact:
+        raise InputError(
+            f"{path}: the column {name!r} must hold its ids as integers or texts, got floats so "
+            "large that neighbouring ids are one. Store it as integers or texts, or name it in "
+            "data.numerical if it is a measurement."
+        )
 
 
 def _refuse_word(name: str, profile: Profile) -> None:

@@ -69,6 +69,13 @@ class Word(NamedTuple):
     kind: str
 
 
+_EXACT_BITS: dict[Any, int] = {
+    pl.Float16: 11,
+    pl.Float32: 24,
+    pl.Float64: 53,
+}  # whole numbers held exactly
+
+
 class Profile:
     """Kind and uniqueness of a column, updated chunk by chunk.
 
@@ -121,6 +128,11 @@ class Profile:
         return pl.concat(self._hashes).n_unique() == self.count
 
     @property
+    def is_inexact(self) -> bool:
+        """Whether a float is a whole number so large that its neighbours are the same float."""
+        return self._counts["inexact"] > 0
+
+    @property
     def word(self) -> Word | None:
         """First cell that is not a number (or a date) where most are; None if there is none.
 
@@ -150,7 +162,9 @@ def _kinds(column: pl.Series) -> dict[str, pl.Series]:
         return {"present": present, "integer": present, "number": present, "date": ~present}
     if dtype.is_float():
         whole = (column.floor() == column) & column.is_finite()
-        return {"present": present, "integer": whole, "number": present, "date": ~present}
+        inexact = whole & (column.abs() >= 2.0 ** _EXACT_BITS[dtype])
+        kinds = {"present": present, "integer": whole, "number": present, "date": ~present}
+        return kinds | {"inexact": inexact}
     text = to_text(column)
     present = text.is_not_null()
     boolean = text.str.contains(_BOOLEAN)

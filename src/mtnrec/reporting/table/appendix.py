@@ -27,6 +27,7 @@ from mtnrec.reporting.table.published import (
 from mtnrec.reporting.table.render import Cell, Group, Row, Table
 from mtnrec.run.folder import BEST_CHECKPOINT
 from mtnrec.run.identity import flatten
+from mtnrec.run.override import quote_value
 from mtnrec.run.record import RECORD_FILE
 
 _EMPTY = "—"
@@ -104,8 +105,7 @@ def command_of(run: Run) -> str:
         return ""
     if not isinstance(overrides, list):
         return ""
-    folder = str(run.folder).replace("\\", r"\\").replace("'", r"\'")
-    place = ["hydra.mode=RUN", f"hydra.run.dir='{folder}'"]
+    place = ["hydra.mode=RUN", f"hydra.run.dir={quote_value(str(run.folder))}"]
     return shlex.join(["python", "-m", "mtnrec.train", *place, *map(str, overrides)])
 
 
