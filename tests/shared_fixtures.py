@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -114,6 +116,9 @@ def _compose(name: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return compose(name, overrides=list(overrides))
 
+
+# Hydra copies this singleton for each composition, which would take a third of the time.
+ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
 
 _compose_once = functools.cache(_compose)
 
@@ -336,23 +341,24 @@ class Killed(BaseException):
     """Raised to simulate a killed process; no code catches it."""
 
 
+def kill_at(monkeypatch: pytest.MonkeyPatch, hook: str, number: int) -> None:
+    """Kill the next run at the n-th call of a hook."""
+    original, calls = getattr(RunRecorder, hook), []
+
+    def dying(self, *arguments):
+        calls.append(hook)
+        if len(calls) == number:
+            monkeypatch.setattr(RunRecorder, hook, original)
+            raise Killed
+        return original(self, *arguments)
+
+    monkeypatch.setattr(RunRecorder, hook, dying)
+
+
 @pytest.fixture
 def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
     """Kill the next run at the n-th call of a hook."""
-
-    def arrange(hook, number):
-        original, calls = getattr(RunRecorder, hook), []
-
-        def dying(self, *arguments):
-            calls.append(hook)
-            if len(calls) == number:
-                monkeypatch.setattr(RunRecorder, hook, original)
-                raise Killed
-            return original(self, *arguments)
-
-        monkeypatch.setattr(RunRecorder, hook, dying)
-
-    return arrange
+    return partial(kill_at, monkeypatch)
 
 
 @pytest.fixture

@@ -100,6 +100,7 @@ def modules_loaded(*names):
     return set(process.stdout.split())
 
 
+@pytest.mark.slow
 def test_a_training_does_not_import_unused_libraries():
     loaded = modules_loaded("mtnrec.train", "mtnrec.data.synthetic", "mtnrec.data.aliexpress")
 

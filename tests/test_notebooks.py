@@ -184,6 +184,7 @@ def test_the_mechanism_notebook_counts_collapses_and_pairs_with_lambda_0(execute
     assert kinds(notebook)["text/html"] == 5
 
 
+@pytest.mark.slow
 def test_a_frame_is_trained_on_scored_and_compared_without_a_terminal(execute):
     notebook = execute("from_python")
 

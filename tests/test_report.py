@@ -57,6 +57,7 @@ def test_every_metric_of_every_record_is_in_the_results(runs, reported):
     assert parquet["value"].tolist() == table["value"].tolist()
 
 
+@pytest.mark.slow
 def test_runs_are_compared_with_the_baseline_of_the_command_line(
     runs, report, tmp_path, monkeypatch
 ):

@@ -16,8 +16,8 @@ from mtnrec.batch import Batch
 from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.schema import CategoricalField, Schema
 
-QUICK = ["esmm", "mmoe"]
-SLOW = ["shared_bottom", "single_task", "omoe", "ple", "adatt", "mmoe_cross", "stem"]
+QUICK = ["esmm"]
+SLOW = ["mmoe", "shared_bottom", "single_task", "omoe", "ple", "adatt", "mmoe_cross", "stem"]
 MODELS = [*QUICK, *(pytest.param(model, marks=pytest.mark.slow) for model in SLOW)]
 # Rates at which every split has both classes of every task.
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
@@ -188,6 +188,7 @@ def test_the_best_epoch_has_the_largest_validation_auc(run):
             assert found == pytest.approx(values[record["best_epoch"]], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_best_epoch_has_the_smallest_log_loss_if_that_is_the_monitor(train):
     folder = train(*LOG, "monitor=val/ctr_log_loss", "trainer.max_epochs=3", "optimizer.lr=0.1")
 
@@ -205,6 +206,7 @@ def test_the_test_set_is_read_once(run):
         assert record["metrics"][name] == pytest.approx(value, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_validation_every_other_epoch_is_recorded_under_its_epoch(train):
     folder = train(*LOG, "+trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4")
 
@@ -310,6 +312,7 @@ def test_repeats_that_redraw_with_a_fixed_seed_are_refused(train):
         train(*LOG, "repeats=seed_split_noise", "noise.seed=5")
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_tasks_losses_is_half_their_sum(train):
     keys = [*LOG, "optimizer.lr=0.0", "trainer.max_epochs=1"]
     losses = [
@@ -356,6 +359,7 @@ def test_tensorboard_has_the_same_scalars_as_csv(run, train):
     assert settings["model_settings.tower_widths"].string_value == "[16, 8]"
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_replaces_the_first(plain_run, train, tmp_path):
     train(*LOG, "seed=1", folder=tmp_path)
 
@@ -499,6 +503,7 @@ def test_a_run_begins_with_a_panel_and_ends_with_where_things_are(train, tmp_pat
     assert f"{'spectra':<12}{(folder / 'spectra').as_uri()}" in ends
 
 
+@pytest.mark.slow
 def test_a_score_that_is_not_a_number_ends_the_run_with_its_row(train, tmp_path):
     data = [*LOG, f"data.dir={tmp_path / 'log'}", "data.verify=false"]
     train(*data, "trainer.max_epochs=1")
@@ -517,6 +522,7 @@ def test_a_score_that_is_not_a_number_ends_the_run_with_its_row(train, tmp_path)
     assert "Their numerical features reach inf. Scale them, or leave" in stop.value.code
 
 
+@pytest.mark.slow
 def test_scores_worse_than_chance_are_warned_of(train, tmp_path):
     folder = train(*LOG, "trainer.max_epochs=1", "optimizer.lr=30", folder=tmp_path)
 

@@ -177,6 +177,7 @@ def test_every_logger_of_a_list_is_built_and_writes_to_the_folder_of_the_run(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_list_of_one_logger_is_that_logger(compose_config):
     for name in LOGGERS:
         assert compose_config(f"logger=[{name}]") == compose_config(f"logger={name}")

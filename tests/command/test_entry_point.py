@@ -218,6 +218,7 @@ def restored_sigint():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("restored_sigint")
 def test_an_interrupted_run_says_what_it_keeps_and_the_command_that_resumes_it(
     train, kill, monkeypatch, capsys, tmp_path

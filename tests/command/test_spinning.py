@@ -26,6 +26,7 @@ def test_every_command_imports_its_entry_point_before_anything_that_imports_torc
     assert set(before) <= {"mtnrec.checks"}
 
 
+@pytest.mark.slow
 def test_openmp_takes_the_limit():
     variables = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run(

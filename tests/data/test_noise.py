@@ -675,6 +675,7 @@ def test_an_unknown_label_is_refused(make):
         make(noise={"label_flip": {"buy": 0.1}})
 
 
+@pytest.mark.slow
 def test_a_run_with_label_noise_tests_on_clean_labels_and_records_it(train):
     log = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
     noisy = [*log, "noise.label_flip={conversion:0.5}", "trainer.max_epochs=1"]

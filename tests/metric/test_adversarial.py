@@ -63,6 +63,7 @@ def equals(found, expected):
     return found.isnan().item() if expected is None else found.item() == float(expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(ROWS, TYPES)
 def test_the_auc_is_the_rounded_share_of_pairs(rows, dtype):

@@ -362,6 +362,7 @@ multiprocessing.start_processes(measure, args=(sys.argv[1],), nprocs=2, start_me
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_unequal_rows_find_the_values_of_one(tmp_path: Path):
     output, labels, groups = draw(100)
 

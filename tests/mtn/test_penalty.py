@@ -118,6 +118,7 @@ def test_intervals_start_at_one_step_and_grow_to_their_limits():
     assert short.update_interval(large, 10**6) == short.decomposition_interval(large, 10**6) == 10
 
 
+@pytest.mark.slow
 def test_the_deviation_is_that_of_the_direction_that_would_have_been_used():
     penalty, layers = make_penalty(128, shape=(2, 512, 1100))  # large: its direction is kept
     penalty.measure(10_000)
@@ -193,6 +194,7 @@ def test_a_kept_direction_does_not_change_if_the_penalty_is_not_in_the_gradient(
     assert torch.equal(penalty.current(0), before)
 
 
+@pytest.mark.slow
 def test_a_restored_slope_gives_the_same_bits():
     whole, layers = kept_penalty(1e-5)
     whole.measure(10_040)

@@ -236,6 +236,7 @@ RUN += ["trainer.max_epochs=2", "optimizer.lr=0.03", "trainer.checkpoint_every_n
 RUN += ["noise.label_flip={conversion:0.2}"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_within_an_epoch_ends_with_the_bits_of_an_uninterrupted_one(
     train, kill, tmp_path
 ):

@@ -171,6 +171,7 @@ def test_a_killed_run_ends_with_the_record_of_an_uninterrupted_one(train, kill, 
     assert {"regularizer/push", "mtn/push"} <= records[0]["history"][0].keys()
 
 
+@pytest.mark.slow
 def test_the_first_epoch_of_a_run_records_the_push(train):
     folder = train("regularizer=l2", "data.rows=2000", "trainer.max_epochs=1")
 

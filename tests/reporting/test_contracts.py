@@ -26,6 +26,7 @@ def with_brier(monkeypatch):
     monkeypatch.setattr(TaskRows, "brier", brier, raising=False)
 
 
+@pytest.mark.slow
 def test_a_metric_is_a_row_of_the_catalogue_and_a_method(with_brier, train, report, tmp_path):
     for mtn in ("false", "true"):
         train(*LOG, f"mtn.enabled={mtn}", "monitor=val/ctr_brier", folder=tmp_path / "runs" / mtn)

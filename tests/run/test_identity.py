@@ -215,6 +215,7 @@ def test_label_noise_that_flips_nothing_is_not_a_setting(compose_config):
             assert folder_name(changed) == folder_name(config)
 
 
+@pytest.mark.slow
 def test_label_noise_is_a_setting_and_keys_of_feature_noise_do_not_count_without_it(compose_config):
     flip = "noise.label_flip={conversion:0.1}"
     one = noisy(compose_config, flip)

@@ -76,7 +76,7 @@ FORMS = [("onnx", ".onnx", run_onnx), ("torch_export", ".pt2", run_program)]
         pytest.param(
             model,
             *form,
-            marks=[] if model == "esmm" else [pytest.mark.slow],
+            marks=[] if (model, form[0]) == ("esmm", "onnx") else [pytest.mark.slow],
         )
         for model, form in product([*MODELS, "heac"], FORMS)
     ],
@@ -226,7 +226,10 @@ def exported(shop, export, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(("form", "suffix"), [("onnx", ".onnx"), ("torch_export", ".pt2")])
+@pytest.mark.parametrize(
+    ("form", "suffix"),
+    [("onnx", ".onnx"), pytest.param("torch_export", ".pt2", marks=pytest.mark.slow)],
+)
 def test_the_file_and_a_json_beside_it_describe_inputs_and_outputs(form, suffix, shop, exported):
     run, _, data = shop
     out = exported(form, suffix)

@@ -160,6 +160,7 @@ def test_multi_valued_fields_are_lists(train, predict, prepare, tmp_path):
     np.testing.assert_allclose(frame, prepared, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_raw_csv_of_aliexpress_is_scored(train, predict, prepare, write_aliexpress, tmp_path):
     raw = write_aliexpress(tmp_path / "raw")
     data = ["data=aliexpress_nl", f"data.dir={tmp_path}/prepared"]
@@ -222,6 +223,7 @@ def test_a_table_that_does_not_fit_leaves_no_file(shop, predict, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_set_with_other_vocabularies_is_refused(shop, predict, prepare, tmp_path):
     run, _, data = shop
     other = [*data[:-1], f"data.dir={tmp_path}/other"]

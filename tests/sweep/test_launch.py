@@ -98,6 +98,7 @@ def test_a_run_keeps_the_folder_that_another_sweep_gave_it(plan):
     assert "patience_4" in other.folder.name
 
 
+@pytest.mark.slow
 def test_a_sweep_over_rivals_includes_none(plan):
     jobs = plan(None, "regularizer=none,l2", "scheduler=constant,cosine", "balance=sum,pcgrad")
 
@@ -197,6 +198,7 @@ def test_the_zoo_leaves_out_the_models_that_do_not_fit_the_labels(schema, grids,
     assert len(networks) == models
 
 
+@pytest.mark.slow
 def test_the_debiased_models_and_their_controls_share_experts_and_towers(plan):
     jobs = plan(None, "seed=0", experiment="debiasing")
 
@@ -230,6 +232,7 @@ def test_the_weights_of_the_debiasing_experiment_narrow_and_leave_out_no_model(p
     assert [job.config["model"].get("clicked_weight") for job in jobs] == [0, 26, *[None] * 4]
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_on_any_launcher(plan):
     jobs = plan(None, "hydra/launcher=basic", "seed=0", experiment="quickstart")
 

@@ -127,6 +127,7 @@ def test_slurm_gets_the_settings_of_the_config(train, tmp_path, slurm):
         assert line in batch
 
 
+@pytest.mark.slow
 def test_slurm_without_waiting_submits_the_runs_and_status_follows_them(
     train, tmp_path, slurm, capsys
 ):
@@ -299,6 +300,7 @@ def test_a_trial_that_fails_does_not_end_a_search_and_the_command_line_narrows_i
     assert sorted(states) == [State.FAILED, State.FINISHED]
 
 
+@pytest.mark.slow
 def test_other_ranks_do_not_lock_the_run_folder(train, tmp_path, monkeypatch):
     train(*QUICK, folder=tmp_path)
     with lock_run_folder(tmp_path, [], []):

@@ -45,6 +45,7 @@ def test_the_specification_has_a_panel_for_each_figure(make):
     assert json.loads(json.dumps(spec)) == spec
 
 
+@pytest.mark.slow
 def test_the_panels_name_only_logged_keys(train):
     folder = train(*TINY, "mtn.enabled=true", "regularizer=l2")
     with (folder / "csv" / "metrics.csv").open(newline="") as file:

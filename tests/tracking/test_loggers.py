@@ -33,6 +33,7 @@ def labels(compose_config):
     return make
 
 
+@pytest.mark.slow
 def test_seed_and_unused_settings_do_not_change_the_arm(labels):
     group = labels().group
 
@@ -41,7 +42,12 @@ def test_seed_and_unused_settings_do_not_change_the_arm(labels):
 
 
 @pytest.mark.parametrize(
-    "override", ["repeats=seed_split_noise", "noise.seed=${seed}", "data.split_seed=${seed}"]
+    "override",
+    [
+        "noise.seed=${seed}",
+        pytest.param("repeats=seed_split_noise", marks=pytest.mark.slow),
+        pytest.param("data.split_seed=${seed}", marks=pytest.mark.slow),
+    ],
 )
 def test_settings_drawn_from_the_seed_do_not_change_the_arm(override, labels):
     groups = {labels("noise.proportion=0.1", override, f"seed={n}").group for n in range(3)}
@@ -50,6 +56,7 @@ def test_settings_drawn_from_the_seed_do_not_change_the_arm(override, labels):
     assert groups != {labels("noise.proportion=0.1").group}
 
 
+@pytest.mark.slow
 def test_settings_that_determine_the_result_change_the_arm(labels):
     overrides = ["mtn.enabled=true", "model=mmoe", "noise.proportion=0.1", "optimizer.lr=0.1"]
     groups = {labels(*override).group for override in [[], *([o] for o in overrides)]}
@@ -258,6 +265,7 @@ def test_each_job_of_a_sweep_is_a_separate_offline_run_of_wandb(train):
     assert group.endswith(f" {arm[:8]}")  # the report's arm
 
 
+@pytest.mark.slow
 def test_a_secret_of_the_command_line_is_in_no_file_of_a_run(train, tmp_path):
     secret = f"{'4f2a9c81d7e6':0<40}"
     keys = ["logger=[csv,tensorboard,wandb]", "logger.offline=true"]
@@ -271,6 +279,7 @@ def test_a_secret_of_the_command_line_is_in_no_file_of_a_run(train, tmp_path):
     assert any(name.startswith("events.out") for name in contents)
 
 
+@pytest.mark.slow
 def test_a_run_that_restarts_replaces_the_events_of_a_logger_of_another_name(train, tmp_path):
     run = [*LOG, "trainer.max_epochs=1", "logger=tensorboard", "logger.tensorboard.name=curves"]
     train(*run, folder=tmp_path)
@@ -395,6 +404,7 @@ def test_tables_that_the_server_refuses_do_not_end_the_run(train, tmp_path, monk
     assert (tmp_path / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_closes_its_run_of_wandb_as_failed(train, tmp_path):
     with pytest.raises(SystemExit, match="ESMM must have parallel shared layers"):
         train(

@@ -30,7 +30,11 @@ def command_record(train, *overrides):
 
 
 @pytest.mark.parametrize(
-    "mtn", [mtnrec.MTN(lam=1e-3), {"lam": 1e-3}], ids=["an object", "keys of the group"]
+    "mtn",
+    [
+        pytest.param(mtnrec.MTN(lam=1e-3), id="an object"),
+        pytest.param({"lam": 1e-3}, id="keys of the group", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_from_python_equals_that_of_the_command(mtn, data, train):
     overrides = ["seed=1", "mtn.enabled=true", "mtn.lam=1e-3", "noise.proportion=0.1"]
@@ -42,6 +46,7 @@ def test_a_run_from_python_equals_that_of_the_command(mtn, data, train):
     assert {key: record[key] for key in KEPT} == {key: expected[key] for key in KEPT}
 
 
+@pytest.mark.slow
 def test_a_run_from_python_without_mtn_equals_the_baseline_of_the_command(data, train):
     expected = command_record(train, "seed=2")
 
@@ -63,6 +68,7 @@ def test_a_finished_run_is_read_and_not_trained_again(data, monkeypatch):
     assert again.metrics == first.metrics
 
 
+@pytest.mark.slow
 def test_runs_from_python_are_read_like_those_of_a_sweep(data, tmp_path):
     for mtn in (None, mtnrec.MTN()):
         mtnrec.fit(data, WIDTHS, mtn=mtn, trainer=SHORT)
@@ -73,6 +79,7 @@ def test_runs_from_python_are_read_like_those_of_a_sweep(data, tmp_path):
     assert settings["baseline"].nunique() == 1
 
 
+@pytest.mark.slow
 def test_history_has_a_row_for_each_epoch(data):
     run = mtnrec.fit(data, WIDTHS, trainer=SHORT)
 

@@ -77,6 +77,7 @@ def test_callbacks_run_in_order_and_are_part_of_the_run(train, tmp_path):
     assert record["sources"].keys() == {"own_callbacks"}
 
 
+@pytest.mark.slow
 def test_a_list_of_callbacks_is_accepted_on_the_command_line(train, tmp_path):
     folder = train(
         *LOG, f"callbacks=[{{_target_:{SCALED}}}]", "trainer.max_epochs=1", folder=tmp_path
@@ -104,6 +105,7 @@ def test_a_killed_run_with_a_callback_ends_with_the_bits_of_an_uninterrupted_one
     assert read_record(folder)["metrics"] == read_record(whole)["metrics"]
 
 
+@pytest.mark.slow
 def test_a_choice_of_the_group_logs_with_every_logger(train, tmp_path):
     folder = train(
         *LOG, "callbacks=learning_rate", "logger=[csv,tensorboard]", "trainer.max_epochs=1"
@@ -165,6 +167,7 @@ def test_a_callback_whose_arguments_are_not_known_is_refused():
         settings(Forgetful(1))
 
 
+@pytest.mark.slow
 def test_fit_runs_callbacks(tmp_path):
     data = mtnrec.Synthetic(rows=2000, click_rate=0.2, conversion_rate=0.3, batch_size=512)
     own = __import__("own_callbacks").Scaled
@@ -195,6 +198,7 @@ def test_a_finished_run_of_other_sources_is_kept_with_a_warning(train, tmp_path)
     assert "1 finished run is kept, made by other code (source of own_callbacks has changed)" in log
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_other_sources_restarts(train, kill, tmp_path):
     run = [*LOG, f"+callbacks.mine._target_={SCALED}", "trainer.max_epochs=2"]
     kill("on_train_epoch_start", 2)

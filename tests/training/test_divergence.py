@@ -86,6 +86,7 @@ def test_no_checkpoint_is_written_from_weights_that_are_not_finite(train, spoil,
     assert not list((tmp_path / "checkpoints").glob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_high_learning_rate_is_reported(train, tmp_path):
     with pytest.raises(SystemExit) as stop:
         train(*RUN, "optimizer.lr=1e30", folder=tmp_path)
@@ -93,6 +94,7 @@ def test_a_high_learning_rate_is_reported(train, tmp_path):
     assert "learning rate is the likely cause. Set optimizer.lr below 1e+30" in stop.value.code
 
 
+@pytest.mark.slow
 def test_huge_features_are_reported(train, spoil, tmp_path, monkeypatch):
     spoil(0, 3)
     monkeypatch.setattr("mtnrec.training.divergence.HUGE", 0.5)
@@ -105,6 +107,7 @@ def test_huge_features_are_reported(train, spoil, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_an_fp16_run_reports_the_range(train, spoil, tmp_path):
     spoil(0, 2)
 

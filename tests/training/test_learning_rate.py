@@ -114,6 +114,7 @@ def test_each_group_keeps_its_own_peak(funnel_schema, fit):
     assert peaks == [0.5, 0.1]
 
 
+@pytest.mark.slow
 def test_a_schedule_without_keywords_to_fill_needs_no_end(fit):
     rates, _ = fit(
         partial(StepLR, step_size=2, gamma=0.5),
@@ -160,6 +161,7 @@ def test_an_unknown_monitor_of_a_plateau_is_refused(fit):
         fit(scheduler, monitor="val/loss")
 
 
+@pytest.mark.slow
 def test_plateau_lowers_the_rate_once_after_each_validation_that_is_not_better(train):
     folder = train(*overrides_of("plateau"), "trainer.max_epochs=3")
 

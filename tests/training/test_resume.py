@@ -1,10 +1,11 @@
 import csv
 import json
 import resource
+import shutil
 
 import pytest
 import torch
-from shared_fixtures import Killed
+from shared_fixtures import Killed, kill_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtnrec.files import read_json
@@ -90,6 +91,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "step", "overrides"),
     [
@@ -161,6 +163,7 @@ def test_a_run_whose_disk_was_full_ends_with_the_bits_of_an_uninterrupted_one(
     assert_same_weights(tmp_path, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "optimizer"),
     [
@@ -233,13 +236,21 @@ def test_a_run_of_other_settings_does_not_resume_from_the_checkpoint(train, kill
     assert read_record(tmp_path)["config"]["optimizer"]["lr"] == 0.01
 
 
-@pytest.fixture
-def interrupted(train, kill, tmp_path):
+@pytest.fixture(scope="module")
+def killed(train, tmp_path_factory):
     """The folder of a run that was killed in its second epoch."""
-    kill("on_train_epoch_start", 2)
-    with pytest.raises(Killed):
-        train(*RUN, folder=tmp_path)
-    return tmp_path
+    folder = tmp_path_factory.mktemp("killed")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        kill_at(monkeypatch, "on_train_epoch_start", 2)
+        with pytest.raises(Killed):
+            train(*RUN, folder=folder)
+    return folder
+
+
+@pytest.fixture
+def interrupted(killed, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
 
 
 def refusal(train, folder, *overrides):
@@ -330,6 +341,7 @@ def test_a_restarted_run_does_not_leave_the_old_point_behind(train, kill, interr
     assert not (interrupted / "checkpoints" / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_other_settings_leaves_nothing_of_the_one_before(train, tmp_path):
     run = [*LOG, "logger=[csv,tensorboard]", "mtn.enabled=true"]
     train(*run, folder=tmp_path)

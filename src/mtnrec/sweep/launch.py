@@ -19,7 +19,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import InstantiationException
 from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -28,8 +28,7 @@ from rich import get_console
 from rich.live import Live
 
 from mtnrec.checks import InputError
-from mtnrec.command.config import naming_folders_after, override_key, resolve_settings
-from mtnrec.command.errors import unknown_key
+from mtnrec.command.config import naming_folders_after, resolve_settings
 from mtnrec.command.interrupt import got_sigterm, interrupt_status
 from mtnrec.command.job import draws_on_screen, make_datamodule, train_command
 from mtnrec.command.keys import check_choices, check_keys
@@ -46,6 +45,7 @@ from mtnrec.run.folder import (
 from mtnrec.run.identity import RunIdentity
 from mtnrec.run.record import RunRecord, warn_of_changes
 from mtnrec.run.secrets import redact_text
+from mtnrec.sweep.composition import Composer
 from mtnrec.sweep.progress import PLAN_FILE, read_progress, render_leaderboard, render_progress
 from mtnrec.sweep.submission import submit_jobs
 
@@ -130,14 +130,14 @@ def plan(
     given = {item for own in values_of for item in own.items()}
     swept |= {key for key, line in given if any(own.get(key) != line for own in values_of)}
     jobs: dict[str, Job] = {}
-    misfits = _Misfits()
+    composer = Composer(config, loader)
     for parsed_lines in parsed:
         (runs,) = BasicSweeper.split_arguments(parsed_lines, None)
         for overrides in runs:
             with naming_folders_after(swept):
-                job = _make_job(*misfits.compose(config, loader, overrides))
+                job = _make_job(*composer.compose(overrides))
             jobs.setdefault(RunIdentity(job.config, checksum="", seed_keys=()).id, job)
-    misfits.report()
+    composer.report()
     for folder, count in Counter(job.folder for job in jobs.values()).items():
         if count > 1:
             raise InputError(
@@ -145,57 +145,6 @@ def plan(
                 "two different runs. Leave it out."
             )
     return list(jobs.values())
-
-
-class _Misfits:
-    """Composes runs without the keys that their choices lack, and reports those keys."""
-
-    def __init__(self) -> None:
-        self._runs = 0
-        self._used: set[str] = set()
-        self._lacking: dict[str, Counter[str]] = {}  # runs by choice, by key
-        self._errors: dict[str, HydraException] = {}
-
-    def compose(
-        self, config: DictConfig, loader: ConfigLoader, overrides: Sequence[str]
-    ) -> tuple[DictConfig, list[str]]:
-        """Return the config of a run and the overrides that fit it."""
-        kept, lacking = list(overrides), list[str]()
-        while True:
-            try:
-                composed = loader.load_sweep_config(config, kept)
-            except HydraException as error:
-                key = unknown_key(error) or ""
-                others = [line for line in kept if override_key(line) != key]
-                if "." not in key or len(others) == len(kept):
-                    raise
-                kept = others
-                lacking.append(key)
-                self._errors[key] = error
-            else:
-                self._count(composed, kept, lacking)
-                return composed, kept
-
-    def _count(self, composed: DictConfig, kept: Sequence[str], lacking: Sequence[str]) -> None:
-        for key in lacking:
-            group = key.partition(".")[0]
-            choice = f"{group}={composed.hydra.runtime.choices.get(group)}"
-            self._lacking.setdefault(key, Counter())[choice] += 1
-        self._used |= {override_key(line) for line in kept}
-        self._runs += 1
-
-    def report(self) -> None:
-        """Warn of keys that do not fit some runs, and refuse those that fit none."""
-        for key, choices in self._lacking.items():
-            if key not in self._used:
-                raise self._errors[key]
-            _logger.warning(
-                "%s does not fit %s: %d of %d runs are made without it",
-                key,
-                ", ".join(choices),
-                choices.total(),
-                self._runs,
-            )
 
 
 def _make_job(composed: DictConfig, overrides: Sequence[str]) -> Job:

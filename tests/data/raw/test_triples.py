@@ -84,6 +84,7 @@ def test_runs_in_any_order_give_the_triples_of_each_field(rows, ids, bags, first
                 assert next(tokens[field]) == (i, np.float32(v))
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(
     rows=rows().filter(len),

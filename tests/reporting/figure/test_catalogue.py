@@ -308,6 +308,7 @@ def test_one_seed_of_independent_tasks_is_drawn_without_a_band(make_runs):
     assert not [axes for axes in curves.axes if axes.collections]
 
 
+@pytest.mark.slow
 def test_every_kind_is_drawn_if_the_runs_have_it(make_runs):
     keys = {"spectra": True, "auc": {"ctr": 0.7}, "epochs": 2}
     arms = [{"mtn": False}, {"mtn": True}, {"mtn": {"lam": 0.1}}, {"noise": 0.1}]
@@ -342,6 +343,7 @@ def test_the_same_runs_give_the_same_files(make_runs, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_without_saved_arrays_has_no_figures_of_them(make_runs):
     run, *_ = make_runs({"mtn": True, "epochs": 2})
     record = replace(run.record, expert_distances=None, calibration_curves={})
@@ -352,6 +354,7 @@ def test_a_run_without_saved_arrays_has_no_figures_of_them(make_runs):
     assert kinds == {"training_curves", "alphas", "effective_ranks"}
 
 
+@pytest.mark.slow
 def test_heat_maps_begin_with_the_baseline(make_runs):
     runs = make_runs({"mtn": True}, {"mtn": False}, {"mtn": {"target": "shared"}})
 
