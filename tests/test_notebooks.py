@@ -198,6 +198,7 @@ def test_a_frame_is_trained_on_scored_and_compared_without_a_terminal(execute):
     assert "+MTN" in comparison
 
 
+@pytest.mark.slow
 def test_a_custom_model_is_trained_with_mtn(execute):
     notebook = execute("own_model")
 

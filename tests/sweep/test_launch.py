@@ -423,11 +423,20 @@ def test_the_same_sweep_again_runs_only_what_is_not_finished(train, tmp_path, ca
 
 
 def test_missing_data_are_reported_before_the_first_run(train, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2 of 2 runs"):
-        train("hydra.mode=MULTIRUN", "data=aliexpress_nl", "seed=0,1", folder=tmp_path)
+    with pytest.raises(SystemExit, match="2 of 2 runs cannot start, since their data set is miss"):
+        train("hydra.mode=MULTIRUN", "data=aliexpress_nl", "seed=0,1", folder=tmp_path / "runs")
 
     said = " ".join(capsys.readouterr().out.split())
-    early = said.index("2 of 2 runs will fail: there is no prepared data set")
+    assert "2 of 2 runs will fail: there is no prepared data set" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_without_data_fail_and_the_others_are_made(train, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1 of 2 runs are not finished"):
+        train("hydra.mode=MULTIRUN", *LOG, "data=aliexpress_nl,synthetic", folder=tmp_path)
+
+    said = " ".join(capsys.readouterr().out.split())
+    early = said.index("1 of 2 runs will fail: there is no prepared data set")
     assert early < said.index("runs are finished")
 
 

@@ -165,12 +165,16 @@ def _make_job(composed: DictConfig, overrides: Sequence[str]) -> Job:
 def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> None:
     """Run the jobs that are not finished; exit with status 1 if some still are not.
 
-    A launcher with ``wait=False`` only submits them. With ``dry_run`` they are only listed.
+    A launcher with ``wait=False`` only submits them. With ``dry_run`` they are only listed. If none
+    of them has its data set, none is started.
 
     Args:
         jobs: All runs of the sweep.
         launcher: Launches the unfinished ones.
         config: Config of the sweep.
+
+    Raises:
+        InputError: If no unfinished run has its data set.
     """
     directory = Path(config.hydra.sweep.dir)
     prepared = _find_data(jobs, prepare=not config.dry_run)
@@ -179,6 +183,11 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
     if config.dry_run:
         _list(jobs, pending, directory)
         return
+    if pending and all(prepared[_data_key(job)][0] is None for job in pending):
+        raise InputError(
+            f"{len(pending)} of {len(jobs)} runs cannot start, since their data set is missing. "
+            "Do what the warnings say, then start the sweep again."
+        )
     directory.mkdir(parents=True, exist_ok=True)
     planned = {job.folder.relative_to(directory).as_posix(): _shown(job) for job in jobs}
     submitted = (read_json(directory / PLAN_FILE) or {}).get("submitted", {})
@@ -190,12 +199,7 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
     warn_of_changes(
         (record, job.config["threads"]) for job in jobs if (record := finished[job.folder])
     )
-    for job in pending:
-        if run_state(job.folder) is State.RUNNING:
-            continue
-        for stale in (FAILURE_FILE, RUNNING_FILE):
-            (job.folder / stale).unlink(missing_ok=True)
-        job.folder.mkdir(parents=True, exist_ok=True)  # the run takes the name from here
+    _make_folders(pending)
     if not getattr(launcher, "wait", True):
         submit_jobs({job.folder: job.overrides for job in pending}, launcher, directory, sweep)
         return
@@ -209,6 +213,15 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
         _say_interrupted(jobs, directory)
         sys.exit(status)
     _close(jobs, pending, directory)
+
+
+def _make_folders(pending: Sequence[Job]) -> None:
+    for job in pending:
+        if run_state(job.folder) is State.RUNNING:
+            continue
+        for stale in (FAILURE_FILE, RUNNING_FILE):
+            (job.folder / stale).unlink(missing_ok=True)
+        job.folder.mkdir(parents=True, exist_ok=True)  # the run takes the name from here
 
 
 def _list(jobs: Sequence[Job], pending: Sequence[Job], directory: Path) -> None:
