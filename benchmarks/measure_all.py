@@ -37,6 +37,7 @@ SECTIONS = {
         "Training in bf16-mixed against the literal program in float32",
         ["train.py", "--models", "mmoe", "--keys", "trainer.precision=bf16-mixed"],
     ),
+    "models": ("Every model beside MMoE", ["models.py"]),
     "step": ("What a training step is made of", ["step.py"]),
     "mtn": ("MTN", ["mtn.py"]),
     "large_vocabulary": ("Large vocabularies", ["large_vocabulary.py"]),
