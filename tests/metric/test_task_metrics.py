@@ -142,6 +142,15 @@ def test_a_quotient_above_one_has_a_finite_log_loss():
     assert found["cvr_log_loss"].item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_quotient_above_one_is_not_rewarded_where_the_row_converts():
+    p = torch.tensor([[0.2, 0.6], [0.5, 0.5], [0.5, 0.1]], dtype=torch.float64)
+    labels = torch.tensor([[1, 1], [1, 1], [1, 0]])
+
+    found = measure(FUNNEL, LogProbabilities(p.log(), (1 - p).log()), labels, None)
+
+    assert found["cvr_log_loss"].item() == pytest.approx(-np.log(0.8) / 3, rel=1e-6)
+
+
 def test_the_curve_of_a_quotient_may_exceed_one_and_agrees_with_the_error():
     p = torch.tensor([[0.2, 0.6], [0.5, 0.4], [0.9, 0.3]], dtype=torch.float64)
     labels = torch.tensor([[1, 0], [1, 1], [0, 0]])

@@ -153,14 +153,14 @@ def test_an_experiment_sweeps_its_grid_and_narrows(name, swept, narrowed, runs, 
 
 
 @pytest.mark.slow
-def test_mtn_and_each_rival_have_a_grid_of_seven_lambdas_and_one_baseline(plan):
+def test_mtn_and_each_rival_have_a_grid_of_seven_strengths_and_one_baseline(plan):
     jobs = plan(None, "data=synthetic", "seed=0", experiment="regularizers")
 
     arms = Counter((job.config["mtn"]["enabled"], job.folder.name.split("-")[2]) for job in jobs)
     assert arms.pop((False, "seed0")) == 1
     assert {name for _, name in arms} == {
         *("mtn", "gttn", "tucker", "tt", "laf", "capped", "nuclear"),
-        *("l2", "frobenius", "soft_sharing", "group_lasso"),
+        *("l2", "frobenius", "soft_sharing", "group_lasso", "optimizer_adamw"),
     }
     assert set(arms.values()) == {7}
 

@@ -64,8 +64,9 @@ class TaskRows:
         return ranking.auc_of_sorted(self.scores)
 
     def log_loss(self) -> Tensor:
-        """Mean cross entropy."""
-        return calibration.log_loss(self.positive, self.negative, self.labels)
+        """Mean cross entropy, at least 0."""
+        # A quotient above 1 must not be rewarded on the rows that convert.
+        return calibration.log_loss(self.positive.clamp(max=0), self.negative, self.labels)
 
     def calibration(self) -> Tensor:
         """Sum of the probabilities over the positives."""
