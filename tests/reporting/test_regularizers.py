@@ -1,6 +1,7 @@
 """Reports of sweeps over ``regularizer``: arms, baselines and tables."""
 
 import pytest
+from omegaconf import OmegaConf
 
 from mtnrec.reporting.runs import read_runs
 from mtnrec.reporting.table.published import deviations, paper_results
@@ -119,3 +120,43 @@ def test_other_norms_of_mtn_are_named_and_are_not_the_papers(write_run, tmp_path
     assert variants["paper"] == "+MTN"
     assert variants["capped"] == "+MTN (cap=0.5, norm=capped)"
     assert set(matched["variant"]) == {"", "+MTN"}
+
+
+@pytest.mark.parametrize("choice", ["GTTN", "LAF", "TT", "Tucker", "Capped", "Nuclear"])
+def test_other_trace_norms_have_their_names(choice, compose_config, write_run, tmp_path):
+    config = compose_config(f"mtn={choice.lower()}", "mtn.enabled=true").mtn
+    write_run(tmp_path, "off")
+    write_run(tmp_path, "mtn", mtn=True)
+    for lam in (1e-5, 1e-3):
+        keys = OmegaConf.to_container(config) | {"lam": lam}
+        write_run(tmp_path, f"own {lam}", mtn=keys)
+
+    table = read_runs(tmp_path).settings.set_index("run")["variant"]
+
+    assert table["mtn"] == "+MTN"
+    assert table[["own 1e-05", "own 0.001"]].tolist() == [f"+{choice}", f"+{choice} (lam=0.001)"]
+
+
+def test_a_changed_relative_is_mtn_with_its_settings(write_run, tmp_path):
+    write_run(tmp_path, "off")
+    write_run(tmp_path, "paper", mtn=True)
+    write_run(tmp_path, "own", mtn={"alpha": [1, 0, 0], "frobenius": True})
+
+    table = read_runs(tmp_path).settings.set_index("run")["variant"]
+
+    assert table["own"] == "+MTN (alpha=[1, 0, 0])"
+
+
+def test_weight_decay_is_named_where_only_runs_without_a_treatment_have_it(write_run, tmp_path):
+    write_run(tmp_path, "off")
+    write_run(tmp_path, "l2", regularizer=regularizer())
+    decay = {"optimizer._target_": "torch.optim.AdamW", "optimizer.weight_decay": 0.1}
+    write_run(tmp_path, "decay", **decay)
+
+    table = read_runs(tmp_path).settings.set_index("run")["label"]
+
+    assert table["off"] == "MMoE"
+    assert table["l2"] == "MMoE +L2"
+    assert table["decay"].startswith("MMoE (optimizer=AdamW")
+    compared = read_runs(tmp_path, baseline="optimizer=adam").settings.set_index("run")
+    assert compared["treated"].to_dict() == {"off": False, "l2": False, "decay": True}

@@ -4,10 +4,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mtnrec.reporting.table.published import PAPER_MTN
+from mtnrec.reporting.table.published import MTN_RELATIVES, PAPER_MTN
 from mtnrec.run.identity import flatten, label_flips, treatment_names
 from mtnrec.run.record import RunRecord
 
+_CLASS = "._target_"  # end of the key of an object's class
 LABEL_NOISE = "label_flip"  # in the label of a data set with label noise
 # The paper's names, where they differ from the class.
 _MODEL_NAMES = {"SharedBottom": "Shared-bottom", "SingleTask": "Single-task"}
@@ -38,11 +39,13 @@ def label_runs(records: Sequence[RunRecord]) -> list[Labels]:
     """Return the labels of each run.
 
     A label is a name and, where runs with that name differ, the settings that differ, e.g.
-    ``MMoE (optimizer.lr=0.01)``. A variant names, for each treatment, those of its settings in
-    which any model's variants with that treatment differ; of MTN, only those that are not the
-    paper's. So ``+MTN`` and ``+MTN (target=shared)`` are the same for every model. A regulariser is
-    named by its norm: ``+MTN+L2 (lam=0.001)``. A data set with label
-    noise names it, whether it differs or not: ``synthetic (label_flip.conversion=0.1)``.
+    ``MMoE (optimizer.lr=0.01)``; those that all its runs with a treatment share are not named. A
+    variant names, for each treatment, those of its settings in which any model's variants with that
+    treatment differ; of MTN, only those that are not the paper's. So ``+MTN`` and
+    ``+MTN (target=shared)`` are the same for every model. A regulariser is named by its norm, and
+    MTN with the settings of another paper's trace norm by the name of that norm:
+    ``+MTN+L2 (lam=0.001)``, ``+LAF``. A data set with label noise names it, whether it differs or
+    not: ``synthetic (label_flip.conversion=0.1)``.
     """
     variants = _variant_labels(records)
     parts = zip(_data_labels(records), _model_labels(records), variants, strict=True)
@@ -77,7 +80,25 @@ def _model_labels(records: Sequence[RunRecord]) -> list[str]:
         for name, arm, record in zip(names, arms, records, strict=True)
     ]
     settings = [{key.removeprefix("model."): value for key, value in arm.items()} for arm in arms]
+    treated = [bool(record.identity.treatments) for record in records]
+    for name in {*names}:
+        own = [index for index, other in enumerate(names) if other == name]
+        for key, value in _shared([settings[index] for index in own if treated[index]]).items():
+            if all(key in settings[index] for index in own):
+                for index in own:
+                    if settings[index][key] == value:
+                        del settings[index][key]
     return _labels(names, groups, settings)
+
+
+def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings that all have with the same value."""
+    first = settings[0] if settings else {}
+    return {
+        key: value
+        for key, value in first.items()
+        if all(key in other and other[key] == value for other in settings)
+    }
 
 
 def _variant_labels(records: Sequence[RunRecord]) -> list[str]:
@@ -98,19 +119,32 @@ def _treatments(record: RunRecord) -> dict[str, dict[str, Any]]:
     found = {}
     for group, name in treatment_names(identity.settings).items():
         prefix = f"{group}."
-        found[name] = {
+        own = {
             key.removeprefix(prefix): value
             for key, value in identity.treatment_settings.items()
             if key.startswith(prefix) and not key.endswith(".enabled")
         }
+        relative = _relative(own) if group == "mtn" else None
+        implied = MTN_RELATIVES.get(relative or "", {})
+        found[relative or name] = {k: value for k, value in own.items() if k not in implied}
     return found
+
+
+def _relative(settings: Mapping[str, Any]) -> str | None:
+    """Return the name of the trace norm that the callback has the settings of; None for MTN's."""
+    usual = {"alpha": PAPER_MTN["alpha"], "norm": PAPER_MTN["norm"], "layers": PAPER_MTN["layers"]}
+    for name, own in MTN_RELATIVES.items():
+        expected = usual | own
+        if all(settings.get(key, PAPER_MTN.get(key)) == v for key, v in expected.items()):
+            return name
+    return None
 
 
 def _parts(
     treatments: Mapping[str, Mapping[str, Any]], varied: Mapping[str, set[str]]
 ) -> Iterator[str]:
     for name, own in treatments.items():
-        usual = PAPER_MTN if name == "mtn" else {}
+        usual = PAPER_MTN if name == "mtn" or name in MTN_RELATIVES else {}
         named = {k: own[k] for k in sorted(varied[name] & own.keys()) if own[k] != usual.get(k)}
         yield _label(f"+{_TREATMENT_NAMES.get(name, name.replace('_', ' '))}", named)
 
@@ -144,7 +178,12 @@ def _differing(settings: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def _label(name: str, settings: Mapping[str, Any]) -> str:
-    parts = [f"{key}={as_text(value)}" for key, value in settings.items()]
+    parts = [
+        f"{key.removesuffix(_CLASS)}={str(value).rpartition('.')[2]}"
+        if key.endswith(_CLASS)
+        else f"{key}={as_text(value)}"
+        for key, value in settings.items()
+    ]
     return f"{name} ({', '.join(parts)})" if parts else name
 
 

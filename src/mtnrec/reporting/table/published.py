@@ -39,7 +39,16 @@ PAPER_MTN = {
     "norm": "trace",
     "frobenius": True,
 }
-_MTN_VARIANT = r"^(\+MTN(?: \([^)]*\))?)"
+# Other papers' trace norms, as in conf/mtn, by their name in a label.
+MTN_RELATIVES: dict[str, dict[str, Any]] = {
+    "GTTN": {"layers": "last_hidden", "frobenius": False},
+    "LAF": {"alpha": [1, 0, 0], "frobenius": False},
+    "TT": {"alpha": [0.5, 0, 0.5], "frobenius": False},
+    "Tucker": {"alpha": "uniform", "frobenius": False},
+    "Capped": {"norm": "capped", "alpha": "uniform", "frobenius": False, "refresh_every": 1},
+    "Nuclear": {"norm": "nuclear", "alpha": "uniform", "frobenius": False},
+}
+_MTN_VARIANT = rf"^(\+(?:MTN|{'|'.join(MTN_RELATIVES)})(?: \([^)]*\))?)"
 # Each model has two lines: without and with MTN.
 _TABLE_1_COLUMNS = [(data, 0.0) for data in (*list(DATA_NAMES)[:3], "ali_ccp")]
 _TABLE_1 = """
