@@ -1,7 +1,8 @@
 """First screen of the page: the verdict, all differences at a glance, costs, what was run."""
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import pandas as pd
@@ -25,8 +26,9 @@ class Difference:
     """A difference from the baseline, on the axis of a forest plot.
 
     Args:
-        arm: Name of the arm; empty if the row above has the same.
+        arm: Name of the arm.
         place: Data set and noise, where there are several.
+        rows: Rows that share arm and place, from this one on; 0 if the row above has the same.
         task: Name of the task.
         color: Number of the arm's colour.
         at: Position of the mean, in percent of the axis.
@@ -39,6 +41,7 @@ class Difference:
 
     arm: str
     place: str
+    rows: int
     task: str
     color: int
     at: float
@@ -115,32 +118,38 @@ def lay_out_forest(compared: pd.DataFrame) -> Forest:
     def at(value: float) -> float:
         return round(100 * (value - low) / (high - low), 2)
 
-    rows, previous = [], ("", "")
-    for cell in tested.to_dict("records"):
-        place = _place(cell, compared)
-        name = (str(cell["label"]), place)
-        has_interval = pd.notna(cell["low"])
-        text = _difference(cell)
-        p_value = f", Holm p = {cell['holm_p']:.3f}" if pd.notna(cell["holm_p"]) else ""
-        title = f"{' '.join(filter(None, name))}, {task_title(cell['task'])}: {text}{p_value}"
-        rows.append(
-            Difference(
-                arm=name[0] if name != previous else "",
-                place=place if name != previous else "",
-                task=task_title(cell["task"]),
-                color=int(cell["color"]),
-                at=at(cell["difference"]),
-                low=at(cell["low"]) if has_interval else None,
-                high=at(cell["high"]) if has_interval else None,
-                text=text,
-                title=f"{title}; {cell['pairs']:.0f} pairs",
-                is_significant=bool(cell["holm_p"] < _LEVEL),
-            )
-        )
-        previous = name
+    rows = []
+    cells = tested.to_dict("records")
+    names = [(str(cell["label"]), _place(cell, compared)) for cell in cells]
+    for name, same in groupby(range(len(cells)), key=names.__getitem__):
+        own = [cells[number] for number in same]
+        rows += [_place_difference(name, cell, at, len(own) * (cell is own[0])) for cell in own]
     values = [float(v) for v in MaxNLocator(4).tick_values(low, high) if low < v < high]
     ticks = [(f"{value:+g}" if value else "0", at(value)) for value in values]
     return Forest(f"difference in {_metric(compared)}", rows, ticks, at(0.0))
+
+
+def _place_difference(
+    name: tuple[str, str], cell: Mapping[Hashable, Any], at: Callable[[float], float], rows: int
+) -> Difference:
+    """Return a row of the forest plot; ``name`` has the arm and the place."""
+    has_interval = pd.notna(cell["low"])
+    text = _difference(cell)
+    p_value = f", Holm p = {cell['holm_p']:.3f}" if pd.notna(cell["holm_p"]) else ""
+    title = f"{' '.join(filter(None, name))}, {task_title(cell['task'])}: {text}{p_value}"
+    return Difference(
+        arm=name[0],
+        place=name[1],
+        rows=rows,
+        task=task_title(cell["task"]),
+        color=int(cell["color"]),
+        at=at(cell["difference"]),
+        low=at(cell["low"]) if has_interval else None,
+        high=at(cell["high"]) if has_interval else None,
+        text=text,
+        title=f"{title}; {cell['pairs']:.0f} pairs",
+        is_significant=bool(cell["holm_p"] < _LEVEL),
+    )
 
 
 def costs_of_arms(runs: Runs) -> list[dict[str, str]]:
