@@ -464,11 +464,32 @@ def test_a_run_that_kills_its_worker_is_tried_three_times_and_the_others_continu
 
     sweep._launch(jobs, launcher)
 
-    assert launcher.launches == [["a", "b", "c"], ["b", "c"], ["b", "c"], ["c"]]
+    assert launcher.launches == [["a", "b", "c"], ["b", "c"], ["b"], ["c"]]
     assert read_json(folders["b"] / "failure.json")["message"] == (
         "its process died 3 times: a worker was killed"
     )
     assert run_state(folders["c"]) is State.FINISHED
+
+
+def test_a_run_beside_one_that_kills_its_worker_is_not_called_failed(tmp_path):
+    class SideBySide(Launcher):
+        def launch(self, job_overrides, initial_job_idx):
+            if (self.deadly,) in job_overrides:
+                for (name,) in job_overrides:  # all are in progress, and end with the killed one
+                    self.folders[name].mkdir(exist_ok=True)
+                    (self.folders[name] / "running.json").write_text("{}")
+            super().launch(sorted(job_overrides, key=(self.deadly,).__ne__), initial_job_idx)
+
+    folders = {name: tmp_path / name for name in "abcd"}
+    jobs = [sweep.Job((name,), folder, {}) for name, folder in folders.items()]
+    launcher = SideBySide(folders, "c")
+
+    sweep._launch(jobs, launcher)
+
+    states = {name: run_state(folder) for name, folder in folders.items()}
+    assert states.pop("c") is State.FAILED
+    assert set(states.values()) == {State.FINISHED}
+    assert len(launcher.launches) == 2 + 4  # twice together, then one by one
 
 
 @pytest.mark.parametrize("own", [False, True])

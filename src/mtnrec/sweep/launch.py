@@ -293,21 +293,26 @@ def _find_finished(job: Job, checksum: str | None, used: Mapping[str, Any]) -> R
 def _launch(pending: Sequence[Job], launcher: Launcher) -> None:
     deaths: Counter[Path] = Counter()
     while pending:
+        # A worker that dies ends the others, so a run is tried alone before it counts as failed.
+        suspects = [job for job in pending if deaths[job.folder] == _MAX_CRASHES - 1]
+        launched = suspects[:1] or pending
         try:
-            launcher.launch([job.overrides for job in pending], initial_job_idx=0)
+            launcher.launch([job.overrides for job in launched], initial_job_idx=0)
         except (Exception, SystemExit) as error:  # a killed worker ends the whole launch
             if got_sigterm():
                 raise
-            dead = [job for job in pending if run_state(job.folder) is State.INTERRUPTED]
+            dead = [job for job in launched if run_state(job.folder) is State.INTERRUPTED]
             if not dead:
                 raise
             _logger.warning("%s; continuing with the remaining runs", redact_text(str(error)))
             for job in dead:
+                (job.folder / RUNNING_FILE).unlink(missing_ok=True)  # counted
                 deaths[job.folder] += 1
                 if deaths[job.folder] == _MAX_CRASHES:
                     _give_up(job, error)
         else:
-            pending = _wait_for_others(pending)
+            others = [job for job in pending if job not in launched]
+            pending = [*others, *_wait_for_others(launched)]
         pending = [
             job for job in pending if run_state(job.folder) in (State.INTERRUPTED, State.WAITING)
         ]
