@@ -30,8 +30,8 @@ from omegaconf import DictConfig
 
 from mtnrec.batch import Batch
 from mtnrec.command.config import lightning_keys
-from mtnrec.performance import tune_process
 from mtnrec.schema import CategoricalField, Schema
+from mtnrec.system.performance import tune_process
 from mtnrec.training.recorder import peak_memory_bytes
 
 PLAIN = "Adam()"

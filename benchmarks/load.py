@@ -39,8 +39,8 @@ from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.prepared.verify import verify_once, verify_prepared
 from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.inspection.leaks import check_leaks
-from mtnrec.resources import memory_bytes
 from mtnrec.schema import CategoricalField, Schema
+from mtnrec.system.resources import memory_bytes
 
 _SIZES = (1, 4, 7, 2, 21, 7, 50, 8, 7, 2, 2, 2, 2, 2, 2, 2)
 _NUMERICAL = 63

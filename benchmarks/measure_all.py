@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from mtnrec.files import write_atomic
-from mtnrec.resources import memory_bytes
 from mtnrec.run.environment import versions
+from mtnrec.system.files import write_atomic
+from mtnrec.system.resources import memory_bytes
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.md"

@@ -19,7 +19,7 @@ from _setup import compose_train, make_data, make_module
 from mtnrec.batch import Batch
 from mtnrec.command.config import CONF_DIR
 from mtnrec.model.network import count_parameters
-from mtnrec.performance import tune_process
+from mtnrec.system.performance import tune_process
 from mtnrec.training.module import MultiTaskModule
 
 MODELS = sorted(path.stem for path in (CONF_DIR / "model").glob("*.yaml"))

@@ -29,7 +29,7 @@ from mtn_accuracy import FIGURES, compose_training, load, train, worst
 
 from mtnrec.batch import Batch
 from mtnrec.model.loss import cross_entropies
-from mtnrec.performance import tune_process
+from mtnrec.system.performance import tune_process
 
 ROWS = 2_000_000
 START, BLOCK, BLOCKS = 512, 256, 4

@@ -29,7 +29,7 @@ from torch import Tensor
 from mtnrec.batch import Batch
 from mtnrec.model.loss import cross_entropies
 from mtnrec.mtn.trace_norm import effective_rank, frobenius_norm
-from mtnrec.performance import tune_process
+from mtnrec.system.performance import tune_process
 
 SMALL = {
     "shared_bottom": ["model.bottom_widths=[64,32]", "model.tower_widths=[32,16]"],

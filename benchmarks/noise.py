@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mtnrec.command.config import lightning_keys
 from mtnrec.data.datamodule import DataModule
-from mtnrec.performance import tune_process
+from mtnrec.system.performance import tune_process
 
 _EPOCHS = 4
 _PASSES = 7

@@ -36,8 +36,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mtnrec.batch import Batch
 from mtnrec.command.config import lightning_keys
 from mtnrec.model.loss import cross_entropies
-from mtnrec.performance import tune_process
 from mtnrec.schema import Schema
+from mtnrec.system.performance import tune_process
 from mtnrec.training.recorder import RunRecorder
 
 TESTS = Path(__file__).parents[1] / "tests"

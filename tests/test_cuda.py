@@ -10,7 +10,7 @@ import torch
 from shared_fixtures import Killed
 
 from mtnrec import load_checkpoint
-from mtnrec.files import read_json
+from mtnrec.system.files import read_json
 from mtnrec.training import module
 from mtnrec.training.cuda_graph import CudaGraphLoss
 

@@ -10,7 +10,7 @@ from rich import get_console
 
 from mtnrec.checks import InputError, check_choice, check_flag
 from mtnrec.command.entry_point import entry_point
-from mtnrec.files import write_json
+from mtnrec.system.files import write_json
 from mtnrec.tracking.dashboard import make_report, make_workspace, specification
 
 

@@ -15,10 +15,10 @@ from rich import get_console
 from mtnrec.command.entry_point import entry_point
 from mtnrec.command.job import job_overrides, make_datamodule
 from mtnrec.data.prepared.store import open_prepared
-from mtnrec.files import write_atomic
 from mtnrec.inspection.layout import check_destination, render_summary
 from mtnrec.inspection.leaks import check_leaks
 from mtnrec.inspection.statistics import count_changes, count_split
+from mtnrec.system.files import write_atomic
 
 
 @entry_point("describe")

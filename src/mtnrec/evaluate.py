@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 from rich import get_console
 
 from mtnrec.command.entry_point import entry_point
-from mtnrec.files import writable, write_json
 from mtnrec.predict import open_model
 from mtnrec.serving.evaluation import evaluate, metrics_table
+from mtnrec.system.files import writable, write_json
 
 
 @entry_point("evaluate")

@@ -12,10 +12,10 @@ from rich import get_console
 from mtnrec.checks import InputError
 from mtnrec.command.entry_point import entry_point
 from mtnrec.command.job import job_overrides, make_datamodule
-from mtnrec.performance import prefer_onednn_matmul
 from mtnrec.serving.prediction import FORMATS, rates_table, write_scores
 from mtnrec.serving.rows import Rows, open_rows
 from mtnrec.serving.scorer import Scorer, load_checkpoint
+from mtnrec.system.performance import prefer_onednn_matmul
 
 
 @entry_point("predict")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mtnrec.checkpoint.io import AtomicCheckpointIO, check_weights, read_checkpoint
 from mtnrec.checks import InputError
-from mtnrec.files import remove_leftovers
+from mtnrec.system.files import remove_leftovers
 
 CONTENT = {"state_dict": {"a": torch.arange(5000.0)}, "callbacks": {}}
 

@@ -7,8 +7,8 @@ from reference import literal
 
 from mtnrec.batch import Batch
 from mtnrec.model.loss import cross_entropies
-from mtnrec.performance import prefer_onednn_matmul
 from mtnrec.schema import CategoricalField, Schema
+from mtnrec.system.performance import prefer_onednn_matmul
 
 SIZES = [2, 5, 8, 3, 22, 8, 51, 9, 8, 3, 3, 300]  # AliExpress's, and one that is looked up
 NUMERICALS = 63

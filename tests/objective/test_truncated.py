@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 
 from mtnrec.batch import LogProbabilities
 from mtnrec.checks import InputError
-from mtnrec.files import read_json
 from mtnrec.model.loss import cross_entropies
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.objective.balance import Weights
 from mtnrec.objective.truncated import Truncated
+from mtnrec.system.files import read_json
 from mtnrec.training.module import MultiTaskModule
 
 LABELS = ("click", "conversion")

@@ -9,12 +9,12 @@ import torch
 from shared_fixtures import Killed
 
 from mtnrec.checks import InputError
-from mtnrec.files import read_json
 from mtnrec.model.loss import cross_entropies
 from mtnrec.model.mmoe import MMoE
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.mtn.callback import MTN
 from mtnrec.regularizer.callback import Regularizer
+from mtnrec.system.files import read_json
 from mtnrec.training.module import MultiTaskModule
 
 SGD = partial(torch.optim.SGD, lr=0.1)

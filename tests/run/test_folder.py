@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mtnrec import files
 from mtnrec.checks import InputError
 from mtnrec.run import folder as folder_module
 from mtnrec.run.folder import (
@@ -22,6 +21,7 @@ from mtnrec.run.folder import (
     report_progress,
     run_state,
 )
+from mtnrec.system import files
 
 
 def test_a_run_goes_from_waiting_to_running_to_finished(tmp_path):

@@ -20,8 +20,8 @@ from rich import box, get_console
 from rich.table import Table
 from torch import Tensor
 
-from mtnrec.files import read_json
 from mtnrec.run.override import quote_value
+from mtnrec.system.files import read_json
 from mtnrec.training.module import MultiTaskModule
 from mtnrec.training.recorder import split_counts
 

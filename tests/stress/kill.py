@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from mtnrec.files import read_json
+from mtnrec.system.files import read_json
 
 _RUN = [
     *("data.rows=20000", "data.click_rate=0.2", "data.conversion_rate=0.3", "data.batch_size=128"),

@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mtnrec import train
 from mtnrec.batch import Batch
-from mtnrec.files import read_json, write_json
 from mtnrec.mtn.callback import MTN
+from mtnrec.system.files import read_json, write_json
 from mtnrec.training.module import MultiTaskModule
 from mtnrec.training.resume import ResumePoint
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from mtnrec.files import read_json
+from mtnrec.system.files import read_json
 
 ROOT = Path(__file__).parents[2]
 SHOWN = ("torch", "lightning", "torchmetrics", "hydra-core", "numpy", "pandas", "polars")

@@ -21,10 +21,10 @@ from submitit.core.utils import FailedJobError
 import mtnrec.train
 from hydra_plugins.mtnrec_slurm_launcher import MtnrecSlurmLauncher
 from mtnrec.command.config import CONF_DIR
-from mtnrec.files import read_json
 from mtnrec.run.folder import State, lock_run_folder, run_state
 from mtnrec.sweep.progress import read_progress
 from mtnrec.sweep.subprocess_job import run_in_subprocess
+from mtnrec.system.files import read_json
 
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
 QUICK = [*LOG, "trainer.max_epochs=1"]

@@ -11,11 +11,11 @@ from torch import nn
 import mtnrec
 from mtnrec.checks import InputError
 from mtnrec.data.prepared.writer import write_prepared
-from mtnrec.files import read_json
 from mtnrec.model.log_probabilities import funnel_log_probabilities
 from mtnrec.reporting.figure import catalogue as figures
 from mtnrec.reporting.runs import read_runs
 from mtnrec.schema import CategoricalField, Schema
+from mtnrec.system.files import read_json
 
 LOG = ["data.rows=2990", "data.click_rate=0.2", "data.conversion_rate=0.3"]
 LATER = ["data.later_stages={buy:0.4}", "monitor=val/buy_auc"]

@@ -11,7 +11,7 @@ from torch import nn
 
 import mtnrec
 from mtnrec.checks import InputError
-from mtnrec.files import read_json
+from mtnrec.system.files import read_json
 
 LOG = {"rows": 3000, "click_rate": 0.2, "conversion_rate": 0.3, "batch_size": 512}
 WIDTHS = {"embedding_dim": 4, "tower_widths": [16, 8]}

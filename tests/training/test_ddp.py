@@ -12,8 +12,8 @@ from stress import kill
 from stress.ddp import LOSSES, MODELS, OPTIONS, compare, settings
 from stress.ddp import train as train_apart
 
-from mtnrec.files import read_json
 from mtnrec.run.folder import State, run_state
+from mtnrec.system.files import read_json
 
 FAILING_RANK = Path(__file__).with_name("failing_rank.py")
 TRUNCATED = ["loss=truncated", "loss.rate=0.3", "loss.window=20", "loss.warm_up=10"]

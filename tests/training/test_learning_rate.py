@@ -10,8 +10,8 @@ from shared_fixtures import Killed
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
 from mtnrec.checks import InputError
-from mtnrec.files import read_json
 from mtnrec.model.shared_bottom import SharedBottom
+from mtnrec.system.files import read_json
 from mtnrec.training.module import MultiTaskModule
 
 RUN = ["data.rows=1100", "data.batch_size=64", "stop=patience", "patience=9", "optimizer.lr=0.01"]

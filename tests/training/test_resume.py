@@ -8,7 +8,7 @@ import torch
 from shared_fixtures import Killed, kill_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mtnrec.files import read_json
+from mtnrec.system.files import read_json
 from mtnrec.training.recorder import RunRecorder
 
 # Dropout draws random numbers in each step; MTN learns; the best epoch is not the last.

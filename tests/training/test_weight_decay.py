@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mtnrec.checks import InputError
-from mtnrec.files import read_json
 from mtnrec.model.loss import cross_entropies
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.optimizer.lazy_adam import LazyAdam
+from mtnrec.system.files import read_json
 from mtnrec.training.module import MultiTaskModule
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtnrec.checkpoint.reader import read_archive, seal
 from mtnrec.checks import InputError
-from mtnrec.files import write_atomic
+from mtnrec.system.files import write_atomic
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

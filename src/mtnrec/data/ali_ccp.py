@@ -33,8 +33,8 @@ from mtnrec.data.raw.files import (
 )
 from mtnrec.data.raw.progress import ReadProgress
 from mtnrec.data.raw.triples import MISSING
-from mtnrec.resources import available_cores
 from mtnrec.schema import CategoricalField, Schema
+from mtnrec.system.resources import available_cores
 
 MULTI_VALUED = ("109_14", "110_14", "127_14", "150_14", "210", "853")
 LABELS = ("click", "conversion")

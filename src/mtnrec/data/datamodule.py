@@ -34,8 +34,8 @@ from mtnrec.data.samplers import (
     permutation,
     row_dtype,
 )
-from mtnrec.resources import memory_bytes
 from mtnrec.schema import Schema
+from mtnrec.system.resources import memory_bytes
 
 _READERS = 32  # concurrent reads; more bring little
 _MEMORY_SHARE = 0.75  # for cached pages of a split; the rest is for the process itself

@@ -9,7 +9,7 @@ from torch import nn
 
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError
-from mtnrec.resources import memory_bytes
+from mtnrec.system.resources import memory_bytes
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 

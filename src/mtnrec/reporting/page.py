@@ -13,7 +13,6 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mtnrec.files import slug, write_atomic
 from mtnrec.reporting.figure.catalogue import (
     KINDS,
     MOST_ARMS,
@@ -36,6 +35,7 @@ from mtnrec.reporting.table.appendix import (
 )
 from mtnrec.reporting.table.render import Table, to_csv, to_html, to_latex
 from mtnrec.reporting.table.scores import comparisons, score_table
+from mtnrec.system.files import slug, write_atomic
 
 _PROTOCOL = (
     "A share of the training rows is held out for validation. The monitored validation metric "

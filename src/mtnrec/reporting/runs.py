@@ -18,13 +18,13 @@ from typing import Any, overload
 import pandas as pd
 
 from mtnrec.checks import InputError
-from mtnrec.files import read_json
 from mtnrec.metric.catalogue import MetricKey, metric_info, parse_metric_key
 from mtnrec.reporting.baseline import natural_order, place_arms
 from mtnrec.reporting.labels import LABEL_NOISE, as_text, label_runs, text_or_none
 from mtnrec.reporting.table.published import TASKS
 from mtnrec.run.folder import FAILURE_FILE, RUNNING_FILE
 from mtnrec.run.record import RECORD_FILE, RunRecord
+from mtnrec.system.files import read_json
 
 _MTN_NUMBERS = ("lam", "refresh_every")
 _MTN_TEXTS: tuple[str, ...] = ("target", "layers", "subsets", "alpha", "layer_weighting")

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mtnrec.resources import available_cores, memory_bytes
+from mtnrec.system.resources import available_cores, memory_bytes
 
 _PACKAGES = ("mtnrec", "torch", "lightning", "torchmetrics", "numpy", "hydra-core")
 _COMPARED = ("mtnrec", "torch")

@@ -16,7 +16,10 @@ from typing import Any
 from filelock import Timeout
 
 from mtnrec.checks import InputError
-from mtnrec.files import (
+from mtnrec.run.identity import RunIdentity
+from mtnrec.run.record import RECORD_FILE, RunRecord
+from mtnrec.run.secrets import redact_text
+from mtnrec.system.files import (
     HEARTBEAT,
     STALE,
     acquire_lock,
@@ -25,9 +28,6 @@ from mtnrec.files import (
     remove_leftovers,
     write_json,
 )
-from mtnrec.run.identity import RunIdentity
-from mtnrec.run.record import RECORD_FILE, RunRecord
-from mtnrec.run.secrets import redact_text
 
 FAILURE_FILE = "failure.json"
 RUNNING_FILE = "running.json"
@@ -104,8 +104,8 @@ def lock_run_folder(
 ) -> Iterator[None]:
     """Lock a run folder for the block, and write ``failure.json`` if the block raises.
 
-    The lock ends with the process; see :func:`mtnrec.files.acquire_lock`. Meanwhile a thread writes
-    the time as ``heartbeat`` into ``running.json``.
+    The lock ends with the process; see :func:`mtnrec.system.files.acquire_lock`. Meanwhile a thread
+    writes the time as ``heartbeat`` into ``running.json``.
 
     Args:
         folder: Folder of the run.

@@ -12,9 +12,9 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from mtnrec.checks import InputError
-from mtnrec.files import read_json, write_json
 from mtnrec.run.environment import code_of_run, describe_changes, sources, versions
 from mtnrec.run.identity import RunIdentity
+from mtnrec.system.files import read_json, write_json
 
 FORMAT_VERSION = 1
 RECORD_FILE = "result.json"

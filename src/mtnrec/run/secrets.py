@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mtnrec.files import write_atomic
+from mtnrec.system.files import write_atomic
 
 HIDDEN = "<hidden>"
 _SHORTEST = 8  # characters; a shorter value of a variable is too likely part of other words

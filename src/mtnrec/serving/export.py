@@ -15,11 +15,11 @@ from torch.export import Dim
 
 from mtnrec.batch import Bags, Batch
 from mtnrec.checks import InputError
-from mtnrec.files import writable, write_atomic
 from mtnrec.metric.task_metrics import task_probabilities
 from mtnrec.schema import Schema
 from mtnrec.serving import description
 from mtnrec.serving.scorer import Scorer
+from mtnrec.system.files import writable, write_atomic
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
 _TOLERANCE = 1e-4  # relative, of a probability; float32 logarithms of rare ones lose digits

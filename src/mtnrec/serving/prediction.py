@@ -18,10 +18,10 @@ from torch import Tensor
 from mtnrec.arrays import Float64Array
 from mtnrec.checks import InputError, format_names
 from mtnrec.data.prepared.manifest import Manifest
-from mtnrec.files import atomic_replace, writable
 from mtnrec.schema import Schema, Task
 from mtnrec.serving.rows import Part, Rows
 from mtnrec.serving.scorer import Scorer, warning_of_unseen
+from mtnrec.system.files import atomic_replace, writable
 
 FORMATS = (".parquet", ".csv")
 

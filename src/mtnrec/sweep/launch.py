@@ -33,7 +33,6 @@ from mtnrec.command.interrupt import got_sigterm, interrupt_status
 from mtnrec.command.job import draws_on_screen, make_datamodule, train_command
 from mtnrec.command.keys import check_choices, check_keys
 from mtnrec.data.datamodule import DataModule
-from mtnrec.files import read_json, write_json
 from mtnrec.run.folder import (
     FAILURE_FILE,
     RUNNING_FILE,
@@ -48,6 +47,7 @@ from mtnrec.run.secrets import redact_text
 from mtnrec.sweep.composition import Composer
 from mtnrec.sweep.progress import PLAN_FILE, read_progress, render_leaderboard, render_progress
 from mtnrec.sweep.submission import submit_jobs
+from mtnrec.system.files import read_json, write_json
 
 _MAX_CRASHES = 3  # crashes of its process after which a run counts as failed
 _PAUSE = 1.0  # seconds between two checks of other processes

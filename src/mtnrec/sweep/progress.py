@@ -17,10 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mtnrec.checks import InputError
-from mtnrec.files import read_json
 from mtnrec.metric.catalogue import metric_info, parse_metric_key
 from mtnrec.run.folder import FAILURE_FILE, RUNNING_FILE, State, run_state
 from mtnrec.run.record import RECORD_FILE, RunRecord
+from mtnrec.system.files import read_json
 
 PLAN_FILE = "sweep.json"
 _TRACES = (RECORD_FILE, FAILURE_FILE, RUNNING_FILE)  # files of a started run

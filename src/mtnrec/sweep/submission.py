@@ -9,9 +9,9 @@ from typing import Any
 from hydra.plugins.launcher import Launcher
 from rich import get_console
 
-from mtnrec.files import write_json
 from mtnrec.run.folder import State, run_state
 from mtnrec.sweep.progress import PLAN_FILE
+from mtnrec.system.files import write_json
 
 _QUEUE = ("squeue", "--me", "--array", "--noheader", "--format=%i")
 

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from mtnrec.command.job import job_command, job_overrides, owns_screen
-from mtnrec.files import read_json
 from mtnrec.run.folder import FAILURE_FILE, record_failure
 from mtnrec.run.record import RECORD_FILE, RunRecord
+from mtnrec.system.files import read_json
 
 _LINES = 30  # last lines shown of the output of a failed run
 

@@ -29,7 +29,6 @@ from mtnrec.inspection.leaks import LeakCheck, check_leaks
 from mtnrec.metric.task_metrics import bayes_aucs
 from mtnrec.model.network import build_network, count_parameters
 from mtnrec.objective.objective import TASK_LOSSES
-from mtnrec.performance import tune_process
 from mtnrec.run.environment import (
     code_of_run,
     describe_machine,
@@ -41,6 +40,7 @@ from mtnrec.run.folder import clear_earlier_run, find_record
 from mtnrec.run.identity import CHECKPOINTS, RunIdentity
 from mtnrec.run.record import RECORD_FILE, RunRecord, warn_of_changes
 from mtnrec.run.secrets import redact
+from mtnrec.system.performance import tune_process
 from mtnrec.tracking.loggers import check_login, describe_run, make_loggers, report_run
 from mtnrec.training.divergence import Divergence
 from mtnrec.training.expert_distances import ExpertDistances

@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from mtnrec.batch import Batch
 from mtnrec.checkpoint.io import check_format, check_weights, read_checkpoint
 from mtnrec.checks import InputError, check_integer
-from mtnrec.files import remove_leftovers
 from mtnrec.run.environment import describe_changes
 from mtnrec.run.folder import BEST_CHECKPOINT, LAST_CHECKPOINT
+from mtnrec.system.files import remove_leftovers
 from mtnrec.training.selection import has_stopped
 
 _FORMAT = 1  # of the state of callbacks and module; raised when older files no longer work

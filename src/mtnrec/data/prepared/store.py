@@ -34,8 +34,8 @@ from mtnrec.data.prepared.manifest import (
     NotPreparedError,
     read_schema,
 )
-from mtnrec.resources import memory_bytes
 from mtnrec.schema import Schema
+from mtnrec.system.resources import memory_bytes
 
 _BYTES_PER_ROW = 8  # of memory in training: the row's number and its place in the order
 

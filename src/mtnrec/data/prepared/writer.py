@@ -20,8 +20,8 @@ from mtnrec.data.prepared.layout import BAG_DTYPES, DTYPES, array_dtype, bag_ste
 from mtnrec.data.prepared.manifest import SCHEMA_FILE, Manifest
 from mtnrec.data.prepared.store import Arrays, open_array, open_prepared
 from mtnrec.data.prepared.verify import sha256, verify_prepared
-from mtnrec.files import acquire_lock
 from mtnrec.schema import Schema
+from mtnrec.system.files import acquire_lock
 
 _LOCK_FILE = ".lock"
 _BYTES_PER_CHUNK = 1 << 20  # stays in the CPU cache while its columns are processed one by one

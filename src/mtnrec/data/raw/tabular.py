@@ -37,8 +37,8 @@ from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import Block, read_blocks
 from mtnrec.data.raw.files import identities
 from mtnrec.data.raw.limits import BoundedStream, inflated
-from mtnrec.resources import memory_bytes
 from mtnrec.schema import MOST_COLUMNS
+from mtnrec.system.resources import memory_bytes
 
 _ROWS_PER_CHUNK = 1 << 16  # of Parquet
 _BYTES_PER_VALUE = 16  # at least, for a text

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mtnrec.files import remove_files, slug
 from mtnrec.metric.catalogue import LayerKey
 from mtnrec.reporting.figure import results as figures
 from mtnrec.reporting.figure import training as training_figures
@@ -22,6 +21,7 @@ from mtnrec.reporting.figure.style import FORMATS, ordered, save
 from mtnrec.reporting.runs import Run, Runs
 from mtnrec.reporting.table.published import task_title
 from mtnrec.reporting.table.ranks import rank_arms
+from mtnrec.system.files import remove_files, slug
 
 RANKS = "Ranks over data sets"  # section of the page
 MOST_BLOCKS = 4  # models with figures of their training; drawing one takes a second

@@ -22,10 +22,10 @@ from matplotlib.font_manager import fontManager
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from mtnrec.files import write_atomic
 from mtnrec.reporting.baseline import BASELINE
 from mtnrec.reporting.significance import mean_interval
 from mtnrec.reporting.table.published import TASKS
+from mtnrec.system.files import write_atomic
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtnrec.files import remove_files, slug, write_atomic
+from mtnrec.system.files import remove_files, slug, write_atomic
 
 _DAGGERS = {"": "", "*": "†", "**": "‡"}
 _LATEX = {

@@ -7,14 +7,14 @@ from unittest import mock
 import pytest
 import torch
 
-from mtnrec import performance as machine
-from mtnrec.performance import keep_freed_memory, prefer_onednn_matmul
+from mtnrec.system import performance as machine
+from mtnrec.system.performance import keep_freed_memory, prefer_onednn_matmul
 
 CPU = torch.device("cpu")
 
 PAGES = """
 import resource, sys, torch
-from mtnrec.performance import keep_freed_memory
+from mtnrec.system.performance import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for step in range(40):

@@ -8,9 +8,9 @@ import time
 import pytest
 from filelock import Timeout
 
-from mtnrec import files
 from mtnrec.checks import InputError
-from mtnrec.files import acquire_lock, is_locked, read_json, write_atomic, write_json
+from mtnrec.system import files
+from mtnrec.system.files import acquire_lock, is_locked, read_json, write_atomic, write_json
 
 
 def test_a_write_leaves_only_the_file(tmp_path):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mtnrec.resources import memory_bytes
+from mtnrec.system.resources import memory_bytes
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
