@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
+from mtnrec.batch import Batch
 from mtnrec.command.config import CONF_DIR, optimizer_keys
 from mtnrec.data.datamodule import DataModule
 from mtnrec.schema import Schema
@@ -38,6 +40,14 @@ def make_module(cfg: DictConfig, schema: Schema) -> MultiTaskModule:
     """Return the network in its LightningModule, with the optimiser."""
     network = make_network(cfg, schema)
     return MultiTaskModule(network, schema=schema, optimizer=optimizer_of(cfg))
+
+
+def take_step(module: MultiTaskModule, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    """Take a training step without a trainer."""
+    loss = module.objective(module.network, batch)[0]
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def optimizer_of(cfg: DictConfig) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from _setup import compose_train, make_data, make_module
+from _setup import compose_train, make_data, make_module, take_step
 
 from mtnrec.batch import Batch
 from mtnrec.command.config import CONF_DIR
@@ -32,10 +32,7 @@ def seconds_per_step(
     """Return the time of a step: forward pass, losses, backward pass, optimiser."""
     started = perf_counter()
     for batch in batches:
-        loss = module.objective(module.network, batch)[0]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        take_step(module, optimizer, batch)
     return (perf_counter() - started) / len(batches)
 
 

@@ -18,30 +18,28 @@ import logging
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from itertools import cycle, islice
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import lightning as L
 import torch
-from _setup import compose_train, make_data, make_module
+from _setup import compose_train, make_data, make_module, take_step
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
+from train import MODELS, TESTS
 
 from mtnrec.batch import Batch
 from mtnrec.command.config import lightning_keys
-from mtnrec.model.loss import cross_entropies
 from mtnrec.schema import Schema
 from mtnrec.system.performance import tune_process
 from mtnrec.training.recorder import RunRecorder
 
-TESTS = Path(__file__).parents[1] / "tests"
-MODELS = ("shared_bottom", "esmm", "mmoe", "ple", "aitm", "stem")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 ROUNDS = 8
 
@@ -72,7 +70,6 @@ def peak(repetitions: int = 20) -> float:
 
 def literal_operations(model: str, schema: Schema, batch: Batch) -> float:
     """Return the floating-point operations of a step of the literal program."""
-    sys.path.append(str(TESTS))
     literal: Any = importlib.import_module("reference.literal")
     sizes = [field.vocabulary_size for field in schema.categorical]
     network = literal.MODELS[model](sizes, len(schema.numerical))
@@ -88,14 +85,8 @@ def measure(model: str, data_root: str, best: float) -> list[str]:
     datamodule = make_data(cfg)
     datamodule.setup()
     module = make_module(cfg, datamodule.schema)
-    network: Any = module.network
     optimizer = module.configure_optimizers()
-
-    def step(batch: Batch) -> None:
-        loss = cross_entropies(network(batch), batch.labels).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    step = partial(take_step, module, optimizer)
 
     def epoch() -> float:
         started = perf_counter()
@@ -156,6 +147,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tune_process(torch.device("cpu"))
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    sys.path.append(str(TESTS))
     best = peak()
     print(f"Peak: {best / 1e9:.0f} GFLOP/s in float32, {torch.get_num_threads()} threads.\n")
     columns = "step | GFLOP | literal | of the peak | products | optimiser | others | Lightning"

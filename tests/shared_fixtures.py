@@ -18,7 +18,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -116,9 +115,6 @@ def _compose(name: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return compose(name, overrides=list(overrides))
 
-
-# Hydra copies this singleton for each composition, which would take a third of the time.
-ConfigStore.__deepcopy__ = lambda store, _: store  # type: ignore[attr-defined]
 
 _compose_once = functools.cache(_compose)
 

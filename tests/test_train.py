@@ -151,14 +151,16 @@ def test_cvr_over_all_rows_is_that_of_the_best_checkpoint(run):
     metrics, datamodule = read_record(run)["metrics"], open_data(run)
 
     for split in ("val", "test"):
-        p, q = np.asarray(score(run, split)), datamodule.column(split, "probabilities")
-        predicted, true = p[:, 1] / p[:, 0], q[:, 1] / q[:, 0]
+        # In float32 as in the metric, which ranks by a difference of logs: rounding makes ties.
+        logs = score(run, split).log().float()
+        predicted = np.asarray((logs[:, 1] - logs[:, 0]).double().exp())
+        q = datamodule.column(split, "probabilities")
+        true = q[:, 1] / q[:, 0]
         # Each row twice: as a positive that weighs the true CVR, and as a negative.
         labels = np.repeat([1, 0], len(true))
         rows = labels, np.tile(predicted, 2), np.concatenate([true, 1 - true])
         auc = roc_auc_score(*rows[:2], sample_weight=rows[2])
-        # Rounding may swap a pair of rows whose quotients are almost equal.
-        assert metrics[f"{split}/cvr_all_rows_auc"] == pytest.approx(auc, abs=1e-4)
+        assert metrics[f"{split}/cvr_all_rows_auc"] == pytest.approx(auc, abs=1e-5)
         expected = log_loss(*rows[:2], sample_weight=rows[2])
         assert metrics[f"{split}/cvr_all_rows_log_loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -217,7 +219,8 @@ def test_a_validation_every_other_epoch_is_recorded_under_its_epoch(train):
 
 
 @pytest.mark.parametrize(
-    "model", ["mmoe", *(pytest.param(m, marks=pytest.mark.slow) for m in ("esmm", *SLOW))]
+    "model",
+    [pytest.param(m, marks=[] if m == "mmoe" else pytest.mark.slow) for m in (*QUICK, *SLOW)],
 )
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(model, train):
     random = ["mtn.enabled=true", "model.dropout=0.2", "noise.proportion=0.15"]

@@ -83,21 +83,24 @@ def _model_labels(records: Sequence[RunRecord]) -> list[str]:
     treated = [bool(record.identity.treatments) for record in records]
     for name in {*names}:
         own = [index for index, other in enumerate(names) if other == name]
-        for key, value in _shared([settings[index] for index in own if treated[index]]).items():
-            if all(key in settings[index] for index in own):
-                for index in own:
-                    if settings[index][key] == value:
-                        del settings[index][key]
+        usual = _usual([settings[index] for index in own], [treated[index] for index in own])
+        for index in own:
+            settings[index] = {
+                key: value
+                for key, value in settings[index].items()
+                if key not in usual or usual[key] != value
+            }
     return _labels(names, groups, settings)
 
 
-def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the settings that all have with the same value."""
-    first = settings[0] if settings else {}
+def _usual(settings: Sequence[Mapping[str, Any]], treated: Sequence[bool]) -> dict[str, Any]:
+    """Return the settings of which all treated runs have the same value, and all runs have one."""
+    pairs = list(zip(settings, treated, strict=True))
+    first = next((own for own, is_treated in pairs if is_treated), {})
     return {
         key: value
         for key, value in first.items()
-        if all(key in other and other[key] == value for other in settings)
+        if all(key in own and (own[key] == value or not is_treated) for own, is_treated in pairs)
     }
 
 
@@ -132,7 +135,7 @@ def _treatments(record: RunRecord) -> dict[str, dict[str, Any]]:
 
 def _relative(settings: Mapping[str, Any]) -> str | None:
     """Return the name of the trace norm that the callback has the settings of; None for MTN's."""
-    usual = {"alpha": PAPER_MTN["alpha"], "norm": PAPER_MTN["norm"], "layers": PAPER_MTN["layers"]}
+    usual = {key: PAPER_MTN[key] for key in ("alpha", "norm", "layers")}
     for name, own in MTN_RELATIVES.items():
         expected = usual | own
         if all(settings.get(key, PAPER_MTN.get(key)) == v for key, v in expected.items()):

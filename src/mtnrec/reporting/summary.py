@@ -120,10 +120,10 @@ def lay_out_forest(compared: pd.DataFrame) -> Forest:
 
     rows = []
     cells = tested.to_dict("records")
-    names = [(str(cell["label"]), _place(cell, compared)) for cell in cells]
-    for name, same in groupby(range(len(cells)), key=names.__getitem__):
-        own = [cells[number] for number in same]
-        rows += [_place_difference(name, cell, at, len(own) * (cell is own[0])) for cell in own]
+    for name, same in groupby(cells, lambda cell: (str(cell["label"]), _place(cell, compared))):
+        first, *others = same
+        rows.append(_place_difference(name, first, at, 1 + len(others)))
+        rows += [_place_difference(name, cell, at, 0) for cell in others]
     values = [float(v) for v in MaxNLocator(4).tick_values(low, high) if low < v < high]
     ticks = [(f"{value:+g}" if value else "0", at(value)) for value in values]
     return Forest(f"difference in {_metric(compared)}", rows, ticks, at(0.0))

@@ -58,13 +58,13 @@ class Composer:
                 return composed, kept
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
-        values = [line for line in overrides if self._is_value(line)]
-        others = tuple(line for line in overrides if line not in values)
+        parsed = self._parser.parse_overrides(list(overrides))
+        values = [override for override in parsed if self._is_value(str(override.input_line))]
+        others = tuple(line for line in overrides if not self._is_value(line))
         if others not in self._merged:
             self._merged[others] = self._loader.load_sweep_config(self._config, list(others))
         composed = copy.deepcopy(self._merged[others])
-        ConfigLoaderImpl._apply_overrides_to_config(self._parser.parse_overrides(values), composed)
-        parsed = self._parser.parse_overrides(list(overrides))
+        ConfigLoaderImpl._apply_overrides_to_config(values, composed)
         of_task = [override for override in parsed if not override.is_hydra_override()]
         composed.hydra.overrides.task = [override.input_line for override in of_task]
         job = composed.hydra.job

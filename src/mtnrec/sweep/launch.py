@@ -311,7 +311,7 @@ def _launch(pending: Sequence[Job], launcher: Launcher) -> None:
                 if deaths[job.folder] == _MAX_CRASHES:
                     _give_up(job, error)
         else:
-            others = [job for job in pending if job not in launched]
+            others = [job for job in pending if job is not launched[0]] if suspects else []
             pending = [*others, *_wait_for_others(launched)]
         pending = [
             job for job in pending if run_state(job.folder) in (State.INTERRUPTED, State.WAITING)

@@ -15,6 +15,8 @@ from mtnrec.checks import InputError
 
 FEWEST_ROWS_OF_AN_ID = 100  # a smaller table can have distinct values by chance
 _BLOCK = 4096
+# A float holds every whole number of at most so many bits.
+_EXACT_BITS: dict[Any, int] = {pl.Float16: 11, pl.Float32: 24, pl.Float64: 53}
 _INTEGER = r"^(?:0|-?[1-9][0-9]*)$"
 _CODE = r"^0[0-9]"  # a zip code, for example
 _DATE = r"^\d{4}-\d{2}-\d{2}(?:[T ]|$)"
@@ -67,13 +69,6 @@ class Word(NamedTuple):
     place: str
     share: str
     kind: str
-
-
-_EXACT_BITS: dict[Any, int] = {
-    pl.Float16: 11,
-    pl.Float32: 24,
-    pl.Float64: 53,
-}  # whole numbers held exactly
 
 
 class Profile:
