@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # Each process imports torch, so more than eight bring nothing. The tests of a file share runs.
-PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=loadfile
+PARALLEL := --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train quickstart test test-all test-versions docs benchmark check format clean

@@ -15,3 +15,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if runs_tests:
         for module in ("shared_fixtures", "run_fixtures"):
             config.pluginmanager.import_plugin(module)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest files: a file is one unit of work, and at the end a worker waits."""
+    longest = ("test_ddp", "test_launch", "test_train", "test_resume")
+    items.sort(key=lambda item: item.path.stem not in longest)
