@@ -49,7 +49,7 @@ ALLOWED = {
     "export": {"checks", "command", "run", "serving"},
     "status": {"checks", "command", "run", "sweep"},
     "report": {"command", "reporting"},
-    "compare": {"checks", "reporting", "run"},
+    "compare": {"checks", "command", "reporting", "run"},
     "dashboard": {"checks", "command", "system", "tracking"},
     "__main__": {"command"},
     "__init__": {"data", "model", "mtn", "optimizer", "regularizer", "reporting", "serving"}

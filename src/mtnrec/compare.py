@@ -11,14 +11,17 @@ from rich import get_console
 from rich.table import Table as Grid
 
 from mtnrec.checks import InputError
+from mtnrec.command.help import WITHOUT_KEYS
 from mtnrec.reporting.table.pair import metrics_of_pair, settings_of_pair
 from mtnrec.reporting.table.render import Table
 from mtnrec.run.record import RECORD_FILE, RunRecord
 
 
 def main() -> None:
-    """Compare two runs: the settings that differ, and their metrics side by side."""
-    parser = argparse.ArgumentParser("python -m mtnrec.compare", description=main.__doc__)
+    """Read two records and print their tables."""
+    parser = argparse.ArgumentParser(
+        "python -m mtnrec.compare", description=WITHOUT_KEYS["compare"]
+    )
     parser.add_argument("first", help="folder of a finished run, A")
     parser.add_argument("second", help="folder of another, B")
     arguments = parser.parse_args()

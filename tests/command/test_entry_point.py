@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,14 @@ from mtnrec import __main__ as umbrella
 from mtnrec.command import interrupt
 from mtnrec.command.config import CONF_DIR
 from mtnrec.command.entry_point import _keep_writing
-from mtnrec.command.help import command_names, print_help, read_choice, read_head, read_keys
+from mtnrec.command.help import (
+    command_names,
+    configured_commands,
+    print_help,
+    read_choice,
+    read_head,
+    read_keys,
+)
 
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
 
@@ -26,7 +35,7 @@ def said(capsys):
     return words(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", command_names())
+@pytest.mark.parametrize("name", configured_commands())
 def test_the_help_of_a_command_has_its_examples_and_keys_with_their_comments(name, capsys):
     text = (CONF_DIR / f"{name}.yaml").read_text()
 
@@ -80,13 +89,22 @@ def test_the_version_is_that_of_the_package(arguments, monkeypatch, capsys):
     assert re.fullmatch(r"mtnrec \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
-def test_the_umbrella_runs_a_command_as_its_module(tmp_path):
-    arguments = [sys.executable, "-m", "mtnrec", "status", f"runs={tmp_path}"]
+def test_each_console_script_is_a_command_of_the_umbrella():
+    scripts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "scripts"
+    ]
+
+    assert {*scripts} == {"mtnrec", *(f"mtnrec-{name}" for name in command_names())}
+
+
+def test_the_umbrella_runs_a_command_as_its_module(write_run, tmp_path):
+    runs = [write_run(tmp_path, "a"), write_run(tmp_path, "b", seed=1)]
+    arguments = [sys.executable, "-m", "mtnrec", "compare", *runs]
 
     done = subprocess.run(arguments, capture_output=True, text=True)
 
-    assert done.returncode == 1
-    assert done.stderr.startswith("mtnrec: runs must be the folder of a sweep")
+    assert done.returncode == 0
+    assert "test/ctcvr_auc" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from rich.table import Table
 from mtnrec.command.config import CONF_DIR
 
 _HYDRA_KEYS = ("defaults", "hydra")
+WITHOUT_KEYS = {"compare": "Compare two runs: the settings that differ, and their metrics."}
 _OPTIONS = {
     "-m, --multirun": "run every combination of listed values: seed=0,1,2",
     "--cfg job": "print the composed config",
@@ -37,9 +38,14 @@ class Key:
     comment: str
 
 
-def command_names() -> list[str]:
-    """Return the names of the commands: the files of ``conf``."""
+def configured_commands() -> list[str]:
+    """Return the names of the commands that take config keys: the files of ``conf``."""
     return sorted(path.stem for path in CONF_DIR.glob("*.yaml"))
+
+
+def command_names() -> list[str]:
+    """Return the names of all commands."""
+    return sorted([*configured_commands(), *WITHOUT_KEYS])
 
 
 def print_help(name: str, arguments: Sequence[str]) -> None:
@@ -78,13 +84,13 @@ def print_version() -> None:
 
 def print_commands() -> None:
     """Print the commands with a sentence about each."""
-    heads = {
+    sentences = WITHOUT_KEYS | {
         name: read_head((CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8"))[0]
-        for name in command_names()
+        for name in configured_commands()
     }
-    usage = "mtnrec COMMAND [KEY=VALUE ...]; mtnrec COMMAND --help"
+    usage = "mtnrec COMMAND [KEY=VALUE ...]; mtnrec compare RUN RUN; mtnrec COMMAND --help"
     get_console().print(usage, markup=False, highlight=False)
-    _print_rows("Commands", [(name, "", sentence) for name, sentence in heads.items()])
+    _print_rows("Commands", [(name, "", sentences[name]) for name in command_names()])
 
 
 def _print_keys(title: str, keys: Sequence[Key], prefix: str) -> None:
