@@ -198,7 +198,8 @@ def test_an_interrupted_sweep_says_what_it_keeps_and_the_command_resumes_it(
 
     assert process.returncode == status
     begun = len(list(root.rglob("running.json")))
-    assert f"mtnrec: interrupted. {root} keeps 0 finished runs of 2, and {begun} " in message
+    assert f"mtnrec: interrupted. {root} keeps 0 of 2 runs finished, " in message
+    assert f"of {begun} interrupted. " in message
     resume = shlex.split(message.splitlines()[-1])
     assert resume[:3] == ["python", "-m", "mtnrec.train"]
     subprocess.run([sys.executable, *resume[1:]], check=True, capture_output=True, timeout=400)

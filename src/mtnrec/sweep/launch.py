@@ -242,8 +242,8 @@ def _say_interrupted(jobs: Sequence[Job], directory: Path) -> None:
     started = states[State.INTERRUPTED] + states[State.RUNNING]  # a worker may not have ended yet
     command = redact_text(shlex.join(["python", "-m", "mtnrec.train", *sys.argv[1:]]))
     sys.stderr.write(
-        f"mtnrec: interrupted. {directory} keeps {states[State.FINISHED]} finished runs of "
-        f"{len(jobs)}, and {started} interrupted ones up to their last complete epoch. To resume:\n"
+        f"mtnrec: interrupted. {directory} keeps {states[State.FINISHED]} of {len(jobs)} runs "
+        f"finished, and the last complete epoch of {started} interrupted. To resume:\n"
         f"  {command}\n"
     )
 
