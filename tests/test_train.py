@@ -139,6 +139,8 @@ def test_every_auc_is_that_of_the_best_checkpoint(model, mtn, train):
         for task, rows in rows_of_tasks(labels, score(folder, split), groups).items():
             expected[f"{split}/{task}_auc"] = roc_auc_score(*rows[:2])
             expected[f"{split}/{task}_grouped_auc"] = mean_auc_of_groups(*rows)
+        aucs = [expected[f"{split}/{task}_auc"] for task in ("ctr", "cvr", "ctcvr")]
+        expected[f"{split}/mean_auc"] = np.mean(aucs)
         for task, rows in rows_of_tasks(labels, true_probabilities, groups).items():
             expected[f"{split}/{task}_bayes_auc"] = roc_auc_score(*rows[:2])
     metrics = read_record(folder)["metrics"]
@@ -188,6 +190,18 @@ def test_the_best_epoch_has_the_largest_validation_auc(run):
         if name.startswith("val/"):
             found = record["metrics"][name]
             assert found == pytest.approx(values[record["best_epoch"]], rel=1e-6)
+
+
+def test_the_best_epoch_has_the_largest_mean_auc_if_that_is_the_monitor(train):
+    folder = train(*LOG, *OVERFIT, "monitor=val/mean_auc", "mtn.enabled=false")
+
+    logged = read_csv(folder)
+    tasks = [logged[f"val/{task}_auc"] for task in ("ctr", "cvr", "ctcvr")]
+    means = {epoch: np.mean([aucs[epoch] for aucs in tasks]) for epoch in tasks[0]}
+    best = max(means, key=means.get)
+    assert read_record(folder)["best_epoch"] == best
+    assert best not in [max(aucs, key=aucs.get) for aucs in tasks[1:]]  # so that CVR's would not do
+    assert read_record(folder)["metrics"]["val/mean_auc"] == pytest.approx(means[best], rel=1e-6)
 
 
 @pytest.mark.slow

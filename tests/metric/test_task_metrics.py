@@ -115,6 +115,26 @@ def test_cvr_counts_clicked_rows_and_ranks_by_the_quotient():
     assert found["cvr_auc"].item() == pytest.approx(auc, abs=1e-4)
 
 
+def test_the_mean_auc_is_the_mean_over_the_tasks():
+    output, labels, groups = draw(600, labels=3, seed=4)
+
+    found = measure(INDEPENDENT, output, labels, groups)
+
+    scores = output.positive.exp().numpy()
+    aucs = [metrics.roc_auc_score(labels[:, task], scores[:, task]) for task in range(3)]
+    assert found["mean_auc"].item() == pytest.approx(np.mean(aucs), abs=1e-12)
+
+
+def test_a_task_called_mean_keeps_its_auc():
+    schema = Schema((), ("price",), ("mean", "like"), funnel=False)
+    output, labels, groups = draw(600, seed=5)
+
+    found = measure(schema, output, labels, groups)
+
+    auc = metrics.roc_auc_score(labels[:, 0], output.positive[:, 0])
+    assert found["mean_auc"].item() == pytest.approx(auc, abs=1e-12)
+
+
 def test_hand_values_of_the_funnel():
     p = torch.tensor([[0.5, 0.4], [0.8, 0.2], [0.4, 0.1], [0.9, 0.8]], dtype=torch.float64)
     labels = torch.tensor([[1, 1], [1, 0], [0, 0], [1, 0]])
@@ -188,7 +208,7 @@ def test_independent_labels_are_separate_tasks():
     found = measure(INDEPENDENT, output, labels, groups, cuts=(200,))
 
     p, y = output.positive.double().exp().numpy(), labels.numpy()
-    assert {name.split("_")[0] for name in found} == {"like", "share", "buy"}
+    assert {name.split("_")[0] for name in found} == {"like", "share", "buy", "mean"}
     for column, task in enumerate(INDEPENDENT.labels):
         assert_agrees(found, task, p[:, column], y[:, column], groups)
 

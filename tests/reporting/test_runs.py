@@ -10,6 +10,7 @@ from mtnrec.reporting.runs import (
     read_runs,
     unfinished,
 )
+from mtnrec.reporting.table.scores import comparisons
 
 
 def edit(folder, change):
@@ -499,3 +500,18 @@ def test_the_results_do_not_depend_on_the_cost_of_runs(tmp_path, write_run):
             tmp_path / f"out_{root}" / f"results.{kind}" for root in ("first", "second")
         )
         assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_mean_auc_of_the_tasks_has_a_row_and_a_table_of_its_own(tmp_path, write_run):
+    for seed, mean in enumerate((0.71, 0.75)):
+        write_run(tmp_path, f"run{seed}", seed=seed, metrics={"val/mean_auc": mean})
+
+    results = read_runs(tmp_path).results
+
+    of_mean = results[results["metric"] == "mean_auc"]
+    assert of_mean["value"].tolist() == [0.71, 0.75]
+    assert set(of_mean["split"] + "/" + of_mean["task"]) == {"val/all"}
+    assert of_mean["rows"].isna().all()
+    assert "all" not in set(results.loc[results["metric"] == "auc", "task"])
+    (cell,) = comparisons(results, metric="mean_auc", split="val").to_dict("records")
+    assert cell["mean"] == pytest.approx(0.73)

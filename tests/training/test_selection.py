@@ -48,7 +48,12 @@ def test_independent_labels_have_their_own_monitors():
 
 @pytest.mark.parametrize(
     ("monitor", "mode"),
-    [("val/cvr_auc", "max"), ("val/ctr_log_loss", "min"), ("val/cvr_ece", "min")],
+    [
+        ("val/cvr_auc", "max"),
+        ("val/ctr_log_loss", "min"),
+        ("val/cvr_ece", "min"),
+        ("val/mean_auc", "max"),
+    ],
 )
 def test_an_auc_is_maximised_and_errors_are_minimised(monitor, mode, funnel_schema, tmp_path):
     best, followers = callbacks(funnel_schema, BOTH_CLASSES, tmp_path, monitor=monitor)
@@ -177,3 +182,14 @@ def test_a_label_whose_name_begins_with_another_is_not_confused_with_it(tmp_path
 
     (warning,) = caplog.messages
     assert "0 positives among 2 rows (like_video on all rows)" in warning
+
+
+def test_the_mean_auc_is_undefined_where_that_of_one_task_is(funnel_schema, tmp_path, caplog):
+    labels = [[0, 0], [1, 0]]  # CTR has both classes, CVR has one
+
+    last, _ = callbacks(funnel_schema, labels, tmp_path, monitor="val/mean_auc")
+
+    assert last.monitor is None
+    (warning,) = caplog.messages
+    assert "val/mean_auc is undefined" in warning
+    assert "0 positives among 1 rows (conversion where click = 1)" in warning

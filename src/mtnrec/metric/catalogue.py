@@ -7,6 +7,7 @@ from the entry. This module does not import torch, so that reading runs does not
 Keys::
 
     val/ctcvr_auc                          split/task_metric
+    val/mean_auc                           the mean over the tasks, which belongs to none
     mtn/layer_0/effective_rank_output      mtn/layer_<depth>/<quantity>[_<unfolding>]
 """
 
@@ -61,6 +62,8 @@ METRICS = {
     ),
 }
 COUNTS = ("rows", "positives")
+MEAN_AUC = "mean_auc"  # of all tasks
+ALL_TASKS = "all"  # in place of a task, for the mean
 
 
 def metric_info(name: str, better: str = "higher") -> MetricInfo:
@@ -73,6 +76,8 @@ def metric_info(name: str, better: str = "higher") -> MetricInfo:
     >>> metric_info("auc").title, metric_info("average_precision").title
     ('AUC', 'average precision')
     """
+    if name == MEAN_AUC:
+        return MetricInfo("mean AUC of the tasks", better="higher")
     if name in METRICS:
         return METRICS[name]
     return MetricInfo(name.replace("_", " "), better="lower" if better == "lower" else "higher")
@@ -95,10 +100,10 @@ class MetricKey(NamedTuple):
 def metric_key(split: str, task: str, metric: str) -> str:
     """Return the key of a metric or of a count.
 
-    >>> metric_key("val", "ctcvr", "auc")
-    'val/ctcvr_auc'
+    >>> metric_key("val", "ctcvr", "auc"), metric_key("val", ALL_TASKS, MEAN_AUC)
+    ('val/ctcvr_auc', 'val/mean_auc')
     """
-    return f"{split}/{task}_{metric}"
+    return f"{split}/{metric}" if metric == MEAN_AUC else f"{split}/{task}_{metric}"
 
 
 def parse_metric_key(key: str, tasks: Collection[str] | None = None) -> MetricKey | None:
@@ -113,9 +118,13 @@ def parse_metric_key(key: str, tasks: Collection[str] | None = None) -> MetricKe
     MetricKey(split='test', task='ctr', metric='grouped_auc')
     >>> parse_metric_key("test/ctr_grouped_auc", ["ctr_grouped"]).metric
     'auc'
+    >>> parse_metric_key("val/mean_auc")
+    MetricKey(split='val', task='all', metric='mean_auc')
     >>> parse_metric_key("train/loss")
     """
     split, _, rest = key.partition("/")
+    if rest == MEAN_AUC and "mean" not in (tasks or ()):
+        return MetricKey(split, ALL_TASKS, MEAN_AUC)
     if tasks is not None:
         found = [task for task in tasks if rest.startswith(f"{task}_")]
         task = max(found, key=len, default="")

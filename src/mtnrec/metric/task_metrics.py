@@ -13,7 +13,7 @@ from mtnrec.arrays import Float64Array, UInt8Array
 from mtnrec.batch import LogProbabilities
 from mtnrec.metric import calibration, ranking
 from mtnrec.metric.added import AddedMetrics
-from mtnrec.metric.catalogue import METRICS
+from mtnrec.metric.catalogue import MEAN_AUC, METRICS
 from mtnrec.schema import Schema, Task
 
 # CVR can exceed 1 where it is a quotient; its log loss, undefined there, uses this value instead.
@@ -225,7 +225,8 @@ class TaskMetrics(Metric):
     def compute(self, probabilities: Float64Array | None = None) -> dict[str, Tensor]:
         """Return every metric as a float64 scalar under ``task_metric``, and the counts.
 
-        ``task_rows`` and ``task_positives`` are int64 scalars.
+        ``task_rows`` and ``task_positives`` are int64 scalars. ``mean_auc`` is the mean of the
+        tasks' AUCs, NaN if one is undefined; a task called ``mean`` takes its place.
 
         Args:
             probabilities: True ``P(label = 1)`` of the split, ``(n, T)``, in its order, for the
@@ -247,6 +248,8 @@ class TaskMetrics(Metric):
             values |= {f"{task.name}_{name}": value for name, value in found.items()}
             values[f"{task.name}_rows"] = torch.tensor(len(rows.labels))
             values[f"{task.name}_positives"] = rows.labels.long().sum()
+        aucs = torch.stack([values[f"{task.name}_auc"] for task in self._schema.tasks])
+        values.setdefault(MEAN_AUC, aucs.mean())
         if probabilities is not None and len(probabilities) == len(labels):
             true = torch.from_numpy(probabilities)
             values |= all_rows_metrics(self._schema, output.positive, true)

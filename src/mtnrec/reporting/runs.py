@@ -18,7 +18,7 @@ from typing import Any, overload
 import pandas as pd
 
 from mtnrec.checks import InputError
-from mtnrec.metric.catalogue import MetricKey, metric_info, parse_metric_key
+from mtnrec.metric.catalogue import ALL_TASKS, MEAN_AUC, MetricKey, metric_info, parse_metric_key
 from mtnrec.reporting.baseline import natural_order, place_arms
 from mtnrec.reporting.labels import LABEL_NOISE, as_text, label_runs, text_or_none
 from mtnrec.reporting.table.published import TASKS
@@ -201,7 +201,8 @@ class Runs(Sequence[Run]):
         """One row per run, split, task and metric; an undefined ``value`` is NaN.
 
         ``better`` is the better direction, ``higher``, ``lower`` or ``one``; ``rows`` and
-        ``positives`` count what the metric is computed on. Timings are left out, so
+        ``positives`` count what the metric is computed on, and are missing for the mean of the
+        tasks, ``mean_auc``, whose ``task`` is ``all``. Timings are left out, so
         that a sweep that was interrupted and resumed gives the same table.
         """
         columns = [*_ARM, *_MTN_NUMBERS, *_MTN_TEXTS, *self.swept, "best_epoch"]
@@ -318,7 +319,8 @@ def read_runs(root: str | Path, baseline: str | None = None) -> Runs:
 
 def _read(path: Path) -> RunRecord:
     record = RunRecord.read(path)
-    for place in {f"{key.split}/{key.task}" for key in _metric_keys(record)}:
+    keys = _metric_keys(record)
+    for place in {f"{key.split}/{key.task}" for key in keys if key.metric != MEAN_AUC}:
         if place not in record.counts:
             raise InputError(f"{path} lacks the key counts.{place}. Delete it and run again.")
     return record
@@ -363,8 +365,9 @@ def _check_masks(runs: Sequence[Run]) -> None:
 
 def _metrics(record: RunRecord, tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
     found = _metric_keys(record)
-    for key in sorted(found, key=lambda key: (key.split, tasks.index(key.task))):
-        counts = record.counts[f"{key.split}/{key.task}"]
+    order = [*tasks, ALL_TASKS]
+    for key in sorted(found, key=lambda key: (key.split, order.index(key.task))):
+        counts = record.counts.get(f"{key.split}/{key.task}", {})
         better = metric_info(key.metric, record.added_metrics.get(key.metric, "higher")).better
         yield {**key._asdict(), "better": better, "value": record.metrics[str(key)], **counts}
 
@@ -396,7 +399,7 @@ def _column(values: Sequence[Any]) -> list[Any]:
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
     types: dict[str, Any] = {name: "string" for name in _TEXTS if name in table}
     counts = (f"{key}_parameters" for key in _PARAMETERS)
-    types |= {name: "Int64" for name in counts if name in table}
+    types |= {name: "Int64" for name in (*counts, "rows", "positives") if name in table}
     if "value" in table:
         types["value"] = "float64"
     return table.astype(types)

@@ -12,7 +12,13 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from mtnrec.arrays import UInt8Array
 from mtnrec.checks import InputError, check_choice, check_integer
-from mtnrec.metric.catalogue import METRICS, metric_key, parse_metric_key
+from mtnrec.metric.catalogue import (
+    ALL_TASKS,
+    MEAN_AUC,
+    METRICS,
+    metric_key,
+    parse_metric_key,
+)
 from mtnrec.run.folder import BEST_CHECKPOINT
 from mtnrec.schema import Schema
 
@@ -43,6 +49,7 @@ def monitor_mode(monitor: str, schema: Schema, added: Mapping[str, str] | None =
         for task in schema.tasks
         for name, direction in (better | dict(added or {})).items()
     }
+    modes[metric_key("val", ALL_TASKS, MEAN_AUC)] = "max"
     if monitor not in modes:
         raise InputError(f"monitor must be one of {', '.join(modes)}; got {monitor!r}")
     return modes[monitor]
@@ -169,15 +176,17 @@ def selection_callbacks(
 
 
 def _undefined(monitor: str, schema: Schema, labels: UInt8Array) -> str | None:
-    tasks = {task.name: task for task in schema.tasks}
-    key = parse_metric_key(monitor, tasks)
+    """Describe the validation rows of the first task whose metric is undefined on them."""
+    key = parse_metric_key(monitor, {task.name for task in schema.tasks})
     if key is None:
         raise ValueError(f"{monitor} is not the key of a metric")
-    task = tasks[key.task]
-    if task.given is not None:
-        labels = labels[labels[:, task.given] == 1]
-    rows, positives = len(labels), int(labels[:, task.label].sum())
-    needs_both = key.metric in METRICS and METRICS[key.metric].needs_both_classes
-    if rows and (0 < positives < rows or not needs_both):
-        return None
-    return f"{positives} positives among {rows} rows ({schema.definition(task)})"
+    of_all = key.metric == MEAN_AUC
+    needs_both = of_all or (key.metric in METRICS and METRICS[key.metric].needs_both_classes)
+    for task in schema.tasks:
+        if not of_all and task.name != key.task:
+            continue
+        of_task = labels if task.given is None else labels[labels[:, task.given] == 1]
+        rows, positives = len(of_task), int(of_task[:, task.label].sum())
+        if not rows or (needs_both and not 0 < positives < rows):
+            return f"{positives} positives among {rows} rows ({schema.definition(task)})"
+    return None
