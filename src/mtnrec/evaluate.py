@@ -18,7 +18,7 @@ from mtnrec.system.files import writable, write_json
 def main(cfg: DictConfig) -> None:
     """Print the metrics of a model on labelled rows, and write them to a JSON file."""
     scorer, rows = open_model(cfg, group=cfg.group)
-    found = evaluate(scorer, rows)
+    found = evaluate(scorer, rows, min_group_rows=cfg.min_group_rows)
     console = get_console()
     console.print(metrics_table(scorer.manifest.schema, found))
     if cfg.out is not None:

@@ -63,7 +63,7 @@ def test_the_signature_has_the_defaults_of_the_file(group, choice):
 def test_the_module_has_the_defaults_of_train(compose_config):
     config, parameters = compose_config(), inspect.signature(MultiTaskModule).parameters
 
-    for key in ("scheduler", "monitor", "task_loss", "cuda_graphs"):
+    for key in ("scheduler", "monitor", "task_loss", "min_group_rows", "cuda_graphs"):
         assert parameters[key].default == config[key]
     optimizer = {k: v for k, v in config.optimizer.items() if not k.startswith("_")}
     decay = optimizer.pop("embedding_weight_decay")
@@ -80,4 +80,4 @@ def test_fit_has_the_defaults_of_train(compose_config):
     assert {key: parameters[key].default for key in shared} == {
         key: groups.get(key, config[key]) for key in shared
     }
-    assert len(shared) == 17
+    assert len(shared) == 18

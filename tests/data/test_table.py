@@ -324,6 +324,30 @@ def test_complete_groups_test(prepared, frame, text):
         np.testing.assert_array_equal(arrays[split]["group"], expected)
 
 
+@pytest.mark.parametrize("text", [False, True])
+def test_the_group_is_a_feature_too_if_categorical_names_it(
+    prepared, directory, frame, text, capsys
+):
+    users = np.random.default_rng(1).integers(0, 40, ROWS)
+    frame["user"] = [f"u{user}" for user in users] if text else users
+    without, _ = prepared(frame, group="user")
+
+    manifest, arrays = prepared(frame, group="user", categorical=["user"])
+
+    names = [field.name for field in manifest.schema.categorical]
+    assert names == ["user", *(field.name for field in without.schema.categorical)]
+    assert manifest.schema.numerical == without.schema.numerical
+    assert re.search(r"user +categorical +given", capsys.readouterr().out)
+    for split in ("train", "test"):
+        raw = frame["user"].iloc[arrays[split]["numerical"][:, 0].astype(int)]
+        values = np.array(values_of(directory, arrays[split], manifest)["user"])
+        known = values != None  # noqa: E711 - a test user without training rows
+        np.testing.assert_array_equal(values[known], raw.astype(str)[known])
+        assert known.all() or split == "test"
+        numbering = {name: i for i, name in enumerate(sorted(set(frame["user"])), start=1)}
+        np.testing.assert_array_equal(arrays[split]["group"], raw.map(numbering) if text else raw)
+
+
 def test_groups_of_two_files_are_numbered_together(prepared, tmp_path, frame):
     test = write(frame.assign(user=["b", "c", "a"] * 100), tmp_path / "test.csv")
 
@@ -693,8 +717,8 @@ def test_parts_and_files_with_other_columns_are_refused(directory, tmp_path, fra
             "'click' must have one role, got data.labels and data.numerical",
         ),
         (
-            {"categorical": ["u"], "group": "u"},
-            "'u' must have one role, got data.categorical and data.group",
+            {"numerical": ["u"], "group": "u"},
+            "'u' must have one role, got data.numerical and data.group",
         ),
         ({"split": "grouped"}, "data.split=grouped needs a column. Set data.group=COLUMN"),
         ({"split": "time"}, "data.split=time needs a column. Set data.time=COLUMN"),

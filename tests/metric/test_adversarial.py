@@ -87,7 +87,7 @@ def test_the_grouped_auc_is_the_mean_over_groups_with_both_classes(rows, dtype):
     aucs = [(exact_auc(p[own], labels[own]), int(own.sum())) for own in members]
 
     known = [(value, count) for value, count in aucs if value is not None]
-    found = grouped_auc(*map(torch.from_numpy, (p, labels, groups)))
+    found = grouped_auc(*map(torch.from_numpy, (p, labels, groups))).mean
     if not known:
         assert found.isnan()
     else:
@@ -124,7 +124,9 @@ def test_no_bit_depends_on_the_order_of_the_rows(rows, dtype, random):
         p, labels, groups = map(torch.from_numpy, split(rows, dtype))
         curve = calibration_curve(p, labels)
         error = expected_calibration_error(curve)
-        values.append([auc(p, labels), calibration(curve), error, grouped_auc(p, labels, groups)])
+        values.append(
+            [auc(p, labels), calibration(curve), error, grouped_auc(p, labels, groups).mean]
+        )
         random.shuffle(rows)
 
     torch.testing.assert_close(values[0][:3], values[1][:3], rtol=0, atol=0, equal_nan=True)
@@ -181,7 +183,7 @@ def measure(logits, labels):
     return {name: value.item() for name, value in metrics.compute().items()}
 
 
-KINDS = ("auc", "log_loss", "calibration", "ece", "grouped_auc")
+KINDS = ("auc", "log_loss", "calibration", "ece", "grouped_auc", "grouped_share")
 UNDEFINED = {
     "no row": ([], [], dict.fromkeys(("ctr", "cvr", "ctcvr"), KINDS)),
     "one row": (

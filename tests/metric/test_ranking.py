@@ -85,7 +85,7 @@ def test_negative_zero_ties_with_zero():
     scores = torch.tensor([-0.0, 0.0, -0.0, 0.0])
 
     assert auc(scores, torch.tensor([1, 0, 0, 1])).item() == 0.5
-    assert grouped_auc(scores, torch.tensor([1, 0, 0, 1]), torch.tensor([1, 1, 2, 2])).item() == 0.5
+    assert grouped_auc(scores, torch.tensor([1, 0, 0, 1]), torch.tensor([1, 1, 2, 2])).mean == 0.5
 
 
 def test_infinite_scores_are_scores():
@@ -109,7 +109,7 @@ def test_is_nan_for_one_class_for_no_rows_and_for_nan_scores(scores, labels):
     scores, labels = torch.tensor(scores), torch.tensor(labels, dtype=torch.uint8)
 
     assert auc(scores, labels).isnan()
-    assert grouped_auc(scores, labels, torch.zeros(len(labels), dtype=torch.long)).isnan()
+    assert grouped_auc(scores, labels, torch.zeros(len(labels), dtype=torch.long)).mean.isnan()
 
 
 @pytest.mark.parametrize("levels", [None, 7])
@@ -216,8 +216,30 @@ def test_grouped_auc_equals_a_loop_over_groups(levels):
 
     result = grouped_auc(*tensors(scores, labels, groups))
 
-    assert result.item() == pytest.approx(slow_grouped_auc(scores, labels, groups), abs=1e-13)
-    assert result.dtype == torch.float64
+    assert result.mean.item() == pytest.approx(slow_grouped_auc(scores, labels, groups), abs=1e-13)
+    assert result.mean.dtype == torch.float64
+
+
+@pytest.mark.parametrize("min_rows", [2, 4, 6])
+def test_small_groups_do_not_count_and_the_share_says_how_many_rows_do(min_rows):
+    scores, labels, groups = draw(400, levels=30)
+    kept = np.bincount(groups)[groups] >= min_rows
+    both = [len(np.unique(labels[groups == group])) == 2 for group in groups]
+
+    result = grouped_auc(*tensors(scores, labels, groups), min_rows=min_rows)
+
+    expected = slow_grouped_auc(scores[kept], labels[kept], groups[kept])
+    assert result.mean.item() == pytest.approx(expected, abs=1e-13)
+    assert result.share.item() == pytest.approx(np.mean(kept & both), abs=1e-15)
+
+
+def test_no_group_counts_if_all_are_too_small():
+    scores, labels, groups = tensors(*draw(400, levels=30))
+
+    mean, share = grouped_auc(scores, labels, groups, min_rows=401)
+
+    assert mean.isnan()
+    assert share == 0
 
 
 def test_groups_weigh_by_their_rows():
@@ -227,7 +249,7 @@ def test_groups_weigh_by_their_rows():
     # AUC 1 of two rows, AUC 1/2 of three.
     result = grouped_auc(scores, labels, torch.tensor([7, 7, 9, 9, 9]))
 
-    assert result.item() == pytest.approx((2 * 1 + 3 * 0.5) / 5, abs=1e-15)
+    assert result.mean.item() == pytest.approx((2 * 1 + 3 * 0.5) / 5, abs=1e-15)
 
 
 def test_groups_with_one_class_do_not_count():
@@ -244,14 +266,14 @@ def test_groups_with_one_class_do_not_count():
         )
     )
 
-    assert result.item() == pytest.approx(slow_grouped_auc(scores, labels, groups), abs=1e-13)
+    assert result.mean.item() == pytest.approx(slow_grouped_auc(scores, labels, groups), abs=1e-13)
 
 
 def test_one_group_has_the_auc_of_the_split():
     scores, labels, _ = tensors(*draw(900, levels=50))
     group = torch.full((900,), torch.iinfo(torch.int64).min)
 
-    assert grouped_auc(scores, labels, group) == auc(scores, labels)
+    assert grouped_auc(scores, labels, group).mean == auc(scores, labels)
 
 
 @pytest.mark.parametrize("step", [2**50, 2**32, (2**31 - 2) // 899, 1])

@@ -38,6 +38,13 @@ def test_the_id_does_not_depend_on_where_a_run_reads_and_writes(make_id):
     assert make_id("trainer.checkpoint_every_n_steps", 5) == make_id()  # without MTN
 
 
+def test_a_minimum_group_of_one_row_is_a_run_of_before_the_key_existed(make_id, compose_config):
+    config = OmegaConf.to_container(compose_config("output_dir=run"), resolve=True)
+    assert config.pop("min_group_rows") == 1
+
+    assert run_id(config) == make_id()
+
+
 def test_every_setting_and_the_checksum_of_the_data_change_the_id(make_id):
     ids = [
         make_id(),
@@ -48,6 +55,7 @@ def test_every_setting_and_the_checksum_of_the_data_change_the_id(make_id):
         make_id("patience", 4),
         make_id("stop", "patience"),
         make_id("task_loss", "mean"),
+        make_id("min_group_rows", 2),
         make_id(checksum="abd"),
     ]
 

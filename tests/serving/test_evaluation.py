@@ -65,6 +65,21 @@ def test_the_grouped_auc_is_that_of_the_column(shop, evaluate, tmp_path):
     found = evaluated(evaluate, tmp_path, f"checkpoint={run}", table, "group=user")["metrics"]
 
     assert found["ctr_grouped_auc"] == pytest.approx(np.average(aucs, weights=weights))
+    assert found["ctr_grouped_share"] == pytest.approx(sum(weights) / 90)
+
+
+def test_groups_that_are_too_small_do_not_count(shop, evaluate, tmp_path):
+    run, rows, _ = shop
+    rows = rows.assign(user=["many"] * 30 + [f"u{row % 20}" for row in range(60)])
+    rows.to_parquet(tmp_path / "rows.parquet")
+    scores = load_checkpoint(run, "cpu").score(rows)["ctr"].astype(np.float64)
+
+    keys = [f"table={tmp_path}/rows.parquet", "group=user", "min_group_rows=4"]
+    found = evaluated(evaluate, tmp_path, f"checkpoint={run}", *keys)["metrics"]
+
+    auc = roc_auc_score(rows["click"][:30], scores[:30])
+    assert found["ctr_grouped_auc"] == pytest.approx(auc)
+    assert found["ctr_grouped_share"] == pytest.approx(30 / 90)
 
 
 def test_groups_do_not_depend_on_the_types_of_the_files(shop, evaluate, tmp_path):

@@ -125,6 +125,7 @@ class Train:
     stop: str = MISSING
     patience: int = MISSING
     task_loss: str = MISSING
+    min_group_rows: int = 1
     repeats: str = MISSING
     resume: bool = True
     dry_run: bool = False
@@ -212,6 +213,7 @@ class Evaluate:
     data: Any = None
     table: str | None = None
     group: str | None = None
+    min_group_rows: int = 1
     separator: str | None = None
     decimal: str | None = None
     split: str = MISSING

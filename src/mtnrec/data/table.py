@@ -29,6 +29,7 @@ from mtnrec.schema import Schema
 _OTHER = ("origin", "name")  # do not determine the prepared bytes
 _LISTS = ("labels", "categorical", "numerical", "exclude")
 _TABLES = ("train", "test")
+_GROUP_AS_FEATURE = {"data.categorical", "data.group"}  # the two roles that a column may share
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -62,7 +63,9 @@ class Table(SelfPreparing):
         categorical: Categorical columns; None to infer them.
         numerical: Numerical columns; None to infer them.
         exclude: Columns to leave out.
-        group: Column of the user or search. Integers are kept, other values are numbered.
+        group: Column of the user or search. Integers are kept, other values are numbered. It is a
+            feature as well if ``categorical`` names it; other columns are still inferred if
+            ``numerical`` is None.
         time: Column of numbers or dates (``YYYY-MM-DD``, ``YYYY-MM-DD HH:MM:SS``, with ``Z`` or
             ``+01:00`` if it has a zone, else in UTC); the rows of each split are sorted by it, so
             that ``validation_split=last`` validates on the latest training rows.
@@ -189,7 +192,7 @@ class Table(SelfPreparing):
         roles: dict[str, str] = {}
         for key, names in self.named.items():
             for name in names:
-                if name in roles:
+                if name in roles and {roles[name], key} != _GROUP_AS_FEATURE:
                     raise InputError(
                         f"the column {name!r} must have one role, got {roles[name]} and {key}. "
                         "Delete it from one of them."

@@ -53,6 +53,7 @@ METRICS = {
     "calibration": MetricInfo("calibration", better="one"),
     "ece": MetricInfo("expected calibration error", better="lower", can_monitor=True),
     "grouped_auc": MetricInfo("grouped AUC", better="higher"),
+    "grouped_share": MetricInfo("share of rows in grouped AUC", better="higher"),
     "bayes_auc": MetricInfo("Bayes AUC", better="higher", is_measured=False),
     "all_rows_auc": MetricInfo(
         "AUC over all rows against the true probability", better="higher", is_measured=False

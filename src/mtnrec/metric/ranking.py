@@ -95,22 +95,36 @@ def weighted_auc(scores: Tensor, positives: Tensor, negatives: Tensor) -> Tensor
     return torch.tensor(pairs.sum() / possible if possible else torch.nan, dtype=torch.float64)
 
 
-def grouped_auc(scores: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
+class GroupedAUC(NamedTuple):
+    """Mean AUC of groups, and the share of the rows that are in one of them; float64 scalars."""
+
+    mean: Tensor
+    share: Tensor
+
+    @classmethod
+    def of(cls, mean: float, share: float) -> "GroupedAUC":
+        """Return both as tensors."""
+        return cls(*(torch.tensor(value, dtype=torch.float64) for value in (mean, share)))
+
+
+def grouped_auc(scores: Tensor, labels: Tensor, groups: Tensor, *, min_rows: int = 1) -> GroupedAUC:
     """Return the mean AUC of the groups, weighted by their rows (GAUC; Zhou et al., KDD 2018).
 
-    Groups with one class have no AUC and are left out.
+    Groups with one class have no AUC and are left out, as are those with too few rows.
 
     Args:
         scores: ``(n,)``.
         labels: 0 or 1, ``(n,)``.
         groups: Group id of each row, ``(n,)``.
+        min_rows: Minimum number of rows of a group.
 
     Returns:
-        float64 scalar; NaN if no group has both classes or a score is NaN.
+        The mean, NaN if no group counts, and the share of the rows that count; both are NaN without
+        rows, or if a score is NaN.
     """
     values = _values(scores)
     if not len(values) or np.isnan(values).any():
-        return torch.tensor(torch.nan, dtype=torch.float64)
+        return GroupedAUC.of(np.nan, np.nan)
     # One integer per row, ordered by group and within a group by score.
     keys = _numbers(_values(groups)) * _PLACES
     keys += _places(values)
@@ -124,11 +138,11 @@ def grouped_auc(scores: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
     negative_rows = rows - positive_rows
     ranks = np.add.reduceat(_twice_the_ranks(positives, keys), first) if len(first) else first
     won_twice = ranks - (2 * start + positive_rows) * positive_rows
-    both = negative_rows > 0
-    aucs = won_twice[both] / (2 * positive_rows * negative_rows)[both]
-    total = rows[both].sum()
-    mean = (aucs * rows[both]).sum() / total if total else np.nan
-    return torch.tensor(mean, dtype=torch.float64)
+    counts = (negative_rows > 0) & (rows >= min_rows)
+    aucs = won_twice[counts] / (2 * positive_rows * negative_rows)[counts]
+    total = rows[counts].sum()
+    mean = (aucs * rows[counts]).sum() / total if total else np.nan
+    return GroupedAUC.of(mean, total / len(values))
 
 
 def _values(tensor: Tensor) -> Values:

@@ -11,6 +11,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from mtnrec.arrays import Float64Array, UInt8Array
 from mtnrec.batch import LogProbabilities
+from mtnrec.checks import check_integer
 from mtnrec.metric import calibration, ranking
 from mtnrec.metric.added import AddedMetrics
 from mtnrec.metric.catalogue import MEAN_AUC, METRICS
@@ -30,12 +31,14 @@ class TaskRows:
         negative: ``log P(label = 0)``.
         labels: 0 or 1.
         groups: Group ids; None if the data has none.
+        min_group_rows: Minimum number of rows of a group in the grouped AUC.
     """
 
     positive: Tensor
     negative: Tensor
     labels: Tensor
     groups: Tensor | None
+    min_group_rows: int = 1
 
     def metrics(self) -> dict[str, Tensor]:
         """Return every metric that is measured on predictions and defined for this data set."""
@@ -76,11 +79,21 @@ class TaskRows:
         """Expected calibration error."""
         return calibration.expected_calibration_error(self.curve)
 
-    def grouped_auc(self) -> Tensor | None:
-        """AUC within groups; None if the data has no groups."""
+    @cached_property
+    def _grouped(self) -> ranking.GroupedAUC | None:
         if self.groups is None:
             return None
-        return ranking.grouped_auc(self.positive, self.labels, self.groups)
+        return ranking.grouped_auc(
+            self.positive, self.labels, self.groups, min_rows=self.min_group_rows
+        )
+
+    def grouped_auc(self) -> Tensor | None:
+        """AUC within groups; None if the data has no groups."""
+        return None if self._grouped is None else self._grouped.mean
+
+    def grouped_share(self) -> Tensor | None:
+        """Share of the rows whose group counts in the grouped AUC; None without groups."""
+        return None if self._grouped is None else self._grouped.share
 
 
 def log_probability(task: Task, positive: Tensor) -> Tensor:
@@ -109,7 +122,11 @@ def task_probabilities(schema: Schema, positive: Tensor) -> list[Tensor]:
 
 
 def rows_of_task(
-    task: Task, output: LogProbabilities, labels: Tensor, groups: Tensor | None
+    task: Task,
+    output: LogProbabilities,
+    labels: Tensor,
+    groups: Tensor | None,
+    min_group_rows: int = 1,
 ) -> TaskRows:
     """Pick the rows, scores and labels that a task is measured on.
 
@@ -120,15 +137,17 @@ def rows_of_task(
         output: Log-probabilities of the labels, ``(n, T)`` each.
         labels: 0 or 1, ``(n, T)``.
         groups: ``(n,)`` or None.
+        min_group_rows: Minimum number of rows of a group in the grouped AUC.
     """
     if task.given is None:
         positive, negative = (part[:, task.label] for part in output)
-        return TaskRows(positive, negative, labels[:, task.label], groups)
+        return TaskRows(positive, negative, labels[:, task.label], groups, min_group_rows)
     chosen = labels[:, task.given].nonzero().squeeze(1)
     quotient = log_probability(task, output.positive[chosen])  # few rows, since clicks are rare
     _, complement = _bounded(quotient)
     chosen_groups = None if groups is None else groups[chosen]
-    return TaskRows(quotient, complement, labels[chosen, task.label], chosen_groups)
+    of_task = labels[chosen, task.label]
+    return TaskRows(quotient, complement, of_task, chosen_groups, min_group_rows)
 
 
 def _bounded(quotient: Tensor) -> LogProbabilities:
@@ -191,6 +210,11 @@ class TaskMetrics(Metric):
     Args:
         schema: Fields and labels of the data.
         added: Further metrics, measured on the same rows.
+        min_group_rows: Minimum number of a task's rows that a group must have to count in its
+            grouped AUC.
+
+    Raises:
+        InputError: If ``min_group_rows`` is below 1.
     """
 
     full_state_update = False
@@ -199,8 +223,12 @@ class TaskMetrics(Metric):
     labels: list[Tensor]
     groups: list[Tensor]
 
-    def __init__(self, schema: Schema, added: AddedMetrics | None = None) -> None:
+    def __init__(
+        self, schema: Schema, added: AddedMetrics | None = None, *, min_group_rows: int = 1
+    ) -> None:
         super().__init__()
+        check_integer("min_group_rows", min_group_rows, minimum=1)
+        self._min_group_rows = min_group_rows
         self._schema = schema
         self._added = AddedMetrics({}) if added is None else added
         self.curves: dict[str, calibration.CalibrationCurve] = {}
@@ -242,7 +270,7 @@ class TaskMetrics(Metric):
         self.nan_rows = output.positive.isnan().any(dim=1).nonzero().squeeze(1)
         values: dict[str, Tensor] = {}
         for task in self._schema.tasks:
-            rows = rows_of_task(task, output, labels, groups)
+            rows = rows_of_task(task, output, labels, groups, self._min_group_rows)
             self.curves[task.name] = rows.curve
             found = rows.metrics() | self._added.measure(rows.probabilities(), rows.labels)
             values |= {f"{task.name}_{name}": value for name, value in found.items()}

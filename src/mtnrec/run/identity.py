@@ -33,6 +33,7 @@ _NOT_OF_THE_RUN = (
     *("logger", "output_dir", "data_root", "resume", "dry_run", "cuda_graphs", "threads"),
 )
 _NOT_OF_THE_DATA = ("dir", "raw_dir", "train", "test", "verify", "threads")
+_ADDS_NOTHING = {"min_group_rows": 1}  # keys left out of the settings at these values
 _NOT_OF_THE_TRAINER = (
     "enable_progress_bar",
     "enable_model_summary",
@@ -76,7 +77,10 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _leave_out_defaults(settings: dict[str, Any]) -> None:
-    """Delete the groups that add nothing, so that runs of before they existed count."""
+    """Delete the groups and keys that add nothing, so that runs of before they existed count."""
+    for key, value in _ADDS_NOTHING.items():
+        if settings.get(key) == value:
+            del settings[key]
     own = settings.get("regularizer")
     if isinstance(own, Mapping) and own.get("enabled") is False:
         del settings["regularizer"]

@@ -31,13 +31,20 @@ class Evaluated(NamedTuple):
     metrics: dict[str, float]
 
 
-def evaluate(scorer: Scorer, rows: Rows) -> Evaluated:
+def evaluate(scorer: Scorer, rows: Rows, *, min_group_rows: int = 1) -> Evaluated:
     """Measure every task on all rows, with the metrics of the training's test.
 
     Keeps ``9 T + 8`` bytes per row in memory.
 
+    Args:
+        scorer: The model.
+        rows: Labelled rows.
+        min_group_rows: Minimum number of a task's rows that a group must have to count in its
+            grouped AUC.
+
     Raises:
-        InputError: If there are no labels, one is missing or invalid, or a row cannot be scored.
+        InputError: If ``min_group_rows`` is below 1, there are no labels, one is missing or
+            invalid, or a row cannot be scored.
     """
     schema = scorer.manifest.schema
     if not rows.has_labels:
@@ -45,7 +52,7 @@ def evaluate(scorer: Scorer, rows: Rows) -> Evaluated:
             f"the table must have the labels {', '.join(schema.labels)} to be evaluated. Add "
             "them, or score it with `python -m mtnrec.predict`."
         )
-    metrics, count = TaskMetrics(schema), 0
+    metrics, count = TaskMetrics(schema, min_group_rows=min_group_rows), 0
     with warning_of_unseen(scorer.encoder):
         for part in progressing(rows, "evaluating"):
             labels = _valid_labels(part, scorer.manifest)

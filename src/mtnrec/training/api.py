@@ -89,6 +89,7 @@ def fit(
     stop: str = "decreased",
     patience: int = 3,
     task_loss: str = "sum",
+    min_group_rows: int = 1,
     resume: bool = True,
     cuda_graphs: bool = False,
     threads: int | None = None,
@@ -130,6 +131,8 @@ def fit(
         stop: ``decreased`` or ``patience``, as in ``conf/train.yaml``.
         patience: Number of epochs in that rule.
         task_loss: ``sum`` or ``mean`` of the labels' cross entropies.
+        min_group_rows: Minimum number of a task's rows that a group (user, search) must have to
+            count in its grouped AUC.
         resume: Whether to keep a finished run in the folder, and to resume an interrupted one.
         cuda_graphs: Whether a GPU replays a captured step.
         threads: Number of torch threads in this process; None leaves it unchanged.
@@ -167,6 +170,7 @@ def fit(
         "stop": stop,
         "patience": patience,
         "task_loss": task_loss,
+        "min_group_rows": min_group_rows,
         "resume": resume,
         "cuda_graphs": cuda_graphs,
         "threads": threads,

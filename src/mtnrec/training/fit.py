@@ -289,6 +289,7 @@ def _make_module(cfg: DictConfig, datamodule: DataModule) -> MultiTaskModule:
         balance=instantiate(cfg.balance, _convert_="all"),
         task_loss=cfg.task_loss,
         metrics=instantiate(cfg.metrics, _convert_="all"),
+        min_group_rows=cfg.min_group_rows,
         cuda_graphs=cfg.cuda_graphs,
     )
     settings = cast(dict[str, Any], OmegaConf.to_container(cfg.model, resolve=True))
@@ -335,6 +336,7 @@ def check_settings(cfg: DictConfig) -> None:
     check_choice("task_loss", cfg.task_loss, TASK_LOSSES)
     _check_repeats(cfg)
     check_integer("seed", cfg.seed, minimum=0, maximum=_LARGEST_SEED)
+    check_integer("min_group_rows", cfg.min_group_rows, minimum=1)
     if "seed" in cfg.data:
         raise InputError(
             f"data.seed must be left out, got {cfg.data.seed}. Set seed, which orders the rows."

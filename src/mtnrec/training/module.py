@@ -69,6 +69,8 @@ class MultiTaskModule(L.LightningModule):
         task_loss: ``sum``, as in eq. 5, or ``mean``, as in MTReclib, with which the same ``lambda``
             weighs as much as ``lambda * T`` with the sum.
         metrics: More metrics by name, as in :class:`~mtnrec.metric.added.AddedMetrics`.
+        min_group_rows: Minimum number of a task's rows that a group must have to count in its
+            grouped AUC.
         cuda_graphs: Whether a GPU captures the passes of the network and replays them, if network
             and loss have ``supports_cuda_graphs``; no effect on a CPU.
 
@@ -89,6 +91,7 @@ class MultiTaskModule(L.LightningModule):
         balance: nn.Module | None = None,
         task_loss: str = "sum",
         metrics: Mapping[str, Metric] | None = None,
+        min_group_rows: int = 1,
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
@@ -111,8 +114,9 @@ class MultiTaskModule(L.LightningModule):
         self._monitor = monitor
         self._schema = schema
         self.added_metrics = AddedMetrics(metrics or {})
-        self.val_metrics = TaskMetrics(schema, self.added_metrics)
-        self.test_metrics = TaskMetrics(schema, self.added_metrics)
+        make_metrics = partial(TaskMetrics, schema, self.added_metrics)
+        self.val_metrics = make_metrics(min_group_rows=min_group_rows)
+        self.test_metrics = make_metrics(min_group_rows=min_group_rows)
         self._values: list[tuple[int, Tensor]] = []  # row counts and latest values to log
         self._sums: list[float] = []  # of the values times the row counts, in this epoch
         self._rows = 0

@@ -296,7 +296,8 @@ class TablePreparation:
         for key, names in table.named.items():
             if key not in ("data.categorical", "data.numerical"):
                 role = key.removeprefix("data.").removesuffix("s").replace("exclude", "left out")
-                reasons = reasons | dict.fromkeys(names, (role, key))
+                # A group that is a feature as well is shown as the feature.
+                reasons = dict.fromkeys(names, (role, key)) | reasons
         source = self._sources["train"]
         lists = [name for name, (kind, _) in reasons.items() if kind == "multi-valued"]
         reasons |= {
@@ -450,7 +451,8 @@ class TablePreparation:
     ) -> Iterator[_Rows]:
         weights = [name + WEIGHTS for name in plan.multivalued]
         weights = [name for name in weights if name in self._sources[source].columns]
-        columns = [*plan.categorical, *plan.numerical, *self._labels, *self._keys()]
+        keys = [name for name in self._keys() if name not in plan.categorical]
+        columns = [*plan.categorical, *plan.numerical, *self._labels, *keys]
         lists = [*plan.multivalued, *weights]
         positive = positive_texts(self._table.positive)
         for chunk in self._chunks(action, source, [*columns, *lists], bad_rows, lists):
