@@ -348,6 +348,44 @@ def test_the_group_is_a_feature_too_if_categorical_names_it(
         np.testing.assert_array_equal(arrays[split]["group"], raw.map(numbering) if text else raw)
 
 
+@pytest.mark.parametrize("split", ["random", "time"])
+def test_a_further_test_table_is_encoded_as_the_test_table_is(
+    prepared, directory, tmp_path, frame, split
+):
+    frame["day"] = np.random.default_rng(2).permutation(ROWS)
+    more = frame.sample(120, random_state=1).assign(shop=lambda rows: rows["shop"] + 37)
+    more = write(more, tmp_path / "more.csv")
+    keys = {"split": split, "time": "day"}
+    _, expected = prepared(frame, test=more, **keys)
+    _, alone = prepared(frame, **keys)
+
+    manifest, arrays = prepared(frame, tests={"random": more}, **keys)
+
+    assert list(arrays) == ["test", "test_random", "train"]
+    assert manifest.rows["test_random"] == 120
+    assert manifest.missing["test_random"].keys() >= {"city", "price"}
+    for stem, array in alone["test"].items():
+        np.testing.assert_array_equal(arrays["test"][stem], array)
+    np.testing.assert_array_equal(arrays["test_random"]["labels"], expected["test"]["labels"])
+    raw = pd.read_csv(more).sort_values("day", kind="stable")
+    np.testing.assert_allclose(arrays["test_random"]["numerical"][:, 0], raw["row"])
+    known = values_of(directory, arrays["train"], manifest)
+    found = values_of(directory, arrays["test_random"], manifest)
+    for name in ("city", "shop"):
+        texts = as_texts(raw[name].astype("Int64") if name == "shop" else raw[name])
+        assert found[name] == [text if text in set(known[name]) else None for text in texts]
+
+
+def test_a_set_with_other_further_tests_is_refused(directory, tmp_path, frame):
+    train, more = (write(frame, tmp_path / f"{name}.csv") for name in ("rows", "more"))
+    table(directory, train, tests={"random": more}).prepare()
+
+    table(directory, train, tests={"random": more}).prepare_data()
+    for tests in (None, {"other": more}, {"random": write(frame[:90], tmp_path / "fewer.csv")}):
+        with pytest.raises(InputError, match="tests: other files or content"):
+            table(directory, train, tests=tests).prepare_data()
+
+
 def test_groups_of_two_files_are_numbered_together(prepared, tmp_path, frame):
     test = write(frame.assign(user=["b", "c", "a"] * 100), tmp_path / "test.csv")
 
@@ -720,6 +758,12 @@ def test_parts_and_files_with_other_columns_are_refused(directory, tmp_path, fra
             {"numerical": ["u"], "group": "u"},
             "'u' must have one role, got data.numerical and data.group",
         ),
+        ({"tests": ["a.csv"]}, r"data.tests must be a mapping of names to tables, got \['a.csv'\]"),
+        (
+            {"tests": {"Random": "a.csv"}},
+            "data.tests must have names of lower-case .* got 'Random'",
+        ),
+        ({"tests": {"random": 3}}, "data.tests.random must be"),
         ({"split": "grouped"}, "data.split=grouped needs a column. Set data.group=COLUMN"),
         ({"split": "time"}, "data.split=time needs a column. Set data.time=COLUMN"),
         ({"split": "last"}, "data.split must be one of random, grouped, time; got 'last'"),

@@ -135,7 +135,7 @@ def _measure(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, int]]]
     )
     trainer.validate(module, datamodule=datamodule, verbose=False)
     trainer.test(module, datamodule=datamodule, verbose=False)
-    return split_counts(module.results["val"] | module.results["test"])
+    return split_counts(module.results["val"] | module.test_results)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from mtnrec.batch import Batch
 from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
 from mtnrec.data.batches import RowGatherer, RowIndices
 from mtnrec.data.noise import Noise
+from mtnrec.data.prepared.layout import test_splits
 from mtnrec.data.prepared.manifest import SCHEMA_FILE, Manifest, NotPreparedError
 from mtnrec.data.prepared.store import (
     Arrays,
@@ -51,7 +52,7 @@ class DataModule(L.LightningDataModule, ABC):
     whole groups (users, searches) drawn at random, or the last rows.
 
     The attribute ``noise``, set before ``setup``, replaces features and flips labels of the
-    batches; None changes nothing.
+    batches; None changes nothing. Test sets other than ``test`` have none.
 
     Args:
         name: Name of the data set, as in the config group ``data``.
@@ -223,22 +224,26 @@ class DataModule(L.LightningDataModule, ABC):
         if self._arrays is not None:
             return
         self.manifest, arrays = self._open_prepared()
-        rows = {split: self.manifest.rows.get(split, 0) for split in ("train", "test")}
+        rows = {"train": 0, "test": 0, **self.manifest.rows}
         validates = self._validates(rows["train"], arrays["train"].get("group"))
-        if not 0 < np.count_nonzero(validates) < rows["train"] or not rows["test"]:
+        if not 0 < np.count_nonzero(validates) < rows["train"] or not all(rows.values()):
+            tests = {split: count for split, count in rows.items() if split != "train"}
             raise InputError(
                 f"{self.dir} must have enough rows to train, validate on a share of "
                 f"{self.validation_share} and test, got {rows['train']} training and "
-                f"{rows['test']} test rows"
+                f"{' and '.join(f'{count} {split}' for split, count in tests.items())} rows"
             )
         self._rows: dict[str, RowIndices] = {
             "train": np.flatnonzero(~validates).astype(row_dtype(rows["train"])),
             "val": np.flatnonzero(validates).astype(row_dtype(rows["train"])),
-            "test": np.arange(rows["test"], dtype=row_dtype(rows["test"])),
+            **{
+                split: np.arange(rows[split], dtype=row_dtype(rows[split]))
+                for split in self.test_splits
+            },
         }
         if self.noise is not None:
             self.noise.learn(self.schema, arrays["train"])
-        self._arrays = {"train": arrays["train"], "val": arrays["train"], "test": arrays["test"]}
+        self._arrays = {"val": arrays["train"], **arrays}
 
     def _validates(self, rows: int, group: Int64Array | None) -> BoolArray:
         """Return which training rows are validation rows."""
@@ -266,13 +271,18 @@ class DataModule(L.LightningDataModule, ABC):
         return self.manifest.schema
 
     @property
+    def test_splits(self) -> list[str]:
+        """Names of the test sets, ``test`` first; available after ``setup``."""
+        return test_splits(self.manifest.rows)
+
+    @property
     def split_rows(self) -> dict[str, int]:
-        """Number of rows of train, val and test; available after ``setup``."""
+        """Number of rows of train, val and each test set; available after ``setup``."""
         return {split: len(rows) for split, rows in self._rows.items()}
 
     @property
     def row_numbers(self) -> dict[str, RowIndices]:
-        """Row numbers of train, val and test in their files; available after ``setup``."""
+        """Row numbers of each split in its file; available after ``setup``."""
         return self._rows
 
     def column(self, split: str, stem: str) -> npt.NDArray[Any] | None:
@@ -323,8 +333,10 @@ class DataModule(L.LightningDataModule, ABC):
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation_loader("val")
 
-    def test_dataloader(self) -> DataLoader[Batch]:
-        return self._evaluation_loader("test")
+    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Return the loader of ``test``, or one loader per test set if there are several."""
+        loaders = [self._evaluation_loader(split) for split in self.test_splits]
+        return loaders if len(loaders) > 1 else loaders[0]
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
         rank, world_size = self._rank_and_world_size()

@@ -2,6 +2,7 @@
 
 import tempfile
 import weakref
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +11,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
 from mtnrec.data.datamodule import SelfPreparing
-from mtnrec.data.preparation.table import SPLITS, TablePreparation, TableSettings
+from mtnrec.data.preparation.table import TablePreparation, TableSettings
+from mtnrec.data.prepared.layout import test_splits
 from mtnrec.data.prepared.manifest import LARGEST_NUMBER, Manifest
 from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.prepared.writer import write_prepared
@@ -28,7 +30,7 @@ from mtnrec.schema import Schema
 
 _OTHER = ("origin", "name")  # do not determine the prepared bytes
 _LISTS = ("labels", "categorical", "numerical", "exclude")
-_TABLES = ("train", "test")
+_TABLES = ("train", "test", "tests")
 _GROUP_AS_FEATURE = {"data.categorical", "data.group"}  # the two roles that a column may share
 
 
@@ -58,6 +60,8 @@ class Table(SelfPreparing):
             holds; settings that are given must be those it was prepared with.
         test: Table of the test rows, as for ``train``; if None, ``split`` takes them from
             ``train``.
+        tests: More test tables by name: ``{"random": FILE}`` makes the test set ``test_random``.
+            They have the columns of ``train``, whose vocabularies and scales encode them.
         labels: Columns of 0 and 1 or true and false, without missing values; see ``positive``.
         funnel: Whether each label requires the one before it (click, conversion).
         categorical: Categorical columns; None to infer them.
@@ -92,6 +96,7 @@ class Table(SelfPreparing):
     name: str = "table"
     train: str | Path | ArrowStream | None = None
     test: str | Path | ArrowStream | None = None
+    tests: Mapping[str, str | Path | ArrowStream] | None = None
     labels: list[str] | None = None
     funnel: bool = False
     categorical: list[str] | None = None
@@ -166,13 +171,30 @@ class Table(SelfPreparing):
         self.separator = check_dialect("data.", self.separator, self.decimal)
 
     def _check_tables(self) -> None:
-        for key in SPLITS:
-            if getattr(self, key) is not None:
-                check_table(f"data.{key}", getattr(self, key))
+        if self.tests is not None and not isinstance(self.tests, Mapping):
+            raise InputError(
+                f"data.tests must be a mapping of names to tables, got {self.tests!r}. Set for "
+                "example data.tests={random:FILE}."
+            )
+        for name in self.tests or {}:
+            if not test_splits([f"test_{name}"]):
+                raise InputError(
+                    "data.tests must have names of lower-case letters, digits and _, got "
+                    f"{name!r}. Rename it, for example random."
+                )
+        for key, given in self._tables.items():
+            check_table(key, given)
+
+    @property
+    def _tables(self) -> dict[str, Any]:
+        """The tables that are given, by the key that gives them."""
+        more = {f"data.tests.{name}": given for name, given in (self.tests or {}).items()}
+        found = {"data.train": self.train, "data.test": self.test, **more}
+        return {key: given for key, given in found.items() if given is not None}
 
     def _choose_folder(self) -> None:
         """Create a temporary folder for a table in memory, unless ``dir`` is given."""
-        in_memory = is_frame(self.train) or is_frame(self.test)
+        in_memory = any(map(is_frame, self._tables.values()))
         self._is_temporary = in_memory and self.dir is None
         if self._is_temporary:
             temporary = tempfile.TemporaryDirectory(prefix="mtnrec-", ignore_cleanup_errors=True)
@@ -200,8 +222,10 @@ class Table(SelfPreparing):
                 roles[name] = key
         if self.labels is not None:
             Schema((), (), tuple(self.labels), self.funnel)  # raises on a wrong number of labels
-        if self.train is None and self.test is not None:
-            raise InputError("data.test must come with data.train, got data.test alone. Set both.")
+        if self.train is None and (given := [*self._tables]):
+            raise InputError(
+                f"{given[0]} must come with data.train, got {given[0]} alone. Set both."
+            )
         needed = {"grouped": "group", "time": "time"}.get(self.split)
         if self.test is None and needed is not None and getattr(self, needed) is None:
             raise InputError(f"data.split={self.split} needs a column. Set data.{needed}=COLUMN.")
@@ -233,7 +257,17 @@ class Table(SelfPreparing):
         identities = self._identities
         if identities is None:
             identities = {k: source.identity(self._checksum) for k, source in self._open().items()}
-        return {key: getattr(self, key) for key in self._settings} | {"test": None} | identities
+        more = {
+            split.removeprefix("test_"): identity
+            for split, identity in identities.items()
+            if split not in ("train", "test")
+        }
+        return {
+            **{key: getattr(self, key) for key in self._settings},
+            "train": identities["train"],
+            "test": identities.get("test"),
+            **({"tests": more} if more else {}),
+        }
 
     @property
     def _settings(self) -> list[str]:
@@ -241,7 +275,8 @@ class Table(SelfPreparing):
 
     def _find_differing(self, found: dict[str, Any]) -> dict[str, Any]:
         if self.train is not None:
-            return super()._find_differing(found)
+            more = {} if "tests" in self.parameters or "tests" not in found else {"tests": None}
+            return super()._find_differing(found) | more
         given = {key: getattr(self, key) for key in self._settings if key in self.given}
         return {
             key: value
@@ -283,7 +318,9 @@ class Table(SelfPreparing):
         sources = self._open()
         columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,} rows"))
         with (
-            write_prepared(self.folder, SPLITS) as writer,
+            write_prepared(
+                self.folder, tuple(dict.fromkeys(["train", "test", *sources]))
+            ) as writer,
             Progress(*columns, TimeElapsedColumn()) as progress,
         ):
             values = {key.name: getattr(self, key.name) for key in fields(TableSettings)}
@@ -297,9 +334,10 @@ class Table(SelfPreparing):
                 "of 0 and 1, `data.train=FILE data.labels=[COLUMN,COLUMN]`."
             )
         form = self.separator, self.decimal
-        sources = {"train": open_source("data.train", self.train, *form)}
-        if self.test is not None:
-            sources["test"] = open_source("data.test", self.test, *form)
+        sources = {
+            key.removeprefix("data.").replace("tests.", "test_"): open_source(key, given, *form)
+            for key, given in self._tables.items()
+        }
         self._unquote_names(sources["train"].columns)
         for source in sources.values():
             for key, names in self.named.items():

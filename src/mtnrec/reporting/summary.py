@@ -14,7 +14,7 @@ from mtnrec.reporting.machines import describe_machines, threads
 from mtnrec.reporting.runs import Runs
 from mtnrec.reporting.table.appendix import mean_costs
 from mtnrec.reporting.table.published import task_title
-from mtnrec.reporting.table.scores import SPLIT_NAMES
+from mtnrec.reporting.table.scores import split_name
 
 _LEVEL = 0.05
 _GIB = 2**30
@@ -185,7 +185,7 @@ def facts(runs: Runs) -> Mapping[str, str]:
     found = {
         "data": "; ".join(
             f"{name}: {counts['train']:,} training, {counts['val']:,} validation, "
-            f"{counts['test']:,} test rows"
+            f"{', '.join(f'{counts[s]:,} {s}' for s in counts if s not in ('train', 'val'))} rows"
             for name, counts in rows.items()
         ),
         "runs": f"{len(runs)} of {settings['arm'].nunique()} arms, {_hours(seconds)} in all",
@@ -208,7 +208,7 @@ def facts(runs: Runs) -> Mapping[str, str]:
 
 def _metric(compared: pd.DataFrame) -> str:
     metric, split = compared["metric"].iloc[0], compared["split"].iloc[0]
-    return f"{SPLIT_NAMES[split]} {metric_info(metric).title}"
+    return f"{split_name(split)} {metric_info(metric).title}"
 
 
 def _from(compared: pd.DataFrame) -> str:

@@ -32,7 +32,7 @@ _DEFAULTS = {
 _NOT_OF_THE_RUN = (
     *("logger", "output_dir", "data_root", "resume", "dry_run", "cuda_graphs", "threads"),
 )
-_NOT_OF_THE_DATA = ("dir", "raw_dir", "train", "test", "verify", "threads")
+_NOT_OF_THE_DATA = ("dir", "raw_dir", "train", "test", "tests", "verify", "threads")
 _ADDS_NOTHING = {"min_group_rows": 1}  # keys left out of the settings at these values
 _NOT_OF_THE_TRAINER = (
     "enable_progress_bar",

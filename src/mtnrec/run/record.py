@@ -61,7 +61,8 @@ class RunRecord:
             and the flipped labels.
         mtn: Group ``mtn`` of the config.
         best_epoch: Epoch whose weights were tested, from 0.
-        metrics: Values by key, for example ``test/ctr_auc``; None where undefined.
+        metrics: Values by key, for example ``test/ctr_auc``, or ``test_random/ctr_auc`` of a
+            further test set; None where undefined.
         counts: ``rows`` and ``positives`` by ``split/task``.
         history: ``epoch``, ``step`` and the logged values of each epoch, by key.
         calibration_curves: ``predicted``, ``observed`` and ``rows`` per bin, by ``split/task``.

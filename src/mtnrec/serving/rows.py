@@ -61,7 +61,7 @@ class PreparedRows:
     Args:
         scorer: Scorer of a model trained on a set with the same fields and vocabularies.
         directory: Folder of the prepared data set.
-        split: ``train`` or ``test``.
+        split: ``train``, ``test`` or another test set.
         batch_size: Rows scored at a time.
 
     Raises:

@@ -196,11 +196,19 @@ def _fit_in_folder(cfg: DictConfig, data: DataModule, folder: Path) -> RunRecord
 def _describe_data(data: DataModule) -> dict[str, Any]:
     """Return the config of a data set; only the checksum identifies a table in memory."""
     settings = {f.name: getattr(data, f.name) for f in fields(data) if f.init and f.name != "seed"}
-    plain = {
-        key: f"<{type(value).__name__}>" if hasattr(value, "__arrow_c_stream__") else value
+    return describe_config("data", type(data), _without_tables(settings))
+
+
+def _without_tables(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace tables in memory with the names of their types."""
+    return {
+        key: f"<{type(value).__name__}>"
+        if hasattr(value, "__arrow_c_stream__")
+        else _without_tables(value)
+        if isinstance(value, Mapping)
+        else value
         for key, value in settings.items()
     }
-    return describe_config("data", type(data), plain)
 
 
 def _describe_model(model: Callable[..., nn.Module]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def output_distances(outputs: Tensor) -> Tensor:
 
 
 class ExpertDistances(L.Callback):
-    """Measures the mean distance between two experts' outputs over all test rows.
+    """Measures the mean distance between two experts' outputs over all rows of the first test set.
 
     It hooks into the network's own forward pass, so that no expert is computed twice. After the
     test ``distances`` is an ``E x E`` matrix, the same on all ranks; None for a network without
@@ -45,6 +45,17 @@ class ExpertDistances(L.Callback):
         self._sums = torch.zeros(0, dtype=torch.float64)
         self._rows = 0
         self._hook: RemovableHandle | None = None
+        self._counts = True
+
+    def on_test_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._counts = dataloader_idx == 0
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         network: Any = pl_module.network
@@ -55,6 +66,8 @@ class ExpertDistances(L.Callback):
             self._hook = network.expert_outputs.register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, inputs: tuple[Tensor], outputs: Tensor) -> None:
+        if not self._counts:
+            return
         # Summed on the CPU: not every accelerator has float64.
         self._sums += output_distances(outputs.detach()).cpu().sum(dim=0, dtype=torch.float64)
         self._rows += len(outputs)

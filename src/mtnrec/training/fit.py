@@ -58,7 +58,7 @@ from mtnrec.training.selection import STOPS, selection_callbacks, stop_reason
 from mtnrec.training.summary import (
     closing_lines,
     opening_panel,
-    summary_table,
+    summary_tables,
     warn_of_weak_scores,
 )
 
@@ -168,7 +168,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         )
 
     chosen = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
-    results = recorder.validations[chosen["global_step"]] | module.results["test"]
+    results = recorder.validations[chosen["global_step"]] | module.test_results
     metrics, counts = split_counts(results)
     record = RunRecord(
         cell=identity.id,
@@ -200,7 +200,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         record.write(output_dir)
         resume_point.discard()
         report_run(trainer.loggers, record)
-        get_console().print(summary_table(datamodule.schema, record))
+        get_console().print(summary_tables(datamodule.schema, record, datamodule.test_splits))
         warn_of_weak_scores(datamodule.schema, record)
         for line in closing_lines(output_dir, record):
             get_console().print(line, markup=False, soft_wrap=True)
@@ -368,7 +368,7 @@ def _check_repeats(cfg: DictConfig) -> None:
 
 def _bayes_aucs(datamodule: DataModule, counts: Mapping[str, Any]) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for split in ("val", "test"):
+    for split in ("val", *datamodule.test_splits):
         probabilities = datamodule.column(split, "probabilities")
         measured = max(counts[f"{split}/{task.name}"]["rows"] for task in datamodule.schema.tasks)
         if probabilities is not None and measured == datamodule.split_rows[split]:

@@ -43,9 +43,10 @@ class MultiTaskModule(L.LightningModule):
 
     These are the labels' cross entropies, unless ``loss`` or the network has others. Each epoch
     logs ``train/loss`` (the sum, or mean, of the cross entropies, without any penalty),
-    ``train/loss_name`` of each loss and ``val/task_metric``; the test logs ``test/task_metric``.
-    ``results`` keeps the last values of each split in full precision, and ``calibration_curves``
-    the columns of each task's curve after a test, under ``test/task``. Every checkpoint carries
+    ``train/loss_name`` of each loss and ``val/task_metric``; the test logs ``test/task_metric``,
+    and the same of each further test set. ``results`` keeps the last values of each split in full
+    precision, and ``calibration_curves`` the columns of each task's curve after a test, under
+    ``test/task``. Every checkpoint carries
     ``metadata``, which describes the model.
 
     Checkpoints of weights that are not finite are refused.
@@ -114,9 +115,11 @@ class MultiTaskModule(L.LightningModule):
         self._monitor = monitor
         self._schema = schema
         self.added_metrics = AddedMetrics(metrics or {})
-        make_metrics = partial(TaskMetrics, schema, self.added_metrics)
-        self.val_metrics = make_metrics(min_group_rows=min_group_rows)
-        self.test_metrics = make_metrics(min_group_rows=min_group_rows)
+        self._make_metrics = partial(
+            TaskMetrics, schema, self.added_metrics, min_group_rows=min_group_rows
+        )
+        self.val_metrics = self._make_metrics()
+        self.test_metrics: list[tuple[str, TaskMetrics]] = []  # by test set
         self._values: list[tuple[int, Tensor]] = []  # row counts and latest values to log
         self._sums: list[float] = []  # of the values times the row counts, in this epoch
         self._rows = 0
@@ -227,8 +230,18 @@ class MultiTaskModule(L.LightningModule):
     def validation_step(self, batch: Batch) -> None:
         self.val_metrics.update(self(batch), require_labels(batch), batch.group)
 
-    def test_step(self, batch: Batch) -> None:
-        self.test_metrics.update(self(batch), require_labels(batch), batch.group)
+    def on_test_start(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, DataModule):
+            names = data.test_splits
+        else:
+            count = len(self.trainer.num_test_batches)
+            names = ["test", *(f"test_{number}" for number in range(1, count))]
+        self.test_metrics = [(name, self._make_metrics().to(self.device)) for name in names]
+
+    def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
+        _, metrics = self.test_metrics[dataloader_idx]
+        metrics.update(self(batch), require_labels(batch), batch.group)
 
     def on_validation_start(self) -> None:
         if dist.is_initialized():  # batch norm's statistics come from each rank's own rows
@@ -247,11 +260,22 @@ class MultiTaskModule(L.LightningModule):
         if not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
 
+    @property
+    def test_results(self) -> dict[str, float]:
+        """``results`` of all test sets of the last test."""
+        return {
+            key: value
+            for split, _ in self.test_metrics
+            for key, value in self.results[split].items()
+        }
+
     def on_test_epoch_end(self) -> None:
-        self._log_metrics("test", self.test_metrics)
+        for split, metrics in self.test_metrics:
+            self._log_metrics(split, metrics)
         self.calibration_curves = {
-            f"test/{task}": {name: column.tolist() for name, column in curve._asdict().items()}
-            for task, curve in self.test_metrics.curves.items()
+            f"{split}/{task}": {name: column.tolist() for name, column in curve._asdict().items()}
+            for split, metrics in self.test_metrics
+            for task, curve in metrics.curves.items()
         }
 
     def _log_metrics(self, split: str, metrics: TaskMetrics) -> None:
@@ -274,7 +298,7 @@ class MultiTaskModule(L.LightningModule):
         arrays, rows = data.stored(split)
         numbers = rows[positions]
         values = np.abs(arrays["numerical"][numbers]).max(initial=0)
-        name = "test" if split == "test" else "training"
+        name = "training" if split == "val" else split
         shown = ", ".join(map(str, numbers[:_SHOWN_ROWS]))
         remedy = (
             f"Their numerical features reach {values:g}. Scale them, or leave these rows out."

@@ -38,10 +38,11 @@ def monitor_mode(monitor: str, schema: Schema, added: Mapping[str, str] | None =
     Raises:
         InputError: If it is on the test set, or not a metric of the data set's tasks.
     """
-    if monitor.startswith("test/"):
+    split, _, metric = monitor.partition("/")
+    if split == "test" or split.startswith("test_"):
         raise InputError(
             f"monitor={monitor} would choose the epoch on the test set, whose result would then "
-            f"estimate nothing. Choose monitor=val/{monitor.removeprefix('test/')}."
+            f"estimate nothing. Choose monitor=val/{metric}."
         )
     better: dict[str, str] = {n: m.better for n, m in METRICS.items() if m.can_monitor}
     modes = {

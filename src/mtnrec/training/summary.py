@@ -2,11 +2,12 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -50,7 +51,9 @@ def opening_panel(
         threads: Threads of this process.
     """
     parameters = count_parameters(network)
-    splits = {"train": "training", "val": "validation", "test": "test"}
+    splits = {"train": "training", "val": "validation"} | {
+        split: split for split in rows if split not in ("train", "val")
+    }
     counts = ", ".join(f"{rows[split]:,} {name}" for split, name in splits.items())
     mtn, proportion = config["mtn"], config["noise"]["proportion"]
     lines = {
@@ -82,15 +85,21 @@ def _call(settings: Mapping[str, Any]) -> str:
     return f"{name}({', '.join(given)})"
 
 
-def summary_table(schema: Schema, record: RunRecord) -> Table:
+def summary_tables(schema: Schema, record: RunRecord, splits: Iterable[str]) -> Group:
+    """Return the table of results of each test set."""
+    return Group(*(summary_table(schema, record, split) for split in splits))
+
+
+def summary_table(schema: Schema, record: RunRecord, split: str = "test") -> Table:
     """Return the table of results, one row per task.
 
     Args:
         schema: The tasks.
         record: Record of the run.
+        split: The test set.
     """
     metrics, counts = record.metrics, record.counts
-    shown = {"test AUC": "auc", "log loss": "log_loss", "Bayes AUC": "bayes_auc"}
+    shown = {f"{split} AUC": "auc", "log loss": "log_loss", "Bayes AUC": "bayes_auc"}
     monitor = record.config["monitor"]
     title = f"Best epoch {record.best_epoch}, chosen by {monitor}"
     if (value := metrics[monitor]) is None or math.isnan(value):
@@ -98,12 +107,12 @@ def summary_table(schema: Schema, record: RunRecord) -> Table:
     table = Table(
         title=title,
         title_justify="left",
-        caption="rows, positives and log loss: test set",
+        caption=f"rows, positives and log loss: {split} set",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
     )
-    if metric_key("test", schema.tasks[0].name, "bayes_auc") not in metrics:
+    if metric_key(split, schema.tasks[0].name, "bayes_auc") not in metrics:
         del shown["Bayes AUC"]
     else:
         table.caption = f"{table.caption}\nBayes AUC: of the true probabilities on its rows"
@@ -112,9 +121,9 @@ def summary_table(schema: Schema, record: RunRecord) -> Table:
     for header in ("rows", "positives", "val AUC", *shown):
         table.add_column(header, justify="right", no_wrap=True)
     for task in schema.tasks:
-        count = counts[f"test/{task.name}"]
+        count = counts[f"{split}/{task.name}"]
         keys = [metric_key("val", task.name, "auc")]
-        keys += [metric_key("test", task.name, metric) for metric in shown.values()]
+        keys += [metric_key(split, task.name, metric) for metric in shown.values()]
         table.add_row(
             schema.title(task),
             schema.definition(task).replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"),

@@ -40,7 +40,6 @@ from mtnrec.schema import CategoricalField, Schema
 
 _logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "test")
 _DATES = "YYYY-MM-DD or YYYY-MM-DD HH:MM:SS, with Z or +01:00 if it has a zone"
 _TIMES = {"integer": "an integer", "number": "a number", "date": f"a date ({_DATES})"}
 _INFERRED = {
@@ -376,21 +375,25 @@ class TablePreparation:
         report: dict[str, int] = {}
         count = len(plan.categorical)
         unseen = set(plan.categorical)  # fields of which no test value is known
-        times: dict[str, list[npt.NDArray[Any]]] = {split: [] for split in SPLITS}
+        times: dict[str, list[npt.NDArray[Any]]] = {
+            s: [] for s in ("train", "test", *self._sources)
+        }
         for source in self._sources:
             bad_rows, orphans = BadRows(self._table.on_error), 0
+            target = "test" if source == "train" else source  # of rows that are not for training
             for rows in self._rows("writing", source, plan, bad_rows, transforms):
                 indices = list(map(TextVocabulary.encode, vocabularies[:count], rows.categorical))
                 arrays = rows.arrays | {
                     "categorical": _side_by_side(indices, np.ones_like(rows.tests)),
                     "numerical": transformed(rows.numerical, *transforms),
                 }
-                for split, keep in (("train", ~rows.tests), ("test", rows.tests)):
+                for split, keep in (("train", ~rows.tests), (target, rows.tests)):
                     self._append(split, arrays, rows, keep, vocabularies[count:], plan)
                     self._count_missing(split, plan, rows, keep)
                     times[split].append(rows.time[keep])
                 known = zip(plan.categorical, indices, strict=True)
-                unseen -= {name for name, index in known if index[rows.tests].any()}
+                if target == "test":
+                    unseen -= {name for name, index in known if index[rows.tests].any()}
                 orphans += rows.orphans
             bad_rows.warn()
             report |= self._counted(source, bad_rows.count, orphans)

@@ -1,5 +1,7 @@
-"""Names and dtypes of a prepared data set's arrays."""
+"""Names of a prepared data set's splits, names and dtypes of its arrays."""
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,16 @@ BAG_DTYPES: dict[str, np.dtype[Any]] = {
     "weights": np.dtype(np.float32),
 }
 _REQUIRED = ("categorical", "numerical", "labels")
+_MORE_TESTS = re.compile(r"test_[a-z0-9_]+")
+
+
+def test_splits(splits: Iterable[str]) -> list[str]:
+    """Return the test sets among splits: ``test``, then those called ``test_*`` by name.
+
+    >>> test_splits(["train", "test_random", "test"])
+    ['test', 'test_random']
+    """
+    return sorted(split for split in splits if split == "test" or _MORE_TESTS.fullmatch(split))
 
 
 def required_arrays(schema: Schema) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mtnrec.checks import InputError
-from mtnrec.data.prepared.layout import BAG_DTYPES, DTYPES, bag_stem
+from mtnrec.data.prepared.layout import BAG_DTYPES, DTYPES, bag_stem, test_splits
 from mtnrec.schema import CategoricalField, Schema
 
 FORMAT_VERSION = 2
@@ -112,7 +112,9 @@ class Manifest:
         holds = {
             "source": isinstance(self.source, str),
             "parameters": isinstance(self.parameters, dict),
-            "rows": _is_table(self.rows, _is_count) and "train" in self.rows,
+            "rows": _is_table(self.rows, _is_count)
+            and "train" in self.rows
+            and self.rows.keys() == {"train", *test_splits(self.rows)},
             "positives": _is_table(self.positives, _counts),
             "missing": _is_table(self.missing, _counts) and self.missing.keys() >= self.rows.keys(),
             "transforms": _is_table(self.transforms, _is_transform),

@@ -3,6 +3,7 @@
 ::
 
     schema.json                     format version, fields, labels, rows, positives, checksums
+    <split>                         train, test, and any number of other test sets, test_*
     vocabulary/<field>.parquet      raw value -> index, from training rows
     <split>/categorical.npy         int32   (rows, F), row-major
     <split>/numerical.npy           float32 (rows, N)

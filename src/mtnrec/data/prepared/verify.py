@@ -21,8 +21,9 @@ from mtnrec.schema import Schema
 
 _SETTLED_SECONDS = 2.0  # the coarsest timestamps of a file system
 _ROWS_PER_CHECK = 1 << 16
-# Parameters that identify raw files, by name, size and SHA-256: of a log, and of a table.
-IDENTITIES = ("raw", "train", "test")
+# Parameters that identify raw files, by name, size and SHA-256: of a log, of a table, and of its
+# further test tables by name.
+IDENTITIES = ("raw", "train", "test", "tests")
 
 
 def verify_prepared(directory: Path, manifest: Manifest) -> None:
@@ -171,7 +172,10 @@ def find_changed(parameters: Mapping[str, Any], note: Path) -> list[Path]:
     """
     noted = [path for path in map(Path, _read_note(note)) if path.is_file()]
     changed = []
-    for entry in chain.from_iterable(_as_list(parameters.get(key)) for key in IDENTITIES):
+    more = parameters.get("tests")
+    found = [parameters.get(key) for key in IDENTITIES]
+    found += more.values() if isinstance(more, Mapping) else []
+    for entry in chain.from_iterable(map(_as_list, found)):
         if len(file := _as_list(entry)) == 3:  # a frame has two entries
             paths = [path for path in noted if path.name == file[0]]
             if paths and all(noted_sha256(path, note) != file[2] for path in paths):

@@ -12,7 +12,7 @@ from mtnrec.reporting.labels import LABEL_NOISE
 from mtnrec.reporting.significance import RankTest, compare_ranks
 from mtnrec.reporting.table.published import task_title
 from mtnrec.reporting.table.render import Cell, Group, Row, Table
-from mtnrec.reporting.table.scores import SPLIT_NAMES, data_name, in_order, p_text
+from mtnrec.reporting.table.scores import data_name, in_order, p_text, split_name
 
 _FEWEST_DATA, _FEWEST_ARMS = 2, 3
 _ROUGH = 10  # data sets below which the distribution of Friedman's statistic is approximated badly
@@ -148,7 +148,7 @@ def _table(rankings: Sequence[Ranking], split: str) -> Table:
     return Table(
         title=", ".join(filter(None, ["Ranks over data sets", noise])),
         stub="Arm",
-        groups=(Group(f"mean rank by {SPLIT_NAMES[split]} {metric}", tasks),),
+        groups=(Group(f"mean rank by {split_name(split)} {metric}", tasks),),
         rows=tuple(rows),
         notes=(
             "Rank 1 is the best arm of a data set; ties share the mean of their ranks. Arms are "

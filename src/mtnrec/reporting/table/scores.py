@@ -24,7 +24,6 @@ from mtnrec.reporting.table.published import (
 )
 from mtnrec.reporting.table.render import Cell, Group, Row, Table
 
-SPLIT_NAMES = {"val": "validation", "test": "test"}
 _FEW_PAIRS = 5
 _LEVEL = 0.05
 _MANY_SEEDS = 1000  # more are not listed exactly
@@ -37,6 +36,15 @@ _COMPARED = ["baseline_mean", "difference", "deviation", "low", "high", "p_value
 _COMPARED += ["seeds_needed"]
 _EMPTY = "—"
 _DEVIATION = ", ± the standard deviation over them"
+
+
+def split_name(split: str) -> str:
+    """Return the name of a split in titles.
+
+    >>> split_name("val"), split_name("test"), split_name("test_random")
+    ('validation', 'test', 'test_random')
+    """
+    return "validation" if split == "val" else split
 
 
 def split_by_table(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -281,7 +289,7 @@ def _notes(cells: pd.DataFrame) -> tuple[str, ...]:
     metric, split = cells["metric"].iloc[0], cells["split"].iloc[0]
     fewest, most = cells["seeds"].min(), cells["seeds"].max()
     runs = f"{most}" if fewest == most else f"{fewest} to {most}"
-    title, rows = metric_info(metric).title, SPLIT_NAMES[split]
+    title, rows = metric_info(metric).title, split_name(split)
     notes = [f"Mean {title} on the {rows} rows over {runs} seeds{_DEVIATION}."]
     if set(cells["task"]) == set(TASKS):
         notes.append("CTR and CTCVR: all rows; CVR: the clicked rows.")
