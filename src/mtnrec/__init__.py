@@ -56,6 +56,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mtnrec.data.ali_ccp import AliCcp
     from mtnrec.data.aliexpress import AliExpress
+    from mtnrec.data.kuairand import KuaiRand
     from mtnrec.data.noise import Noise
     from mtnrec.data.synthetic import Synthetic
     from mtnrec.data.table import Table
@@ -92,6 +93,7 @@ __all__ = [
     "AdaTT",
     "AliCcp",
     "AliExpress",
+    "KuaiRand",
     "LazyAdam",
     "MMoE",
     "MultiTaskModule",
@@ -113,6 +115,7 @@ _MODULES = {
     "AdaTT": "model.adatt",
     "AliCcp": "data.ali_ccp",
     "AliExpress": "data.aliexpress",
+    "KuaiRand": "data.kuairand",
     "DCMT": "model.dcmt",
     "ESCM2": "model.escm2",
     "ESMM": "model.esmm",

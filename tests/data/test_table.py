@@ -586,7 +586,8 @@ def test_a_conversion_without_a_click_is_refused_or_dropped(prepared, frame, dir
     message = (
         r"line 7, column 'conversion': a conversion needs a click, each label of a funnel the one "
         r"before it "
-        r"\(set data.conversion_without_click=drop to drop and count it\), got '1'"
+        r"\(set data.conversion_without_click=drop to drop and count it, or =clear to count it as "
+        r"none\), got '1'"
     )
     with pytest.raises(InputError, match=message):
         prepared(frame)
@@ -595,6 +596,23 @@ def test_a_conversion_without_a_click_is_refused_or_dropped(prepared, frame, dir
     rows = np.concatenate([arrays[split]["numerical"][:, 0] for split in ("train", "test")])
     assert sorted(rows - 0.5) == sorted(set(range(ROWS)) - set(orphans))
     assert manifest.report == {"train_conversions_without_click": 3}
+
+
+def test_a_conversion_without_a_click_counts_as_none_if_it_is_cleared(prepared, frame):
+    stages = np.random.default_rng(3).integers(0, 2, (ROWS, 3))
+    frame[["click", "conversion", "refund"]] = stages
+    keys = {"labels": ["click", "conversion", "refund"], "conversion_without_click": "clear"}
+
+    manifest, arrays = prepared(frame, **keys)
+
+    changed = 0
+    for split in ("train", "test"):
+        raw = stages[arrays[split]["numerical"][:, 0].astype(int)]
+        wanted = [[a, a and b, a and b and c] for a, b, c in raw.tolist()]
+        assert arrays[split]["labels"].tolist() == wanted
+        changed += sum(row != new for row, new in zip(raw.tolist(), wanted, strict=True))
+    assert manifest.rows == {"train": 240, "test": 60}
+    assert manifest.report == {"train_conversions_without_click": changed}
 
 
 @pytest.mark.parametrize(
@@ -776,7 +794,7 @@ def test_parts_and_files_with_other_columns_are_refused(directory, tmp_path, fra
         ({"standardise": 1}, "data.standardise must be true or false, got 1"),
         ({"funnel": "yes"}, "data.funnel must be true or false, got 'yes'"),
         ({"on_error": "drop"}, "data.on_error must be one of refuse, skip; got 'drop'"),
-        ({"conversion_without_click": "keep"}, "must be one of refuse, drop; got 'keep'"),
+        ({"conversion_without_click": "keep"}, "must be one of refuse, drop, clear; got 'keep'"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, message):

@@ -34,7 +34,9 @@ from mtnrec.data.ali_ccp import AliCcp
 from mtnrec.data.aliexpress import AliExpress
 from mtnrec.data.batches import RowGatherer
 from mtnrec.data.datamodule import DataModule
+from mtnrec.data.kuairand import KuaiRand
 from mtnrec.data.preparation.aliexpress import CATEGORICAL, LABELS, NUMERICAL
+from mtnrec.data.preparation.kuairand import OF_USER
 from mtnrec.data.prepared.manifest import Manifest
 from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.prepared.verify import sha256, verify_prepared
@@ -371,6 +373,39 @@ def _aliexpress(folder: Path) -> Target:
     return Target(run, cases, ({}, "refuse"))
 
 
+def _kuairand(folder: Path) -> Target:
+    get_console().quiet = True
+
+    def log(month: int, first: int) -> bytes:
+        head = "user_id,video_id,date,hourmin,time_ms,is_click,long_view,tab\n"
+        days = range(first, first + 8)
+        cells = [
+            f"{d % 4},{d % 3},2022{month:02}{d:02},{d}00,{d},{d % 2},{d % 4 // 3},1" for d in days
+        ]
+        return (head + "\n".join(cells) + "\n").encode()
+
+    users = ",".join(["user_id", *OF_USER]) + "\n" + f"1{',1' * len(OF_USER)}\n"
+    videos = "video_id,author_id,video_type,upload_type,music_type,tag,video_duration,upload_dt\n"
+    videos += '1,7,NORMAL,Web,4.0,"12,65",9233.0,2022-04-07\n'
+    whole = {
+        "log_standard_4_08_to_4_21_pure.csv": log(4, 10),
+        "log_standard_4_22_to_5_08_pure.csv": log(5, 1),
+        "log_random_4_22_to_5_08_pure.csv": log(5, 1),
+        "user_features_pure.csv": users.encode(),
+        "video_features_basic_pure.csv": videos.encode(),
+    }
+
+    def run(case: tuple[dict[str, Any], str]) -> None:
+        place = folder / "raw"
+        shutil.rmtree(place, ignore_errors=True)
+        _put(place, whole | case[0])
+        keys = {"raw_dir": place, "dir": folder / "set", "on_error": case[1]}
+        _datamodule(KuaiRand, "kuairand", **keys).prepare()
+
+    cases = st.tuples(_files(whole), st.sampled_from(BadRows.CHOICES))
+    return Target(run, cases, ({}, "refuse"))
+
+
 def _ali_ccp(folder: Path) -> Target:
     get_console().quiet = True
     source = folder / "log"
@@ -694,6 +729,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "parquet": _parquet,
     "aliexpress": _aliexpress,
     "ali_ccp": _ali_ccp,
+    "kuairand": _kuairand,
     "schema": _schema,
     "store": _store,
     "vocabulary": _vocabulary,

@@ -7,15 +7,12 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
 from mtnrec.checks import InputError, check_choice, check_flag, check_integer, check_number
 from mtnrec.data.datamodule import SelfPreparing
-from mtnrec.data.preparation.table import TablePreparation, TableSettings
+from mtnrec.data.preparation.table import TableSettings, prepare_tables
 from mtnrec.data.prepared.layout import test_splits
 from mtnrec.data.prepared.manifest import LARGEST_NUMBER, Manifest
 from mtnrec.data.prepared.store import open_prepared
-from mtnrec.data.prepared.writer import write_prepared
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.tabular import (
     ArrowStream,
@@ -86,8 +83,9 @@ class Table(SelfPreparing):
         separator: Character between the cells of csv files; None to infer it.
         decimal: Decimal sign of the numbers in csv files, ``.`` or ``,``; None to infer it.
         min_count: Minimum number of training rows with a categorical value to give it an index.
-        conversion_without_click: ``refuse`` a conversion without a click under ``funnel``, or
-            ``drop`` and count it.
+        conversion_without_click: ``refuse`` a conversion without a click under ``funnel``,
+            ``drop`` and count the row, or ``clear``, count it and keep the row without the
+            conversion.
         on_error: ``refuse`` a row that breaks a rule, or ``skip`` and count it.
     """
 
@@ -145,8 +143,8 @@ class Table(SelfPreparing):
         check_integer("data.min_count", self.min_count, minimum=1)
         if self.fill not in (None, "mean"):
             check_number("data.fill", self.fill, minimum=-LARGEST_NUMBER, maximum=LARGEST_NUMBER)
-        drop = ["refuse", "drop"]
-        check_choice("data.conversion_without_click", self.conversion_without_click, drop)
+        remedies = ["refuse", "drop", "clear"]
+        check_choice("data.conversion_without_click", self.conversion_without_click, remedies)
         check_choice("data.on_error", self.on_error, BadRows.CHOICES)
         self._check_form()
         self._check_roles()
@@ -316,16 +314,8 @@ class Table(SelfPreparing):
             InputError: If a setting or the table breaks a rule.
         """
         sources = self._open()
-        columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,} rows"))
-        with (
-            write_prepared(
-                self.folder, tuple(dict.fromkeys(["train", "test", *sources]))
-            ) as writer,
-            Progress(*columns, TimeElapsedColumn()) as progress,
-        ):
-            values = {key.name: getattr(self, key.name) for key in fields(TableSettings)}
-            settings = TableSettings(**values)
-            return TablePreparation(settings, sources, writer, progress).run()
+        values = {key.name: getattr(self, key.name) for key in fields(TableSettings)}
+        return prepare_tables(self.folder, TableSettings(**values), sources)
 
     def _open(self) -> dict[str, Source]:
         if self.train is None or self.labels is None:

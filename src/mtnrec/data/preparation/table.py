@@ -5,8 +5,9 @@ split and 17 to sort by time.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import polars as pl
 import rich.table
 from rich import box
-from rich.progress import Progress
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from mtnrec.arrays import BoolArray, Float64Array, Int64Array
@@ -23,7 +24,7 @@ from mtnrec.checks import InputError, format_names
 from mtnrec.data.prepared.manifest import LARGEST_NUMBER, Manifest
 from mtnrec.data.prepared.store import Arrays
 from mtnrec.data.prepared.vocabulary import TextCounts, TextVocabulary
-from mtnrec.data.prepared.writer import Writer
+from mtnrec.data.prepared.writer import Writer, write_prepared
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.column import (
     Moments,
@@ -53,7 +54,7 @@ WEIGHTS = "_weights"  # ends the name of the column of weights of a multi-valued
 _MOST_VALUES = 20  # of a label in a chunk
 _NEEDS_CLICK = (
     "a conversion needs a click, each label of a funnel the one before it (set "
-    "data.conversion_without_click=drop to drop and count it)"
+    "data.conversion_without_click=drop to drop and count it, or =clear to count it as none)"
 )
 
 
@@ -71,20 +72,20 @@ class TableSettings:
     parameters: dict[str, Any]
     named: dict[str, list[str]]
     labels: list[str]
-    funnel: bool
-    categorical: list[str] | None
-    numerical: list[str] | None
-    group: str | None
-    time: str | None
-    split: str
-    test_share: float
-    test_seed: int
-    fill: float | str | None
-    standardise: bool
-    positive: Any
-    min_count: int
-    conversion_without_click: str
-    on_error: str
+    funnel: bool = False
+    categorical: list[str] | None = None
+    numerical: list[str] | None = None
+    group: str | None = None
+    time: str | None = None
+    split: str = "random"
+    test_share: float = 0.2
+    test_seed: int = 0
+    fill: float | str | None = None
+    standardise: bool = True
+    positive: Any = None
+    min_count: int = 1
+    conversion_without_click: str = "refuse"
+    on_error: str = "refuse"
 
 
 class _Plan(NamedTuple):
@@ -131,11 +132,38 @@ class _Transforms(NamedTuple):
     scale: Float64Array
 
 
+def prepare_tables(
+    directory: Path, settings: TableSettings, sources: Mapping[str, Source]
+) -> Manifest:
+    """Read tables and write the prepared data set.
+
+    Args:
+        directory: Folder of the prepared data set.
+        settings: Settings of the preparation.
+        sources: Tables by split: ``train``, and those of test sets. Without ``test``, its rows are
+            a part of ``train``.
+
+    Raises:
+        InputError: If a setting or a table breaks a rule.
+    """
+    splits = tuple(dict.fromkeys(["train", "test", *sources]))
+    columns = (SpinnerColumn(), TextColumn("{task.description} {task.completed:,} rows"))
+    with (
+        write_prepared(directory, splits) as writer,
+        Progress(*columns, TimeElapsedColumn()) as progress,
+    ):
+        return TablePreparation(settings, sources, writer, progress).run()
+
+
 class TablePreparation:
     """The three passes over a table."""
 
     def __init__(
-        self, table: TableSettings, sources: dict[str, Source], writer: Writer, progress: Progress
+        self,
+        table: TableSettings,
+        sources: Mapping[str, Source],
+        writer: Writer,
+        progress: Progress,
     ) -> None:
         self._table = table
         self._labels = table.labels
@@ -440,7 +468,7 @@ class TablePreparation:
         counted = {}
         if table.on_error == "skip":
             counted[f"{source}_rows_skipped"] = skipped
-        if table.funnel and table.conversion_without_click == "drop":
+        if table.funnel and table.conversion_without_click != "refuse":
             counted[f"{source}_conversions_without_click"] = orphans
         return counted
 
@@ -470,12 +498,15 @@ class TablePreparation:
             bags = [rules.read_bags(name, weights) for name in plan.multivalued]
             group, time = self._read_keys(chunk, plan, rules)
             orphan = np.zeros(chunk.frame.height, np.bool_)
+            remedy = self._table.conversion_without_click
             if self._table.funnel:
                 for name, before, label in zip(self._labels[1:], labels, labels[1:], strict=False):
                     orphan |= label > before
-                    if self._table.conversion_without_click == "refuse":
+                    if remedy == "refuse":
                         rules.require(name, label <= before, _NEEDS_CLICK)
-            keep = ~(rules.broken | orphan)
+            if self._table.funnel and remedy == "clear":
+                labels = list(accumulate(labels, np.minimum))
+            keep = ~rules.broken if remedy == "clear" else ~(rules.broken | orphan)
             tests = plan.tests(chunk) if source == "train" else np.ones_like(keep)
             yield _Rows(
                 [to_text(chunk.frame[name]).filter(keep) for name in plan.categorical],
