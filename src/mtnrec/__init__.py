@@ -56,6 +56,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mtnrec.data.ali_ccp import AliCcp
     from mtnrec.data.aliexpress import AliExpress
+    from mtnrec.data.census_income import CensusIncome
     from mtnrec.data.kuairand import KuaiRand
     from mtnrec.data.noise import Noise
     from mtnrec.data.synthetic import Synthetic
@@ -93,6 +94,7 @@ __all__ = [
     "AdaTT",
     "AliCcp",
     "AliExpress",
+    "CensusIncome",
     "KuaiRand",
     "LazyAdam",
     "MMoE",
@@ -115,6 +117,7 @@ _MODULES = {
     "AdaTT": "model.adatt",
     "AliCcp": "data.ali_ccp",
     "AliExpress": "data.aliexpress",
+    "CensusIncome": "data.census_income",
     "KuaiRand": "data.kuairand",
     "DCMT": "model.dcmt",
     "ESCM2": "model.escm2",

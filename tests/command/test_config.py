@@ -35,7 +35,9 @@ def test_every_group_has_its_choices():
     countries = [f"aliexpress_{country}" for country in ("es", "fr", "nl", "ru", "us")]
 
     synthetic = ["synthetic", "synthetic_ali_ccp"]
-    assert choices("data") == [*("ali_ccp", *countries, "kuairand", *synthetic, "table")]
+    assert choices("data") == [
+        *("ali_ccp", *countries, "census_income", "kuairand", *synthetic, "table")
+    ]
     assert choices("model") == [
         "adatt",
         "aitm",

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from mtnrec.command.config import CONF_DIR
 from mtnrec.data.ali_ccp import AliCcp
 from mtnrec.data.aliexpress import AliExpress
+from mtnrec.data.census_income import CensusIncome
 from mtnrec.data.kuairand import KuaiRand
 from mtnrec.data.noise import Noise
 from mtnrec.data.synthetic import Synthetic
@@ -41,7 +42,7 @@ def default(parameter):
 def test_each_constructor_has_a_file():
     targets = {get_class(config["_target_"]) for config in FILES.values()}
 
-    assert targets == {AliCcp, AliExpress, KuaiRand, Noise, Synthetic, Table}
+    assert targets == {AliCcp, AliExpress, CensusIncome, KuaiRand, Noise, Synthetic, Table}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -78,6 +79,7 @@ def test_seeds_are_zero_by_default(name):
     [
         ("ali_ccp", AliCcp),
         ("aliexpress_nl", lambda: AliExpress(country="nl")),
+        ("census_income", CensusIncome),
         ("kuairand", KuaiRand),
         ("synthetic", Synthetic),
         ("table", Table),

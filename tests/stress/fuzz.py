@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 sys.path.append(str(Path(__file__).parents[1]))  # for `reference`
 TARGETS = (
     *("csv", "triples", "archive", "table", "parquet", "aliexpress", "ali_ccp"),
-    *("kuairand",),
+    *("kuairand", "census_income"),
     *("schema", "store", "vocabulary", "checkpoint", "config"),
 )
 _BY_COVERAGE = ("csv", "triples", "archive")

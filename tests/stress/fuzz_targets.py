@@ -33,6 +33,7 @@ from mtnrec.command.errors import find_input_error
 from mtnrec.data.ali_ccp import AliCcp
 from mtnrec.data.aliexpress import AliExpress
 from mtnrec.data.batches import RowGatherer
+from mtnrec.data.census_income import CensusIncome
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.kuairand import KuaiRand
 from mtnrec.data.preparation.aliexpress import CATEGORICAL, LABELS, NUMERICAL
@@ -406,6 +407,29 @@ def _kuairand(folder: Path) -> Target:
     return Target(run, cases, ({}, "refuse"))
 
 
+def _census_income(folder: Path) -> Target:
+    get_console().quiet = True
+    schooling, states = ("Children", "High school graduate"), ("Never married", "Widowed")
+    lines = []
+    for n in range(8):
+        cells = [f"{n * column % 5}" for column in range(41)]
+        cells[4], cells[7] = schooling[n % 2], states[n % 3 % 2]
+        cells[25] = "?" if n == 0 else "MSA to MSA"
+        lines.append(", ".join([*cells, ("- 50000.", "50000+.")[n % 2]]) + "\n")
+    text = "".join(lines).encode()
+    whole = {"census-income.data": text, "census-income.test": text}
+
+    def run(case: tuple[dict[str, Any], str]) -> None:
+        place = folder / "raw"
+        shutil.rmtree(place, ignore_errors=True)
+        _put(place, whole | case[0])
+        keys = {"raw_dir": place, "dir": folder / "set", "on_error": case[1]}
+        _datamodule(CensusIncome, "census_income", **keys).prepare()
+
+    cases = st.tuples(_files(whole), st.sampled_from(BadRows.CHOICES))
+    return Target(run, cases, ({}, "refuse"))
+
+
 def _ali_ccp(folder: Path) -> Target:
     get_console().quiet = True
     source = folder / "log"
@@ -730,6 +754,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "aliexpress": _aliexpress,
     "ali_ccp": _ali_ccp,
     "kuairand": _kuairand,
+    "census_income": _census_income,
     "schema": _schema,
     "store": _store,
     "vocabulary": _vocabulary,

@@ -505,7 +505,7 @@ def _check_names(path: Path | str, names: list[str]) -> None:
 def _infer_dialect(path: Path, separator: str | None, decimal: str | None) -> Dialect:
     """Infer what is not given from the first lines of a csv file."""
     with readable(path):
-        lines = [line.removeprefix("\ufeff") for line in _lines(next(_blocks(path)))[:_SAMPLE]]
+        lines = [line.removeprefix("\ufeff") for line in split_lines(next(_blocks(path)))[:_SAMPLE]]
     if separator is None:
         is_tab = ".tsv" in path.suffixes
         separator = "\t" if is_tab else max(_SEPARATORS, key=partial(_rows_split_alike, lines))
@@ -536,7 +536,7 @@ def _rows_split_alike(lines: Sequence[str], separator: str) -> tuple[bool, int, 
 
 
 def _csv_header(path: Path, dialect: Dialect) -> list[str]:
-    first = _lines(next(_blocks(path)))[0]
+    first = split_lines(next(_blocks(path)))[0]
     if not first:
         raise InputError(f"{path} must start with a header, got an empty line. Delete that line.")
     if first.count(dialect.separator) >= MOST_COLUMNS:
@@ -670,7 +670,7 @@ def _without_last_blanks(blocks: Iterator[Block]) -> Iterator[Block]:
             yield Block(block.source, first_line, data[:end])
 
 
-def _lines(block: Block) -> pl.Series:
+def split_lines(block: Block) -> pl.Series:
     """Split a block into lines without line ends."""
     try:
         text = block.data.decode()
@@ -691,9 +691,9 @@ def _split_csv(path: Path, header: list[str], separator: str) -> Iterator[_Lines
     """
     blocks = _blocks(path)
     for block in blocks:
-        lines, line = _lines(block), block.first_line
+        lines, line = split_lines(block), block.first_line
         if b'"' in block.data:
-            rest = chain.from_iterable(map(_lines, blocks))
+            rest = chain.from_iterable(map(split_lines, blocks))
             yield from _split_quoted(chain(lines, rest), line, header, separator)
             return
         numbers = np.arange(line, line + len(lines))
