@@ -63,7 +63,8 @@ def test_the_signature_has_the_defaults_of_the_file(group, choice):
 def test_the_module_has_the_defaults_of_train(compose_config):
     config, parameters = compose_config(), inspect.signature(MultiTaskModule).parameters
 
-    for key in ("scheduler", "monitor", "task_loss", "min_group_rows", "cuda_graphs"):
+    keys = ("scheduler", "monitor", "task_loss", "min_group_rows", "cuda_graphs", "keep_scores")
+    for key in keys:
         assert parameters[key].default == config[key]
     optimizer = {k: v for k, v in config.optimizer.items() if not k.startswith("_")}
     decay = optimizer.pop("embedding_weight_decay")

@@ -34,6 +34,7 @@ def test_the_id_does_not_depend_on_where_a_run_reads_and_writes(make_id):
     assert make_id("data.verify", value=False) == make_id()
     assert make_id("threads", 1) == make_id()
     assert make_id("resume", value=False) == make_id()
+    assert make_id("keep_scores", value=True) == make_id()
     assert make_id("trainer.enable_model_summary", value=True) == make_id()
     assert make_id("trainer.checkpoint_every_n_steps", 5) == make_id()  # without MTN
 

@@ -130,6 +130,7 @@ class Train:
     resume: bool = True
     dry_run: bool = False
     cuda_graphs: bool = False
+    keep_scores: bool = False
     threads: int | None = None
     data_root: str = MISSING
     output_dir: str = MISSING

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +95,20 @@ class TaskRows:
     def grouped_share(self) -> Tensor | None:
         """Share of the rows whose group counts in the grouped AUC; None without groups."""
         return None if self._grouped is None else self._grouped.share
+
+
+class MeasuredRows(NamedTuple):
+    """Predictions of a split, in its order.
+
+    Args:
+        positive: ``log P(label = 1)``, ``(n, T)``.
+        labels: 0 or 1, ``(n, T)``.
+        groups: Group ids, ``(n,)``; None if the data has none.
+    """
+
+    positive: Tensor
+    labels: Tensor
+    groups: Tensor | None
 
 
 def log_probability(task: Task, positive: Tensor) -> Tensor:
@@ -205,7 +220,8 @@ class TaskMetrics(Metric):
     of them for groups); computing takes as many again plus about 25, and 80 more with true
     probabilities. ``curves`` holds the calibration curves of the last ``compute()`` by task; their
     bins are those of the calibration error, at no extra cost. ``nan_rows`` holds the positions of
-    the rows that have a score that is not a number, as an int64 tensor.
+    the rows that have a score that is not a number, as an int64 tensor. ``rows`` holds the
+    predictions themselves until the next ``reset()``.
 
     Args:
         schema: Fields and labels of the data.
@@ -233,6 +249,7 @@ class TaskMetrics(Metric):
         self._added = AddedMetrics({}) if added is None else added
         self.curves: dict[str, calibration.CalibrationCurve] = {}
         self.nan_rows = torch.zeros(0, dtype=torch.long)
+        self.rows: MeasuredRows | None = None
         for state in ("positive", "negative", "labels", "groups"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
@@ -249,6 +266,10 @@ class TaskMetrics(Metric):
         self.labels.append(labels.to(torch.uint8))
         if group is not None:
             self.groups.append(group)
+
+    def reset(self) -> None:
+        super().reset()
+        self.rows = None
 
     def compute(self, probabilities: Float64Array | None = None) -> dict[str, Tensor]:
         """Return every metric as a float64 scalar under ``task_metric``, and the counts.
@@ -268,6 +289,7 @@ class TaskMetrics(Metric):
         groups = dim_zero_cat(self.groups).cpu() if len(self.groups) else None
         labels = dim_zero_cat(self.labels).cpu()
         self.nan_rows = output.positive.isnan().any(dim=1).nonzero().squeeze(1)
+        self.rows = MeasuredRows(output.positive, labels, groups)
         values: dict[str, Tensor] = {}
         for task in self._schema.tasks:
             rows = rows_of_task(task, output, labels, groups, self._min_group_rows)

@@ -182,8 +182,8 @@ def clear_earlier_run(folder: Path, *, resumes: bool) -> None:
         resumes: Whether the same training continues: it keeps its spectra and its W&B run. Its
             other logs are deleted as well, since it logs the earlier epochs again.
     """
-    names = ["csv", "tensorboard"] if resumes else ["csv", "tensorboard", "spectra"]
-    for name in names:
+    names = ["csv", "tensorboard", "scores"]
+    for name in names if resumes else [*names, "spectra"]:
         shutil.rmtree(folder / name, ignore_errors=True)
     for pattern in ("events.*", "*/events.*"):  # a TensorBoard logger of another name
         for path in folder.glob(f"{pattern}tfevents.*"):

@@ -31,6 +31,7 @@ _DEFAULTS = {
 # its result. The checksum stands for the data.
 _NOT_OF_THE_RUN = (
     *("logger", "output_dir", "data_root", "resume", "dry_run", "cuda_graphs", "threads"),
+    "keep_scores",
 )
 _NOT_OF_THE_DATA = ("dir", "raw_dir", "train", "test", "tests", "verify", "threads")
 _ADDS_NOTHING = {"min_group_rows": 1}  # keys left out of the settings at these values

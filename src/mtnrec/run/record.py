@@ -81,6 +81,7 @@ class RunRecord:
         added_metrics: Better direction, ``higher`` or ``lower``, of each metric that the catalogue
             lacks.
         keys_of_seed: Dotted config keys derived from the seed, including ``seed``.
+        scores: SHA-256 of the file of kept scores, by test set; see :mod:`mtnrec.run.scores`.
         status: ``finished``.
         format_version: Version of the format; records before 0.2 have none and are read as 1.
     """
@@ -109,6 +110,7 @@ class RunRecord:
     parameters: Mapping[str, int] = field(default_factory=dict)
     added_metrics: Mapping[str, str] = field(default_factory=dict)
     keys_of_seed: Sequence[str] = field(default_factory=lambda: ["seed", "data.seed"])
+    scores: Mapping[str, str] = field(default_factory=dict)
     status: str = "finished"
     format_version: int = FORMAT_VERSION
 

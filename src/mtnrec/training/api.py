@@ -92,6 +92,7 @@ def fit(
     min_group_rows: int = 1,
     resume: bool = True,
     cuda_graphs: bool = False,
+    keep_scores: bool = False,
     threads: int | None = None,
     output_dir: str | Path | None = None,
 ) -> FinishedRun:
@@ -135,6 +136,8 @@ def fit(
             count in its grouped AUC.
         resume: Whether to keep a finished run in the folder, and to resume an interrupted one.
         cuda_graphs: Whether a GPU replays a captured step.
+        keep_scores: Whether to store the scores of the test rows, for intervals over users in
+            reports.
         threads: Number of torch threads in this process; None leaves it unchanged.
         output_dir: Folder of the run; by default one in ``runs`` named after the settings.
 
@@ -173,6 +176,7 @@ def fit(
         "min_group_rows": min_group_rows,
         "resume": resume,
         "cuda_graphs": cuda_graphs,
+        "keep_scores": keep_scores,
         "threads": threads,
         "output_dir": "",
     }

@@ -86,6 +86,12 @@ def find_or_fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) 
     _logger.info("%s is finished; resume=false trains again", output_dir)
     threads = torch.get_num_threads() if cfg.threads is None else cfg.threads
     warn_of_changes([(record, threads)])
+    if cfg.keep_scores and not record.scores:
+        _logger.warning(
+            "%s was trained without keep_scores=true and has no scores. Set resume=false to train "
+            "it again",
+            output_dir,
+        )
     return record
 
 
@@ -191,6 +197,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         sources=own_sources,
         stopped=stopped,
         added_metrics=module.added_metrics.directions,
+        scores=_keep_scores(trainer, module, datamodule) if cfg.keep_scores else {},
         seconds=recorder.seconds,
         samples_per_second=recorder.samples_per_second(),
         peak_memory_bytes=peak_memory_bytes(),
@@ -291,6 +298,7 @@ def _make_module(cfg: DictConfig, datamodule: DataModule) -> MultiTaskModule:
         metrics=instantiate(cfg.metrics, _convert_="all"),
         min_group_rows=cfg.min_group_rows,
         cuda_graphs=cfg.cuda_graphs,
+        keep_scores=cfg.keep_scores,
     )
     settings = cast(dict[str, Any], OmegaConf.to_container(cfg.model, resolve=True))
     module.metadata = model_metadata(settings, datamodule.manifest, datamodule.folder)
@@ -308,6 +316,17 @@ def _make_trainer(cfg: DictConfig, callbacks: list[L.Callback]) -> L.Trainer:
     )
     trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     return trainer
+
+
+def _keep_scores(
+    trainer: L.Trainer, module: MultiTaskModule, datamodule: DataModule
+) -> dict[str, str]:
+    """Write the scores of the test rows on rank 0; return the SHA-256 of the files there."""
+    from mtnrec.training.kept_scores import keep_scores  # loads pyarrow, slow and seldom needed
+
+    if not trainer.is_global_zero:
+        return {}
+    return keep_scores(Path(trainer.default_root_dir), datamodule.schema, module.tested_rows)
 
 
 def _describe_data(datamodule: DataModule, leaks: LeakCheck) -> dict[str, Any]:
@@ -332,6 +351,7 @@ def check_settings(cfg: DictConfig) -> None:
     check_trainer_keys(cfg.trainer)
     check_clipping(cfg.trainer, cfg.optimizer)
     check_flag("resume", cfg.resume)
+    check_flag("keep_scores", cfg.keep_scores)
     check_choice("stop", cfg.stop, STOPS)
     check_choice("task_loss", cfg.task_loss, TASK_LOSSES)
     _check_repeats(cfg)

@@ -20,7 +20,7 @@ from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.checks import InputError, check_flag, check_number
 from mtnrec.data.datamodule import DataModule
 from mtnrec.metric.added import AddedMetrics
-from mtnrec.metric.task_metrics import TaskMetrics
+from mtnrec.metric.task_metrics import MeasuredRows, TaskMetrics
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.loss import require_labels
 from mtnrec.model.network import require_network, split_parameters
@@ -74,6 +74,7 @@ class MultiTaskModule(L.LightningModule):
             grouped AUC.
         cuda_graphs: Whether a GPU captures the passes of the network and replays them, if network
             and loss have ``supports_cuda_graphs``; no effect on a CPU.
+        keep_scores: Whether ``tested_rows`` keeps the predictions of each test set.
 
     Raises:
         InputError: If a value is out of range.
@@ -94,6 +95,7 @@ class MultiTaskModule(L.LightningModule):
         metrics: Mapping[str, Metric] | None = None,
         min_group_rows: int = 1,
         cuda_graphs: bool = False,
+        keep_scores: bool = False,
     ) -> None:
         super().__init__()
         require_network(network)
@@ -126,6 +128,8 @@ class MultiTaskModule(L.LightningModule):
         self.results: dict[str, dict[str, float]] = {}
         self.calibration_curves: dict[str, dict[str, list[float]]] = {}
         self.metadata: dict[str, Any] = {}
+        self._keep_scores = keep_scores
+        self.tested_rows: dict[str, MeasuredRows] = {}
         self._cuda_graphs = cuda_graphs
         self._graph: CudaGraphLoss | None = None
         self._batch: Batch | None = None  # for the losses after the step
@@ -283,6 +287,8 @@ class MultiTaskModule(L.LightningModule):
         true = data.column(split, "probabilities") if isinstance(data, DataModule) else None
         found = metrics.compute(true)
         values = {f"{split}/{name}": value.item() for name, value in found.items()}
+        if self._keep_scores and split != "val" and metrics.rows is not None:
+            self.tested_rows[split] = metrics.rows
         metrics.reset()
         if len(metrics.nan_rows):
             raise self._nan_scores(split, metrics.nan_rows.numpy())
