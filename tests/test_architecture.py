@@ -48,7 +48,7 @@ ALLOWED = {
     "evaluate": {"command", "system", "predict", "serving"},
     "export": {"checks", "command", "run", "serving"},
     "status": {"checks", "command", "run", "sweep"},
-    "report": {"command", "reporting"},
+    "report": {"checks", "command", "reporting"},
     "compare": {"checks", "command", "reporting", "run"},
     "dashboard": {"checks", "command", "system", "tracking"},
     "__main__": {"command"},

@@ -38,7 +38,10 @@ def test_a_sweep_becomes_results_tables_figures_and_a_page(reported):
     kinds = {path.name.partition("-")[0] for path in (reported / "figures").glob("*.png")}
     assert kinds >= {"training_curves", "alphas", "effective_ranks", "spectra", "reliability"}
     assert kinds >= {"paired_differences", "expert_distances"}
-    assert "Mean log loss on the validation rows" in (reported / "index.html").read_text()
+    page = (reported / "index.html").read_text()
+    assert "Mean log loss on the validation rows" in page
+    assert "The validation log loss of an arm minus that of its baseline" in page
+    assert "test AUC" not in page.partition("Costs of each arm")[0].replace("a test AUC", "")
 
 
 def test_every_metric_of_every_record_is_in_the_results(runs, reported):
@@ -90,3 +93,16 @@ def test_an_unknown_metric_is_refused_before_anything_is_written(runs, report, t
         report(f"runs={runs}", f"out={tmp_path / 'report'}", "metric=auk")
 
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("margin=0", "margin must be a number in"),
+        ("resamples=-1", "resamples must be an integer >= 0, got -1"),
+        ("resamples=99", "resamples must be 0 or at least 100, got 99"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_before_the_runs_are_read(override, message, report):
+    with pytest.raises(SystemExit, match=f"^mtnrec: {message}"):
+        report("runs=nowhere", override)

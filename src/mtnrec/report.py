@@ -6,42 +6,75 @@
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+import pandas as pd
 from omegaconf import DictConfig
 from rich import get_console
 from rich.progress import track
 
+from mtnrec.checks import InputError, check_integer, check_number
 from mtnrec.command.entry_point import entry_point
-from mtnrec.reporting.figure.catalogue import PlannedFigure, write_figures
+from mtnrec.reporting.figure.catalogue import write_figures
 from mtnrec.reporting.page import write_page
+from mtnrec.reporting.resampling import Resampled, resample_runs
 from mtnrec.reporting.runs import read_runs, unfinished
 from mtnrec.reporting.table.ranks import rank_arms, rank_tables
 from mtnrec.reporting.table.render import write_tables
-from mtnrec.reporting.table.scores import comparisons, difference_table, score_table, split_by_table
+from mtnrec.reporting.table.scores import (
+    comparisons,
+    difference_table,
+    row_table,
+    score_table,
+    split_by_table,
+)
+
+_FEWEST_RESAMPLES = 100
+T = TypeVar("T")
 
 
 @entry_point("report")
 def _report(cfg: DictConfig) -> None:
     """Write the report of finished runs: results, tables, figures and one page."""
+    check_number("margin", cfg.margin, minimum=sys.float_info.min)
+    check_integer("resamples", cfg.resamples, minimum=0)
+    if 0 < cfg.resamples < _FEWEST_RESAMPLES:
+        raise InputError(
+            f"resamples must be 0 or at least {_FEWEST_RESAMPLES}, got {cfg.resamples}: fewer have "
+            "no 95 % interval. Set resamples=1000, or 0 to leave out intervals over users."
+        )
     root, out, console = Path(cfg.runs), Path(cfg.out), get_console()
     runs = read_runs(root, cfg.baseline)
     left_out = [*runs.unreadable, *unfinished(root)]
-    compared = comparisons(runs.results, metric=cfg.metric, split=cfg.split)
-    scores, differences = [], []
+    shown = {"metric": cfg.metric, "split": cfg.split}
+
+    def compare(results: pd.DataFrame, resampled: Resampled | None = None) -> pd.DataFrame:
+        return comparisons(results, **shown, margin=cfg.margin, resampled=resampled)
+
+    compare(runs.results)  # refuses a metric that no run has, before the resamples
+    resampled = resample_runs(
+        runs,
+        split=cfg.split,
+        resamples=cfg.resamples if cfg.metric == "auc" else 0,
+        track=partial(_track, "resampling"),
+    )
+    compared = compare(runs.results, resampled)
+    scores, differences, over_rows = [], [], []
     for title, part in split_by_table(runs.results).items():
-        cells = comparisons(part, metric=cfg.metric, split=cfg.split)
+        cells = compare(part, resampled)
         scores.append(score_table(cells, title))
         if (cells["pairs"] > 0).any():
             differences.append(difference_table(cells, f"{title}: differences"))
-
-    ranks = list(
-        rank_tables(rank_arms(runs.results, metric=cfg.metric, split=cfg.split), cfg.split)
-    )
+        if (table := row_table(cells, f"{title}: intervals over seeds and users")) is not None:
+            over_rows.append(table)
+    ranks = list(rank_tables(rank_arms(runs.results, **shown)))
+    tables = [*scores, *differences, *over_rows, *ranks]
 
     runs.write(out)
-    write_tables(out / "tables", [*scores, *differences, *ranks])
-    figures = write_figures(out / "figures", runs, _track)
+    write_tables(out / "tables", tables)
+    figures = write_figures(out / "figures", runs, partial(_track, "figures"), **shown)
     page = out / "index.html"
     write_page(
         page,
@@ -50,12 +83,12 @@ def _report(cfg: DictConfig) -> None:
         compared=compared,
         scores=scores,
         differences=differences,
+        over_rows=over_rows,
         ranks=ranks,
         figures=figures,
     )
-    tables = len(scores) + len(differences) + len(ranks)
     console.print(
-        f"{len(runs)} runs, {tables} tables and {len(figures)} figures; the page is "
+        f"{len(runs)} runs, {len(tables)} tables and {len(figures)} figures; the page is "
         f"{page.resolve().as_uri()}",
         markup=False,
         soft_wrap=True,
@@ -79,10 +112,10 @@ def _quoted(argument: str) -> str:
     return f"{key}={json.dumps(value, ensure_ascii=False)}" if is_plain else argument
 
 
-def _track(planned: Sequence[PlannedFigure]) -> Iterable[PlannedFigure]:
-    """Iterate over the figures behind a progress bar; without a terminal, only iterate."""
+def _track(what: str, items: Sequence[T]) -> Iterable[T]:
+    """Iterate behind a progress bar; without a terminal, only iterate."""
     console = get_console()
-    return track(planned, "figures", console=console) if console.is_terminal else planned
+    return track(items, what, console=console) if console.is_terminal else items
 
 
 if __name__ == "__main__":

@@ -2,15 +2,23 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from mtnrec.reporting.figure.catalogue import WrittenFigure
 from mtnrec.reporting.page import write_page
+from mtnrec.reporting.resampling import Resampled
 from mtnrec.reporting.runs import read_runs, unfinished
 from mtnrec.reporting.summary import costs_of_arms, lay_out_forest, summarise
 from mtnrec.reporting.table.appendix import cost_table, deviation_tables, settings_tables
 from mtnrec.reporting.table.ranks import rank_arms, rank_tables
-from mtnrec.reporting.table.scores import comparisons, difference_table, score_table, split_by_table
+from mtnrec.reporting.table.scores import (
+    comparisons,
+    difference_table,
+    row_table,
+    score_table,
+    split_by_table,
+)
 
 VOID = {"meta", "img", "br", "input"}
 
@@ -52,18 +60,21 @@ def draw(out, kind):
     )
 
 
-def make_page(root, out, baseline=None):
+def make_page(root, out, baseline=None, **keys):
     runs = read_runs(root, baseline)
-    parts = {title: comparisons(part) for title, part in split_by_table(runs.results).items()}
+    tables = split_by_table(runs.results)
+    parts = {title: comparisons(part, **keys) for title, part in tables.items()}
+    over_rows = [row_table(cells, f"{title}: over users") for title, cells in parts.items()]
     out.mkdir()
     path = out / "index.html"
     write_page(
         path,
         runs,
         left_out=unfinished(root),
-        compared=comparisons(runs.results),
+        compared=comparisons(runs.results, **keys),
         scores=[score_table(cells, title) for title, cells in parts.items()],
         differences=[difference_table(cells, f"{title}: d") for title, cells in parts.items()],
+        over_rows=[table for table in over_rows if table is not None],
         ranks=list(rank_tables(rank_arms(runs.results))),
         figures=[draw(out, kind) for kind in ("alphas", "noise_curves", "alphas")],
     )
@@ -155,6 +166,84 @@ def test_without_a_significant_difference_the_verdict_says_so(tmp_path, write_ru
         "largest: buy +0.0005 [-0.0033, +0.0043], MMoE +MTN."
     )
     assert sure.startswith("Paired t-tests at 5 %, corrected by Holm for 1 comparison. To detect")
+
+
+def equal_arms(tmp_path, write_run, tasks):
+    """Arms whose differences are far below the margin on some tasks, and vary on the others."""
+    for seed in range(6):
+        for mtn in (False, True):
+            changes = {True: 0.01 + 1e-3 * (seed % 3), False: 1e-5 * (seed % 3 - 1)}
+            auc = {task: 0.7 + seed / 100 + mtn * changes[wide] for task, wide in tasks.items()}
+            write_run(tmp_path, f"{mtn}-{seed}", mtn=mtn, seed=seed, auc=auc)
+    return read_runs(tmp_path).results
+
+
+@pytest.mark.parametrize(
+    ("tasks", "verdict"),
+    [
+        ({"buy": False}, "With 6 seeds the two arms are equivalent within 0.0005 in test AUC "),
+        (
+            {"buy": False, "like": False},
+            "With 6 seeds the arms of all 2 comparisons are equivalent within 0.0005 in test AUC ",
+        ),
+        (
+            {"buy": False, "like": True},
+            "With 6 seeds 1 of 2 differences in test AUC between MTN and its baseline is "
+            "significant, 1 better and 0 worse, and 1 of 2 equivalent within 0.0005; largest: like",
+        ),
+    ],
+)
+def test_the_verdict_claims_equivalence_where_it_is_shown(tasks, verdict, tmp_path, write_run):
+    results = equal_arms(tmp_path, write_run, tasks)
+
+    first, *_ = summarise(comparisons(results))
+
+    assert first.startswith(verdict)
+
+
+def test_the_margin_decides_what_is_equivalent(tmp_path, write_run):
+    results = equal_arms(tmp_path, write_run, {"buy": False})
+
+    narrow, wide = (comparisons(results, margin=margin) for margin in (1e-6, 0.01))
+
+    assert set(narrow["verdict"]) <= {"", "different", "undecided"}
+    assert "equivalent within 0.01" in next(summarise(wide))
+
+
+def test_the_forest_plot_shows_the_margin_on_its_axis(tmp_path, write_run):
+    results = equal_arms(tmp_path, write_run, {"buy": True})
+
+    forest = lay_out_forest(comparisons(results, margin=0.002))
+
+    low, high = forest.band
+    (row,) = forest.differences
+    scale = (row.at - forest.zero) / 0.011  # the mean difference
+    assert high - forest.zero == pytest.approx(0.002 * scale, abs=0.05)
+    assert low == 0  # it reaches beyond the axis
+    assert lay_out_forest(comparisons(results[results["seed"] == 0])).band is None
+
+
+def test_the_page_folds_the_intervals_over_users_only_where_runs_kept_scores(root, tmp_path):
+    resampled = Resampled(
+        {
+            (path.parent.name, task): np.random.default_rng(number).normal(0.7, 0.001, 200)
+            for number, path in enumerate(sorted(root.glob("*/result.json")))
+            for task in ("ctr", "cvr", "ctcvr")
+        },
+        {path.parent.name: "rows" for path in root.glob("*/result.json")},
+        {"rows": 1234},
+    )
+
+    without = Page(make_page(root, tmp_path / "without")).text
+    text = Page(make_page(root, tmp_path / "with", resampled=resampled)).text
+
+    assert "Intervals over seeds, test users and both" in text
+    assert "1,234" in text
+    assert (
+        "For new trainings on new users (seeds and test rows together), of 6 comparisons:" in text
+    )
+    for said in ("Intervals over seeds", "new users", "over both"):
+        assert said not in without
 
 
 def test_a_forest_plot_has_every_difference_and_holds_every_interval(root):

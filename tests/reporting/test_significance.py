@@ -5,16 +5,19 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
-from statsmodels.stats.weightstats import DescrStatsW
+from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
 
 from mtnrec.checks import InputError
 from mtnrec.reporting.significance import (
+    RowComparison,
     compare,
+    compare_over_rows,
     compare_ranks,
     holm,
     mean_interval,
     seeds_needed,
     stars,
+    verdict,
 )
 
 
@@ -245,3 +248,149 @@ def test_the_range_of_normal_variables_exceeds_the_quantile_in_one_of_twenty_cas
     z = np.linspace(-10, 10, 20001)
     density = arms * stats.norm.pdf(z) * (stats.norm.cdf(z) - stats.norm.cdf(z - q)) ** (arms - 1)
     assert np.trapezoid(density, z) == pytest.approx(0.95, abs=1e-6)
+
+
+@pytest.mark.parametrize("pairs", [2, 5, 40])
+@pytest.mark.parametrize(("shift", "margin"), [(0.0, 0.0005), (0.0004, 0.001), (-0.003, 0.001)])
+def test_the_equivalence_test_is_that_of_statsmodels(pairs, shift, margin):
+    baseline, treated = drawn(pairs, shift)
+
+    found = compare(baseline, treated, margin=margin)
+
+    expected, *_ = ttost_paired(treated, baseline, -margin, margin)
+    assert found.equivalence_p == pytest.approx(expected, rel=1e-9)
+
+
+def test_arms_a_margin_apart_are_called_equivalent_as_often_as_the_level():
+    margin, deviation, pairs, tables = 0.0005, 0.0003, 5, 1500
+    rng = np.random.default_rng(0)
+    found = {
+        shift: sum(
+            compare(np.zeros(pairs), row, margin=margin).equivalence_p < 0.05
+            for row in rng.normal(shift, deviation, (tables, pairs))
+        )
+        for shift in (margin, 0.0)
+    }
+
+    low, high = stats.binom.ppf([1e-5, 1 - 1e-5], tables, 0.05)
+    assert low <= found[margin] <= high
+    # Both one-sided tests must reject: at least their powers less one.
+    one_sided = TTestPower().power(margin / deviation, pairs, alpha=0.05, alternative="larger")
+    assert found[0.0] >= stats.binom.ppf(1e-5, tables, 2 * one_sided - 1)
+    assert found[0.0] <= stats.binom.ppf(1 - 1e-5, tables, one_sided)
+
+
+def test_differences_that_do_not_vary_are_not_called_equivalent():
+    assert compare([0.7] * 4, [0.7] * 4).equivalence_p is None
+    assert verdict(math.nan, math.nan) == ""
+
+
+def test_a_significant_difference_below_the_margin_is_equivalent():
+    treated = 0.7 + np.array([0.0001, 0.0002, 0.0001, 0.0002, 0.0001, 0.0002])
+
+    found = compare(np.full(6, 0.7), treated)
+
+    assert found.p_value < 0.01
+    assert verdict(found.p_value, found.equivalence_p) == "equivalent"
+
+
+def seeds_and_rows(seeds, rng, *, shift=0.0, of_seeds=0.001, shared=0.0005, own=0.0004, size=200):
+    """Differences of runs that share their rows, and the same on resampled rows."""
+    observed, resampled = (
+        rng.normal(0, shared, (1, columns)) + rng.normal(0, own, (seeds, columns))
+        for columns in (1, size)
+    )
+    observed = observed[:, 0] + shift + rng.normal(0, of_seeds, seeds)
+    return observed, observed[:, None] + resampled
+
+
+def test_without_an_effect_of_the_rows_both_are_the_t_test_over_seeds():
+    differences = np.random.default_rng(0).normal(0.001, 0.001, 6)
+
+    found = compare_over_rows(differences, np.repeat(differences[:, None], 100, axis=1))
+
+    expected = stats.ttest_1samp(differences, 0)
+    interval = expected.confidence_interval()
+    assert found.both_p == pytest.approx(expected.pvalue)
+    assert (found.both_low, found.both_high) == pytest.approx((interval.low, interval.high))
+    assert (found.rows_low, found.rows_high) == pytest.approx([differences.mean()] * 2)
+    low, _, _ = ttost_paired(differences, np.zeros(6), -0.0005, 0.0005)
+    assert found.both_equivalence_p == pytest.approx(low)
+
+
+def test_without_an_effect_of_the_seeds_both_are_the_normal_interval_over_rows():
+    resampled = 0.001 + np.random.default_rng(0).normal(0, 0.002, 20000)
+
+    found = compare_over_rows([0.001, 0.001], [resampled, resampled])
+
+    z = stats.norm.ppf(0.975)
+    half = z * resampled.std()
+    assert (found.both_low, found.both_high) == pytest.approx((0.001 - half, 0.001 + half), 1e-3)
+    assert (found.rows_low, found.rows_high) == pytest.approx(
+        (0.001 - half, 0.001 + half), abs=0.03 * half
+    )
+
+
+def test_the_p_value_over_rows_inverts_its_interval():
+    resampled = np.random.default_rng(0).normal(0.002, 0.001, 999)
+
+    found = compare_over_rows([0.002], [resampled])
+
+    assert found.rows_p == pytest.approx(2 * (1 + (resampled <= 0).sum()) / 1000)
+    assert (found.rows_p < 0.05) == (found.rows_low > 0)
+    assert compare_over_rows([1.0], [np.ones(999)]).rows_p == 2 / 1000
+    assert compare_over_rows([0.0], [np.zeros(999)]).rows_p == 1
+
+
+def test_an_auc_that_many_resamples_leave_undefined_has_no_interval():
+    resampled = np.random.default_rng(0).normal(size=(2, 100))
+    few, many = resampled.copy(), resampled.copy()
+    few[0, :5], many[0, :6] = np.nan, np.nan
+
+    assert compare_over_rows([0, 0.1], few).rows_p is not None
+    assert compare_over_rows([0, 0.1], many) == RowComparison()
+
+
+def test_over_both_equal_arms_differ_at_the_level_and_a_planted_difference_is_found():
+    rng, tables, seeds, shift = np.random.default_rng(0), 1000, 5, 0.0025
+    found = {
+        planted: [
+            compare_over_rows(*seeds_and_rows(seeds, rng, shift=planted)).both_p < 0.05
+            for _ in range(tables)
+        ]
+        for planted in (0.0, shift)
+    }
+
+    low, high = stats.binom.ppf([1e-4, 1 - 1e-4], tables, 0.05)
+    assert low <= sum(found[0.0]) <= high
+    of_seeds, shared = (0.001**2 + 0.0004**2) / seeds, 0.0005**2
+    error = (of_seeds + shared) ** 0.5
+    freedom = error**4 / (of_seeds**2 / (seeds - 1))
+    critical = stats.t.ppf(0.975, freedom)
+    planned = stats.nct.sf(critical, freedom, shift / error)
+    assert np.mean(found[shift]) == pytest.approx(planned, abs=0.05)
+
+
+def test_over_seeds_alone_the_rows_that_arms_share_are_taken_for_a_difference():
+    rng = np.random.default_rng(0)
+    wrong = [
+        compare(np.zeros(5), seeds_and_rows(5, rng, shared=0.001)[0]).p_value < 0.05
+        for _ in range(500)
+    ]
+
+    assert np.mean(wrong) > 0.2  # why there is an interval over both
+
+
+def test_with_many_seeds_the_error_over_both_is_that_of_resampling_seeds_and_users():
+    """The pigeonhole bootstrap (Owen, 2007) of a mean, written out."""
+    rng, seeds, users, resamples = np.random.default_rng(0), 40, 300, 3000
+    values = rng.normal(0, 1, (seeds, 1)) + rng.normal(0, 3, users)
+    values += rng.normal(0, 0.5, (seeds, users))
+    weights = rng.multinomial(users, [1 / users] * users, resamples).T / users
+    of_seeds = rng.multinomial(seeds, [1 / seeds] * seeds, resamples).T / seeds
+
+    found = compare_over_rows(values.mean(axis=1), values @ weights)
+
+    pigeonhole = ((values @ weights) * of_seeds).sum(axis=0).std()
+    half = (found.both_high - found.both_low) / 2
+    assert half / stats.t.ppf(0.975, seeds - 1) == pytest.approx(pigeonhole, rel=0.06)

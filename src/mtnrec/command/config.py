@@ -173,6 +173,8 @@ class Report:
     metric: str = MISSING
     split: str = MISSING
     baseline: str | None = None
+    margin: float = MISSING
+    resamples: int = MISSING
 
 
 @dataclass

@@ -86,6 +86,7 @@ def write_page(
     compared: pd.DataFrame,
     scores: Sequence[Table],
     differences: Sequence[Table],
+    over_rows: Sequence[Table],
     ranks: Sequence[Table],
     figures: Sequence[WrittenFigure],
 ) -> None:
@@ -98,6 +99,7 @@ def write_page(
         compared: Output of :func:`mtnrec.reporting.table.scores.comparisons` for all runs.
         scores: Tables of scores.
         differences: Tables of the differences.
+        over_rows: Tables of the intervals over test rows, if runs kept their scores.
         ranks: Tables of the ranks over data sets.
         figures: Written figures; their SVG is embedded.
     """
@@ -119,7 +121,9 @@ def write_page(
         warnings=warn_of_machines(runs),
         facts=facts(runs),
         left_out=left_out,
-        sections=list(_sections(path, runs, compared, scores, differences, ranks, figures)),
+        sections=list(
+            _sections(path, runs, compared, scores, differences, over_rows, ranks, figures)
+        ),
         runs=runs_table(runs, path.parent),
         color_of=color_of,
         version=metadata.version("mtnrec"),
@@ -133,6 +137,7 @@ def _sections(
     compared: pd.DataFrame,
     scores: Sequence[Table],
     differences: Sequence[Table],
+    over_rows: Sequence[Table],
     ranks: Sequence[Table],
     figures: Sequence[WrittenFigure],
 ) -> Iterator[_Section]:
@@ -151,7 +156,14 @@ def _sections(
         "Results",
         most=0,
         tables=_rendered(scores),
-        folded=[("Each difference, with p-values", _rendered(differences))] if differences else (),
+        folded=[
+            (title, _rendered(tables))
+            for title, tables in (
+                ("Each difference, with p-values", differences),
+                ("Intervals over seeds, test users and both", over_rows),
+            )
+            if tables
+        ],
     )
     if ranks:
         yield section(RANKS, tables=_rendered(ranks))

@@ -8,17 +8,17 @@ from typing import Any
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
-from mtnrec.metric.catalogue import metric_info
 from mtnrec.reporting.baseline import natural_order
 from mtnrec.reporting.machines import describe_machines, threads
 from mtnrec.reporting.runs import Runs
 from mtnrec.reporting.table.appendix import mean_costs
 from mtnrec.reporting.table.published import task_title
-from mtnrec.reporting.table.scores import split_name
+from mtnrec.reporting.table.scores import name_values
 
 _LEVEL = 0.05
 _GIB = 2**30
 _MOST_NAMES = 3  # of data sets or arms in a sentence
+_VERDICTS = ("different", "equivalent", "undecided")
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,14 @@ class Forest:
         differences: Rows, in the tables' order.
         ticks: Text and position, in percent, of the axis's ticks.
         zero: Position of 0.
+        band: Positions of minus and plus the margin of equivalence; None if nothing was tested.
     """
 
     name: str
     differences: list[Difference]
     ticks: list[tuple[str, float]]
     zero: float
+    band: tuple[float, float] | None = None
 
 
 def summarise(compared: pd.DataFrame) -> Iterator[str]:
@@ -83,16 +85,26 @@ def summarise(compared: pd.DataFrame) -> Iterator[str]:
     seeds = _range(tested["pairs"])
     significant = tested[tested["holm_p"] < _LEVEL]
     largest = _largest(tested if significant.empty else significant, compared)
+    count, equal = len(tested), int((tested["verdict"] == "equivalent").sum())
+    within = f"equivalent within {tested['margin'].iloc[0]:g}"
     if tested["p_value"].notna().sum() == 0:
         yield f"With {seeds} no difference in {metric} {_from(compared)} can be tested; {largest}"
+    elif significant.empty and equal == count:
+        arms = "the two arms are" if count == 1 else f"the arms of all {count} comparisons are"
+        yield f"With {seeds} {arms} {within} in {metric} {_from(compared)}; {largest}"
     elif significant.empty:
-        yield f"With {seeds} no difference in {metric} {_from(compared)} is significant; {largest}"
+        clause = f", and {equal} of {count} {'is' if equal == 1 else 'are'} {within}" * bool(equal)
+        yield (
+            f"With {seeds} no difference in {metric} {_from(compared)} is significant{clause}; "
+            f"{largest}"
+        )
     else:
         better = int(significant["improved"].sum())
         yield (
-            f"With {seeds} {len(significant)} of {len(tested)} differences in {metric} "
+            f"With {seeds} {len(significant)} of {count} differences in {metric} "
             f"{_from(compared)} {'is' if len(significant) == 1 else 'are'} significant, {better} "
-            f"better and {len(significant) - better} worse; {largest}"
+            f"better and {len(significant) - better} worse"
+            f"{f', and {equal} of {count} {within}' * bool(equal)}; {largest}"
         )
     needed = tested["seeds_needed"].dropna()
     tests = int(tested["p_value"].notna().sum())
@@ -101,6 +113,17 @@ def summarise(compared: pd.DataFrame) -> Iterator[str]:
             f"Paired t-tests at 5 %, corrected by Holm for {tests} comparison{'s' * (tests > 1)}. "
             f"To detect a difference of 0.001 takes {_seeds(needed)} seeds."
         )
+    if tested["both_p"].notna().any():
+        yield _over_both(tested)
+
+
+def _over_both(tested: pd.DataFrame) -> str:
+    """Return how many verdicts hold for new trainings on new users."""
+    rows = tested[tested["both_p"].notna()]
+    counts = {word: int((rows["both_verdict"] == word).sum()) for word in _VERDICTS}
+    words = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    total = f"{len(rows)} comparison{'s' * (len(rows) > 1)}"
+    return f"For new trainings on new users (seeds and test rows together), of {total}: {words}."
 
 
 def lay_out_forest(compared: pd.DataFrame) -> Forest:
@@ -126,7 +149,11 @@ def lay_out_forest(compared: pd.DataFrame) -> Forest:
         rows += [_place_difference(name, cell, at, 0) for cell in others]
     values = [float(v) for v in MaxNLocator(4).tick_values(low, high) if low < v < high]
     ticks = [(f"{value:+g}" if value else "0", at(value)) for value in values]
-    return Forest(f"difference in {_metric(compared)}", rows, ticks, at(0.0))
+    band = None
+    if tested["equivalence_p"].notna().any():
+        half = float(tested["margin"].iloc[0])
+        band = max(0.0, at(-half)), min(100.0, at(half))
+    return Forest(f"difference in {_metric(compared)}", rows, ticks, at(0.0), band)
 
 
 def _place_difference(
@@ -136,7 +163,8 @@ def _place_difference(
     has_interval = pd.notna(cell["low"])
     text = _difference(cell)
     p_value = f", Holm p = {cell['holm_p']:.3f}" if pd.notna(cell["holm_p"]) else ""
-    title = f"{' '.join(filter(None, name))}, {task_title(cell['task'])}: {text}{p_value}"
+    found = f", {cell['verdict']}" if cell["verdict"] else ""
+    title = f"{' '.join(filter(None, name))}, {task_title(cell['task'])}: {text}{p_value}{found}"
     return Difference(
         arm=name[0],
         place=name[1],
@@ -207,8 +235,7 @@ def facts(runs: Runs) -> Mapping[str, str]:
 
 
 def _metric(compared: pd.DataFrame) -> str:
-    metric, split = compared["metric"].iloc[0], compared["split"].iloc[0]
-    return f"{split_name(split)} {metric_info(metric).title}"
+    return name_values(compared["metric"].iloc[0], compared["split"].iloc[0])
 
 
 def _from(compared: pd.DataFrame) -> str:

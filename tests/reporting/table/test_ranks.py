@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mtnrec.reporting.figure.catalogue import plan_figures
 from mtnrec.reporting.figure.results import critical_differences
 from mtnrec.reporting.runs import read_runs
 from mtnrec.reporting.table.ranks import rank_arms, rank_tables
@@ -172,6 +173,30 @@ def test_the_bars_of_the_figure_are_as_long_as_the_critical_difference(write, tm
     assert lengths == pytest.approx([ranking.test.critical_difference] * 3)
     assert [float(dot.get_xdata()[0]) for dot in dots] == sorted(ranking.test.mean_ranks)
     assert axes.texts[0].get_text() == "Shared-bottom, 1.00"
+
+
+@pytest.mark.parametrize(
+    ("metric", "split", "best", "values"),
+    [
+        ("auc", "test", "ESMM", "test AUC"),
+        ("log_loss", "val", "MMoE", "validation log loss"),
+    ],
+)
+def test_the_figure_ranks_by_the_metric_and_split_of_the_report(
+    metric, split, best, values, write, tmp_path
+):
+    for data, aucs in AUCS.items():
+        for model, auc in zip(MODELS, aucs, strict=True):
+            write(data, [auc], models=[model], metrics={"val/ctr_log_loss": auc})
+    runs = read_runs(tmp_path)
+
+    (figure,) = [f.draw() for f in plan_figures(runs, metric, split) if f.kind == "ranks"]
+    (table,) = rank_tables(rank_arms(runs.results, metric=metric, split=split))
+
+    (axes,) = figure.axes
+    assert axes.texts[0].get_text().startswith(f"{best}, 1.")
+    assert axes.get_xlabel() == f"mean rank, CTR: {values}"
+    assert table.groups[0].header == f"mean rank by {values}"
 
 
 def test_a_long_name_of_an_arm_takes_several_lines_and_more_height(write, tmp_path):

@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mtnrec.metric.catalogue import LayerKey
+from mtnrec.metric.catalogue import LayerKey, metric_info
 from mtnrec.reporting.figure import results as figures
 from mtnrec.reporting.figure import training as training_figures
 from mtnrec.reporting.figure.style import FORMATS, ordered, save
 from mtnrec.reporting.runs import Run, Runs
 from mtnrec.reporting.table.published import task_title
 from mtnrec.reporting.table.ranks import rank_arms
+from mtnrec.reporting.table.scores import name_values
 from mtnrec.system.files import remove_files, slug
 
 RANKS = "Ranks over data sets"  # section of the page
@@ -38,6 +39,8 @@ _logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Kind:
     """Texts shared by all figures of a kind.
+
+    ``{metric}`` stands for the metric of the report, ``{values}`` for it with its split.
 
     Args:
         section: Section of the page.
@@ -91,23 +94,23 @@ class PlannedFigure:
 KINDS = {
     "noise_curves": Kind(
         "Robustness",
-        "AUC against noise",
-        f"Test AUC against the proportion of noisy rows: {_INTERVAL}. The intervals are per arm; "
-        "those of the differences, paired by seed, are in another figure.",
-        "Line charts of test AUC against noise, one row per model and one column per task.",
+        "{metric} against noise",
+        f"The {{values}} against the proportion of noisy rows: {_INTERVAL}. The intervals are per "
+        "arm; those of the differences, paired by seed, are in another figure.",
+        "Line charts of {values} against noise, one row per model and one column per task.",
     ),
     "paired_differences": Kind(
         "Results",
         "Differences between paired runs",
-        "Test AUC of an arm minus that of its baseline, for each seed that both have (circles), "
-        f"and {_INTERVAL}. Right of the line, the AUC is higher than the baseline's.",
-        "Dot plots of the differences in test AUC, one row per model and noise, one column per "
+        "The {values} of an arm minus that of its baseline, for each seed that both have "
+        f"(circles), and {_INTERVAL}. Right of the line, it is higher than the baseline's.",
+        "Dot plots of the differences in {values}, one row per model and noise, one column per "
         "task.",
     ),
     "ranks": Kind(
         RANKS,
         "Ranks",
-        "Mean rank of each arm by test AUC over data sets, best first (marker, and the number "
+        "Mean rank of each arm by {values} over data sets, best first (marker, and the number "
         "after the name). The bars are as long as the critical difference: two arms whose bars do "
         "not overlap differ significantly at 5 %, over all pairs of arms (Nemenyi). Grey band: the "
         "bar of the best arm.",
@@ -115,11 +118,11 @@ KINDS = {
     ),
     "lambda_curves": Kind(
         "Lambda",
-        "AUC against lambda",
-        f"Test and validation AUC against lambda: {_INTERVAL}. Dashed: the baseline without MTN, "
-        "its interval in grey. Lambda is chosen by the validation AUC; the test AUC is shown for "
-        "information only.",
-        "Line charts of AUC against lambda on a log axis, with the baseline's level.",
+        "{metric} against lambda",
+        f"The {{metric}} against lambda: {_INTERVAL}. Dashed: the baseline without MTN, its "
+        "interval in grey. Lambda is chosen on the validation rows; the values of the test rows "
+        "are shown for information only.",
+        "Line charts of {metric} against lambda on a log axis, with the baseline's level.",
     ),
     "training_curves": Kind(
         "Training",
@@ -173,6 +176,9 @@ def write_figures(
     out: Path,
     runs: Runs,
     track: Callable[[Sequence[PlannedFigure]], Iterable[PlannedFigure]] = iter,
+    *,
+    metric: str = "auc",
+    split: str = "test",
 ) -> list[WrittenFigure]:
     """Write every figure that the runs have data for, as pdf, svg and png.
 
@@ -182,21 +188,27 @@ def write_figures(
         out: Folder of the files.
         runs: Finished runs.
         track: Iterates over the planned figures, for example behind a progress bar.
+        metric: Metric of the figures of results.
+        split: Split of the figures of results.
     """
+    names = {"metric": metric_info(metric).title, "values": name_values(metric, split)}
     out.mkdir(parents=True, exist_ok=True)
     remove_files(out, FORMATS)
     written, pages = [], Counter[str]()
     with warnings.catch_warnings(record=True) as caught:
-        for planned in track(plan_figures(runs)):
+        for planned in track(plan_figures(runs, metric, split)):
             if (figure := planned.draw()) is None:
                 continue
             texts, name = KINDS[planned.kind], slug(planned.kind, *planned.parts)
             pages[name] += 1
             page = f"-{pages[name]}" if pages[name] > 1 else ""
-            title = ", ".join((texts.title, *planned.parts)) + page.replace("-", ", part ")
+            kind_title, caption, alt = (
+                text.format(**names) for text in (texts.title, texts.caption, texts.alt)
+            )
+            title = ", ".join((kind_title, *planned.parts)) + page.replace("-", ", part ")
             paths = save(figure, out, name + page, title)
-            alt = f"{texts.alt} {', '.join(planned.parts)}."
-            found = WrittenFigure(planned.kind, planned.parts, title, texts.caption, alt, paths)
+            alt = f"{alt} {', '.join(planned.parts)}."
+            found = WrittenFigure(planned.kind, planned.parts, title, caption, alt, paths)
             written.append(found)
     _report_glyphs(caught)
     return written
@@ -221,31 +233,34 @@ def drawn_figures(runs: Runs) -> Iterator[_Drawn]:
         yield planned.kind, planned.parts, planned.draw()
 
 
-def plan_figures(runs: Runs) -> list[PlannedFigure]:
+def plan_figures(runs: Runs, metric: str = "auc", split: str = "test") -> list[PlannedFigure]:
     """Return every kind of figure for every data set, model and noise, to be drawn.
 
     Of many models, and of many arms of a model, only the first have figures of their training.
     """
-    return [*_of_results(runs), *_of_ranks(runs), *_of_training(runs), *_of_arrays(runs)]
+    of_results = (*_of_results(runs, metric, split), *_of_ranks(runs, metric, split))
+    return [*of_results, *_of_training(runs), *_of_arrays(runs)]
 
 
-def _of_results(runs: Runs) -> Iterator[PlannedFigure]:
+def _of_results(runs: Runs, metric: str, split: str) -> Iterator[PlannedFigure]:
     results = ordered(runs.results)
+    shown = {"metric": metric, "split": split}
     for (data,), of_data in _groups(results, "data"):
-        yield PlannedFigure("noise_curves", (data,), partial(figures.noise_curves, of_data))
+        draw: Callable[[], Figure | None] = partial(figures.noise_curves, of_data, **shown)
+        yield PlannedFigure("noise_curves", (data,), draw)
         for rows in _pages(of_data):
-            yield PlannedFigure(
-                "paired_differences", (data,), partial(figures.paired_differences, rows)
-            )
+            draw = partial(figures.paired_differences, rows, **shown)
+            yield PlannedFigure("paired_differences", (data,), draw)
         for (model, noise), rows in _groups(of_data, "model", "noise"):
             if rows["lam"].nunique() < 2:
                 continue
             parts = _parts(data, model, noise)
-            yield PlannedFigure("lambda_curves", parts, partial(figures.lambda_curves, rows))
+            draw = partial(figures.lambda_curves, rows, **shown)
+            yield PlannedFigure("lambda_curves", parts, draw)
 
 
-def _of_ranks(runs: Runs) -> Iterator[PlannedFigure]:
-    for ranking in rank_arms(runs.results):
+def _of_ranks(runs: Runs, metric: str, split: str) -> Iterator[PlannedFigure]:
+    for ranking in rank_arms(runs.results, metric=metric, split=split):
         parts = tuple(filter(None, (task_title(ranking.task), ranking.noise)))
         yield PlannedFigure("ranks", parts, partial(figures.critical_differences, ranking))
 

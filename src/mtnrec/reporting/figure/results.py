@@ -1,4 +1,4 @@
-"""Figures of results: AUC against noise and lambda, differences, ranks, calibration.
+"""Figures of results: a metric against noise and lambda, differences, ranks, calibration.
 
 Functions that draw a figure return None if the rows hold no data for it.
 """
@@ -28,21 +28,26 @@ from mtnrec.reporting.figure.style import (
 from mtnrec.reporting.significance import mean_interval
 from mtnrec.reporting.table.published import task_title
 from mtnrec.reporting.table.ranks import Ranking
+from mtnrec.reporting.table.scores import name_values
 
 CALIBRATION_BINS = 20
 _NAME_WIDTH = 46  # characters of an arm's name in a line of a figure one column wide
 
 
 @styled
-def noise_curves(results: pd.DataFrame, *, y: str = "test AUC") -> Figure | None:
-    """Draw test AUC against noise: a row per model, a column per task (paper, Figure 1).
+def noise_curves(
+    results: pd.DataFrame, *, metric: str = "auc", split: str = "test", y: str | None = None
+) -> Figure | None:
+    """Draw a metric against noise: a row per model, a column per task (paper, Figure 1).
 
     Args:
         results: Rows of :attr:`Runs.results` for one data set; variants with a single noise
             proportion are left out.
+        metric: Metric to draw.
+        split: Split to draw.
         y: Name of the values, if they were transformed.
     """
-    table = _aucs(results, "test")
+    table, y = _values(results, metric, split), y or name_values(metric, split)
     table = table.assign(row=table["model"], x=table["noise"])
     table = table[table.groupby(["row", "line"])["noise"].transform("nunique") > 1]
     if table.empty:
@@ -55,15 +60,22 @@ def noise_curves(results: pd.DataFrame, *, y: str = "test AUC") -> Figure | None
 
 
 @styled
-def lambda_curves(results: pd.DataFrame) -> Figure | None:
-    """Draw test and validation AUC against lambda, and the baseline as a line with a band.
+def lambda_curves(
+    results: pd.DataFrame, *, metric: str = "auc", split: str = "test"
+) -> Figure | None:
+    """Draw a metric against lambda, and the baseline as a line with a band.
 
     Args:
         results: Rows of :attr:`Runs.results` for one data set, model and noise; those with lambda
             0 are left out.
+        metric: Metric to draw.
+        split: Split to draw, above the validation rows.
     """
-    splits = {"test": "test AUC", "val": "validation AUC"}
-    table = pd.concat([_aucs(results, split).assign(row=name) for split, name in splits.items()])
+    rows = [
+        _values(results, metric, shown).assign(row=name_values(metric, shown))
+        for shown in dict.fromkeys([split, "val"])
+    ]
+    table = pd.concat(rows)
     lam = r"\(lam=[^,)]+\)|\blam=[^,)]+, |, lam=[^,)]+"
     line = table["line"].str.replace(lam, "", regex=True).str.strip()
     table = table.assign(line=line, x=table["lam"])
@@ -84,14 +96,18 @@ def lambda_curves(results: pd.DataFrame) -> Figure | None:
 
 
 @styled
-def paired_differences(results: pd.DataFrame) -> Figure | None:
-    """Draw an arm's test AUC minus its baseline's: a dot per seed, a diamond for mean and interval.
+def paired_differences(
+    results: pd.DataFrame, *, metric: str = "auc", split: str = "test"
+) -> Figure | None:
+    """Draw an arm's metric minus its baseline's: a dot per seed, a diamond for mean and interval.
 
     Args:
         results: Rows of :attr:`Runs.results` for one data set. Runs are paired by seed; a seed
             missing from either arm is left out.
+        metric: Metric to draw.
+        split: Split to draw.
     """
-    pairs = differences(_aucs(results, "test"))
+    pairs = differences(_values(results, metric, split))
     if pairs.empty:
         return None
     variants, tasks = pairs["line"].unique(), pairs["column"].unique()
@@ -113,20 +129,20 @@ def paired_differences(results: pd.DataFrame) -> Figure | None:
             axes.spines.bottom.set_visible(last)
             axes.tick_params(bottom=last)
     for axes, task in zip(grid[-1], tasks, strict=True):
-        axes.set_xlabel(f"{task}: difference of test AUC")
+        axes.set_xlabel(f"{task}: difference of {name_values(metric, split)}")
     legend(figure)
     return figure
 
 
-def differences(aucs: pd.DataFrame) -> pd.DataFrame:
+def differences(values: pd.DataFrame) -> pd.DataFrame:
     """Return arm minus baseline, ``difference``, for each seed that both have.
 
     Args:
-        aucs: One metric on one split, one row per run and task.
+        values: One metric on one split, one row per run and task.
     """
     pair = ["baseline", "seed", "task"]
-    without = aucs[~aucs["treated"]][[*pair, "value"]]
-    pairs = aucs[aucs["treated"]].merge(without, on=pair, suffixes=("", "_without"))
+    without = values[~values["treated"]][[*pair, "value"]]
+    pairs = values[values["treated"]].merge(without, on=pair, suffixes=("", "_without"))
     pairs["difference"] = pairs["value"] - pairs["value_without"]
     return pairs.dropna(subset="difference")
 
@@ -158,7 +174,7 @@ def critical_differences(ranking: Ranking) -> Figure:
         name.set_in_layout(False)
     axes.axvspan(ranks.min() - half, ranks.min() + half, color="0.55", alpha=0.15, linewidth=0)
     axes.set(xlim=(0.5, len(ranks) + 0.5), ylim=(heights[-1] + 0.5, 0.1), yticks=[])
-    axes.set_xlabel(f"mean rank, {task_title(ranking.task)}: test {ranking.metric}")
+    axes.set_xlabel(f"mean rank, {task_title(ranking.task)}: {ranking.values}")
     axes.spines.left.set_visible(False)
     return figure
 
@@ -199,9 +215,9 @@ def pooled(bins: pd.DataFrame, count: int = CALIBRATION_BINS) -> pd.DataFrame:
     return sums.div(bins["rows"].groupby(group).sum(), axis=0)
 
 
-def _aucs(results: pd.DataFrame, split: str) -> pd.DataFrame:
-    aucs = results[(results["split"] == split) & (results["metric"] == "auc")]
-    return ordered(aucs.assign(column=aucs["task"].map(task_title)))
+def _values(results: pd.DataFrame, metric: str, split: str) -> pd.DataFrame:
+    chosen = results[(results["split"] == split) & (results["metric"] == metric)]
+    return ordered(chosen.assign(column=chosen["task"].map(task_title)))
 
 
 def _draw_level(axes: Axes, values: pd.Series) -> None:

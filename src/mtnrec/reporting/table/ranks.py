@@ -12,7 +12,7 @@ from mtnrec.reporting.labels import LABEL_NOISE
 from mtnrec.reporting.significance import RankTest, compare_ranks
 from mtnrec.reporting.table.published import task_title
 from mtnrec.reporting.table.render import Cell, Group, Row, Table
-from mtnrec.reporting.table.scores import data_name, in_order, p_text, split_name
+from mtnrec.reporting.table.scores import data_name, in_order, name_values, p_text
 
 _FEWEST_DATA, _FEWEST_ARMS = 2, 3
 _ROUGH = 10  # data sets below which the distribution of Friedman's statistic is approximated badly
@@ -26,7 +26,7 @@ class Ranking:
     Args:
         task: Name of the task.
         noise: Feature and label noise; empty without noise.
-        metric: Name of the metric.
+        values: Name of the metric and the split.
         arms: Names of the ranked arms.
         colors: Numbers of their colours.
         data: Names of the data sets.
@@ -37,7 +37,7 @@ class Ranking:
 
     task: str
     noise: str
-    metric: str
+    values: str
     arms: tuple[str, ...]
     colors: tuple[int, ...]
     data: tuple[str, ...]
@@ -71,15 +71,14 @@ def rank_arms(results: pd.DataFrame, *, metric: str = "auc", split: str = "test"
     )
 
 
-def rank_tables(rankings: Sequence[Ranking], split: str = "test") -> Iterator[Table]:
+def rank_tables(rankings: Sequence[Ranking]) -> Iterator[Table]:
     """Yield a table of mean ranks per noise: a row per arm, a column per task.
 
     Args:
         rankings: Output of :func:`rank_arms`.
-        split: Split that the metric is measured on.
     """
     for noise in dict.fromkeys(ranking.noise for ranking in rankings):
-        yield _table([ranking for ranking in rankings if ranking.noise == noise], split)
+        yield _table([ranking for ranking in rankings if ranking.noise == noise])
 
 
 def _rank(rows: pd.DataFrame) -> Ranking | None:
@@ -98,7 +97,7 @@ def _rank(rows: pd.DataFrame) -> Ranking | None:
     return Ranking(
         task=rows["task"].iloc[0],
         noise=rows["condition"].iloc[0],
-        metric=info.title,
+        values=name_values(rows["metric"].iloc[0], rows["split"].iloc[0]),
         arms=tuple(arms),
         colors=tuple(int(colors[arm]) for arm in arms),
         data=tuple(names[other] for other in means.index),
@@ -124,7 +123,7 @@ def _complete(has: pd.DataFrame) -> tuple[list[str], list[str]]:
     return list(shared.index[: last + 1]), list(arms)
 
 
-def _table(rankings: Sequence[Ranking], split: str) -> Table:
+def _table(rankings: Sequence[Ranking]) -> Table:
     tasks = tuple(task_title(ranking.task) for ranking in rankings)
     ranks = pd.DataFrame(
         {
@@ -144,11 +143,11 @@ def _table(rankings: Sequence[Ranking], split: str) -> Table:
     }
     for name, texts in below.items():
         rows.append(Row(name, tuple(map(Cell, texts)), starts=name == "data sets"))
-    metric, noise = rankings[0].metric, rankings[0].noise
+    values, noise = rankings[0].values, rankings[0].noise
     return Table(
         title=", ".join(filter(None, ["Ranks over data sets", noise])),
         stub="Arm",
-        groups=(Group(f"mean rank by {split_name(split)} {metric}", tasks),),
+        groups=(Group(f"mean rank by {values}", tasks),),
         rows=tuple(rows),
         notes=(
             "Rank 1 is the best arm of a data set; ties share the mean of their ranks. Arms are "

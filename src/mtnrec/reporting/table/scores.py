@@ -14,7 +14,16 @@ from mtnrec.checks import InputError
 from mtnrec.metric.catalogue import metric_info
 from mtnrec.reporting.baseline import natural_order
 from mtnrec.reporting.labels import LABEL_NOISE
-from mtnrec.reporting.significance import compare, holm, stars
+from mtnrec.reporting.resampling import Resampled
+from mtnrec.reporting.significance import (
+    MARGIN,
+    RowComparison,
+    compare,
+    compare_over_rows,
+    holm,
+    stars,
+    verdict,
+)
 from mtnrec.reporting.table.published import (
     DATA_NAMES,
     MODELS,
@@ -33,7 +42,9 @@ _PLACE = ["model", "variant", "data", "noise", "task"]
 _ARM = ["arm", "baseline", "mtn", "treated", "label", "color"]
 _ARM += [*_PLACE, *_MTN_SETTINGS, "split", "metric"]
 _COMPARED = ["baseline_mean", "difference", "deviation", "low", "high", "p_value", "wilcoxon_p"]
-_COMPARED += ["seeds_needed"]
+_COMPARED += ["seeds_needed", "equivalence_p"]
+_OVER_ROWS = ["rows_low", "rows_high", "rows_p", "both_low", "both_high", "both_p"]
+_OVER_ROWS += ["both_equivalence_p"]
 _EMPTY = "—"
 _DEVIATION = ", ± the standard deviation over them"
 
@@ -45,6 +56,11 @@ def split_name(split: str) -> str:
     ('validation', 'test', 'test_random')
     """
     return "validation" if split == "val" else split
+
+
+def name_values(metric: str, split: str) -> str:
+    """Return the name of a metric on a split: ``test AUC``, ``validation log loss``."""
+    return f"{split_name(split)} {metric_info(metric).title}"
 
 
 def split_by_table(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -72,7 +88,14 @@ def split_by_table(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {title: part for title, part in parts.items() if len(part)}
 
 
-def comparisons(results: pd.DataFrame, *, metric: str = "auc", split: str = "test") -> pd.DataFrame:
+def comparisons(
+    results: pd.DataFrame,
+    *,
+    metric: str = "auc",
+    split: str = "test",
+    margin: float = MARGIN,
+    resampled: Resampled | None = None,
+) -> pd.DataFrame:
     """Return one row per arm and task of a table, in the table's order.
 
     Runs are paired by seed: a baseline and all arms that are compared with it are averaged over the
@@ -84,12 +107,18 @@ def comparisons(results: pd.DataFrame, *, metric: str = "auc", split: str = "tes
         results: Rows of :attr:`Runs.results`.
         metric: Metric to compare.
         split: Split to compare.
+        margin: Differences below it count as none, in the units of the metric.
+        resampled: AUCs on resampled rows of this split; None, or another metric than ``auc``,
+            leaves out what depends on them.
 
     Returns:
         The settings of the arm, ``mean``, ``spread`` (standard deviation over the seeds),
         ``seeds``, ``all_seeds``, and, for arms with a baseline, the fields of
-        :class:`~mtnrec.reporting.significance.PairedComparison`,
-        ``holm_p``, ``seeds_needed`` and ``improved``; undefined values are NaN.
+        :class:`~mtnrec.reporting.significance.PairedComparison` and
+        :class:`~mtnrec.reporting.significance.RowComparison`, the p-values corrected by Holm
+        (``holm_p``, ``holm_equivalence_p``), ``seeds_needed``, ``improved``, and the ``verdict`` of
+        the corrected p-values, over seeds and over ``both`` (``both_verdict``); undefined values
+        are NaN. ``groups`` is the number of users that were resampled, 0 for none.
 
     Raises:
         InputError: If no run has the metric.
@@ -102,13 +131,23 @@ def comparisons(results: pd.DataFrame, *, metric: str = "auc", split: str = "tes
         choices = ", ".join(found)
         raise InputError(f"no run has the metric {split}/{metric}. Choose one of {choices}.")
     blocks = chosen.groupby(["baseline", "task"], sort=False)
-    cells = pd.DataFrame([row for _, block in blocks for row in _block_rows(block)])
+    rows = resampled if metric == "auc" else None
+    cells = pd.DataFrame([row for _, block in blocks for row in _block_rows(block, margin, rows)])
     info = metric_info(metric, chosen["better"].iloc[0])
     cells["improved"] = info.improves(cells["mean"], cells["baseline_mean"])
-    cells["holm_p"] = np.nan
-    tested = cells["p_value"].notna()
-    cells.loc[tested, "holm_p"] = holm(cells.loc[tested, "p_value"])
+    cells["margin"] = margin
+    for prefix, p_value in (("", "p_value"), ("both_", "both_p")):
+        cells[f"{prefix}holm_p"] = _corrected(cells[p_value])
+        cells[f"{prefix}holm_equivalence_p"] = _corrected(cells[f"{prefix}equivalence_p"])
+        pairs = cells[[f"{prefix}holm_p", f"{prefix}holm_equivalence_p"]]
+        cells[f"{prefix}verdict"] = [verdict(*pair) for pair in pairs.itertuples(index=False)]
     return _sorted(cells, chosen)
+
+
+def _corrected(p_values: pd.Series) -> pd.Series:
+    """Return Holm's correction of the p-values that are defined."""
+    tested = p_values.dropna()
+    return pd.Series(holm(tested), tested.index).reindex(p_values.index)
 
 
 def score_table(cells: pd.DataFrame, title: str) -> Table:
@@ -157,6 +196,7 @@ def difference_table(cells: pd.DataFrame, title: str) -> Table:
     columns = (
         *("data", "task", "pairs", "baseline", "arm", "difference", "95 % interval", "p", "Holm p"),
         *(["Wilcoxon p"] if cells["wilcoxon_p"].notna().any() else []),
+        *(["equivalence p", "verdict"] if cells["equivalence_p"].notna().any() else []),
         "seeds for 0.001",
     )
     headers = {(data, noise): (header, tasks) for data, noise, header, tasks in _groups(cells)}
@@ -172,9 +212,10 @@ def difference_table(cells: pd.DataFrame, title: str) -> Table:
             f"{cell['baseline_mean']:.4f}",
             f"{cell['mean']:.4f}",
             f"{cell['difference']:+.4f}",
-            _EMPTY if np.isnan(cell["low"]) else f"[{cell['low']:+.4f}, {cell['high']:+.4f}]",
+            _interval(cell["low"], cell["high"]),
             *(p_text(cell[key]) for key in ("p_value", "holm_p")),
             *([p_text(cell["wilcoxon_p"])] if "Wilcoxon p" in columns else []),
+            *(_equivalence_texts(cell, "") if "verdict" in columns else []),
             _seeds_text(cell["seeds_needed"]),
         )
         rows.append(Row(header, tuple(map(Cell, texts)), starts=header != previous))
@@ -188,26 +229,114 @@ def difference_table(cells: pd.DataFrame, title: str) -> Table:
             "Difference: arm minus baseline, the mean over pairs of runs with the same seed, with "
             "its t-interval; p: two-sided paired t-test; Holm p: corrected for all comparisons in "
             "the table; Wilcoxon p, for six pairs or more: two-sided signed-rank test.",
+            *(_equivalence_notes(cells, "p") if "verdict" in columns else []),
             "Seeds for 0.001: pairs needed to detect a 0.001 difference (power 0.8, level 0.05).",
         ),
         warnings=_warnings(cells),
     )
 
 
-def _block_rows(block: pd.DataFrame) -> Iterator[dict[str, Any]]:
+def row_table(cells: pd.DataFrame, title: str) -> Table | None:
+    """Lay out the intervals over test rows; None if no comparison has them.
+
+    Args:
+        cells: Output of :func:`comparisons`.
+        title: Title of the table.
+    """
+    shown = cells[cells["rows_p"].notna()]
+    if shown.empty:
+        return None
+    has_both = shown["both_p"].notna().any()
+    columns = (
+        *("data", "task", "seeds", "users", "difference", "over seeds", "over users", "p"),
+        *(["over both", "both p", "equivalence p", "verdict"] if has_both else []),
+    )
+    headers = {(data, noise): (header, tasks) for data, noise, header, tasks in _groups(cells)}
+    rows = []
+    previous = None
+    for cell in shown.to_dict("records"):
+        group, tasks = headers[cell["data"], cell["noise"]]
+        texts = [
+            group,
+            _task_name(cell["task"], tasks),
+            f"{cell['pairs']:.0f}",
+            f"{cell['groups']:,.0f}",
+            f"{cell['difference']:+.4f}",
+            _interval(cell["low"], cell["high"]),
+            _interval(cell["rows_low"], cell["rows_high"]),
+            p_text(cell["rows_p"]),
+        ]
+        if has_both:
+            texts += [_interval(cell["both_low"], cell["both_high"]), p_text(cell["both_p"])]
+            texts += _equivalence_texts(cell, "both_")
+        rows.append(Row(cell["label"], tuple(map(Cell, texts)), starts=cell["label"] != previous))
+        previous = cell["label"]
+    missing = int((cells["pairs"] > 0).sum()) - len(shown)
+    warnings = (
+        f"{missing} comparisons are left out: a run kept no scores (keep_scores=true), other rows "
+        "than its baseline's, or too few positives.",
+    )
+    return Table(
+        title=title,
+        stub="Model",
+        groups=(Group("", columns),),
+        rows=tuple(rows),
+        notes=(
+            "95 % intervals of the difference, arm minus baseline. Over seeds: new trainings, on "
+            "these test rows (t-interval). Over users: new test users, with these trained models "
+            "(percentile bootstrap of whole users or searches, or of rows where the data has "
+            "neither; p inverts it). Over both: new trainings on new users (Obuchowski & Rockette, "
+            "1995; Hillis, 2007).",
+            *(_equivalence_notes(cells, "both p") if has_both else []),
+        ),
+        warnings=warnings if missing else (),
+    )
+
+
+def _equivalence_texts(cell: dict[Hashable, Any], prefix: str) -> list[str]:
+    return [p_text(cell[f"{prefix}equivalence_p"]), cell[f"{prefix}verdict"] or _EMPTY]
+
+
+def _equivalence_notes(cells: pd.DataFrame, p_value: str) -> list[str]:
+    margin = cells["margin"].iloc[0]
+    return [
+        f"Equivalence p: two one-sided t-tests that the true difference is within ±{margin:g}. "
+        f"Verdict, of both p-values after Holm's correction for the table: equivalent if that is "
+        f"below 0.05, else different if {p_value} is, else undecided."
+    ]
+
+
+def _interval(low: float, high: float) -> str:
+    return _EMPTY if np.isnan(low) else f"[{low:+.4f}, {high:+.4f}]"
+
+
+def _block_rows(
+    block: pd.DataFrame, margin: float, resampled: Resampled | None
+) -> Iterator[dict[str, Any]]:
     """Compare the arms of one block on one task with their baseline."""
     # numpy: pandas takes ten times as long, with hundreds of blocks of a few runs.
     seeds, rows = np.unique(block["seed"].to_numpy(), return_inverse=True)
     columns, names = pd.factorize(block["arm"])
     values = np.full((len(seeds), len(names)), np.nan)
     values[rows, columns] = block["value"]
+    runs = np.full(values.shape, None, object)
+    runs[rows, columns] = block["run"]
+    task = str(block["task"].iloc[0])
     is_common = ~np.isnan(values).any(axis=1)
     arms = block.drop_duplicates("arm")[_ARM].to_dict("records")
     baseline = next((number for number, arm in enumerate(arms) if not arm["treated"]), None)
     for number, arm in enumerate(arms):
         own = values[is_common if is_common.any() else ~np.isnan(values[:, number]), number]
         paired = arm["treated"] and baseline is not None and is_common.any()
-        found = compare(values[is_common, baseline], own) if paired else compare([], [])
+        before = values[is_common, baseline] if paired else own[:0]
+        found = compare(before, own[: len(before)], margin=margin)
+        over_rows, groups = RowComparison(), 0
+        if paired and resampled is not None:
+            pairs = [runs[is_common, column] for column in (number, baseline)]
+            groups = resampled.shared_groups(np.concatenate(pairs), task)
+            if groups:
+                one, other = (resampled.of_runs(of_arm, task) for of_arm in pairs)
+                over_rows = compare_over_rows(own - before, one - other, margin=margin)
         yield {
             **{str(key): value for key, value in arm.items()},
             "mean": float(own.mean()) if len(own) else np.nan,
@@ -215,8 +344,15 @@ def _block_rows(block: pd.DataFrame) -> Iterator[dict[str, Any]]:
             "seeds": len(own),
             "all_seeds": len(seeds),
             "pairs": found.pairs,
-            **{key: np.nan if (v := getattr(found, key)) is None else v for key in _COMPARED},
+            "groups": groups,
+            **_values(found, _COMPARED),
+            **_values(over_rows, _OVER_ROWS),
         }
+
+
+def _values(found: object, keys: Iterable[str]) -> dict[str, float]:
+    """Return attributes, NaN for None."""
+    return {key: np.nan if (v := getattr(found, key)) is None else v for key in keys}
 
 
 def _sorted(cells: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
