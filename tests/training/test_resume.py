@@ -91,6 +91,20 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 
+def test_a_killed_run_of_towers_that_start_equal_ends_with_the_same_bits(train, kill, tmp_path):
+    run = [*LOG, "model.tower_init=equal", "mtn.enabled=true"]
+    expected = train(*run)
+    kill("on_train_epoch_end", 2)
+    with pytest.raises(Killed):
+        train(*run, folder=tmp_path)
+
+    train(*run, folder=tmp_path)
+
+    assert ", after epoch 0" in (tmp_path / "train.log").read_text()
+    assert outcome(tmp_path) == outcome(expected)
+    assert_same_weights(tmp_path, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "step", "overrides"),

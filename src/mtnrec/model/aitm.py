@@ -13,7 +13,7 @@ from mtnrec.model.esmm import check_funnel
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
 from mtnrec.model.loss import cross_entropies, require_labels
-from mtnrec.model.mlp import ParallelMLPs, check_sizes
+from mtnrec.model.mlp import ParallelMLPs, check_sizes, init_towers
 from mtnrec.schema import Schema
 
 
@@ -36,6 +36,7 @@ class AITM(nn.Module):
         head_widths: Output widths of each tower's layers between the attention and the logit. None
             in the authors' code; MTReclib's attention is on the bottoms, ``[512, 256]``, and
             ``[128, 64]`` follow.
+        tower_init: ``independent``, or ``equal`` as in :func:`~mtnrec.model.mlp.init_towers`.
         calibrator_weight: Weight of the calibrator.
         dropout: Dropout probability in [0, 1); the paper uses 0.
         batch_norm: Whether to use batch norm; the paper does not.
@@ -55,6 +56,7 @@ class AITM(nn.Module):
         bag_mode: str = "mean",
         tower_widths: Sequence[int] = (512, 256, 128, 64),
         head_widths: Sequence[int] = (),
+        tower_init: str = "independent",
         calibrator_weight: float = 0.6,
         dropout: float = 0.0,
         batch_norm: bool = False,
@@ -78,6 +80,7 @@ class AITM(nn.Module):
         self.heads = ParallelMLPs(
             stages, width, head_widths, dropout=dropout, batch_norm=batch_norm, head=True
         )
+        init_towers(self.task_layers(), tower_init)
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""

@@ -32,6 +32,7 @@ class DCMT(ESMM):
         experts: Number of shared experts; 0 for ESMM's towers on the embeddings.
         expert_widths: Output widths of each expert's layers.
         tower_widths: Output widths of each tower's hidden layers.
+        tower_init: As in :class:`ESMM`.
         dropout: As in :class:`ESMM`.
         batch_norm: As in :class:`ESMM`.
         clip_ratio: Largest weights as multiples of ``1 / mean(y)`` and ``1 / mean(1 - y)``, at
@@ -54,6 +55,7 @@ class DCMT(ESMM):
         experts: int = 8,
         expert_widths: Sequence[int] = (512, 256),
         tower_widths: Sequence[int] = (128, 64),
+        tower_init: str = "independent",
         dropout: float = 0.0,
         batch_norm: bool = False,
         clip_ratio: float = 10.0,
@@ -70,6 +72,7 @@ class DCMT(ESMM):
             experts=experts,
             expert_widths=expert_widths,
             tower_widths=tower_widths,
+            tower_init=tower_init,
             dropout=dropout,
             batch_norm=batch_norm,
         )

@@ -34,6 +34,7 @@ class ESCM2(ESMM):
         experts: Number of shared experts; 0 for ESMM's towers on the embeddings.
         expert_widths: Output widths of each expert's layers.
         tower_widths: Output widths of each tower's hidden layers.
+        tower_init: As in :class:`ESMM`.
         dropout: As in :class:`ESMM`.
         batch_norm: As in :class:`ESMM`.
         estimator: ``ips`` or ``dr``.
@@ -56,6 +57,7 @@ class ESCM2(ESMM):
         experts: int = 8,
         expert_widths: Sequence[int] = (512, 256),
         tower_widths: Sequence[int] = (128, 64),
+        tower_init: str = "independent",
         dropout: float = 0.0,
         batch_norm: bool = False,
         estimator: str = "ips",
@@ -73,6 +75,7 @@ class ESCM2(ESMM):
             experts=experts,
             expert_widths=expert_widths,
             tower_widths=tower_widths,
+            tower_init=tower_init,
             dropout=dropout,
             batch_norm=batch_norm,
         )

@@ -12,7 +12,7 @@ from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import funnel_log_probabilities, label_log_probabilities
 from mtnrec.model.loss import require_labels, row_cross_entropies
 from mtnrec.model.mixture import MOST_EXPERTS, linear_layers, mix_experts
-from mtnrec.model.mlp import ParallelMLPs, check_sizes
+from mtnrec.model.mlp import ParallelMLPs, check_sizes, init_towers
 from mtnrec.schema import Schema
 
 
@@ -39,6 +39,7 @@ class ESMM(nn.Module):
         expert_widths: Output widths of each expert's layers.
         tower_widths: Output widths of each tower's hidden layers, which comprise the bottom and
             tower of other models.
+        tower_init: ``independent``, or ``equal`` as in :func:`~mtnrec.model.mlp.init_towers`.
         dropout: Dropout probability in [0, 1); the paper uses 0.
         batch_norm: Whether to use batch norm; the paper does not.
         clicked_weight: Weight of one more loss: the cross entropies of CVR on clicked rows, summed
@@ -66,6 +67,7 @@ class ESMM(nn.Module):
         experts: int = 0,
         expert_widths: Sequence[int] = (512, 256),
         tower_widths: Sequence[int] = (512, 256, 128, 64),
+        tower_init: str = "independent",
         dropout: float = 0.0,
         batch_norm: bool = False,
         clicked_weight: float = 0.0,
@@ -113,6 +115,7 @@ class ESMM(nn.Module):
             batch_norm=batch_norm,
             head=True,
         )
+        init_towers(self.task_layers(), tower_init)
         self.click_gate: nn.Linear | None = None
         if click_gate:
             self.click_gate = nn.Linear(tower_widths[-1], tower_widths[-1], bias=False)

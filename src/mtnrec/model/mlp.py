@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mtnrec.checks import (
     InputError,
+    check_choice,
     check_flag,
     check_integer,
     check_number,
@@ -148,6 +149,35 @@ def apply_together(modules: Sequence[nn.Module], hidden: Tensor) -> Tensor:
 def _products(hidden: Tensor, weights: Tensor, biases: Tensor) -> Tensor:
     """Return the outputs of ``E`` linear layers, ``(E, B, O)``, for inputs ``(E, B, I)``."""
     return torch.baddbmm(biases.unsqueeze(1), hidden, weights.transpose(1, 2))
+
+
+def init_towers(depths: Sequence[Sequence[nn.Linear]], tower_init: str) -> None:
+    """Let all towers start from the weights and biases of the first one, or leave them as drawn.
+
+    The first tower and all other layers start from the same values either way.
+
+    Args:
+        depths: The layers of the towers, one list per depth.
+        tower_init: ``independent`` leaves each tower its own values, ``equal`` copies the first's.
+
+    Raises:
+        InputError: If there is one tower only, or towers differ in shape.
+    """
+    check_choice("model.tower_init", tower_init, ["independent", "equal"])
+    if tower_init == "independent":
+        return
+    rule = "model.tower_init must be independent where"
+    for number, (first, *others) in enumerate(depths):
+        if not others:
+            raise InputError(f"{rule} there is one tower, got equal. Leave it out.")
+        shapes = [tuple(layer.weight.shape) for layer in (first, *others)]
+        if len({*shapes}) > 1:
+            raise InputError(
+                f"{rule} towers differ in shape, got equal and the shapes "
+                f"{', '.join(map(str, shapes))} at depth {number}. Leave it out."
+            )
+        for layer in others:
+            layer.load_state_dict(first.state_dict())
 
 
 def check_sizes(*, dropout: float, batch_norm: bool, **widths: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from mtnrec.checks import check_integer
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
 from mtnrec.model.mixture import MOST_EXPERTS, linear_layers, mix_experts
-from mtnrec.model.mlp import ParallelMLPs, check_sizes
+from mtnrec.model.mlp import ParallelMLPs, check_sizes, init_towers
 from mtnrec.model.personal_gates import PersonalGates
 from mtnrec.schema import Schema
 
@@ -33,6 +33,7 @@ class MMoE(nn.Module):
         experts: Number of experts, ``E``.
         expert_widths: Output widths of each expert's layers.
         tower_widths: Output widths of each tower's hidden layers.
+        tower_init: ``independent``, or ``equal`` as in :func:`~mtnrec.model.mlp.init_towers`.
         personal_fields: Fields, such as the user's id, whose vectors gate the towers as in
             :class:`~mtnrec.model.personal_gates.PersonalGates`; None for no gates.
         dropout: Dropout probability in [0, 1); the paper uses 0.
@@ -53,6 +54,7 @@ class MMoE(nn.Module):
         experts: int = 8,
         expert_widths: Sequence[int] = (512, 256),
         tower_widths: Sequence[int] = (128, 64),
+        tower_init: str = "independent",
         personal_fields: Sequence[str] | None = None,
         dropout: float = 0.0,
         batch_norm: bool = False,
@@ -87,6 +89,7 @@ class MMoE(nn.Module):
             batch_norm=batch_norm,
             head=True,
         )
+        init_towers(self.task_layers(), tower_init)
         self.personal_gates = (
             None
             if personal_fields is None

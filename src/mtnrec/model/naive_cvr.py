@@ -23,6 +23,7 @@ class NaiveCVR(ESMM):
         experts: As in :class:`ESMM`.
         expert_widths: As in :class:`ESMM`.
         tower_widths: As in :class:`ESMM`.
+        tower_init: As in :class:`ESMM`.
         dropout: As in :class:`ESMM`.
         batch_norm: As in :class:`ESMM`.
 
@@ -40,6 +41,7 @@ class NaiveCVR(ESMM):
         experts: int = 0,
         expert_widths: Sequence[int] = (512, 256),
         tower_widths: Sequence[int] = (512, 256, 128, 64),
+        tower_init: str = "independent",
         dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
@@ -52,6 +54,7 @@ class NaiveCVR(ESMM):
             experts=experts,
             expert_widths=expert_widths,
             tower_widths=tower_widths,
+            tower_init=tower_init,
             dropout=dropout,
             batch_norm=batch_norm,
         )

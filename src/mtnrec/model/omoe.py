@@ -10,7 +10,7 @@ from mtnrec.checks import check_integer
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
 from mtnrec.model.mixture import MOST_EXPERTS, mix_experts
-from mtnrec.model.mlp import ParallelMLPs, check_sizes
+from mtnrec.model.mlp import ParallelMLPs, check_sizes, init_towers
 from mtnrec.schema import Schema
 
 
@@ -29,6 +29,7 @@ class OMoE(nn.Module):
         experts: Number of experts, ``E``.
         expert_widths: Output widths of each expert's layers.
         tower_widths: Output widths of each tower's hidden layers.
+        tower_init: ``independent``, or ``equal`` as in :func:`~mtnrec.model.mlp.init_towers`.
         dropout: Dropout probability in [0, 1); the paper uses 0.
         batch_norm: Whether to use batch norm; the paper does not.
     """
@@ -45,6 +46,7 @@ class OMoE(nn.Module):
         experts: int = 8,
         expert_widths: Sequence[int] = (512, 256),
         tower_widths: Sequence[int] = (128, 64),
+        tower_init: str = "independent",
         dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
@@ -71,6 +73,7 @@ class OMoE(nn.Module):
             batch_norm=batch_norm,
             head=True,
         )
+        init_towers(self.task_layers(), tower_init)
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""

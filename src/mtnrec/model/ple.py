@@ -18,7 +18,7 @@ from mtnrec.model.mixture import (
     mix,
     spread_own,
 )
-from mtnrec.model.mlp import ParallelMLPs, apply_together, check_sizes
+from mtnrec.model.mlp import ParallelMLPs, apply_together, check_sizes, init_towers
 from mtnrec.schema import Schema
 
 
@@ -43,6 +43,7 @@ class PLE(nn.Module):
         task_experts: Number of experts per task and level; 0 leaves the shared ones, as in MMoE.
         levels: Output widths of each expert's layers, level by level.
         tower_widths: Output widths of each tower's hidden layers.
+        tower_init: ``independent``, or ``equal`` as in :func:`~mtnrec.model.mlp.init_towers`.
         dropout: Dropout probability in [0, 1); the paper uses 0.
         batch_norm: Whether to use batch norm; the paper does not.
     """
@@ -60,6 +61,7 @@ class PLE(nn.Module):
         task_experts: int = 2,
         levels: Sequence[Sequence[int]] = ((512,), (256,)),
         tower_widths: Sequence[int] = (128, 64),
+        tower_init: str = "independent",
         dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
@@ -91,6 +93,7 @@ class PLE(nn.Module):
             batch_norm=batch_norm,
             head=True,
         )
+        init_towers(self.task_layers(), tower_init)
 
     @property
     def expert_outputs(self) -> nn.Module:

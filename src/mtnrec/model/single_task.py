@@ -9,7 +9,7 @@ from torch import nn
 from mtnrec.batch import Batch, LogProbabilities
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
-from mtnrec.model.mlp import ParallelMLPs, check_sizes
+from mtnrec.model.mlp import ParallelMLPs, check_sizes, init_towers
 from mtnrec.schema import Schema
 
 
@@ -29,6 +29,7 @@ class SingleTask(nn.Module):
         embedding_init: ``joint`` or ``per_field``, as in
             :class:`~mtnrec.model.feature_input.FeatureInput`.
         tower_widths: Output widths of each network's hidden layers.
+        tower_init: ``independent``, or ``equal`` as in :func:`~mtnrec.model.mlp.init_towers`.
         dropout: Dropout probability in [0, 1); the paper uses 0.
         batch_norm: Whether to use batch norm; the paper does not.
     """
@@ -43,6 +44,7 @@ class SingleTask(nn.Module):
         embedding_init: str = "joint",
         bag_mode: str = "mean",
         tower_widths: Sequence[int] = (512, 256, 128, 64),
+        tower_init: str = "independent",
         dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
@@ -60,6 +62,7 @@ class SingleTask(nn.Module):
             batch_norm=batch_norm,
             head=True,
         )
+        init_towers(self.task_layers(), tower_init)
 
     def forward(self, batch: Batch) -> LogProbabilities:
         """Return the log-probabilities of the labels, ``(B, T)`` each."""

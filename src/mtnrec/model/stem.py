@@ -12,7 +12,7 @@ from mtnrec.checks import InputError, check_integer
 from mtnrec.model.feature_input import FeatureInput
 from mtnrec.model.log_probabilities import label_log_probabilities
 from mtnrec.model.mixture import MOST_EXPERTS, mix_and_train
-from mtnrec.model.mlp import ParallelMLPs, apply_together, check_sizes
+from mtnrec.model.mlp import ParallelMLPs, apply_together, check_sizes, init_towers
 from mtnrec.schema import Schema
 
 
@@ -39,6 +39,7 @@ class STEM(nn.Module):
         expert_widths: Output widths of each expert's layers.
         gate_widths: Output widths of each gate's hidden layers.
         tower_widths: Output widths of each tower's hidden layers.
+        tower_init: ``independent``, or ``equal`` as in :func:`~mtnrec.model.mlp.init_towers`.
         dropout: Dropout probability in [0, 1); the paper uses 0.
         batch_norm: Whether to use batch norm; the paper does not.
     """
@@ -57,6 +58,7 @@ class STEM(nn.Module):
         expert_widths: Sequence[int] = (512, 256),
         gate_widths: Sequence[int] = (128, 64),
         tower_widths: Sequence[int] = (128, 64),
+        tower_init: str = "independent",
         dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
@@ -85,6 +87,7 @@ class STEM(nn.Module):
             nn.Linear(gate_widths[-1], len(self.experts)) for _ in range(tasks)
         )
         self.towers = make_mlps(tasks, expert_widths[-1], tower_widths, head=True)
+        init_towers(self.task_layers(), tower_init)
         owners = [owner for owner, count in enumerate(self._counts) for _ in range(count)]
         trained = [[owner in (task, tasks) for owner in owners] for task in range(tasks)]
         self.register_buffer("_trained", torch.tensor(trained), persistent=False)  # (T, E)
