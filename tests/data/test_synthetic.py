@@ -1,5 +1,6 @@
 """The synthetic log against its own probabilities and against the shape that it imitates."""
 
+import hashlib
 import itertools
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mtnrec.checks import InputError
 from mtnrec.data import synthetic
 from mtnrec.data.prepared.store import open_prepared
 from mtnrec.data.synthetic import Synthetic
+from mtnrec.metric.task_metrics import bayes_aucs
 
 SETTINGS = {
     "name": "synthetic",
@@ -169,6 +171,179 @@ def test_without_interaction_the_logit_is_a_sum_over_columns(tmp_path):
     target = logit(split_probabilities(log)[0])
     fitted = design @ np.linalg.lstsq(design, target)[0]
     np.testing.assert_allclose(fitted, target, atol=1e-5)
+
+
+def test_the_rows_of_the_default_settings_are_those_of_before_hidden_layers(tmp_path):
+    generate(tmp_path / "log")
+
+    _, arrays = open_prepared(tmp_path / "log")
+    digest = hashlib.sha256()
+    for split, stem in itertools.product(("train", "test"), ("categorical", "numerical", "labels")):
+        digest.update(np.ascontiguousarray(arrays[split][stem]).tobytes())
+    assert digest.hexdigest()[:16] == "14aad3466a8c77cf"
+
+
+HIDDEN = {"hidden_units": 16, "task_correlation": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("relatedness", "correlation"), [(0.0, 1.0), (0.3, 1.0), (0.7, 0.6), (1.0, 0.0), (1.0, 0.8)]
+)
+def test_true_logits_correlate_as_asked(tmp_path, relatedness, correlation):
+    settings = {"relatedness": relatedness, "task_correlation": correlation, "rows": 20_000}
+
+    _, log = generate(tmp_path / "log", **HIDDEN | settings)
+
+    click, conversion = map(logit, split_probabilities(log))
+    # It was set on 16,384 other rows; blocks of searches tell how far a sample is off.
+    blocks = [np.corrcoef(*rows)[0, 1] for rows in np.split(np.stack([click, conversion]), 20, 1)]
+    deviation = np.std(blocks) * np.sqrt((1 + 20_000 / 16_384) / 20)
+    assert (
+        abs(np.corrcoef(click, conversion)[0, 1] - relatedness * correlation) < 4 * deviation + 1e-9
+    )
+    assert deviation < 0.03
+    assert click.std() == pytest.approx(1.2, rel=0.05)
+    assert conversion.std() == pytest.approx(1.5, rel=0.05)
+
+
+def test_fully_related_tasks_are_one_function_up_to_scale(tmp_path):
+    _, log = generate(tmp_path / "log", **HIDDEN)
+
+    click, conversion = map(logit, split_probabilities(log))
+    (slope, _), rest, *_ = np.polyfit(click, conversion, 1, full=True)
+    assert slope == pytest.approx(1.5 / 1.2)
+    assert rest == pytest.approx(0, abs=1e-12)
+
+
+def kinks(**changes):
+    """Where the true logits of click and of conversion bend along a line of the features."""
+    line = {"vocabulary_sizes": [1], "user_fields": 1, "interaction": 0.0, "rank": 2}
+    line |= {"numerical_features": 2, "user_numerical_features": 0, "dir": Path("log")}
+    steps = np.linspace(-8, 8, 40_001)
+    numerical = np.column_stack([steps, 0.3 - 0.4 * steps])
+    settings = SETTINGS | line | {"hidden_units": 6} | changes
+    logits = Synthetic(**settings).logits(np.zeros((len(steps), 1), int), numerical)
+    bends = np.abs(np.diff(logits, n=2)) > 1e-8
+    # A kink between two steps shows at one or both of its neighbours.
+    return [{round(steps[i + 1], 2) for i in np.flatnonzero(b)} for b in bends]
+
+
+def test_relatedness_shares_hidden_units_and_correlation_shares_their_heads():
+    click, conversion = kinks(relatedness=1.0, task_correlation=0.0)
+    assert len(click) > 3
+    assert conversion == click  # the same units, in functions without correlation
+
+    same_click, apart = kinks(relatedness=0.0, task_correlation=1.0)
+    assert same_click == click
+    assert len(apart) > 3
+    assert not apart & click
+
+    _, both = kinks(relatedness=0.5, task_correlation=1.0)
+    assert both == apart | click
+
+
+def test_the_clicks_do_not_depend_on_how_conversions_relate_to_them(tmp_path):
+    changes = [{}, {"relatedness": 0.2}, {"task_correlation": 0.1}, {"conversion_rate": 0.05}]
+    logs = [
+        generate(tmp_path / str(number), **HIDDEN | own)[1] for number, own in enumerate(changes)
+    ]
+
+    for log in logs[1:]:
+        for stem in ("categorical", "numerical"):
+            np.testing.assert_array_equal(log[stem], logs[0][stem])
+        np.testing.assert_array_equal(log["labels"][:, 0], logs[0]["labels"][:, 0])
+        assert (log["probabilities"][:, 1] != logs[0]["probabilities"][:, 1]).all()
+    # Rarer conversions are some of the others.
+    rare, often = logs[3]["labels"][:, 1], logs[0]["labels"][:, 1]
+    assert (rare <= often).all()
+    assert 0 < rare.sum() < often.sum() / 3
+
+
+def test_later_stages_leave_the_earlier_ones_unchanged(tmp_path):
+    _, two = generate(tmp_path / "two", **HIDDEN, relatedness=0.5)
+    _, three = generate(tmp_path / "three", **HIDDEN, relatedness=0.5, later_stages={"buy": 0.5})
+
+    np.testing.assert_allclose(three["probabilities"][:, :2], two["probabilities"], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"relatedness": 0.0, "task_correlation": 1.0},
+        {"relatedness": 0.6, "task_correlation": 0.8},
+        {"relatedness": 1.0, "conversion_rate": 0.08},
+        {"hidden_units": 64, "interaction": 0.9, "conversion_spread": 3.0},
+    ],
+)
+def test_bayes_aucs_are_those_of_labels_simulated_from_the_truth(tmp_path, changes):
+    settings = HIDDEN | {"rows": 8000} | changes
+    datamodule = Synthetic(**SETTINGS | settings | {"dir": tmp_path / "log", "test_share": 0.5})
+    datamodule.prepare_data()
+    datamodule.setup()
+    probabilities = datamodule.column("test", "probabilities")
+    found = bayes_aucs(datamodule.schema, probabilities, datamodule.column("test", "labels"))
+
+    # Labels of the rows' own features and the stored logits, drawn afresh.
+    click = probabilities[:, 0]
+    given = probabilities[:, 1] / click
+    simulated = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        clicks = rng.random(len(click)) < click
+        both = clicks & (rng.random(len(click)) < given)
+        simulated.append(
+            (
+                roc_auc_score(clicks, click),
+                roc_auc_score(both[clicks], given[clicks]),
+                roc_auc_score(both, click * given),
+            )
+        )
+    mean, deviation = np.mean(simulated, axis=0), np.std(simulated, axis=0)
+    names = ("ctr_bayes_auc", "cvr_bayes_auc", "ctcvr_bayes_auc")
+    for name, middle, sd in zip(names, mean, deviation, strict=True):
+        assert abs(found[name] - middle) < 4 * sd < 0.12
+        assert found[name] > 0.6
+    # The AUC of the truth integrated over all pairs of rows: P(higher score | one label each).
+    order = np.argsort(click)
+    positive, negative = click[order], 1 - click[order]
+    integral = (positive * (negative.cumsum() - negative / 2)).sum()
+    integral /= positive.sum() * negative.sum()
+    assert mean[0] == pytest.approx(integral, abs=4 * deviation[0] / np.sqrt(60) + 1e-4)
+
+
+def test_conversions_follow_the_stored_truth_of_hidden_layers(tmp_path):
+    _, log = generate(tmp_path / "log", rows=20_000, **HIDDEN, relatedness=0.4)
+
+    given = split_probabilities(log)[1]
+    clicked = log["labels"][:, 0] == 1
+    order = np.argsort(given[clicked])
+    for rows in np.array_split(order, 10):
+        p, labels = given[clicked][rows], log["labels"][clicked, 1][rows]
+        assert abs((labels - p).sum()) < 4.5 * np.sqrt((p * (1 - p)).sum())
+
+
+def test_a_log_with_hidden_layers_is_not_taken_for_one_without(tmp_path):
+    generate(tmp_path / "log", **HIDDEN, relatedness=0.5, later_stages={"buy": 0.5})
+    plain = Synthetic(**SETTINGS | {"dir": tmp_path / "log", "task_correlation": 1.0})
+
+    message = (
+        r"\(later_stages: .* there, None here; hidden_units: 16 there, 0 here; "
+        r"relatedness: 0\.5 there, 1\.0 here\)"
+    )
+    with pytest.raises(InputError, match=message):
+        plain.prepare_data()
+
+
+def test_features_without_enough_values_for_hidden_layers_are_refused(tmp_path):
+    settings = {"vocabulary_sizes": [2], "user_fields": 1, "dir": tmp_path / "log"}
+    settings |= {"numerical_features": 0, "user_numerical_features": 0}
+
+    message = (
+        "data.hidden_units must be 0 where the features have too few values for heads that do not "
+        "correlate, got 16. Add fields or features, or set data.hidden_units=0."
+    )
+    with pytest.raises(InputError, match=message):
+        Synthetic(**SETTINGS | HIDDEN | settings).prepare()
 
 
 def test_interaction_cannot_be_expressed_as_a_sum(tmp_path):
@@ -401,6 +576,16 @@ def test_small_vocabularies_are_not_scaled(tmp_path):
         ({"skew": float("nan")}, r"data.skew must be a number in \[0, inf\), got nan"),
         ({"task_correlation": 1.1}, r"data.task_correlation must be a number in \[0, 1\], got 1.1"),
         ({"interaction": -0.1}, r"data.interaction must be a number in \[0, 1\], got -0.1"),
+        ({"hidden_units": 257}, "data.hidden_units must be an integer from 0 to 256, got 257"),
+        (
+            {"hidden_units": 1},
+            "data.hidden_units must be 0 or at least 3, got 1. Set data.hidden_units=32.",
+        ),
+        ({"relatedness": 1.5}, r"data.relatedness must be a number in \[0, 1\], got 1.5"),
+        (
+            {"relatedness": 0.5},
+            "data.relatedness must be 1 without hidden layers, got 0.5. Set data.hidden_units=32.",
+        ),
         ({"generator_seed": -1}, "data.generator_seed must be an integer >= 0, got -1"),
         ({"batch_size": True}, "data.batch_size must be an integer >= 1, got True"),
     ],

@@ -44,6 +44,17 @@ def test_the_printed_report_is_written_next_to_the_prepared_folder(describe, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["sets"]
 
 
+def test_the_report_says_how_related_the_tasks_of_a_synthetic_log_are(describe, tmp_path):
+    settings = ["data.rows=20000", "data.hidden_units=8", "data.relatedness=0.8"]
+    describe("data=synthetic", *settings, "data.task_correlation=1", f"data.dir={tmp_path / 'log'}")
+
+    report = (tmp_path / "log.txt").read_text()
+    ((train, test),) = cells(report, "click", "conversion")
+    assert float(train) == pytest.approx(0.8, abs=0.05)
+    assert float(test) == pytest.approx(0.8, abs=0.05)
+    assert "Truth: correlation over rows of the labels' true logits" in report
+
+
 def test_aliexpress_is_described_without_its_raw_files(
     describe, prepare, write_aliexpress, tmp_path
 ):

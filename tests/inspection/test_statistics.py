@@ -1,8 +1,11 @@
 """What a split holds, against pandas and plain loops."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import logit
 
 from mtnrec.data.prepared.store import open_prepared
 from mtnrec.inspection import statistics
@@ -97,3 +100,20 @@ def test_a_split_without_rows_has_no_values():
 
     assert found.rows == found.task_rows.sum() == 0
     assert np.isnan([found.minimum, found.mean, found.maximum]).all()
+
+
+@pytest.mark.parametrize("funnel", [True, False])
+def test_true_logits_correlate_as_in_numpy(prepared, funnel):
+    manifest, arrays = prepared
+    rows, rng = len(arrays["train"]["labels"]), np.random.default_rng(0)
+    given = rng.uniform(0.02, 0.98, (rows, 2))
+    given[:, 1] = (given.sum(axis=1) / 2).clip(0.02, 0.98)
+    probabilities = given.cumprod(axis=1) if funnel else given
+    schema = dataclasses.replace(manifest.schema, funnel=funnel)
+
+    found = count_split({**arrays["train"], "probabilities": probabilities}, schema)
+
+    expected = np.corrcoef(logit(given), rowvar=False)
+    np.testing.assert_allclose(found.true_correlations, expected, rtol=1e-10)
+    assert 0.3 < expected[0, 1] < 0.95
+    assert count_split(arrays["train"], schema).true_correlations is None

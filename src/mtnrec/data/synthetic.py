@@ -12,6 +12,16 @@ vectors of a user add up to ``u``, those of an item to ``v``, and the labels dep
 the rates. Later stages are drawn like the conversion, given the label before. All probabilities are
 stored with the labels, so that the AUC of the best possible scores (the Bayes AUC) is known for
 each task.
+
+With ``hidden_units`` the labels read ``h`` through hidden layers of ReLU units::
+
+    P(click)               = sigmoid(b_1 + c_1 f_1)
+    P(conversion | click)  = sigmoid(b_2 + c_2 (r q f_1 + r sqrt(1 - q^2) f_2 + sqrt(1 - r^2) g))
+
+``f_1`` and ``f_2`` are two heads of one layer, ``g`` is the head of another; over rows they have
+variance 1 and do not correlate. ``r`` is ``relatedness`` and ``q`` is ``task_correlation``:
+the true logits of click and conversion correlate at ``r q``, at ``r = q = 1`` they are one function
+up to scale, and at ``r = 0`` their hidden layers are independent. The clicks depend on neither.
 """
 
 from dataclasses import dataclass, field
@@ -32,10 +42,14 @@ _SEARCHES_PER_CHUNK = 8192
 _CALIBRATION_CHUNK = 2**32 - 1  # a chunk number that no log reaches
 _SPLITS = ("train", "test")
 _UNSCALED_SIZE = 100
+_MOST_UNITS = 256  # the outputs of a layer on the calibration sample take 170 MB
+_FEWEST_UNITS = 3  # a head that does not correlate with two others
+_LEAST_VARIANCE = 1e-6  # of a head, as a share of the units' variances
 _VOCABULARY_SIZES = (1, 4, 7, 2, 21, 7, 50, 8, 7, 2, 2, 2, 2, 2, 2, 2)  # as in AliExpress
 _INTEGER_COLUMNS = 3  # as in AliExpress: three of the numerical features are counts
 
 _RATES = ("test_share", "click_rate", "conversion_rate")
+_OPTIONAL = ("later_stages", "hidden_units", "relatedness")  # parameters of some logs
 _SMALLEST = {
     "rows": 1,
     "rows_per_search": 1,
@@ -69,11 +83,16 @@ class Synthetic(SelfPreparing):
         conversion_rate: Mean of P(conversion | click) over clicks, in (0, 1).
         click_spread: Standard deviation of the click logits.
         conversion_spread: Standard deviation of the logits of the conversion and later stages.
-        task_correlation: Inner product of the two task vectors, in [0, 1].
+        task_correlation: Inner product of the two task vectors, in [0, 1]; with hidden layers, the
+            correlation of what the labels read from the click's layer.
         interaction: Share of the logit variance that comes from products of user and item.
         generator_seed: Seed of the log, independent of the training seed.
         later_stages: Further labels of the funnel: mean of P(label | label before) by name, in
             order, for example ``{buy: 0.3}`` after click and conversion; None for none.
+        hidden_units: Units of each hidden layer, from 3 to 256; 0 for logits that are linear in
+            ``h``.
+        relatedness: How much of a later label's logits comes from the click's hidden layer, in
+            [0, 1]: 1 for all, 0 for nothing but a layer of its own. Needs ``hidden_units``.
     """
 
     name: str = "synthetic"
@@ -95,6 +114,8 @@ class Synthetic(SelfPreparing):
     interaction: float = 0.2
     generator_seed: int = 0
     later_stages: dict[str, float] | None = None
+    hidden_units: int = 0
+    relatedness: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,8 +133,9 @@ class Synthetic(SelfPreparing):
         for name, rate in rates.items():
             check_number(f"data.{name}", rate, minimum=1e-9, maximum=1, open_maximum=True)
         check_number("data.vocabulary_scale", self.vocabulary_scale, minimum=1e-9, maximum=1)
-        for name in ("task_correlation", "interaction"):
+        for name in ("task_correlation", "interaction", "relatedness"):
             check_number(f"data.{name}", getattr(self, name), minimum=0, maximum=1)
+        self._check_hidden_layers()
         if (
             self.user_fields > len(self.vocabulary_sizes)
             or self.user_numerical_features > self.numerical_features
@@ -128,6 +150,20 @@ class Synthetic(SelfPreparing):
             min(size, max(_UNSCALED_SIZE, int(np.ceil(size * self.vocabulary_scale))))
             for size in self.vocabulary_sizes
         ]
+
+    def _check_hidden_layers(self) -> None:
+        check_integer("data.hidden_units", self.hidden_units, minimum=0, maximum=_MOST_UNITS)
+        remedy = "Set data.hidden_units=32."
+        if 0 < self.hidden_units < _FEWEST_UNITS:
+            raise InputError(
+                f"data.hidden_units must be 0 or at least {_FEWEST_UNITS}, got "
+                f"{self.hidden_units}. {remedy}"
+            )
+        if not self.hidden_units and self.relatedness != 1:
+            raise InputError(
+                f"data.relatedness must be 1 without hidden layers, got {self.relatedness:g}. "
+                f"{remedy}"
+            )
 
     @property
     def _later(self) -> dict[str, float]:
@@ -147,9 +183,17 @@ class Synthetic(SelfPreparing):
         """Settings that determine the log."""
         keys = [key for key in Synthetic.__annotations__ if key != "name"]
         found = {key: getattr(self, key) for key in keys}
-        if not self._later:  # logs of two stages are those of before the key existed
+        # Logs without them are those of before the keys existed.
+        if not self._later:
             del found["later_stages"]
+        if not self.hidden_units:
+            del found["hidden_units"], found["relatedness"]
         return found
+
+    def _find_differing(self, found: dict[str, Any]) -> dict[str, Any]:
+        here = self.parameters
+        only_there = {key: getattr(self, key) for key in _OPTIONAL if key in found.keys() - here}
+        return super()._find_differing(found) | only_there
 
     def prepare(self) -> Manifest:
         """Generate the log and write it as a prepared data set."""
@@ -183,7 +227,7 @@ class Synthetic(SelfPreparing):
     def _draw(self, chunk: int, searches: int) -> Arrays:
         rng = np.random.default_rng([self.generator_seed, 1, chunk])
         categorical, numerical, group = self.draw_features(rng, searches)
-        given = _sigmoid(self._funnel.logits(categorical, numerical))
+        given = _sigmoid(self.logits(categorical, numerical))
         reached = np.ones(len(group), np.bool_)
         labels = []
         for probability in given:
@@ -218,6 +262,15 @@ class Synthetic(SelfPreparing):
             numerical[:, -_INTEGER_COLUMNS:] = rng.poisson(0.3, (len(group), _INTEGER_COLUMNS))
         return categorical, numerical, group
 
+    def logits(self, categorical: Int64Array, numerical: Float64Array) -> Float64Array:
+        """Return the true logits of each label given the one before it, ``(T, rows)``.
+
+        Args:
+            categorical: Raw values, as drawn by :meth:`draw_features`, ``(rows, F)``.
+            numerical: Features, ``(rows, N)``.
+        """
+        return self._funnel.logits(categorical, numerical)
+
     @cached_property
     def _funnel(self) -> "_Funnel":
         return _Funnel(self)
@@ -250,6 +303,9 @@ class _Funnel:
         self._user_mean, self._item_mean = user.mean(axis=0), item.mean(axis=0)
         latent = self._latent(categorical, numerical)
         self._latent_mean, self._latent_scale = latent.mean(axis=0), _positive(latent.std(axis=0))
+        self._hidden: _HiddenLayers | None = None
+        if log.hidden_units:
+            self._hidden = _HiddenLayers(log, (latent - self._latent_mean) / self._latent_scale)
         scores = self._scores(categorical, numerical)
         spreads = [log.click_spread, *[log.conversion_spread] * (len(log.stage_rates) - 1)]
         self._slopes = spreads / _positive(scores.std(axis=0))
@@ -265,7 +321,7 @@ class _Funnel:
 
     def _scores(self, categorical: Int64Array, numerical: Float64Array) -> Float64Array:
         latent = (self._latent(categorical, numerical) - self._latent_mean) / self._latent_scale
-        return latent @ self._tasks
+        return latent @ self._tasks if self._hidden is None else self._hidden.scores(latent)
 
     def _latent(self, categorical: Int64Array, numerical: Float64Array) -> Float64Array:
         user, item = self._sides(categorical, numerical)
@@ -282,6 +338,78 @@ class _Funnel:
             side = user if column < self._user_fields else item
             side += table[categorical[:, column]]
         return user, item
+
+
+class _HiddenLayers:
+    """A hidden layer per label, of which later labels share the first, and the labels' scores.
+
+    Args:
+        log: Settings.
+        latent: Standardised ``h`` of the calibration sample, ``(rows, 2 K)``.
+
+    Raises:
+        InputError: If the sample has too few different rows for uncorrelated heads.
+    """
+
+    def __init__(self, log: Synthetic, latent: Float64Array) -> None:
+        units, r, q = log.hidden_units, log.relatedness, log.task_correlation
+        labels = len(log.stage_rates)
+        # A stream per label, so that the first labels are those of a log without later ones.
+        streams = [np.random.default_rng([log.generator_seed, 3, label]) for label in range(labels)]
+        sides = np.sqrt([1 - log.interaction, log.interaction])[:, None, None]
+        self._weights, self._biases = [], []
+        for stream in streams:
+            halves = stream.standard_normal((2, log.rank, units))
+            halves *= sides / np.linalg.norm(halves, axis=1, keepdims=True)
+            self._weights.append(halves.reshape(-1, units))
+            self._biases.append(stream.standard_normal(units))
+        shared = _centred(self._layer(latent, 0))
+        click = _head(streams[0], shared)
+        self._heads = [(click, np.zeros(units))]  # on the click's layer and on the label's own
+        for label, stream in enumerate(streams[1:], start=1):
+            own = _centred(self._layer(latent, label))
+            second = _head(stream, shared, shared @ click)
+            third = _head(stream, own, shared @ click, shared @ second)
+            of_shared = r * q * click + r * np.sqrt(1 - q**2) * second
+            self._heads.append((of_shared, np.sqrt(1 - r**2) * third))
+
+    def scores(self, latent: Float64Array) -> Float64Array:
+        """Return the scores of the labels, of variance 1, ``(rows, T)``."""
+        shared = self._layer(latent, 0)
+        return np.column_stack(
+            [
+                shared @ of_shared + (self._layer(latent, label) @ of_own if of_own.any() else 0)
+                for label, (of_shared, of_own) in enumerate(self._heads)
+            ]
+        )
+
+    def _layer(self, latent: Float64Array, label: int) -> Float64Array:
+        return np.maximum(latent @ self._weights[label] + self._biases[label], 0)
+
+
+def _centred(outputs: Float64Array) -> Float64Array:
+    return np.asarray(outputs - outputs.mean(axis=0))
+
+
+def _head(rng: np.random.Generator, outputs: Float64Array, *others: Float64Array) -> Float64Array:
+    """Draw a head of a layer whose values have variance 1 and do not correlate with others.
+
+    Args:
+        rng: Draws the head.
+        outputs: Outputs of the layer, centred, ``(rows, H)``.
+        others: Values of other heads, centred, ``(rows,)`` each.
+    """
+    head: Float64Array = rng.standard_normal((outputs.shape[1],))
+    if others:
+        apart, _ = np.linalg.qr(outputs.T @ np.column_stack(others))
+        head = np.asarray(head - apart @ (apart.T @ head))
+    variance = float((outputs @ head).var())
+    if variance <= _LEAST_VARIANCE * outputs.var(axis=0).sum():
+        raise InputError(
+            "data.hidden_units must be 0 where the features have too few values for heads that do "
+            f"not correlate, got {len(head)}. Add fields or features, or set data.hidden_units=0."
+        )
+    return np.asarray(head / np.sqrt(variance))
 
 
 def _task_vectors(rng: np.random.Generator, rank: int, correlation: float) -> Float64Array:

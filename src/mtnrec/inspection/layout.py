@@ -1,6 +1,7 @@
 """Text report on a prepared data set."""
 
 import io
+import itertools
 import json
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,7 @@ def render_summary(
     statistics = {s: statistics[s] for s in sorted(statistics, key=lambda s: (s != "train", s))}
     parts = [
         *_labels(schema, statistics),
+        *_truth(schema, statistics),
         *_fields(manifest, statistics),
         _alone(schema, leaks),
         *([_noise(changes)] if changes else []),
@@ -130,6 +132,17 @@ def _labels(schema: Schema, statistics: Statistics) -> Iterator[_Part]:
             drift.add_row(split, name, *percents)
     yield _Part("Labels", rates)
     yield _Part("Drift: rate in % in each tenth of a split, in file order", drift)
+
+
+def _truth(schema: Schema, statistics: Statistics) -> Iterator[_Part]:
+    table = _table("label", "label", *statistics, names=2)
+    known = [found.true_correlations for found in statistics.values()]
+    for one, other in itertools.combinations(range(len(schema.labels)), 2):
+        values = [_NOTHING if found is None else f"{found[one, other]:.3f}" for found in known]
+        table.add_row(schema.labels[one], schema.labels[other], *values)
+    if table.rows and any(found is not None for found in known):
+        title = "Truth: correlation over rows of the labels' true logits"
+        yield _Part(title, table, ("given the label before",) if schema.funnel else ())
 
 
 def _fields(manifest: Manifest, statistics: Statistics) -> Iterator[_Part]:

@@ -38,6 +38,8 @@ class SplitStatistics:
         empty_bags: Rows with an empty bag per multi-valued field, ``(M,)``.
         tokens: Tokens of all rows; a bag counts once per row that has it.
         zero_tokens: Tokens with index 0.
+        true_correlations: Correlations over rows of the labels' true logits, on a funnel given the
+            label before, ``(T, T)``; None where the truth is unknown.
     """
 
     rows: int
@@ -50,6 +52,7 @@ class SplitStatistics:
     empty_bags: Counts
     tokens: Counts
     zero_tokens: Counts
+    true_correlations: Float64Array | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,26 @@ def count_split(arrays: Arrays, schema: Schema) -> SplitStatistics:
         empty_bags=empty_bags,
         tokens=tokens,
         zero_tokens=zero_tokens,
+        true_correlations=_correlate_truth(arrays["probabilities"], funnel=schema.funnel)
+        if "probabilities" in arrays
+        else None,
     )
+
+
+def _correlate_truth(probabilities: Float64Array, *, funnel: bool) -> Float64Array:
+    count, labels = probabilities.shape
+    sums, products = np.zeros(labels), np.zeros((labels, labels))
+    with np.errstate(
+        divide="ignore", invalid="ignore"
+    ):  # NaN where the truth is certain or constant
+        for _, piece in _pieces(probabilities):
+            before = np.column_stack([np.ones(len(piece)), piece[:, :-1]]) if funnel else 1
+            logits = np.log(piece) - np.log(before - piece)
+            sums += logits.sum(axis=0)
+            products += logits.T @ logits
+        covariances = products / count - np.outer(sums, sums) / count**2
+        deviations = np.sqrt(np.diag(covariances))
+        return np.asarray(covariances / np.outer(deviations, deviations))
 
 
 def _pieces(
