@@ -34,7 +34,7 @@ def build_network(config, schema):
 def test_every_group_has_its_choices():
     countries = [f"aliexpress_{country}" for country in ("es", "fr", "nl", "ru", "us")]
 
-    synthetic = ["synthetic", "synthetic_ali_ccp"]
+    synthetic = ["synthetic", "synthetic_ali_ccp", "synthetic_planted"]
     assert choices("data") == [
         *("ali_ccp", *countries, "census_income", "kuairand", *synthetic, "table")
     ]

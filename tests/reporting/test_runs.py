@@ -394,6 +394,23 @@ def test_values_drawn_from_the_seed_do_not_define_an_arm(tmp_path, write_run):
     assert set(table["model"]) == {"MMoE"}
 
 
+def test_repeats_on_data_sets_of_their_own_form_one_arm(tmp_path, write_run):
+    of_seed = ["data.dir", "data.generator_seed", "data.seed", "seed"]
+    for seed in (0, 1):
+        for mtn in (False, True):
+            name = f"{mtn}-{seed}"
+            drawn = {"data.generator_seed": seed, "noise.seed": 0}
+            folder = write_run(tmp_path, name, noise=0.1, mtn=mtn, seed=seed, **drawn)
+            edit(folder, lambda record: record.update(keys_of_seed=of_seed))
+            edit(folder, lambda r, seed=seed: r["noise"].update(checksum=str(seed) * 64))
+
+    table = arms(tmp_path)
+
+    assert table.groupby("variant")["arm"].nunique().to_dict() == {"": 1, "+MTN": 1}
+    assert set(table["data"]) == {"synthetic"}
+    assert table["checksum"].nunique() == table["baseline"].nunique() == 1
+
+
 def test_one_seed_has_one_noise_even_if_drawn_from_the_seed(tmp_path, write_run):
     of_seed = ["data.seed", "noise.seed", "seed"]
     for name, mtn in (("a", False), ("b", True)):

@@ -88,6 +88,24 @@ def test_repeats_draw_only_the_seed_or_also_the_validation_rows_and_the_noise(co
     assert (all_drawn.data.split_seed, all_drawn.noise.seed) == (3, 3)
 
 
+def test_data_sets_that_the_seed_draws_are_those_of_one_arm(compose_config):
+    def arm(checksum, *overrides, seed=0):
+        config = compose_config(
+            "data=synthetic_planted", f"seed={seed}", "output_dir=run", *overrides
+        )
+        return RunIdentity(resolve_settings(config), checksum, seed_keys(config))
+
+    first, second = arm("a"), arm("b", seed=1)
+    assert first.draws_data
+    assert first.arm == second.arm
+    assert first.id != second.id
+    assert arm("a", "data.relatedness=0.5").arm != first.arm
+    fixed = [arm("a", "data.generator_seed=3"), arm("b", "data.generator_seed=3")]
+    assert not fixed[0].draws_data
+    assert fixed[0].arm != fixed[1].arm
+    assert not arm("a", "data=synthetic", "repeats=seed_split_noise").draws_data
+
+
 def test_the_id_does_not_depend_on_the_order_of_the_keys(compose_config):
     config = resolve_settings(compose_config())
     backwards = {key: config[key] for key in reversed(config)}

@@ -54,7 +54,14 @@ def label_runs(records: Sequence[RunRecord]) -> list[Labels]:
 
 def _data_labels(records: Sequence[RunRecord]) -> list[str]:
     names = [record.data["name"] for record in records]
-    parameters = [dict(flatten(record.data["parameters"])) for record in records]
+    parameters = [
+        {
+            key: value
+            for key, value in flatten(record.data["parameters"])
+            if f"data.{key}" not in record.keys_of_seed
+        }
+        for record in records
+    ]
     flips = [
         {
             f"{LABEL_NOISE}.{label}": share
@@ -63,7 +70,8 @@ def _data_labels(records: Sequence[RunRecord]) -> list[str]:
         for record in records
     ]
     labels = _labels(names, names, parameters, flips)
-    checksums = [{"checksum": record.data["checksum"][:8]} for record in records]
+    of_arms = [record.identity.arm_settings["checksum"] for record in records]
+    checksums = [{"checksum": text.removeprefix("per seed ")[:8]} for text in of_arms]
     pairs = {(label, part["checksum"]) for label, part in zip(labels, checksums, strict=True)}
     if len(pairs) == len(set(labels)):
         return labels

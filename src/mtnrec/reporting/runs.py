@@ -142,10 +142,10 @@ class Runs(Sequence[Run]):
                 "arm": run.record.identity.arm,
                 "baseline": place.block,
                 "data": label.data,
-                "checksum": run.record.data["checksum"],
+                "checksum": (arm := run.record.identity.arm_settings)["checksum"],
                 "model": label.model,
                 "variant": label.variant,
-                "mtn": (arm := run.record.identity.arm_settings)["mtn.enabled"],
+                "mtn": arm["mtn.enabled"],
                 "noise": float(arm["noise.proportion"]),
                 "seed": run.record.seed,
                 "label": label.arm,
@@ -353,7 +353,7 @@ def _reason(folder: Path) -> str:
 def _check_masks(runs: Sequence[Run]) -> None:
     first: dict[tuple[str, int | None], Run] = {}
     for run in runs:
-        is_drawn = "noise.seed" in run.record.keys_of_seed
+        is_drawn = run.record.identity.draws_data or "noise.seed" in run.record.keys_of_seed
         place = (run.record.identity.baseline, run.record.seed if is_drawn else None)
         other = first.setdefault(place, run)
         if other.record.noise["checksum"] != run.record.noise["checksum"]:

@@ -201,7 +201,8 @@ class RunIdentity:
         config: Resolved config.
         checksum: Checksum of the data set.
         seed_keys: Dotted config keys derived from the seed, including ``seed``: with
-            ``noise.seed=${seed}`` each repeat has different noise, and the repeats still form one
+            ``noise.seed=${seed}`` each repeat has different noise, with
+            ``data.generator_seed=${seed}`` a different data set, and the repeats still form one
             arm.
     """
 
@@ -221,10 +222,21 @@ class RunIdentity:
 
     @cached_property
     def arm_settings(self) -> dict[str, Any]:
-        """Settings by dotted key, without those derived from the seed, and the checksum."""
+        """Settings by dotted key, without those derived from the seed, and the checksum.
+
+        Where the seed draws the data set, a hash of the data set's other settings stands for it.
+        """
         flat = flatten(self.settings)
         settings = {key: _plain(value) for key, value in flat if key not in self.seed_keys}
-        return settings | {"checksum": self.checksum}
+        of_data = {key: value for key, value in settings.items() if key.startswith("data.")}
+        checksum = f"per seed {_hash_flat(of_data)}" if self.draws_data else self.checksum
+        return settings | {"checksum": checksum}
+
+    @cached_property
+    def draws_data(self) -> bool:
+        """Whether each seed has a data set of its own."""
+        drawn = {key.removeprefix("data.") for key in self.seed_keys if key.startswith("data.")}
+        return bool(drawn - {"seed", "split_seed", *_NOT_OF_THE_DATA})
 
     @cached_property
     def baseline_settings(self) -> dict[str, Any]:
