@@ -30,6 +30,7 @@ from mtnrec.reporting.table.scores import (
     score_table,
     split_by_table,
 )
+from mtnrec.reporting.table.worlds import map_worlds, world_tables, write_worlds
 
 _FEWEST_RESAMPLES = 100
 T = TypeVar("T")
@@ -70,9 +71,12 @@ def _report(cfg: DictConfig) -> None:
         if (table := row_table(cells, f"{title}: intervals over seeds and users")) is not None:
             over_rows.append(table)
     ranks = list(rank_tables(rank_arms(runs.results, **shown)))
-    tables = [*scores, *differences, *over_rows, *ranks]
+    worlds = map_worlds(runs)
+    maps = list(world_tables(worlds))
+    tables = [*scores, *differences, *over_rows, *ranks, *maps]
 
     runs.write(out)
+    write_worlds(out, worlds)
     write_tables(out / "tables", tables)
     figures = write_figures(out / "figures", runs, partial(_track, "figures"), **shown)
     page = out / "index.html"
@@ -86,6 +90,7 @@ def _report(cfg: DictConfig) -> None:
         over_rows=over_rows,
         ranks=ranks,
         figures=figures,
+        worlds=maps,
     )
     console.print(
         f"{len(runs)} runs, {len(tables)} tables and {len(figures)} figures; the page is "

@@ -232,6 +232,31 @@ def test_the_weights_of_the_debiasing_experiment_narrow_and_leave_out_no_model(p
     assert [job.config["model"].get("clicked_weight") for job in jobs] == [0, 26, *[None] * 4]
 
 
+def test_planted_worlds_compare_two_grids_of_equal_size_with_one_baseline(plan):
+    narrowed = ["data.relatedness=0,1", "noise.proportion=0", "mtn.lam=1e-3,1e-2"]
+    decays = 'hydra.sweeper.grids.weight_decay={optimizer.weight_decay:"1e-4,1e-3"}'
+
+    whole = plan(None, "seed=0", "noise.proportion=0", experiment="planted")
+    few = plan(None, "seed=0,1", *narrowed, decays, experiment="planted")
+
+    for jobs, points, strengths in ((whole, 3, 4), (few, 4, 2)):
+        arms = Counter(
+            (job.config["mtn"]["enabled"], job.config["optimizer"]["weight_decay"] > 0)
+            for job in jobs
+        )
+        assert arms == {
+            (False, False): points,
+            (True, False): points * strengths,
+            (False, True): points * strengths,
+        }
+    # A world for each seed and relatedness, whatever the noise and the arm.
+    worlds = {
+        (j.config["seed"], j.config["data"]["relatedness"], j.config["data"]["dir"]) for j in few
+    }
+    assert len({directory for *_, directory in worlds}) == len(worlds) == 4
+    assert {job.config["data"]["generator_seed"] for job in few} == {0, 1}
+
+
 @pytest.mark.slow
 def test_the_quickstart_runs_on_any_launcher(plan):
     jobs = plan(None, "hydra/launcher=basic", "seed=0", experiment="quickstart")

@@ -18,6 +18,7 @@ from mtnrec.reporting.figure.catalogue import (
     MOST_ARMS,
     MOST_BLOCKS,
     RANKS,
+    WORLDS,
     WrittenFigure,
     blocks,
 )
@@ -50,6 +51,16 @@ _MECHANISM = (
     "It penalises the sum of each matrix's singular values, its trace norm, weighted by alpha: the "
     "smaller singular values shrink first, the effective rank falls, and the layers share "
     "directions. The grey line is the same model without MTN."
+)
+
+
+_WORLDS = (
+    "The labels of these logs are drawn from known probabilities. Relatedness is how much of the "
+    "conversion's logits comes from the hidden layer that the click's read: 1 for all, 0 for a "
+    "hidden layer of its own; noise is the share of noisy training and validation rows. At each "
+    "point MTN has the lambda, and weight decay the strength, with the best mean of the monitor on "
+    "the validation rows over all seeds; the test rows choose nothing. planted_worlds.csv has the "
+    "strengths, the AUCs and those of the true probabilities."
 )
 
 
@@ -89,6 +100,7 @@ def write_page(
     over_rows: Sequence[Table],
     ranks: Sequence[Table],
     figures: Sequence[WrittenFigure],
+    worlds: Sequence[Table] = (),
 ) -> None:
     """Write a page with embedded style, script and figures, which any browser opens offline.
 
@@ -102,6 +114,7 @@ def write_page(
         over_rows: Tables of the intervals over test rows, if runs kept their scores.
         ranks: Tables of the ranks over data sets.
         figures: Written figures; their SVG is embedded.
+        worlds: Tables of the planted worlds.
     """
     environment = Environment(
         loader=PackageLoader("mtnrec.reporting", "."),
@@ -122,7 +135,7 @@ def write_page(
         facts=facts(runs),
         left_out=left_out,
         sections=list(
-            _sections(path, runs, compared, scores, differences, over_rows, ranks, figures)
+            _sections(path, runs, compared, scores, differences, over_rows, ranks, worlds, figures)
         ),
         runs=runs_table(runs, path.parent),
         color_of=color_of,
@@ -139,6 +152,7 @@ def _sections(
     differences: Sequence[Table],
     over_rows: Sequence[Table],
     ranks: Sequence[Table],
+    worlds: Sequence[Table],
     figures: Sequence[WrittenFigure],
 ) -> Iterator[_Section]:
     def section(title: str, *, most: int = 1, **parts: object) -> _Section:
@@ -167,13 +181,16 @@ def _sections(
     )
     if ranks:
         yield section(RANKS, tables=_rendered(ranks))
+    if worlds:
+        tables = [("Tables of the maps", _rendered(worlds))]
+        yield section(WORLDS, most=len(figures), text=_WORLDS, folded=tables)
     published = list(deviation_tables(compared))
     if published:
         yield _Section("Published numbers", tables=_rendered(published))
     has_mtn = runs.settings["mtn"].any()
     texts = {"Training": _left_out(runs), "What MTN does": _MECHANISM if has_mtn else ""}
     for name in dict.fromkeys(kind.section for kind in KINDS.values()):
-        if name in ("Results", RANKS, "Calibration"):  # with tables
+        if name in ("Results", RANKS, WORLDS, "Calibration"):  # with tables
             continue
         found = section(name, most=2, text=texts.get(name, ""))
         if found.images:

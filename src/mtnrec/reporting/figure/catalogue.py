@@ -22,9 +22,11 @@ from mtnrec.reporting.runs import Run, Runs
 from mtnrec.reporting.table.published import task_title
 from mtnrec.reporting.table.ranks import rank_arms
 from mtnrec.reporting.table.scores import name_values
+from mtnrec.reporting.table.worlds import map_worlds
 from mtnrec.system.files import remove_files, slug
 
 RANKS = "Ranks over data sets"  # section of the page
+WORLDS = "Planted worlds"  # section of the page
 MOST_BLOCKS = 4  # models with figures of their training; drawing one takes a second
 _MOST_LINES = 6  # arms per figure next to their baseline; more have another figure
 MOST_ARMS = 2 * _MOST_LINES  # of a model, with figures of their training
@@ -115,6 +117,16 @@ KINDS = {
         "not overlap differ significantly at 5 %, over all pairs of arms (Nemenyi). Grey band: the "
         "bar of the best arm.",
         "Dot plot of the mean rank of each arm, with bars as long as the critical difference.",
+    ),
+    "world_maps": Kind(
+        WORLDS,
+        "Map of planted worlds",
+        "Test AUC of MTN with its best lambda, minus that of its rivals: weight decay with its "
+        f"best strength, and the baseline without either: {_INTERVAL}. Purple: MTN is better, "
+        "orange: the rival is. Hatched: the interval covers 0, or is unknown with one seed. "
+        "Strengths are chosen by the monitor on the validation rows.",
+        "Heat maps of the difference in test AUC by relatedness of the tasks and noise, one row "
+        "per rival and one column per task.",
     ),
     "lambda_curves": Kind(
         "Lambda",
@@ -239,7 +251,7 @@ def plan_figures(runs: Runs, metric: str = "auc", split: str = "test") -> list[P
     Of many models, and of many arms of a model, only the first have figures of their training.
     """
     of_results = (*_of_results(runs, metric, split), *_of_ranks(runs, metric, split))
-    return [*of_results, *_of_training(runs), *_of_arrays(runs)]
+    return [*of_results, *_of_worlds(runs), *_of_training(runs), *_of_arrays(runs)]
 
 
 def _of_results(runs: Runs, metric: str, split: str) -> Iterator[PlannedFigure]:
@@ -263,6 +275,12 @@ def _of_ranks(runs: Runs, metric: str, split: str) -> Iterator[PlannedFigure]:
     for ranking in rank_arms(runs.results, metric=metric, split=split):
         parts = tuple(filter(None, (task_title(ranking.task), ranking.noise)))
         yield PlannedFigure("ranks", parts, partial(figures.critical_differences, ranking))
+
+
+def _of_worlds(runs: Runs) -> Iterator[PlannedFigure]:
+    worlds = map_worlds(runs)
+    for (name,), rows in _groups(worlds, "map") if len(worlds) else ():
+        yield PlannedFigure("world_maps", (name,), partial(figures.world_maps, rows))
 
 
 def _of_training(runs: Runs) -> Iterator[PlannedFigure]:

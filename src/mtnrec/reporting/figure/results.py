@@ -1,17 +1,20 @@
-"""Figures of results: a metric against noise and lambda, differences, ranks, calibration.
+"""Figures of results: a metric against noise and lambda, differences, ranks, maps, calibration.
 
 Functions that draw a figure return None if the rows hold no data for it.
 """
 
 import textwrap
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from mtnrec.reporting.baseline import BASELINE
 from mtnrec.reporting.figure.style import (
+    DIVERGING,
     Style,
     along_funnel,
     facets,
@@ -28,9 +31,10 @@ from mtnrec.reporting.figure.style import (
 from mtnrec.reporting.significance import mean_interval
 from mtnrec.reporting.table.published import task_title
 from mtnrec.reporting.table.ranks import Ranking
-from mtnrec.reporting.table.scores import name_values
+from mtnrec.reporting.table.scores import in_order, name_values
 
 CALIBRATION_BINS = 20
+_LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 _NAME_WIDTH = 46  # characters of an arm's name in a line of a figure one column wide
 
 
@@ -177,6 +181,70 @@ def critical_differences(ranking: Ranking) -> Figure:
     axes.set_xlabel(f"mean rank, {task_title(ranking.task)}: {ranking.values}")
     axes.spines.left.set_visible(False)
     return figure
+
+
+@styled
+def world_maps(worlds: pd.DataFrame) -> Figure | None:
+    """Draw differences of test AUC by relatedness and noise: a row per rival, a column per task.
+
+    A cell is hatched if its interval covers 0, or if a single seed gives none.
+
+    Args:
+        worlds: Rows of :func:`~mtnrec.reporting.table.worlds.map_worlds` for one map.
+    """
+    worlds = worlds.dropna(subset="difference")
+    if worlds.empty:
+        return None
+    rivals, tasks = worlds["rival"].unique(), in_order(worlds["task"])
+    noises, levels = (sorted(worlds[key].unique()) for key in ("noise", "relatedness"))
+    most = max(worlds["difference"].abs().max(), 1e-9)
+    scale = mpl.colors.Normalize(-most, most)
+    figure, grid = panels(len(rivals), len(tasks), height=0.45 * len(levels) + 0.5)
+    for axes_of_row, rival in zip(grid, rivals, strict=True):
+        row_title(axes_of_row[0], f"MTN less {rival}", line=int(rival == rivals[0]))
+        for axes, task in zip(axes_of_row, tasks, strict=True):
+            part = worlds[(worlds["rival"] == rival) & (worlds["task"] == task)]
+            place = part["relatedness"].map(levels.index), part["noise"].map(noises.index)
+            _draw_map(axes, part.assign(row=place[0], column=place[1]), scale)
+            axes.set_xticks(range(len(noises)), [f"{noise:g}" for noise in noises])
+            named = axes is axes_of_row[0]
+            axes.set_yticks(range(len(levels)), [f"{level:g}" for level in levels] if named else [])
+            axes.set(xlim=(-0.5, len(noises) - 0.5), ylim=(-0.5, len(levels) - 0.5))
+            axes.spines[:].set_visible(False)
+            axes.tick_params(length=0)
+        axes_of_row[0].set_ylabel("relatedness")
+    for axes, task in zip(grid[0], tasks, strict=True):
+        axes.set_title(task_title(task))
+    for axes in grid[-1]:
+        axes.set_xlabel("noise proportion")
+    colors = mpl.cm.ScalarMappable(scale, DIVERGING)
+    figure.colorbar(colors, ax=grid, label="difference of test AUC", aspect=25, shrink=0.8)
+    return figure
+
+
+def _draw_map(axes: Axes, cells: pd.DataFrame, scale: mpl.colors.Normalize) -> None:
+    colormap = mpl.colormaps[DIVERGING]
+    for cell in cells.to_dict("records"):
+        corner = cell["column"] - 0.5, cell["row"] - 0.5
+        color = colormap(scale(cell["difference"]))
+        axes.add_patch(Rectangle(corner, 1, 1, facecolor=color, linewidth=0))
+        if not (cell["low"] > 0 or cell["high"] < 0):
+            axes.add_patch(
+                Rectangle(corner, 1, 1, fill=False, hatch="/////", edgecolor="0.62", linewidth=0)
+            )
+        interval = f"\n[{cell['low']:+.3f}, {cell['high']:+.3f}]" if cell["seeds"] > 1 else ""
+        # Neither black nor white: the page replaces these by its own colours.
+        ink = "0.08" if np.dot(color[:3], _LUMINANCE) > 0.45 else "0.97"
+        text = axes.text(
+            cell["column"],
+            cell["row"],
+            f"{cell['difference']:+.3f}{interval}",
+            ha="center",
+            va="center",
+            color=ink,
+            fontsize=5.5,
+        )
+        text.set_bbox({"facecolor": color, "edgecolor": "none", "pad": 0.8})
 
 
 @styled

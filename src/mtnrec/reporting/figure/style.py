@@ -34,6 +34,7 @@ Draw = Callable[[Axes, pd.DataFrame, str, Style], None]
 
 FORMATS = ("pdf", "svg", "png")
 SEQUENTIAL = "cividis"  # perceptually uniform, also in grey and to the colour-blind
+DIVERGING = "PuOr"  # orange below zero, purple above, for every kind of colour vision
 _ONE_COLUMN, _TWO_COLUMNS = 3.3, 7.0  # inches, on a two-column page
 _COLORS = ("#80868f", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
