@@ -2,6 +2,7 @@ import csv
 import itertools
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -573,3 +574,35 @@ def test_missing_data_ends_in_one_message_with_a_remedy(train, tmp_path, capsys)
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "Traceback" not in printed.err
+
+
+def test_a_run_without_a_test_never_reads_the_test_rows(plain_run, train, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(read_record(plain_run)["config"]["data"]["dir"], folder)
+    for path in folder.glob("test/*.npy"):  # NaN, index -1, label 255
+        array = np.load(path, mmap_mode="r+")
+        array.view(np.uint8)[:] = 255
+        array.flush()
+    keys = [*LOG, f"data.dir={folder}", "data.verify=false"]
+
+    untested = read_record(train(*keys, "test=false"))
+
+    tested = read_record(plain_run)
+    assert [key for key in untested["metrics"] if not key.startswith("val/")] == []
+    assert untested["history"] == tested["history"]
+    expected = {key: v for key, v in tested["metrics"].items() if key.startswith("val/")}
+    assert untested["metrics"] == expected
+    assert untested["seconds"]["test"] == 0
+    assert untested["cell"] != tested["cell"]
+    with pytest.raises(RuntimeError, match="out of bounds"):  # a test notices the poison
+        train(*keys)
+
+
+def test_noise_of_the_test_rows_is_not_drawn_without_a_test(train):
+    noise = ["noise.label_flip={click:0.2}", "noise.splits=[train,val,test]"]
+
+    tested, untested = (read_record(train(*LOG, *noise, f"test={t}")) for t in ("true", "false"))
+
+    counts = tested["noise"]["flipped_labels"]
+    assert counts.pop("test")["click"] > 0
+    assert untested["noise"]["flipped_labels"] == counts

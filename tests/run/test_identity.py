@@ -131,6 +131,10 @@ def test_what_is_switched_off_is_one_run_at_all_settings(make_id):
     assert make_id("noise.proportion", 0.1) != make_id()
 
 
+def test_a_run_without_a_test_is_another_run_than_a_tested_one(make_id):
+    assert make_id("test", False) != make_id("test", True) == make_id()
+
+
 def test_an_mtn_setting_changes_the_id_if_mtn_is_enabled(compose_config):
     configs = (
         resolve_settings(compose_config("mtn.enabled=true", f"mtn.lam={lam}"))

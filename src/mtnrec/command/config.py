@@ -128,6 +128,7 @@ class Train:
     min_group_rows: int = 1
     repeats: str = MISSING
     resume: bool = True
+    test: bool = True
     dry_run: bool = False
     cuda_graphs: bool = False
     keep_scores: bool = False

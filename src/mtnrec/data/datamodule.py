@@ -96,6 +96,7 @@ class DataModule(L.LightningDataModule, ABC):
             self.dir = Path(os.environ.get("MTNREC_DATA", "data"), self._folder_name)
         self.dir = Path(self.dir)
         self.noise: Noise | None = None
+        self.reads_test = True  # False: no array of the test rows is mapped
         self._verified = False
         self._arrays: dict[str, Arrays] | None = None
         self._original: DataModule | None = None
@@ -243,7 +244,10 @@ class DataModule(L.LightningDataModule, ABC):
         }
         if self.noise is not None:
             self.noise.learn(self.schema, arrays["train"])
-        self._arrays = {"val": arrays["train"], **arrays}
+        self._arrays = {
+            "val": arrays["train"],
+            **{name: part for name, part in arrays.items() if self.reads_test or name == "train"},
+        }
 
     def _validates(self, rows: int, group: Int64Array | None) -> BoolArray:
         """Return which training rows are validation rows."""
@@ -307,10 +311,11 @@ class DataModule(L.LightningDataModule, ABC):
 
     def record_noise(self) -> dict[str, Any]:
         """Return the record of the noise, :meth:`~mtnrec.data.noise.Noise.record`."""
-        if self.noise is None:
+        if self.noise is None or self._arrays is None:
             raise RuntimeError("set the noise before setup()")
-        splits = self.noise.splits if self.noise.flips_labels else []
-        return self.noise.record(self.row_numbers, {s: self._stored_labels(s) for s in splits})
+        rows = {split: self._rows[split] for split in self._arrays}
+        noisy = [split for split in rows if split in self.noise.splits and self.noise.flips_labels]
+        return self.noise.record(rows, {split: self._stored_labels(split) for split in noisy})
 
     def stored(self, split: str) -> tuple[Arrays, RowIndices]:
         """Return the arrays that hold a split, and the row numbers of the split in them."""

@@ -241,7 +241,7 @@ class Noise:
             its replaced features, then likewise of the rows with flipped labels, if labels are
             flipped. It is None without noise.
         """
-        splits = [split for split in _FILES if split in self.splits]
+        splits = [split for split in _FILES if split in self.splits and split in rows]
         noisy_rows, replaced_features = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
         digest = hashlib.sha256()
         for split in splits if self.proportion else []:

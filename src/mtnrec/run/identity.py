@@ -34,7 +34,7 @@ _NOT_OF_THE_RUN = (
     "keep_scores",
 )
 _NOT_OF_THE_DATA = ("dir", "raw_dir", "train", "test", "tests", "verify", "threads")
-_ADDS_NOTHING = {"min_group_rows": 1}  # keys left out of the settings at these values
+_ADDS_NOTHING = {"min_group_rows": 1, "test": True}  # keys left out of the settings at these values
 _NOT_OF_THE_TRAINER = (
     "enable_progress_bar",
     "enable_model_summary",

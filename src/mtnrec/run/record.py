@@ -73,7 +73,7 @@ class RunRecord:
             was ``dirty``; None outside a checkout.
         sources: Hash of each module of the user's own that the config names.
         stopped: Why the training ended.
-        seconds: Durations of ``setup``, ``fit`` and ``test``.
+        seconds: Durations of ``setup``, ``fit`` and ``test``, 0 without a test.
         samples_per_second: Throughput of ``train`` and ``evaluate``, loading included.
         peak_memory_bytes: Peak memory of the process so far, GPU memory included.
         parameters: Numbers of parameters, of the ``embeddings`` and of the rest, ``network``; empty
@@ -113,6 +113,11 @@ class RunRecord:
     scores: Mapping[str, str] = field(default_factory=dict)
     status: str = "finished"
     format_version: int = FORMAT_VERSION
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether the run was tested; a trial of a search is not."""
+        return bool(self.config.get("test", True))
 
     @cached_property
     def identity(self) -> RunIdentity:

@@ -213,8 +213,9 @@ def _report_to_wandb(logger: WandbLogger, record: RunRecord, metrics: Mapping[st
         if name.count("/") > 1:  # not matched by the * of define_metric
             run.define_metric(name, step_metric="epoch")
     folder = Path(record.config["output_dir"])
-    figures = (found for found in drawn_figures(read_runs(folder)) if found[2] is not None)
-    run.log({f"figures/{kind}": wandb.Image(figure) for kind, _, figure in figures})
+    if record.is_tested:
+        figures = (found for found in drawn_figures(read_runs(folder)) if found[2] is not None)
+        run.log({f"figures/{kind}": wandb.Image(figure) for kind, _, figure in figures})
     # Of the best epoch; those of W&B are of the last.
     run.summary.update({"best_epoch": record.best_epoch, **metrics})
     tables = {

@@ -101,7 +101,7 @@ def _resolve(cfg: DictConfig) -> dict[str, Any]:
 
 
 def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRecord:
-    """Train, test the best epoch once, and write the record.
+    """Train, test the best epoch once unless ``cfg.test`` is false, and write the record.
 
     Args:
         cfg: The composed config, ``conf/train.yaml``.
@@ -116,6 +116,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
     commits, own_sources, packages = find_commits(), sources(config), versions()
     output_dir = Path(cfg.output_dir)
     datamodule.seed, datamodule.noise = cfg.seed, instantiate(cfg.noise, _convert_="all")
+    datamodule.reads_test = cfg.test
     mtn = instantiate(cfg.mtn, _convert_="all")
     datamodule.prepare_data()
     datamodule.setup()
@@ -168,10 +169,8 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
             "training ended before its first validation, so there is no epoch to test. Set more "
             "epochs or steps."
         )
-    with _one_message():
-        trainer.test(
-            module, datamodule=datamodule, ckpt_path=best, weights_only=True, verbose=False
-        )
+    if cfg.test:
+        _test(trainer, module, datamodule, best)
 
     chosen = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
     results = recorder.validations[chosen["global_step"]] | module.test_results
@@ -197,7 +196,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         sources=own_sources,
         stopped=stopped,
         added_metrics=module.added_metrics.directions,
-        scores=_keep_scores(trainer, module, datamodule) if cfg.keep_scores else {},
+        scores=_keep_scores(trainer, module, datamodule),
         seconds=recorder.seconds,
         samples_per_second=recorder.samples_per_second(),
         peak_memory_bytes=peak_memory_bytes(),
@@ -207,11 +206,17 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         record.write(output_dir)
         resume_point.discard()
         report_run(trainer.loggers, record)
-        get_console().print(summary_tables(datamodule.schema, record, datamodule.test_splits))
+        get_console().print(summary_tables(datamodule.schema, record))
         warn_of_weak_scores(datamodule.schema, record)
         for line in closing_lines(output_dir, record):
             get_console().print(line, markup=False, soft_wrap=True)
     return record
+
+
+def _test(trainer: L.Trainer, module: MultiTaskModule, data: DataModule, best: str) -> None:
+    """Test the checkpoint of the best epoch."""
+    with _one_message():
+        trainer.test(module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
 
 
 @contextmanager
@@ -321,11 +326,11 @@ def _make_trainer(cfg: DictConfig, callbacks: list[L.Callback]) -> L.Trainer:
 def _keep_scores(
     trainer: L.Trainer, module: MultiTaskModule, datamodule: DataModule
 ) -> dict[str, str]:
-    """Write the scores of the test rows on rank 0; return the SHA-256 of the files there."""
+    """Write the kept scores on rank 0; return the SHA-256 of the files there."""
+    if not (module.tested_rows and trainer.is_global_zero):
+        return {}
     from mtnrec.training.kept_scores import keep_scores  # loads pyarrow, slow and seldom needed
 
-    if not trainer.is_global_zero:
-        return {}
     return keep_scores(Path(trainer.default_root_dir), datamodule.schema, module.tested_rows)
 
 
@@ -352,6 +357,7 @@ def check_settings(cfg: DictConfig) -> None:
     check_clipping(cfg.trainer, cfg.optimizer)
     check_flag("resume", cfg.resume)
     check_flag("keep_scores", cfg.keep_scores)
+    check_flag("test", cfg.test)
     check_choice("stop", cfg.stop, STOPS)
     check_choice("task_loss", cfg.task_loss, TASK_LOSSES)
     _check_repeats(cfg)
@@ -388,7 +394,7 @@ def _check_repeats(cfg: DictConfig) -> None:
 
 def _bayes_aucs(datamodule: DataModule, counts: Mapping[str, Any]) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for split in ("val", *datamodule.test_splits):
+    for split in dict.fromkeys(place.partition("/")[0] for place in counts):
         probabilities = datamodule.column(split, "probabilities")
         measured = max(counts[f"{split}/{task.name}"]["rows"] for task in datamodule.schema.tasks)
         if probabilities is not None and measured == datamodule.split_rows[split]:

@@ -35,7 +35,7 @@ class RunRecorder(L.Callback):
         self._started = time.perf_counter()
         self._stage_started = 0.0
         self._validated: dict[str, float] = {}
-        self.seconds: dict[str, float] = {"fit": 0.0}
+        self.seconds: dict[str, float] = {"fit": 0.0, "test": 0.0}
         self.validations: dict[int, dict[str, float]] = {}
         self.epochs: list[dict[str, float]] = []
         self._rows = {"train": 0, "evaluate": 0}

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,11 @@ def _call(settings: Mapping[str, Any]) -> str:
     return f"{name}({', '.join(given)})"
 
 
-def summary_tables(schema: Schema, record: RunRecord, splits: Iterable[str]) -> Group:
-    """Return the table of results of each test set."""
-    return Group(*(summary_table(schema, record, split) for split in splits))
+def summary_tables(schema: Schema, record: RunRecord) -> Group:
+    """Return the table of results of each test set, or of the validation rows without a test."""
+    splits = list(dict.fromkeys(place.partition("/")[0] for place in record.counts))
+    tables = [split for split in splits if split != "val"] or splits
+    return Group(*(summary_table(schema, record, split) for split in tables))
 
 
 def summary_table(schema: Schema, record: RunRecord, split: str = "test") -> Table:
@@ -96,10 +98,11 @@ def summary_table(schema: Schema, record: RunRecord, split: str = "test") -> Tab
     Args:
         schema: The tasks.
         record: Record of the run.
-        split: The test set.
+        split: The test set, or ``val``.
     """
     metrics, counts = record.metrics, record.counts
-    shown = {f"{split} AUC": "auc", "log loss": "log_loss", "Bayes AUC": "bayes_auc"}
+    shown = {"log loss": "log_loss", "Bayes AUC": "bayes_auc"}
+    shown = shown if split == "val" else {f"{split} AUC": "auc", **shown}
     monitor = record.config["monitor"]
     title = f"Best epoch {record.best_epoch}, chosen by {monitor}"
     if (value := metrics[monitor]) is None or math.isnan(value):
@@ -107,7 +110,7 @@ def summary_table(schema: Schema, record: RunRecord, split: str = "test") -> Tab
     table = Table(
         title=title,
         title_justify="left",
-        caption=f"rows, positives and log loss: {split} set",
+        caption=f"rows, positives and log loss: {'validation' if split == 'val' else split} set",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
@@ -137,10 +140,13 @@ def summary_table(schema: Schema, record: RunRecord, split: str = "test") -> Tab
 def warn_of_weak_scores(schema: Schema, record: RunRecord) -> None:
     """Warn of tasks whose test scores are worse than chance, or than one constant for all rows.
 
+    Without a test there is nothing to warn of: a trial with a high learning rate is expected to
+    score badly.
+
     The constant is the share of positives in the test rows, which has the least log loss.
     """
     low, high = [], []
-    for task in schema.tasks:
+    for task in schema.tasks if record.is_tested else ():
         auc, loss = (record.metrics[metric_key("test", task.name, m)] for m in ("auc", "log_loss"))
         count = record.counts[f"test/{task.name}"]
         share = count["positives"] / count["rows"] if count["rows"] else 0
