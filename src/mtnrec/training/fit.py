@@ -140,7 +140,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
     regularizer = instantiate(cfg.regularizer, _convert_="all") if cfg.regularizer else None
     callbacks = [
         mtn,
-        *([] if regularizer is None else [regularizer]),
+        *filter(None, [regularizer]),
         divergence,
         recorder,
         experts,
