@@ -35,13 +35,21 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> None:
+        """Sweep, or sweep over each of several experiments."""
         from mtnrec.sweep import launch  # here, since every command loads this module
 
         loader = self.hydra_context.config_loader
         sweeps = launch.split_experiments(self.config, loader, arguments)
         if len(sweeps) > 1:
             self._sweep_each(sweeps)
-            return
+        else:
+            self.run(arguments)
+
+    def run(self, arguments: list[str]) -> None:
+        """Run the grids of one experiment."""
+        from mtnrec.sweep import launch
+
+        loader = self.hydra_context.config_loader
         grids = [{**self.params, **grid} for grid in self.grids.values()] or [dict(self.params)]
         jobs = launch.plan(self.config, loader, grids, arguments)
         launch.run_jobs(jobs, self.launcher, self.config)

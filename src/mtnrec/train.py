@@ -35,8 +35,8 @@ def main(cfg: DictConfig) -> float | None:
     output_dir = Path(cfg.output_dir)
     if cfg.dry_run:
         raise InputError(
-            "dry_run lists the runs of a sweep, got a single run or a search, whose runs follow "
-            "from their results. Set dry_run=false, or sweep: -m seed=0,1,2."
+            "dry_run lists the runs of a sweep, got a single run or another sweeper's run. Set "
+            "dry_run=false, or sweep: -m seed=0,1,2."
         )
     if is_sweep_job() and cfg.trainer.devices != 1:
         return run_in_subprocess(output_dir).metrics[cfg.monitor]

@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 
 import cloudpickle
 import pytest
-import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
@@ -28,8 +27,6 @@ from mtnrec.system.files import read_json
 
 LOG = ["data.rows=3000", "data.click_rate=0.2", "data.conversion_rate=0.3"]
 QUICK = [*LOG, "trainer.max_epochs=1"]
-SEARCH = [*QUICK, "experiment=lambda_search", "data=synthetic", "hydra.sweeper.n_trials=3"]
-
 
 WORKERS = ["hydra/launcher=workers", "hydra.launcher.n_jobs=2"]
 
@@ -165,7 +162,8 @@ def test_slurm_without_waiting_submits_the_runs_and_status_follows_them(
 
 
 def test_a_search_refuses_a_launcher_that_does_not_wait():
-    search = OmegaConf.create({"hydra": {"sweeper": {"_target_": "optuna.OptunaSweeper"}}})
+    target = "hydra_plugins.mtnrec_tuned_sweeper.TunedSweeper"
+    search = OmegaConf.create({"hydra": {"sweeper": {"_target_": target}}})
 
     with pytest.raises(SystemExit, match=r"hydra\.launcher\.wait must be true in a search"):
         MtnrecSlurmLauncher(wait=False).setup(hydra_context=None, task_function=None, config=search)
@@ -269,36 +267,6 @@ def test_ray_gives_the_results_of_one_process(tmp_path):
     one, jobs = ([*records(tmp_path / name).values()] for name in ("one", "jobs"))
     assert len(one) == 2
     assert [record["metrics"] for record in jobs] == [record["metrics"] for record in one]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Optuna 2, on import
-def test_a_search_maximises_the_monitor_and_again_takes_what_is_finished(train, tmp_path):
-    train(*SEARCH, "monitor=val/ctr_auc", folder=tmp_path)
-    found = records(tmp_path)
-    best = max(record["metrics"]["val/ctr_auc"] for record in found.values())
-    written = {path: path.stat().st_mtime_ns for path in found}
-
-    train(*SEARCH, "monitor=val/ctr_auc", folder=tmp_path)
-
-    results = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())
-    assert len(found) == 3
-    assert results["best_value"] == best
-    assert {path: path.stat().st_mtime_ns for path in records(tmp_path)} == written
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Optuna 2, on import
-def test_a_trial_that_fails_does_not_end_a_search_and_the_command_line_narrows_it(train, tmp_path):
-    narrow = ["mtn.coupling=gradient", "mtn.lam=choice(-1,1e-3)", "hydra.sweeper.sampler.seed=0"]
-
-    train(*SEARCH, *narrow, folder=tmp_path)
-
-    (record,) = records(tmp_path).values()
-    assert record["mtn"]["lam"] == 1e-3
-    assert record["mtn"]["coupling"] == "gradient"
-    states = [run_state(path.parent) for path in tmp_path.rglob(".lock")]
-    assert sorted(states) == [State.FAILED, State.FINISHED]
 
 
 @pytest.mark.slow

@@ -202,6 +202,19 @@ def test_the_leaderboard_ranks_arms_by_their_mean_monitor(arms):
     assert f"{first} optimizer.lr=0.1 2 0.7000 0.6000 0.8000" in text
 
 
+def test_trials_have_a_leaderboard_of_their_own(arms):
+    path = arms / "log-mmoe-seed1-0.1" / "result.json"
+    record = json.loads(path.read_text())
+    record["config"]["test"] = False
+    path.write_text(json.dumps(record))
+
+    text = render(read_progress(arms))
+
+    of_arms, of_trials = text.split("best trials runs mean val/cvr_auc lowest highest")
+    assert "optimizer.lr=0.1 1 0.6000 0.6000 0.6000" in of_arms
+    assert of_trials.count("0.8000") == 3
+
+
 def test_the_leaderboard_names_a_run_by_its_folder_if_nothing_else_does(tmp_path, write_run):
     write_run(tmp_path, "first", monitor="val/cvr_auc", metrics={"val/cvr_auc": 0.6})
 

@@ -30,6 +30,7 @@ from mtnrec.command.job import (
     job_command,
     job_overrides,
     name_callbacks,
+    name_sweeper_keys,
     owns_screen,
 )
 from mtnrec.command.keys import check_choices, check_keys
@@ -76,7 +77,7 @@ def entry_point(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[
             elif "--version" in arguments:
                 print_version()
             else:
-                sys.argv[1:] = map(name_callbacks, arguments)
+                sys.argv[1:] = [name_sweeper_keys(name_callbacks(line)) for line in arguments]
                 _run_command(run, name)
 
         return main

@@ -98,6 +98,18 @@ def name_callbacks(argument: str) -> str:
     return f"callbacks={Override._get_value_element_as_str(cast(Any, named))}"
 
 
+def name_sweeper_keys(argument: str) -> str:
+    """Return ``trials=`` and ``seeds=`` as keys of the sweeper, which Hydra would not sweep over.
+
+    >>> name_sweeper_keys("trials=8"), name_sweeper_keys("seeds=range(1,4)")
+    ('hydra.sweeper.trials=8', 'hydra.sweeper.seeds="range(1,4)"')
+    """
+    key, _, value = argument.partition("=")
+    if key not in ("trials", "seeds"):
+        return argument
+    return f"hydra.sweeper.{key}={value if value.isdigit() else quote_value(value)}"
+
+
 def train_command(folder: Path, overrides: Sequence[str], hydra: Any) -> list[str]:
     """Return the command of one run with these overrides, in its folder.
 

@@ -135,7 +135,7 @@ def plan(
         (runs,) = BasicSweeper.split_arguments(parsed_lines, None)
         for overrides in runs:
             with naming_folders_after(swept):
-                job = _make_job(*composer.compose(overrides))
+                job = make_job(*composer.compose(overrides))
             jobs.setdefault(RunIdentity(job.config, checksum="", seed_keys=()).id, job)
     composer.report()
     for folder, count in Counter(job.folder for job in jobs.values()).items():
@@ -147,7 +147,12 @@ def plan(
     return list(jobs.values())
 
 
-def _make_job(composed: DictConfig, overrides: Sequence[str]) -> Job:
+def make_job(composed: DictConfig, overrides: Sequence[str]) -> Job:
+    """Return the run of a composed config.
+
+    Raises:
+        InputError: If its folder's name depends on an unknown value, or a key is not known.
+    """
     try:
         folder = Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir
     except InterpolationToMissingValueError as error:
@@ -162,7 +167,9 @@ def _make_job(composed: DictConfig, overrides: Sequence[str]) -> Job:
     return Job(tuple(overrides), folder, settings, tuple(command))
 
 
-def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> None:
+def run_jobs(
+    jobs: Sequence[Job], launcher: Launcher, config: DictConfig, earlier: Sequence[Job] = ()
+) -> None:
     """Run the jobs that are not finished; exit with status 1 if some still are not.
 
     A launcher with ``wait=False`` only submits them. With ``dry_run`` they are only listed. If none
@@ -172,37 +179,57 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
         jobs: All runs of the sweep.
         launcher: Launches the unfinished ones.
         config: Config of the sweep.
+        earlier: Runs that the sweep launched before and that its plan keeps.
 
     Raises:
         InputError: If no unfinished run has its data set.
     """
     directory = Path(config.hydra.sweep.dir)
-    prepared = _find_data(jobs, prepare=not config.dry_run)
-    finished = {job.folder: _find_finished(job, *prepared[_data_key(job)]) for job in jobs}
+    prepared = PreparedData(jobs, prepare=not config.dry_run)
+    finished = {job.folder: prepared.find_finished(job) for job in jobs}
     pending = [job for job in jobs if finished[job.folder] is None]
     if config.dry_run:
         _list(jobs, pending, directory)
         return
-    if pending and all(prepared[_data_key(job)][0] is None for job in pending):
-        raise InputError(
-            f"{len(pending)} of {len(jobs)} runs cannot start, since their data set is missing. "
-            "Do what the warnings say, then start the sweep again."
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    planned = {job.folder.relative_to(directory).as_posix(): _shown(job) for job in jobs}
-    submitted = (read_json(directory / PLAN_FILE) or {}).get("submitted", {})
-    sweep: dict[str, Any] = {"started": time.time(), "cells": planned, "submitted": submitted}
-    write_json(directory / PLAN_FILE, sweep)
+    prepared.check(pending)
+    sweep = write_plan([*earlier, *jobs], directory)
     _logger.info(
         "%d runs in %s, %d of them finished before", len(jobs), directory, len(jobs) - len(pending)
     )
     warn_of_changes(
         (record, job.config["threads"]) for job in jobs if (record := finished[job.folder])
     )
-    _make_folders(pending)
     if not getattr(launcher, "wait", True):
+        _make_folders(pending)
         submit_jobs({job.folder: job.overrides for job in pending}, launcher, directory, sweep)
         return
+    launch_jobs(pending, launcher, config, [*earlier, *jobs])
+    _close(jobs, pending, directory)
+
+
+def write_plan(jobs: Sequence[Job], directory: Path) -> dict[str, Any]:
+    """Write the plan of a sweep, which its status is read from, and return its content."""
+    directory.mkdir(parents=True, exist_ok=True)
+    planned = {job.folder.relative_to(directory).as_posix(): _shown(job) for job in jobs}
+    submitted = (read_json(directory / PLAN_FILE) or {}).get("submitted", {})
+    sweep = {"started": time.time(), "cells": planned, "submitted": submitted}
+    write_json(directory / PLAN_FILE, sweep)
+    return sweep
+
+
+def launch_jobs(
+    pending: Sequence[Job], launcher: Launcher, config: DictConfig, jobs: Sequence[Job]
+) -> None:
+    """Launch runs and wait for them; if interrupted, say what is kept and exit.
+
+    Args:
+        pending: Runs to launch.
+        launcher: Launches them.
+        config: Config of the sweep.
+        jobs: All runs of the sweep so far.
+    """
+    directory = Path(config.hydra.sweep.dir)
+    _make_folders(pending)
     try:
         with _on_the_screen(directory, config):
             _launch(pending, launcher)
@@ -212,7 +239,6 @@ def run_jobs(jobs: Sequence[Job], launcher: Launcher, config: DictConfig) -> Non
             raise
         _say_interrupted(jobs, directory)
         sys.exit(status)
-    _close(jobs, pending, directory)
 
 
 def _make_folders(pending: Sequence[Job]) -> None:
@@ -257,37 +283,53 @@ def _data_key(job: Job) -> str:
     return json.dumps(job.config["data"])
 
 
-def _find_data(
-    jobs: Sequence[Job], *, prepare: bool
-) -> dict[str, tuple[str | None, dict[str, Any]]]:
-    """Prepare the data sets before the runs share them, and warn early of missing ones.
+class PreparedData:
+    """Data sets of a sweep's runs.
 
-    Returns:
-        Checksum of each data set, None if it is missing, and the settings that its record has.
+    Args:
+        jobs: Runs of the sweep.
+        prepare: Whether to prepare the data sets before the runs share them; early warnings name
+            those that are missing.
     """
-    prepared: dict[str, tuple[str | None, dict[str, Any]]] = {}
-    uses = Counter(map(_data_key, jobs))
-    for job in jobs:
-        data = _data_key(job)
-        if data in prepared:
-            continue
-        prepared[data] = None, {}
-        try:
-            datamodule: DataModule = make_datamodule(job.config["data"], job.overrides)
-            if prepare:
-                datamodule.prepare_data()
-            prepared[data] = datamodule.find_checksum(), datamodule.settings_used()
-        except (InputError, InstantiationException) as error:
-            message = redact_text(str(error))
-            _logger.warning("%d of %d runs will fail: %s", uses[data], len(jobs), message)
-    return prepared
 
+    def __init__(self, jobs: Sequence[Job], *, prepare: bool) -> None:
+        self._runs = len(jobs)
+        # Checksum, None if the set is missing, and the settings that its record has.
+        self._found: dict[str, tuple[str | None, dict[str, Any]]] = {}
+        uses = Counter(map(_data_key, jobs))
+        for job in jobs:
+            data = _data_key(job)
+            if data in self._found:
+                continue
+            self._found[data] = None, {}
+            try:
+                datamodule: DataModule = make_datamodule(job.config["data"], job.overrides)
+                if prepare:
+                    datamodule.prepare_data()
+                self._found[data] = datamodule.find_checksum(), datamodule.settings_used()
+            except (InputError, InstantiationException) as error:
+                message = redact_text(str(error))
+                _logger.warning("%d of %d runs will fail: %s", uses[data], len(jobs), message)
 
-def _find_finished(job: Job, checksum: str | None, used: Mapping[str, Any]) -> RunRecord | None:
-    if not job.config["resume"] or run_state(job.folder) is not State.FINISHED:
-        return None
-    config = job.config | {"data": {**job.config["data"], **used}}
-    return find_record(job.folder, config, checksum)
+    def check(self, pending: Sequence[Job]) -> None:
+        """Refuse to start if none of the runs has its data set.
+
+        Raises:
+            InputError: If so.
+        """
+        if pending and all(self._found[_data_key(job)][0] is None for job in pending):
+            raise InputError(
+                f"{len(pending)} of {self._runs} runs cannot start, since their data set is "
+                "missing. Do what the warnings say, then start the sweep again."
+            )
+
+    def find_finished(self, job: Job) -> RunRecord | None:
+        """Return the record of a run that is finished and need not be made again."""
+        if not job.config["resume"] or run_state(job.folder) is not State.FINISHED:
+            return None
+        checksum, used = self._found[_data_key(job)]
+        config = job.config | {"data": {**job.config["data"], **used}}
+        return find_record(job.folder, config, checksum)
 
 
 def _launch(pending: Sequence[Job], launcher: Launcher) -> None:

@@ -55,6 +55,7 @@ class RunProgress:
         value: Its value at the best epoch of a finished run or the last one of a running run.
         better: Better direction of the monitor of a finished run.
         arm: Hash of the arm of a finished run.
+        is_trial: Whether a finished run is a trial of a search, which is not tested.
     """
 
     name: str
@@ -67,6 +68,7 @@ class RunProgress:
     value: float | None = None
     better: str = "higher"
     arm: str = ""
+    is_trial: bool = False
 
     @property
     def kind(self) -> str:
@@ -179,16 +181,32 @@ def _recorded(record: Path, modified: int) -> dict[str, Any]:
         read = RunRecord.from_content(content, record)
     except InputError:  # of another version
         return {"seconds": seconds}
-    monitor = str(read.config.get("monitor"))
-    key = parse_metric_key(monitor, {place.partition("/")[2] for place in read.counts})
-    metric = "" if key is None else key.metric
+    found = monitored(read)
     return {
         "seconds": seconds,
-        "monitor": monitor,
-        "value": read.metrics.get(monitor),
-        "better": metric_info(metric, read.added_metrics.get(metric, "higher")).better,
+        "monitor": found.name,
+        "value": found.value,
+        "better": found.better,
         "arm": read.identity.arm,
+        "is_trial": not read.is_tested,
     }
+
+
+class Monitored(NamedTuple):
+    """Monitor of a finished run, its value at the best epoch and its better direction."""
+
+    name: str
+    value: float | None
+    better: str
+
+
+def monitored(record: RunRecord) -> Monitored:
+    """Return the monitor of a finished run."""
+    name = str(record.config.get("monitor"))
+    key = parse_metric_key(name, {place.partition("/")[2] for place in record.counts})
+    metric = "" if key is None else key.metric
+    info = metric_info(metric, record.added_metrics.get(metric, "higher"))
+    return Monitored(name, record.metrics.get(name), info.better)
 
 
 def _sum_of_seconds(record: Path, content: Mapping[str, Any]) -> float:
@@ -252,25 +270,27 @@ def _running(runs: Sequence[RunProgress]) -> Iterator[RenderableType]:
 def render_leaderboard(runs: Sequence[RunProgress]) -> Iterator[RenderableType]:
     """Render the arms of the finished runs by the mean of their monitor, the best first.
 
-    Arms are compared by one monitor; each monitor has its own table.
+    Arms are compared by one monitor; each monitor has its own table, and so have the trials of a
+    search, whose best values are optimistic.
     """
     done = [run for run in runs if run.state is State.FINISHED and run.value is not None]
-    for monitor in sorted({str(run.monitor) for run in done}):
+    for is_trial, monitor in sorted({(run.is_trial, str(run.monitor)) for run in done}):
+        own = [run for run in done if (run.is_trial, run.monitor) == (is_trial, monitor)]
         arms: dict[str, list[RunProgress]] = {}
-        for run in done:
-            if run.monitor == monitor:
-                arms.setdefault(run.arm, []).append(run)
+        for run in own:
+            arms.setdefault(run.arm, []).append(run)
         is_lower_better = any(run.better == "lower" for arm in arms.values() for run in arm)
         sign = 1 if is_lower_better else -1
         ranked = sorted(arms.values(), key=lambda arm: sign * _mean(arm))
-        table = _table("best arms", "runs", f"mean {monitor}", "lowest", "highest")
+        name = "best trials" if is_trial else "best arms"
+        table = _table(name, "runs", f"mean {monitor}", "lowest", "highest")
         for arm in ranked[:_LEADERS]:
             values = _values(arm)
             numbers = (f"{value:.4f}" for value in (_mean(arm), min(values), max(values)))
-            table.add_row(_label(arm, done), str(len(arm)), *numbers)
+            table.add_row(_label(arm, own), str(len(arm)), *numbers)
         yield table
         if len(ranked) > _LEADERS:
-            yield Text(f"and {len(ranked) - _LEADERS} more arms")
+            yield Text(f"and {len(ranked) - _LEADERS} more {name.removeprefix('best ')}")
 
 
 def _values(arm: Sequence[RunProgress]) -> list[float]:
@@ -291,7 +311,7 @@ def _label(arm: Sequence[RunProgress], runs: Sequence[RunProgress]) -> str:
 def _table(*headers: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for header in headers:
-        is_text = header in ("running", "monitor", "where", "best arms")
+        is_text = header in ("running", "monitor", "where", "best arms", "best trials")
         table.add_column(header, justify="left" if is_text else "right")
     return table
 
