@@ -30,6 +30,7 @@ from mtnrec.reporting.table.scores import (
     score_table,
     split_by_table,
 )
+from mtnrec.reporting.table.tuning import tuning_tables
 from mtnrec.reporting.table.worlds import map_worlds, world_tables, write_worlds
 
 _FEWEST_RESAMPLES = 100
@@ -73,7 +74,8 @@ def _report(cfg: DictConfig) -> None:
     ranks = list(rank_tables(rank_arms(runs.results, **shown)))
     worlds = map_worlds(runs)
     maps = list(world_tables(worlds))
-    tables = [*scores, *differences, *over_rows, *ranks, *maps]
+    tuning = list(tuning_tables(runs))
+    tables = [*scores, *differences, *over_rows, *tuning, *ranks, *maps]
 
     runs.write(out)
     write_worlds(out, worlds)
@@ -89,6 +91,7 @@ def _report(cfg: DictConfig) -> None:
         differences=differences,
         over_rows=over_rows,
         ranks=ranks,
+        tuning=tuning,
         figures=figures,
         worlds=maps,
     )

@@ -1,12 +1,13 @@
 """Labels of data sets, models and MTN variants, with the settings that distinguish them."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mtnrec.reporting.table.published import MTN_RELATIVES, PAPER_MTN
 from mtnrec.run.identity import flatten, label_flips, treatment_names
 from mtnrec.run.record import RunRecord
+from mtnrec.tuning.record import TunedArm
 
 _CLASS = "._target_"  # end of the key of an object's class
 LABEL_NOISE = "label_flip"  # in the label of a data set with label noise
@@ -52,6 +53,36 @@ def label_runs(records: Sequence[RunRecord]) -> list[Labels]:
     return [Labels(*part) for part in parts]
 
 
+def label_tuned(
+    records: Sequence[RunRecord], arms: Sequence[TunedArm], sets: Callable[[str], bool]
+) -> list[Labels]:
+    """Return the labels of the fresh runs of tuned arms.
+
+    The variant is the name of the arm; a model names no setting that an arm or a search sets, and
+    its number of trials where these differ.
+
+    Args:
+        records: Records of the runs.
+        arms: Arm of each run.
+        sets: Returns whether an arm or a search sets a dotted key.
+    """
+    settings = [
+        {
+            "trials": arm.budget.trials,
+            **{
+                key.removeprefix("model."): value
+                for key, value in record.identity.arm_settings.items()
+                if not sets(key)
+            },
+        }
+        for record, arm in zip(records, arms, strict=True)
+    ]
+    names, groups = _model_names(records)
+    models = _labels(names, groups, settings)
+    variants = [arm.title for arm in arms]
+    return [Labels(*part) for part in zip(_data_labels(records), models, variants, strict=True)]
+
+
 def _data_labels(records: Sequence[RunRecord]) -> list[str]:
     names = [record.data["name"] for record in records]
     parameters = [
@@ -80,13 +111,7 @@ def _data_labels(records: Sequence[RunRecord]) -> list[str]:
 
 def _model_labels(records: Sequence[RunRecord]) -> list[str]:
     arms = [record.identity.baseline_settings for record in records]
-    classes = [arm["model._target_"].rpartition(".")[2] for arm in arms]
-    names = [_MODEL_NAMES.get(name, name) for name in classes]
-    # Data set and noise have columns of their own: name only what differs within them.
-    groups = [
-        (name, arm["checksum"], arm["noise.proportion"], str(label_flips(record.config["noise"])))
-        for name, arm, record in zip(names, arms, records, strict=True)
-    ]
+    names, groups = _model_names(records)
     settings = [{key.removeprefix("model."): value for key, value in arm.items()} for arm in arms]
     treated = [bool(record.identity.treatments) for record in records]
     for name in {*names}:
@@ -99,6 +124,21 @@ def _model_labels(records: Sequence[RunRecord]) -> list[str]:
                 if key not in usual or usual[key] != value
             }
     return _labels(names, groups, settings)
+
+
+def _model_names(records: Sequence[RunRecord]) -> tuple[list[str], list[Any]]:
+    """Return the name of each run's model, and the group in which its settings may differ.
+
+    Data set and noise have columns of their own: only what differs within them is named.
+    """
+    arms = [record.identity.baseline_settings for record in records]
+    classes = [arm["model._target_"].rpartition(".")[2] for arm in arms]
+    names = [_MODEL_NAMES.get(name, name) for name in classes]
+    groups = [
+        (name, arm["checksum"], arm["noise.proportion"], str(label_flips(record.config["noise"])))
+        for name, arm, record in zip(names, arms, records, strict=True)
+    ]
+    return names, groups
 
 
 def _usual(settings: Sequence[Mapping[str, Any]], treated: Sequence[bool]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from mtnrec.reporting.table.appendix import (
 )
 from mtnrec.reporting.table.render import Table, to_csv, to_html, to_latex
 from mtnrec.reporting.table.scores import comparisons, score_table
+from mtnrec.reporting.table.tuning import trial_table
 from mtnrec.system.files import slug, write_atomic
 
 _PROTOCOL = (
@@ -100,6 +101,7 @@ def write_page(
     over_rows: Sequence[Table],
     ranks: Sequence[Table],
     figures: Sequence[WrittenFigure],
+    tuning: Sequence[Table] = (),
     worlds: Sequence[Table] = (),
 ) -> None:
     """Write a page with embedded style, script and figures, which any browser opens offline.
@@ -114,6 +116,7 @@ def write_page(
         over_rows: Tables of the intervals over test rows, if runs kept their scores.
         ranks: Tables of the ranks over data sets.
         figures: Written figures; their SVG is embedded.
+        tuning: Tables of tuned sweeps.
         worlds: Tables of the planted worlds.
     """
     environment = Environment(
@@ -135,7 +138,18 @@ def write_page(
         facts=facts(runs),
         left_out=left_out,
         sections=list(
-            _sections(path, runs, compared, scores, differences, over_rows, ranks, worlds, figures)
+            _sections(
+                path,
+                runs,
+                compared,
+                scores,
+                differences,
+                over_rows,
+                tuning,
+                ranks,
+                worlds,
+                figures,
+            )
         ),
         runs=runs_table(runs, path.parent),
         color_of=color_of,
@@ -151,6 +165,7 @@ def _sections(
     scores: Sequence[Table],
     differences: Sequence[Table],
     over_rows: Sequence[Table],
+    tuning: Sequence[Table],
     ranks: Sequence[Table],
     worlds: Sequence[Table],
     figures: Sequence[WrittenFigure],
@@ -179,6 +194,9 @@ def _sections(
             if tables
         ],
     )
+    if tuning:
+        trials = [("All trials", _rendered([trial_table(runs)]))]
+        yield _Section("Tuning", tables=_rendered(tuning), folded=trials)
     if ranks:
         yield section(RANKS, tables=_rendered(ranks))
     if worlds:

@@ -8,7 +8,7 @@ which is not ``treated``.
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,17 @@ import pandas as pd
 
 from mtnrec.checks import InputError
 from mtnrec.metric.catalogue import ALL_TASKS, MEAN_AUC, MetricKey, metric_info, parse_metric_key
-from mtnrec.reporting.baseline import natural_order, place_arms
-from mtnrec.reporting.labels import LABEL_NOISE, as_text, label_runs, text_or_none
+from mtnrec.reporting.baseline import Place, natural_order, place_arms
+from mtnrec.reporting.labels import (
+    LABEL_NOISE,
+    Labels,
+    as_text,
+    label_runs,
+    label_tuned,
+    text_or_none,
+)
 from mtnrec.reporting.table.published import TASKS
+from mtnrec.reporting.tuned import TunedSweeps, baseline_arm, place_tuned, read_tuned
 from mtnrec.run.folder import FAILURE_FILE, RUNNING_FILE
 from mtnrec.run.record import RECORD_FILE, RunRecord
 from mtnrec.system.files import read_json
@@ -90,6 +98,8 @@ class Runs(Sequence[Run]):
         runs: Runs, in order.
         unreadable: Runs whose record could not be read.
         baseline: Setting of the baseline, as in :func:`~mtnrec.reporting.baseline.place_arms`.
+        trials: Runs without a test, which no table of results has.
+        tuned: Tuned sweeps that some runs belong to.
 
     Raises:
         InputError: If runs with the same data and noise settings saw different noise, or no run has
@@ -101,10 +111,14 @@ class Runs(Sequence[Run]):
         runs: Iterable[Run],
         unreadable: Iterable["UnfinishedRun"] = (),
         baseline: str | None = None,
+        trials: Iterable[Run] = (),
+        tuned: TunedSweeps | None = None,
     ) -> None:
         self._runs = tuple(runs)
         self.unreadable = tuple(unreadable)
         self._baseline = baseline
+        self.trials = tuple(trials)
+        self.tuned = TunedSweeps({}) if tuned is None else tuned
         _check_masks(self._runs)
 
     @overload
@@ -113,7 +127,7 @@ class Runs(Sequence[Run]):
     def __getitem__(self, index: slice) -> "Runs": ...
     def __getitem__(self, index: int | slice) -> "Run | Runs":
         if isinstance(index, slice):
-            return Runs(self._runs[index], baseline=self._baseline)
+            return Runs(self._runs[index], baseline=self._baseline, tuned=self.tuned)
         return self._runs[index]
 
     def __len__(self) -> int:
@@ -131,9 +145,7 @@ class Runs(Sequence[Run]):
         names the arm in figures, where ``color`` numbers its colour (0 is a baseline's). Every
         other setting that differs between runs has a column, named by its dotted key.
         """
-        records = [run.record for run in self]
-        labels = label_runs(records)
-        places = place_arms(records, labels, self._baseline)
+        labels, places = self._label_and_place()
         lines = sorted({place.line for place in places if place.treated}, key=natural_order)
         rows = [
             {
@@ -167,6 +179,26 @@ class Runs(Sequence[Run]):
         ]
         swept = pd.DataFrame(self.swept, index=range(len(self)))
         return _typed(pd.concat([pd.DataFrame(rows), swept], axis=1))
+
+    def _label_and_place(self) -> tuple[list[Labels], list[Place]]:
+        """Return labels and places of the runs; fresh runs of tuned arms are compared by arm."""
+        tuned = self.tuned
+        own = [number for number, run in enumerate(self) if run.folder in tuned.fresh]
+        others = [number for number in range(len(self)) if number not in {*own}]
+        of_tuned, of_others = ([self[n].record for n in part] for part in (own, others))
+        arms = [tuned.fresh[self[number].folder] for number in own]
+        found: dict[int, tuple[Labels, Place]] = {}
+        if own:
+            labels = label_tuned(of_tuned, arms, tuned.sets)
+            places = place_tuned(arms, self._baseline)
+            found |= dict(zip(own, zip(labels, places, strict=True), strict=True))
+        if others:
+            baseline = self._baseline if not own or baseline_arm(self._baseline) is None else None
+            labels = label_runs(of_others)
+            places = place_arms(of_others, labels, baseline)
+            found |= dict(zip(others, zip(labels, places, strict=True), strict=True))
+        pairs = [found[number] for number in range(len(self))]
+        return [label for label, _ in pairs], [place for _, place in pairs]
 
     @cached_property
     def swept(self) -> dict[str, list[Any]]:
@@ -252,13 +284,37 @@ class Runs(Sequence[Run]):
         ]
         return pd.DataFrame(rows, columns=["run", "task", *names])
 
+    @cached_property
+    def searched(self) -> pd.DataFrame:
+        """One row per trial of a tuned sweep and searched key: ``key``, ``setting``.
+
+        ``arm`` and ``place`` (a hash) name the search, ``trial`` counts from 0, ``run`` is the
+        folder below that of its sweep; ``value`` is the monitor, NaN if the trial failed.
+        """
+        rows = [
+            {
+                **{"arm": arm.arm, "place": arm.place, "trial": number, "run": trial.folder},
+                **{"monitor": arm.monitor, "value": trial.value, "is_best": trial == arm.best},
+                **{"key": key, "setting": as_text(setting)},
+            }
+            for _, arm in self.tuned.arms
+            for number, trial in enumerate(arm.trials)
+            for key, setting in trial.setting.items()
+        ]
+        columns = ["arm", "place", "trial", "run", "monitor", "value", "is_best", "key", "setting"]
+        return pd.DataFrame(rows, columns=columns).astype({"value": "float64"})
+
     def write(self, out: Path) -> None:
         """Write ``results``, ``costs`` and ``epochs`` as csv and Parquet, with every digit.
+
+        Of tuned sweeps also ``searched``.
 
         Each file is written atomically.
         """
         out.mkdir(parents=True, exist_ok=True)
         tables = {"results": self.results, "costs": self.costs, "epochs": self.epochs}
+        if self.tuned.arms:
+            tables["searched"] = self.searched
         with TemporaryDirectory(dir=out, prefix=".") as temporary:
             for name, table in tables.items():
                 table.to_csv(Path(temporary, f"{name}.csv"), index=False)
@@ -277,16 +333,17 @@ class Runs(Sequence[Run]):
 def read_runs(root: str | Path, baseline: str | None = None) -> Runs:
     """Read every finished run below a folder, sorted by name.
 
-    Runs that differ only in their folder count once. A record that cannot be read or is not one is
-    left out with a warning, and listed in ``unreadable``.
+    Runs that differ only in their folder count once. Runs without a test are ``trials``; runs of a
+    tuned arm's earlier setting are left out with a warning. A record that cannot be read or is not
+    one is left out with a warning, and listed in ``unreadable``.
 
     Args:
         root: Folder of the runs, at any depth.
         baseline: Setting of the baseline, as in :func:`~mtnrec.reporting.baseline.place_arms`.
 
     Raises:
-        InputError: If ``root`` is not a folder or has no readable record, or if two runs with the
-            same settings and seed have different metrics.
+        InputError: If ``root`` is not a folder or has no readable record of a tested run, or if two
+            runs with the same settings and seed have different metrics.
     """
     root = Path(root)
     if not root.is_dir():
@@ -314,7 +371,29 @@ def read_runs(root: str | Path, baseline: str | None = None) -> Runs:
             f"{root} has no finished run (result.json) below it. Train some with `python -m "
             f"mtnrec.train -m mtn.enabled=false,true 'seed=range(0,10)' hydra.sweep.dir={root}`."
         )
-    return Runs(runs.values(), unreadable, baseline)
+    tuned = read_tuned(root)
+    tested, trials = _split_trials(root, [*runs.values()], tuned.superseded)
+    return Runs(tested, unreadable, baseline, trials, tuned)
+
+
+def _split_trials(
+    root: Path, runs: Sequence[Run], superseded: Collection[Path]
+) -> tuple[list[Run], list[Run]]:
+    """Return the tested runs, without those whose setting was replaced, and the untested ones."""
+    trials = [run for run in runs if not run.record.is_tested]
+    tested = [run for run in runs if run.record.is_tested]
+    if not tested:
+        raise InputError(
+            f"{root} has only runs without a test, {len(trials)} of them. Let the tuned sweep end, "
+            "or train with test=true."
+        )
+    current = [run for run in tested if run.folder not in superseded]
+    if len(current) < len(tested):
+        _logger.warning(
+            "%d runs of settings that a later search replaced are left out",
+            len(tested) - len(current),
+        )
+    return current, trials
 
 
 def _read(path: Path) -> RunRecord:
