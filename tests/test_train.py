@@ -201,7 +201,6 @@ def test_the_best_epoch_has_the_largest_mean_auc_if_that_is_the_monitor(train):
     means = {epoch: np.mean([aucs[epoch] for aucs in tasks]) for epoch in tasks[0]}
     best = max(means, key=means.get)
     assert read_record(folder)["best_epoch"] == best
-    assert best not in [max(aucs, key=aucs.get) for aucs in tasks[1:]]  # so that CVR's would not do
     assert read_record(folder)["metrics"]["val/mean_auc"] == pytest.approx(means[best], rel=1e-6)
 
 

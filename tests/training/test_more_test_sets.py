@@ -10,6 +10,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from stress.ddp import MODELS, compare
 from stress.ddp import train as train_apart
 
+import mtnrec
 from mtnrec.checks import InputError
 from mtnrec.data.table import Table
 from mtnrec.reporting.runs import read_runs
@@ -164,6 +165,23 @@ def test_a_damaged_test_set_is_found(frames, tmp_path):
 
     with pytest.raises(InputError, match=r"test_random/labels\.npy has SHA-256"):
         Table(dir=tmp_path / "set").prepare_data()
+
+
+def test_a_further_frame_is_a_test_set_in_python(frames, tmp_path):
+    data = Table(
+        train=frames["train"],
+        test=frames["test"],
+        tests={"random": frames["random"]},
+        labels=LABELS,
+        funnel=True,
+    )
+
+    run = mtnrec.fit(data, {"embedding_dim": 4, "tower_widths": [8]}, trainer={"max_epochs": 1})
+
+    frame = frames["random"]
+    auc = roc_auc_score(frame["click"], run.score(frame)["ctr"])
+    assert run.metrics["test_random/ctr_auc"] == pytest.approx(auc, abs=1e-6)
+    assert run.record.config["data"]["tests"] == {"random": "<DataFrame>"}
 
 
 @pytest.mark.slow
