@@ -210,7 +210,7 @@ def test_the_table_of_intervals_is_there_only_if_there_is_something_in_it(write_
     alone = row_table(compared(runs), "one seed")
     nothing = row_table(comparisons(runs.results), "no scores")
 
-    assert alone.groups[0].columns[-2:] == ("over users", "p")  # one seed has no spread
+    assert "over both" not in alone.groups[0].columns  # one seed has no spread
     (row,) = alone.rows
     assert [cell.text for cell in row.cells][1:4] == ["ctr", "1", "50"]
     assert nothing is None
@@ -219,8 +219,9 @@ def test_the_table_of_intervals_is_there_only_if_there_is_something_in_it(write_
 def test_the_table_of_several_seeds_gives_the_verdict_over_both(write_pair):
     table = row_table(compared(write_pair(gain=3.0)), "several")
 
-    assert table.groups[0].columns[-4:] == ("over both", "both p", "equivalence p", "verdict")
-    assert table.rows[0].cells[-1].text == "different"
+    verdict = table.groups[0].columns.index("verdict")
+    assert table.rows[0].cells[verdict].text == "different"
+    assert len(table.rows[0].cells) == len(table.groups[0].columns)
     assert "within ±0.0005" in table.notes[-1]
 
 

@@ -61,14 +61,16 @@ class Forest:
         differences: Rows, in the tables' order.
         ticks: Text and position, in percent, of the axis's ticks.
         zero: Position of 0.
-        band: Positions of minus and plus the margin of equivalence; None if nothing was tested.
+        margin: Margin of equivalence.
+        band: Positions of minus and plus the margin; None if nothing was tested.
     """
 
     name: str
     differences: list[Difference]
     ticks: list[tuple[str, float]]
     zero: float
-    band: tuple[float, float] | None = None
+    margin: float
+    band: tuple[float, float] | None
 
 
 def summarise(compared: pd.DataFrame) -> Iterator[str]:
@@ -149,11 +151,11 @@ def lay_out_forest(compared: pd.DataFrame) -> Forest:
         rows += [_place_difference(name, cell, at, 0) for cell in others]
     values = [float(v) for v in MaxNLocator(4).tick_values(low, high) if low < v < high]
     ticks = [(f"{value:+g}" if value else "0", at(value)) for value in values]
-    band = None
-    if tested["equivalence_p"].notna().any():
-        half = float(tested["margin"].iloc[0])
-        band = max(0.0, at(-half)), min(100.0, at(half))
-    return Forest(f"difference in {_metric(compared)}", rows, ticks, at(0.0), band)
+    margin = float(compared["margin"].iloc[0])
+    band = max(0.0, at(-margin)), min(100.0, at(margin))
+    is_tested = tested["equivalence_p"].notna().any()
+    title = f"difference in {_metric(compared)}"
+    return Forest(title, rows, ticks, at(0.0), margin, band if is_tested else None)
 
 
 def _place_difference(

@@ -248,8 +248,9 @@ def row_table(cells: pd.DataFrame, title: str) -> Table | None:
         return None
     has_both = shown["both_p"].notna().any()
     columns = (
-        *("data", "task", "seeds", "users", "difference", "over seeds", "over users", "p"),
+        *("data", "task", "seeds", "users", "difference"),
         *(["over both", "both p", "equivalence p", "verdict"] if has_both else []),
+        *("over seeds", "over users", "users p"),
     )
     headers = {(data, noise): (header, tasks) for data, noise, header, tasks in _groups(cells)}
     rows = []
@@ -262,13 +263,12 @@ def row_table(cells: pd.DataFrame, title: str) -> Table | None:
             f"{cell['pairs']:.0f}",
             f"{cell['groups']:,.0f}",
             f"{cell['difference']:+.4f}",
-            _interval(cell["low"], cell["high"]),
-            _interval(cell["rows_low"], cell["rows_high"]),
-            p_text(cell["rows_p"]),
         ]
         if has_both:
             texts += [_interval(cell["both_low"], cell["both_high"]), p_text(cell["both_p"])]
             texts += _equivalence_texts(cell, "both_")
+        texts += [_interval(cell["low"], cell["high"])]
+        texts += [_interval(cell["rows_low"], cell["rows_high"]), p_text(cell["rows_p"])]
         rows.append(Row(cell["label"], tuple(map(Cell, texts)), starts=cell["label"] != previous))
         previous = cell["label"]
     missing = int((cells["pairs"] > 0).sum()) - len(shown)
@@ -285,8 +285,8 @@ def row_table(cells: pd.DataFrame, title: str) -> Table | None:
             "95 % intervals of the difference, arm minus baseline. Over seeds: new trainings, on "
             "these test rows (t-interval). Over users: new test users, with these trained models "
             "(percentile bootstrap of whole users or searches, or of rows where the data has "
-            "neither; p inverts it). Over both: new trainings on new users (Obuchowski & Rockette, "
-            "1995; Hillis, 2007).",
+            "neither), and the p-value that inverts it. Over both: new trainings on new users "
+            "(Obuchowski & Rockette, 1995; Hillis, 2007).",
             *(_equivalence_notes(cells, "both p") if has_both else []),
         ),
         warnings=warnings if missing else (),
