@@ -7,6 +7,7 @@ import polars
 import pytest
 
 from mtnrec.checks import InputError
+from mtnrec.run import scores as module
 from mtnrec.run.scores import Scores, read_scores, scores_file, write_scores
 
 ROWS = 1000
@@ -87,17 +88,54 @@ def test_a_file_that_is_not_parquet_is_refused(content, message, tmp_path):
         read_scores(tmp_path, "test", hashlib.sha256(content).hexdigest())
 
 
-@pytest.mark.parametrize(
-    ("columns", "lacks"),
-    [({"group": [1]}, "score/TASK"), ({"score/ctr": [0.5]}, "label/ctr")],
-)
-def test_a_file_without_scores_or_labels_is_refused(columns, lacks, tmp_path):
-    path = scores_file(tmp_path, "test")
+def write_frame(folder, columns):
+    path = scores_file(folder, "test")
     path.parent.mkdir()
     polars.DataFrame(columns).write_parquet(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    with pytest.raises(InputError, match=f"it lacks the column {lacks}.*resume=false"):
-        read_scores(tmp_path, "test", hashlib.sha256(path.read_bytes()).hexdigest())
+
+SCORE, LABEL = polars.Series([0.5], dtype=polars.Float32), polars.Series([True])
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"group": [1]},
+        {"score/ctr": SCORE},
+        {"score/ctr": SCORE, "label/ctr": [1]},
+        {"score/ctr": ["0.5"], "label/ctr": LABEL},
+        {"score/ctr": SCORE, "label/ctr": LABEL, "group": ["ann"]},
+        {"score/ctr": SCORE, "label/ctr": LABEL, "other": [1]},
+    ],
+)
+def test_a_file_with_other_columns_is_refused(columns, tmp_path):
+    sha256 = write_frame(tmp_path, columns)
+
+    with pytest.raises(InputError, match=r"its columns are .*resume=false, or report with"):
+        read_scores(tmp_path, "test", sha256)
+
+
+def test_a_row_without_a_group_is_refused(tmp_path):
+    group = polars.Series([None], dtype=polars.Int64)
+    sha256 = write_frame(tmp_path, {"score/ctr": SCORE, "label/ctr": LABEL, "group": group})
+
+    with pytest.raises(InputError, match="the column group has nulls"):
+        read_scores(tmp_path, "test", sha256)
+
+
+def test_a_small_file_of_many_rows_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    rows = 10**6
+    columns = {
+        "score/ctr": SCORE.new_from_index(0, rows),
+        "label/ctr": LABEL.new_from_index(0, rows),
+    }
+    sha256 = write_frame(tmp_path, columns)
+    assert scores_file(tmp_path, "test").stat().st_size < 10**5
+    monkeypatch.setattr(module, "memory_bytes", lambda: 10**7)
+
+    with pytest.raises(InputError, match=r"must fit in memory, got 1,000,000 rows.*resamples=0"):
+        read_scores(tmp_path, "test", sha256)
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # for `reference`
 TARGETS = (
     *("csv", "triples", "archive", "table", "parquet", "aliexpress", "ali_ccp"),
     *("kuairand", "census_income"),
-    *("schema", "store", "vocabulary", "checkpoint", "config"),
+    *("schema", "store", "vocabulary", "scores", "checkpoint", "config"),
 )
 _BY_COVERAGE = ("csv", "triples", "archive")
 _SECONDS, _BYTES = 10, 1 << 30  # limits of one input

@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -54,7 +55,9 @@ from mtnrec.data.raw.triples import Selection, describe_error, parse_lines
 from mtnrec.data.table import Table
 from mtnrec.model.network import build_network
 from mtnrec.model.shared_bottom import SharedBottom
+from mtnrec.reporting.resampling import resample_aucs
 from mtnrec.run.identity import CHECKPOINTS, RunIdentity
+from mtnrec.run.scores import Scores, read_scores, scores_file, write_scores
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.serving.encoder import Encoder, read_vocabularies
 from mtnrec.tracking.loggers import make_loggers
@@ -602,6 +605,28 @@ def _vocabulary(folder: Path) -> Target:
     return Target(run, cases, {})
 
 
+def _scores(folder: Path) -> Target:
+    rng = np.random.default_rng(0)
+    score, label = rng.normal(size=24).astype(np.float32), np.arange(24) % 3 == 0
+    written = Scores({"ctr": score}, {"ctr": label}, np.arange(24) // 4)
+    write_scores(folder, "test", written)
+    path = scores_file(folder, "test")
+    whole, frame = path.read_bytes(), pl.read_parquet(path)
+
+    def run(data: bytes) -> None:
+        path.write_bytes(data)
+        resample_aucs(read_scores(folder, "test", hashlib.sha256(data).hexdigest()), 3)
+
+    def retyped(changes: dict[str, pl.Series]) -> bytes:
+        file = io.BytesIO()
+        frame.with_columns(**changes).write_parquet(file)
+        return file.getvalue()
+
+    names = st.sampled_from(frame.columns)
+    typed = st.dictionaries(names, _columns(24), min_size=1, max_size=2).map(retyped)
+    return Target(run, st.one_of(_damaged(whole), typed), whole)
+
+
 def _checkpoint(folder: Path) -> Target:
     directory = _write_set(folder)
     manifest = open_prepared(directory)[0]
@@ -758,6 +783,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "schema": _schema,
     "store": _store,
     "vocabulary": _vocabulary,
+    "scores": _scores,
     "checkpoint": _checkpoint,
     "config": _config_target,
 }

@@ -20,10 +20,13 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from mtnrec.arrays import BoolArray, Float32Array, Int64Array
 from mtnrec.checks import InputError
 from mtnrec.system.files import atomic_replace
+from mtnrec.system.resources import memory_bytes
 
 SCORES_FOLDER = "scores"  # in the folder of a run
 _SCORE, _LABEL, _GROUP = "score/", "label/", "group"
-_ROWS_PER_PAGE = 1 << 20
+_TYPES = {"score": pa.float32(), "label": pa.bool_(), _GROUP: pa.int64()}
+_ROWS_PER_PART = 1 << 20  # of the file
+_BYTES_PER_TASK = 5  # of a row in memory
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def write_scores(folder: Path, test_set: str, found: Scores) -> str:
         pq.write_table(
             pa.table(columns),
             file,
-            row_group_size=_ROWS_PER_PAGE,
+            row_group_size=_ROWS_PER_PART,
             compression="zstd",
             use_dictionary=False,
             column_encoding=encodings,
@@ -84,30 +87,54 @@ def read_scores(folder: Path, test_set: str, sha256: str) -> Scores:
         sha256: SHA-256 of the file, from the record of the run.
 
     Raises:
-        InputError: If the file is missing, or is not the one that the run wrote.
+        InputError: If the file is missing, is not the one that the run wrote, or is larger than the
+            memory.
     """
     path = scores_file(folder, test_set)
     try:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 raise _is_odd(path, "its bytes are not those that the run wrote")
-            table = pq.read_table(file)
+            parquet = pq.ParquetFile(file)
+            tasks = _check_columns(path, parquet.schema_arrow)
+            _check_size(path, parquet.metadata.num_rows, len(tasks))
+            table = parquet.read()
     except (OSError, pa.ArrowException) as error:
-        raise _is_odd(path, str(error)) from None
-    names = [n.removeprefix(_SCORE) for n in table.column_names if n.startswith(_SCORE)]
-    lacks = [f"{_LABEL}{name}" for name in names if f"{_LABEL}{name}" not in table.column_names]
-    if lacks or not names:
-        raise _is_odd(path, f"it lacks the column {(lacks or [_SCORE + 'TASK'])[0]}")
-    groups = table[_GROUP].to_numpy().astype(np.int64) if _GROUP in table.column_names else None
+        raise _is_odd(path, str(error)[:200]) from None
+    groups = table[_GROUP] if _GROUP in table.column_names else None
+    if groups is not None and groups.null_count:
+        raise _is_odd(path, f"the column {_GROUP} has nulls")
     return Scores(
-        {name: table[_SCORE + name].to_numpy().astype(np.float32) for name in names},
-        {name: table[_LABEL + name].fill_null(False).to_numpy().astype(np.bool_) for name in names},
-        groups,
+        {task: table[_SCORE + task].to_numpy() for task in tasks},
+        {task: table[_LABEL + task].fill_null(fill_value=False).to_numpy() for task in tasks},
+        None if groups is None else groups.to_numpy(),
     )
+
+
+def _check_columns(path: Path, schema: pa.Schema) -> list[str]:
+    """Return the tasks of a file with the right columns."""
+    tasks = [name.removeprefix(_SCORE) for name in schema.names if name.startswith(_SCORE)]
+    wanted = {
+        name: _TYPES[name.partition("/")[0]] for t in tasks for name in (_SCORE + t, _LABEL + t)
+    }
+    wanted |= {_GROUP: _TYPES[_GROUP]} if _GROUP in schema.names else {}
+    found = dict(zip(schema.names, schema.types, strict=True))
+    if not tasks or found != wanted or len(schema.names) > len(wanted):
+        raise _is_odd(path, f"its columns are {str(found)[:200]}")
+    return tasks
+
+
+def _check_size(path: Path, rows: int, tasks: int) -> None:
+    size, memory = rows * (tasks * _BYTES_PER_TASK + 8), memory_bytes()
+    if size > memory:
+        raise InputError(
+            f"{path} must fit in memory, got {rows:,} rows of {size / 1e9:.1f} GB and "
+            f"{memory / 1e9:.1f} GB. Report on a larger machine, or set resamples=0."
+        )
 
 
 def _is_odd(path: Path, reason: str) -> InputError:
     return InputError(
-        f"{path} is not the file of scores that the run wrote ({reason}). Restore it, delete "
-        "`scores` from the run's result.json, or train again with resume=false."
+        f"{path} is not the file of scores that the run wrote ({reason}). Restore it, train "
+        "again with resume=false, or report with resamples=0."
     )
