@@ -18,7 +18,7 @@ from rich.progress import track
 from mtnrec.checks import InputError, check_integer, check_number
 from mtnrec.command.entry_point import entry_point
 from mtnrec.reporting.figure.catalogue import write_figures
-from mtnrec.reporting.page import write_page
+from mtnrec.reporting.page import ReportTables, write_page
 from mtnrec.reporting.resampling import Resampled, resample_runs
 from mtnrec.reporting.runs import read_runs, unfinished
 from mtnrec.reporting.table.ranks import rank_arms, rank_tables
@@ -71,32 +71,24 @@ def _report(cfg: DictConfig) -> None:
             differences.append(difference_table(cells, f"{title}: differences"))
         if (table := row_table(cells, f"{title}: intervals over seeds and users")) is not None:
             over_rows.append(table)
-    ranks = list(rank_tables(rank_arms(runs.results, **shown)))
     worlds = map_worlds(runs)
-    maps = list(world_tables(worlds))
-    tuning = list(tuning_tables(runs))
-    tables = [*scores, *differences, *over_rows, *tuning, *ranks, *maps]
-
-    runs.write(out)
-    write_worlds(out, worlds)
-    write_tables(out / "tables", tables)
-    figures = write_figures(out / "figures", runs, partial(_track, "figures"), **shown)
-    page = out / "index.html"
-    write_page(
-        page,
-        runs,
-        left_out=left_out,
-        compared=compared,
+    tables = ReportTables(
         scores=scores,
         differences=differences,
         over_rows=over_rows,
-        ranks=ranks,
-        tuning=tuning,
-        figures=figures,
-        worlds=maps,
+        tuning=list(tuning_tables(runs)),
+        ranks=list(rank_tables(rank_arms(runs.results, **shown))),
+        worlds=list(world_tables(worlds)),
     )
+
+    runs.write(out)
+    write_worlds(out, worlds)
+    write_tables(out / "tables", tables.all())
+    figures = write_figures(out / "figures", runs, partial(_track, "figures"), **shown)
+    page = out / "index.html"
+    write_page(page, runs, left_out=left_out, compared=compared, tables=tables, figures=figures)
     console.print(
-        f"{len(runs)} runs, {len(tables)} tables and {len(figures)} figures; the page is "
+        f"{len(runs)} runs, {len(tables.all())} tables and {len(figures)} figures; the page is "
         f"{page.resolve().as_uri()}",
         markup=False,
         soft_wrap=True,

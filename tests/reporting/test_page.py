@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtnrec.reporting.figure.catalogue import WrittenFigure
-from mtnrec.reporting.page import write_page
+from mtnrec.reporting.page import ReportTables, write_page
 from mtnrec.reporting.resampling import Resampled
 from mtnrec.reporting.runs import read_runs, unfinished
 from mtnrec.reporting.summary import costs_of_arms, lay_out_forest, summarise
@@ -72,10 +72,12 @@ def make_page(root, out, baseline=None, **keys):
         runs,
         left_out=unfinished(root),
         compared=comparisons(runs.results, **keys),
-        scores=[score_table(cells, title) for title, cells in parts.items()],
-        differences=[difference_table(cells, f"{title}: d") for title, cells in parts.items()],
-        over_rows=[table for table in over_rows if table is not None],
-        ranks=list(rank_tables(rank_arms(runs.results))),
+        tables=ReportTables(
+            scores=[score_table(cells, title) for title, cells in parts.items()],
+            differences=[difference_table(cells, f"{title}: d") for title, cells in parts.items()],
+            over_rows=[table for table in over_rows if table is not None],
+            ranks=list(rank_tables(rank_arms(runs.results))),
+        ),
         figures=[draw(out, kind) for kind in ("alphas", "noise_curves", "alphas")],
     )
     return path.read_text(encoding="utf-8")

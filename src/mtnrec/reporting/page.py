@@ -3,8 +3,9 @@
 import base64
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import quote
@@ -90,19 +91,39 @@ class _Section:
         return self.title.lower().replace(" ", "-")
 
 
+@dataclass(frozen=True)
+class ReportTables:
+    """Tables of a report, by section.
+
+    Args:
+        scores: Scores of the arms.
+        differences: Differences from the baselines.
+        over_rows: Intervals over test rows, if runs kept their scores.
+        tuning: Results of tuned sweeps.
+        ranks: Ranks over data sets.
+        worlds: Maps of planted worlds.
+    """
+
+    scores: Sequence[Table]
+    differences: Sequence[Table] = ()
+    over_rows: Sequence[Table] = ()
+    tuning: Sequence[Table] = ()
+    ranks: Sequence[Table] = ()
+    worlds: Sequence[Table] = ()
+
+    def all(self) -> list[Table]:
+        """Return the tables in the order of the page."""
+        return [table for part in vars(self).values() for table in part]
+
+
 def write_page(
     path: Path,
     runs: Runs,
     *,
     left_out: Sequence[UnfinishedRun],
     compared: pd.DataFrame,
-    scores: Sequence[Table],
-    differences: Sequence[Table],
-    over_rows: Sequence[Table],
-    ranks: Sequence[Table],
+    tables: ReportTables,
     figures: Sequence[WrittenFigure],
-    tuning: Sequence[Table] = (),
-    worlds: Sequence[Table] = (),
 ) -> None:
     """Write a page with embedded style, script and figures, which any browser opens offline.
 
@@ -111,13 +132,8 @@ def write_page(
         runs: Finished runs.
         left_out: Runs without a result.
         compared: Output of :func:`mtnrec.reporting.table.scores.comparisons` for all runs.
-        scores: Tables of scores.
-        differences: Tables of the differences.
-        over_rows: Tables of the intervals over test rows, if runs kept their scores.
-        ranks: Tables of the ranks over data sets.
+        tables: Tables of the sections.
         figures: Written figures; their SVG is embedded.
-        tuning: Tables of tuned sweeps.
-        worlds: Tables of the planted worlds.
     """
     environment = Environment(
         loader=PackageLoader("mtnrec.reporting", "."),
@@ -137,20 +153,7 @@ def write_page(
         warnings=warn_of_machines(runs),
         facts=facts(runs),
         left_out=left_out,
-        sections=list(
-            _sections(
-                path,
-                runs,
-                compared,
-                scores,
-                differences,
-                over_rows,
-                tuning,
-                ranks,
-                worlds,
-                figures,
-            )
-        ),
+        sections=list(_sections(path, runs, compared, tables, figures)),
         runs=runs_table(runs, path.parent),
         color_of=color_of,
         version=metadata.version("mtnrec"),
@@ -162,46 +165,23 @@ def _sections(
     path: Path,
     runs: Runs,
     compared: pd.DataFrame,
-    scores: Sequence[Table],
-    differences: Sequence[Table],
-    over_rows: Sequence[Table],
-    tuning: Sequence[Table],
-    ranks: Sequence[Table],
-    worlds: Sequence[Table],
+    tables: ReportTables,
     figures: Sequence[WrittenFigure],
 ) -> Iterator[_Section]:
-    def section(title: str, *, most: int = 1, **parts: object) -> _Section:
-        """Show the first figure of the first kinds at once, and fold the others."""
-        kinds = [name for name, kind in KINDS.items() if kind.section == title]
-        found = [[f for f in figures if f.kind == kind] for kind in kinds]
-        shown = [of_kind[0] for of_kind in found if of_kind][:most]
-        rest = [
-            figure for of_kind in found for figure in of_kind if all(figure is not s for s in shown)
-        ]
-        images, more = ([_image(f, path.parent) for f in part] for part in (shown, rest))
-        return _Section(title, images=images, more=more, **parts)  # type: ignore[arg-type]
-
-    yield section(
-        "Results",
-        most=0,
-        tables=_rendered(scores),
-        folded=[
-            (title, _rendered(tables))
-            for title, tables in (
-                ("Each difference, with p-values", differences),
-                ("Intervals over seeds, test users and both", over_rows),
-            )
-            if tables
-        ],
-    )
-    if tuning:
-        trials = [("All trials", _rendered([trial_table(runs)]))]
-        yield _Section("Tuning", tables=_rendered(tuning), folded=trials)
-    if ranks:
-        yield section(RANKS, tables=_rendered(ranks))
-    if worlds:
-        tables = [("Tables of the maps", _rendered(worlds))]
-        yield section(WORLDS, most=len(figures), text=_WORLDS, folded=tables)
+    section = partial(_section, path.parent, figures)
+    results = {
+        "Each difference, with p-values": tables.differences,
+        "Intervals over seeds, test users and both": tables.over_rows,
+    }
+    yield section("Results", most=0, tables=_rendered(tables.scores), folded=_folded(results))
+    if tables.tuning:
+        trials = _folded({"All trials": [trial_table(runs)]})
+        yield _Section("Tuning", tables=_rendered(tables.tuning), folded=trials)
+    if tables.ranks:
+        yield section(RANKS, tables=_rendered(tables.ranks))
+    if tables.worlds:
+        maps = _folded({"Tables of the maps": tables.worlds})
+        yield section(WORLDS, most=len(figures), text=_WORLDS, folded=maps)
     published = list(deviation_tables(compared))
     if published:
         yield _Section("Published numbers", tables=_rendered(published))
@@ -215,18 +195,44 @@ def _sections(
             is_spectra = name == "What MTN does" and not has_mtn
             yield replace(found, title="Spectra") if is_spectra else found
     yield section("Calibration", tables=_calibration(runs))
-    yield _Section("Costs", folded=[("Costs of each arm", _rendered([cost_table(runs)]))])
+    yield _Section("Costs", folded=_folded({"Costs of each arm": [cost_table(runs)]}))
     differing, shared = settings_tables(runs)
     yield _Section(
         "Settings",
         _PROTOCOL,
         tables=_rendered([differing]) if differing.rows else (),
-        folded=[
-            ("Data sets", _rendered([data_table(runs)])),
-            ("Settings shared by all runs", _rendered([shared])),
-            ("Versions and machines", _rendered([version_table(runs)])),
-        ],
+        folded=_folded(
+            {
+                "Data sets": [data_table(runs)],
+                "Settings shared by all runs": [shared],
+                "Versions and machines": [version_table(runs)],
+            }
+        ),
     )
+
+
+def _section(
+    folder: Path,
+    figures: Sequence[WrittenFigure],
+    title: str,
+    *,
+    most: int = 1,
+    **parts: object,
+) -> _Section:
+    """Show the first figure of the first kinds at once, and fold the others."""
+    kinds = [name for name, kind in KINDS.items() if kind.section == title]
+    found = [[f for f in figures if f.kind == kind] for kind in kinds]
+    shown = [of_kind[0] for of_kind in found if of_kind][:most]
+    rest = [
+        figure for of_kind in found for figure in of_kind if all(figure is not s for s in shown)
+    ]
+    images, more = ([_image(f, folder) for f in part] for part in (shown, rest))
+    return _Section(title, images=images, more=more, **parts)  # type: ignore[arg-type]
+
+
+def _folded(tables: Mapping[str, Sequence[Table]]) -> list[tuple[str, list[Markup]]]:
+    """Render tables by the text that unfolds them, without those that are empty."""
+    return [(text, _rendered(part)) for text, part in tables.items() if part]
 
 
 def _left_out(runs: Runs) -> str:

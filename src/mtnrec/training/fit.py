@@ -40,6 +40,7 @@ from mtnrec.run.folder import clear_earlier_run, find_record
 from mtnrec.run.identity import CHECKPOINTS, RunIdentity
 from mtnrec.run.record import RECORD_FILE, RunRecord, warn_of_changes
 from mtnrec.run.secrets import redact
+from mtnrec.schema import Schema
 from mtnrec.system.performance import tune_process
 from mtnrec.tracking.loggers import check_login, describe_run, make_loggers, report_run
 from mtnrec.training.divergence import Divergence
@@ -117,7 +118,7 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
     output_dir = Path(cfg.output_dir)
     datamodule.seed, datamodule.noise = cfg.seed, instantiate(cfg.noise, _convert_="all")
     datamodule.reads_test = cfg.test
-    mtn = instantiate(cfg.mtn, _convert_="all")
+    penalties = _penalties(cfg)
     datamodule.prepare_data()
     datamodule.setup()
     identity = RunIdentity(config, datamodule.manifest.checksum, seed_keys(cfg))
@@ -137,10 +138,8 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
     code = code_of_run(packages, own_sources, torch.get_num_threads())
     resume_point = ResumePoint(output_dir, identity.id, cfg.trainer[CHECKPOINTS], code=code)
     divergence, experts = Divergence(), ExpertDistances()
-    regularizer = instantiate(cfg.regularizer, _convert_="all") if cfg.regularizer else None
     callbacks = [
-        mtn,
-        *filter(None, [regularizer]),
+        *penalties,
         divergence,
         recorder,
         experts,
@@ -206,11 +205,20 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
         record.write(output_dir)
         resume_point.discard()
         report_run(trainer.loggers, record)
-        get_console().print(summary_tables(datamodule.schema, record))
-        warn_of_weak_scores(datamodule.schema, record)
-        for line in closing_lines(output_dir, record):
-            get_console().print(line, markup=False, soft_wrap=True)
+        _print_results(output_dir, datamodule.schema, record)
     return record
+
+
+def _print_results(folder: Path, schema: Schema, record: RunRecord) -> None:
+    get_console().print(summary_tables(schema, record))
+    warn_of_weak_scores(schema, record)
+    for line in closing_lines(folder, record):
+        get_console().print(line, markup=False, soft_wrap=True)
+
+
+def _penalties(cfg: DictConfig) -> list[L.Callback]:
+    """Return MTN and the regulariser, if there is one."""
+    return [instantiate(c, _convert_="all") for c in (cfg.mtn, cfg.regularizer) if c]
 
 
 def _test(trainer: L.Trainer, module: MultiTaskModule, data: DataModule, best: str) -> None:
