@@ -9,6 +9,7 @@ import pytest
 from scipy import integrate, stats
 
 from mtnrec.checks import InputError
+from mtnrec.reporting.page import write_page
 from mtnrec.reporting.runs import read_runs
 from mtnrec.reporting.table.scores import comparisons
 from mtnrec.reporting.table.tuning import trial_table, tuned_frame, tuning_tables
@@ -155,6 +156,23 @@ def test_the_table_has_validation_and_test_of_each_arm_side_by_side(sweep, tmp_p
         *("optimizer.lr", "tag(log,interval(0.0001,0.01))", "0.003", "1.00")
     ]
     assert len(trial_table(runs).rows) == 4
+
+
+def test_the_page_has_a_section_on_tuning_with_all_trials(sweep, write_run, tmp_path):
+    sweep(tmp_path / "tuned")
+    write_run(tmp_path / "other", "run")
+    pages = []
+    for root in ("tuned", "other"):
+        runs = read_runs(tmp_path / root)
+        empty = {"left_out": [], "scores": [], "differences": [], "ranks": [], "figures": []}
+        compared, path = comparisons(runs.results), tmp_path / f"{root}.html"
+        write_page(path, runs, compared=compared, tuning=[*tuning_tables(runs)], **empty)
+        pages.append(path.read_text())
+
+    assert "<h2>Tuning" in pages[0]
+    assert "Search spaces and chosen values" in pages[0]
+    assert pages[0].count("lr_only-trial1") == 1
+    assert "<h2>Tuning" not in pages[1]
 
 
 def test_the_trials_are_written_as_a_table(sweep, tmp_path):
