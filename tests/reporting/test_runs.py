@@ -90,6 +90,15 @@ def test_a_copy_of_a_run_counts_once(tmp_path, write_run):
     assert [run.name for run in read_runs(tmp_path)] == ["a"]
 
 
+def test_of_two_copies_the_one_that_kept_its_scores_counts(tmp_path, write_run):
+    shutil.copytree(write_run(tmp_path, "a"), tmp_path / "b")
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    path = tmp_path / "b" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scores": {"test": "abc"}}))
+
+    assert [run.name for run in read_runs(tmp_path)] == ["b"]
+
+
 def test_the_same_run_with_different_metrics_is_refused(tmp_path, write_run):
     write_run(tmp_path, "a", seed=3, auc={"ctr": 0.7})
     write_run(tmp_path, "b", seed=3, auc={"ctr": 0.8})

@@ -71,7 +71,17 @@ def test_a_finished_run_without_scores_is_kept_with_a_warning(train):
     train(*LOG, "trainer.max_epochs=1", "keep_scores=true", folder=folder)
 
     log = (folder / "train.log").read_text()
-    assert "was trained without keep_scores=true and has no scores. Set resume=false" in log
+    assert "1 finished run is kept without scores, made without keep_scores=true. Set" in log
+
+
+def test_a_sweep_warns_once_of_its_finished_runs_without_scores(train, capsys):
+    sweep = [*LOG, "trainer.max_epochs=1", "hydra.mode=MULTIRUN", "seed=0,1"]
+    folder = train(*sweep)
+
+    train(*sweep, "keep_scores=true", folder=folder)
+
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert said.count("2 finished runs are kept without scores") == 1
 
 
 @pytest.mark.slow

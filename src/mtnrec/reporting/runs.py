@@ -333,9 +333,10 @@ class Runs(Sequence[Run]):
 def read_runs(root: str | Path, baseline: str | None = None) -> Runs:
     """Read every finished run below a folder, sorted by name.
 
-    Runs that differ only in their folder count once. Runs without a test are ``trials``; runs of a
-    tuned arm's earlier setting are left out with a warning. A record that cannot be read or is not
-    one is left out with a warning, and listed in ``unreadable``.
+    Runs that differ only in their folder count once, as the one that kept its scores, if one did.
+    Runs without a test are ``trials``; runs of a tuned arm's earlier setting are left out with a
+    warning. A record that cannot be read or is not one is left out with a warning, and listed in
+    ``unreadable``.
 
     Args:
         root: Folder of the runs, at any depth.
@@ -356,12 +357,14 @@ def read_runs(root: str | Path, baseline: str | None = None) -> Runs:
         except InputError as error:
             unreadable.append(UnfinishedRun(_name(path, root), str(error)))
             continue
-        other = runs.setdefault((run.record.identity.arm, run.record.seed), run)
+        key = run.record.identity.arm, run.record.seed
+        other = runs.setdefault(key, run)
         if other.record.metrics != run.record.metrics:
             raise InputError(
                 f"{other.name} and {run.name} in {root} have the same settings and seed "
                 f"{run.record.seed}, but different metrics. Delete one of them."
             )
+        runs[key] = max(other, run, key=lambda found: len(found.record.scores))
     if unreadable and not runs:
         raise InputError(unreadable[0].reason)
     for left_out in unreadable:

@@ -250,6 +250,18 @@ def warn_of_changes(finished: Iterable[tuple[RunRecord, int | None]]) -> None:
         )
 
 
+def warn_without_scores(finished: Iterable[RunRecord]) -> None:
+    """Warn of finished runs that are kept although they have no scores, which are asked for."""
+    runs = sum(not record.scores for record in finished)
+    if runs:
+        _logger.warning(
+            "%d finished run%s kept without scores, made without keep_scores=true. Set "
+            "resume=false to train again",
+            runs,
+            " is" if runs == 1 else "s are",
+        )
+
+
 def _is_required(found: Any) -> bool:
     return found.default is MISSING and found.default_factory is MISSING
 

@@ -42,7 +42,7 @@ from mtnrec.run.folder import (
     run_state,
 )
 from mtnrec.run.identity import RunIdentity
-from mtnrec.run.record import RunRecord, warn_of_changes
+from mtnrec.run.record import RunRecord, warn_of_changes, warn_without_scores
 from mtnrec.run.secrets import redact_text
 from mtnrec.sweep.composition import Composer
 from mtnrec.sweep.progress import PLAN_FILE, read_progress, render_leaderboard, render_progress
@@ -198,6 +198,9 @@ def run_jobs(
     )
     warn_of_changes(
         (record, job.config["threads"]) for job in jobs if (record := finished[job.folder])
+    )
+    warn_without_scores(
+        record for job in jobs if job.config["keep_scores"] and (record := finished[job.folder])
     )
     if not getattr(launcher, "wait", True):
         _make_folders(pending)

@@ -38,7 +38,7 @@ from mtnrec.run.environment import (
 )
 from mtnrec.run.folder import clear_earlier_run, find_record
 from mtnrec.run.identity import CHECKPOINTS, RunIdentity
-from mtnrec.run.record import RECORD_FILE, RunRecord, warn_of_changes
+from mtnrec.run.record import RECORD_FILE, RunRecord, warn_of_changes, warn_without_scores
 from mtnrec.run.secrets import redact
 from mtnrec.schema import Schema
 from mtnrec.system.performance import tune_process
@@ -87,12 +87,7 @@ def find_or_fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) 
     _logger.info("%s is finished; resume=false trains again", output_dir)
     threads = torch.get_num_threads() if cfg.threads is None else cfg.threads
     warn_of_changes([(record, threads)])
-    if cfg.keep_scores and not record.scores:
-        _logger.warning(
-            "%s was trained without keep_scores=true and has no scores. Set resume=false to train "
-            "it again",
-            output_dir,
-        )
+    warn_without_scores([record] if cfg.keep_scores else [])
     return record
 
 
