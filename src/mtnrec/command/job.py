@@ -103,11 +103,14 @@ def name_sweeper_keys(argument: str) -> str:
 
     >>> name_sweeper_keys("trials=8"), name_sweeper_keys("seeds=range(1,4)")
     ('hydra.sweeper.trials=8', 'hydra.sweeper.seeds="range(1,4)"')
+    >>> name_sweeper_keys("seeds=[1,2]"), name_sweeper_keys("seed=0")
+    ('hydra.sweeper.seeds=[1,2]', 'seed=0')
     """
     key, _, value = argument.partition("=")
     if key not in ("trials", "seeds"):
         return argument
-    return f"hydra.sweeper.{key}={value if value.isdigit() else quote_value(value)}"
+    is_plain = value.isdigit() or value[:1] in ("[", '"', "'")
+    return f"hydra.sweeper.{key}={value if is_plain else quote_value(value)}"
 
 
 def train_command(folder: Path, overrides: Sequence[str], hydra: Any) -> list[str]:
