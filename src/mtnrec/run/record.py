@@ -251,8 +251,8 @@ def warn_of_changes(finished: Iterable[tuple[RunRecord, int | None]]) -> None:
 
 
 def warn_without_scores(finished: Iterable[RunRecord]) -> None:
-    """Warn of finished runs that are kept although they have no scores, which are asked for."""
-    runs = sum(not record.scores for record in finished)
+    """Warn of finished runs that were tested without the scores that are asked for."""
+    runs = sum(record.is_tested and not record.scores for record in finished)
     if runs:
         _logger.warning(
             "%d finished run%s kept without scores, made without keep_scores=true. Set "
