@@ -81,4 +81,4 @@ def test_fit_has_the_defaults_of_train(compose_config):
     assert {key: parameters[key].default for key in shared} == {
         key: groups.get(key, config[key]) for key in shared
     }
-    assert len(shared) == 18
+    assert len(shared) == 19

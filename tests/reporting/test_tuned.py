@@ -9,7 +9,7 @@ import pytest
 from scipy import integrate, stats
 
 from mtnrec.checks import InputError
-from mtnrec.reporting.page import write_page
+from mtnrec.reporting.page import ReportTables, write_page
 from mtnrec.reporting.runs import read_runs
 from mtnrec.reporting.table.scores import comparisons
 from mtnrec.reporting.table.tuning import trial_table, tuned_frame, tuning_tables
@@ -164,9 +164,9 @@ def test_the_page_has_a_section_on_tuning_with_all_trials(sweep, write_run, tmp_
     pages = []
     for root in ("tuned", "other"):
         runs = read_runs(tmp_path / root)
-        empty = {"left_out": [], "scores": [], "differences": [], "ranks": [], "figures": []}
         compared, path = comparisons(runs.results), tmp_path / f"{root}.html"
-        write_page(path, runs, compared=compared, tuning=[*tuning_tables(runs)], **empty)
+        tables = ReportTables(scores=[], tuning=[*tuning_tables(runs)])
+        write_page(path, runs, left_out=[], compared=compared, tables=tables, figures=[])
         pages.append(path.read_text())
 
     assert "<h2>Tuning" in pages[0]

@@ -167,7 +167,7 @@ def test_tables_hold_the_values_of_the_record(tmp_path):
 
     rows = {name: rows for name, (_, rows) in record_tables(SimpleNamespace(**record)).items()}
 
-    nothing = [None] * 7
+    nothing = [None] * 8
     assert rows["metrics"] == [
         ["test", "buy", 9, 2, 0.7, *nothing],
         ["test", "buy_now", 9, 1, 0.6, *nothing],

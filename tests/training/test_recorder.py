@@ -29,7 +29,9 @@ def make_record(funnel_schema):
                     "positives": 1_630_000 + number,
                 }
         config = {"monitor": f"val/{schema.tasks[1].name}_auc"}
-        return SimpleNamespace(config=config, best_epoch=4, metrics=metrics, counts=counts)
+        return SimpleNamespace(
+            config=config, best_epoch=4, metrics=metrics, counts=counts, is_tested=True
+        )
 
     return make
 

@@ -304,6 +304,7 @@ def _mean(arm: Sequence[RunProgress]) -> float:
 def _label(arm: Sequence[RunProgress], runs: Sequence[RunProgress]) -> str:
     """Return the overrides that distinguish an arm, or its folder's name if nothing does."""
     own = set.intersection(*(set(run.overrides) for run in arm))
+    own -= {line for line in own if line.startswith("seed=")}  # of an arm's only run so far
     shared = set.intersection(*(set(run.overrides) for run in runs))
     return " ".join(line for line in arm[0].overrides if line in own - shared) or arm[0].kind
 
