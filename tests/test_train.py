@@ -249,7 +249,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(model, train)
     assert read_record(first)["cell"] == read_record(second)["cell"] != read_record(other)["cell"]
 
 
-@pytest.mark.parametrize("model", ["ple", pytest.param("adatt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model", [pytest.param(m, marks=pytest.mark.slow) for m in ("ple", "adatt")]
+)
 def test_mtn_acts_on_the_experts_of_all_levels(model, train):
     keys = ["mtn.enabled=true", "mtn.target=shared", "trainer.max_epochs=1"]
 
@@ -547,7 +549,9 @@ def test_scores_worse_than_chance_are_warned_of(train, tmp_path):
     assert re.search(r"\[WARNING\] .*the test log loss is above .*\(ctr .* > 0\.[0-9]+, cvr", log)
 
 
-@pytest.mark.parametrize("name", ["fast", "overfit", pytest.param("limit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["fast", *(pytest.param(n, marks=pytest.mark.slow) for n in ("overfit", "limit"))]
+)
 def test_each_preset_for_debugging_runs_to_its_end(name, train):
     few = ["data.batch_size=32", "monitor=val/ctr_log_loss"]
     short = [] if name != "overfit" else ["trainer.max_epochs=6", "optimizer.lr=0.02"]

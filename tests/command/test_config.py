@@ -101,7 +101,7 @@ def test_every_noise_is_built_switched_off_and_spares_the_test_set(name, compose
 
 @pytest.mark.parametrize("name", choices("model"))
 def test_every_model_is_built_from_a_schema(name, compose_config, funnel_schema, tmp_path):
-    network = build_network(compose_config(f"model={name}").model, funnel_schema)
+    network = build_network(compose_config(name=f"model/{name}").model, funnel_schema)
 
     assert isinstance(network, nn.Module)
     assert list(tmp_path.iterdir()) == []
@@ -119,7 +119,7 @@ def test_the_command_line_sets_widths_per_field(compose_config):
 
 @pytest.mark.parametrize("name", choices("mtn"))
 def test_every_mtn_is_built_switched_off(name, compose_config, tmp_path):
-    mtn = instantiate(compose_config(f"mtn={name}").mtn, _convert_="all")
+    mtn = instantiate(compose_config(name=f"mtn/{name}").mtn, _convert_="all")
 
     assert isinstance(mtn, MTN)
     assert not mtn.enabled
@@ -128,14 +128,14 @@ def test_every_mtn_is_built_switched_off(name, compose_config, tmp_path):
 
 @pytest.mark.parametrize("name", choices("optimizer"))
 def test_every_optimizer_waits_for_its_parameters(name, compose_config):
-    optimizer = instantiate(optimizer_keys(compose_config(f"optimizer={name}").optimizer))
+    optimizer = instantiate(optimizer_keys(compose_config(name=f"optimizer/{name}").optimizer))
 
     assert isinstance(optimizer(nn.Linear(1, 1).parameters()), Adam)
 
 
 @pytest.mark.parametrize("name", choices("scheduler"))
 def test_every_schedule_is_built(name, compose_config):
-    build = instantiate(compose_config(f"scheduler={name}").scheduler)
+    build = instantiate(compose_config(name=f"scheduler/{name}").scheduler)
     optimizer = Adam(nn.Linear(1, 1).parameters())
 
     scheduler = make_scheduler(build, optimizer, steps=10, mode="max")

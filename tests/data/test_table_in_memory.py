@@ -298,9 +298,14 @@ def test_lightning_prepares_and_sets_up_whatever_was_called_before(tmp_path, cal
     assert network.rows == table.split_rows["train"] == 192
 
 
-@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("is_prepared", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
-    "make_copy", [copy.deepcopy, copy.copy, lambda t: pickle.loads(pickle.dumps(t))]
+    "make_copy",
+    [
+        pytest.param(copy.deepcopy, marks=pytest.mark.slow),
+        copy.copy,
+        lambda t: pickle.loads(pickle.dumps(t)),
+    ],
 )
 def test_copies_have_their_own_folder(make_copy, is_prepared):
     table = Table(train=draw(), **ROLES, time="time")

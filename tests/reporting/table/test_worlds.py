@@ -152,8 +152,8 @@ def test_tables_and_file_have_a_cell_for_each_point(tmp_path, write_world):
     write_worlds(tmp_path, worlds)
 
     assert [table.title for table in tables] == [
-        "Planted worlds, MMoE: MTN less weight decay",
-        "Planted worlds, MMoE: MTN less baseline",
+        "Planted worlds, MMoE: MTN minus weight decay",
+        "Planted worlds, MMoE: MTN minus baseline",
     ]
     lines = to_csv(tables[1]).splitlines()
     assert lines[0] == "Task,noise 0,noise 0.2"
@@ -211,6 +211,6 @@ def test_the_report_has_a_section_with_the_map(tmp_path, write_world, report):
     page = (tmp_path / "report" / "index.html").read_text()
     assert page.count('<section id="planted-worlds">') == 1
     assert page.count('aria-label="Heat maps of the difference in test AUC') == 1
-    assert "Planted worlds, MMoE: MTN less baseline" in page
+    assert "Planted worlds, MMoE: MTN minus baseline" in page
     names = {path.name for path in (tmp_path / "report").rglob("*")}
     assert {"planted_worlds.csv", "world_maps-mmoe.svg"} <= names

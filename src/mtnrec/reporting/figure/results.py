@@ -201,7 +201,7 @@ def world_maps(worlds: pd.DataFrame) -> Figure | None:
     scale = mpl.colors.Normalize(-most, most)
     figure, grid = panels(len(rivals), len(tasks), height=0.45 * len(levels) + 0.5)
     for axes_of_row, rival in zip(grid, rivals, strict=True):
-        row_title(axes_of_row[0], f"MTN less {rival}", line=int(rival == rivals[0]))
+        row_title(axes_of_row[0], f"MTN minus {rival}", line=int(rival == rivals[0]))
         for axes, task in zip(axes_of_row, tasks, strict=True):
             part = worlds[(worlds["rival"] == rival) & (worlds["task"] == task)]
             place = part["relatedness"].map(levels.index), part["noise"].map(noises.index)

@@ -74,7 +74,7 @@ def world_tables(worlds: pd.DataFrame) -> Iterator[Table]:
         for rival in RIVALS:
             part = worlds[(worlds["map"] == name) & (worlds["rival"] == rival)]
             if len(part):
-                yield _table(part, f"Planted worlds, {name}: MTN less {rival}")
+                yield _table(part, f"Planted worlds, {name}: MTN minus {rival}")
 
 
 def write_worlds(out: Path, worlds: pd.DataFrame) -> None:
