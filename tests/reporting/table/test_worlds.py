@@ -1,5 +1,6 @@
 """Maps of planted worlds, against scipy and made-up records whose best strengths are known."""
 
+import itertools
 import json
 
 import numpy as np
@@ -186,8 +187,8 @@ def test_the_figure_writes_each_value_and_hatches_what_may_be_nothing():
 
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.texts if "[" in text.get_text()] == [
-        "+0.020\n[+0.010, +0.030]",
-        "-0.010\n[-0.030, +0.010]",
+        "+0.020\n[+0.010,\n+0.030]",
+        "-0.010\n[-0.030,\n+0.010]",
     ]
     hatched = [patch.get_y() for patch in axes.patches if patch.get_hatch()]
     assert hatched == [0.5]  # the second relatedness
@@ -196,6 +197,24 @@ def test_the_figure_writes_each_value_and_hatches_what_may_be_nothing():
     assert blue[2] > blue[0]
     assert orange[0] > orange[2]
     assert world_maps(worlds.assign(difference=np.nan)) is None
+
+
+def test_the_values_of_a_whole_map_stay_in_their_cells():
+    keys = ("rival", "task", "relatedness", "noise")
+    choices = (["baseline", "decay"], ["ctr", "cvr", "ctcvr"], [0.0, 0.5, 1.0], [0.0, 0.15, 0.3])
+    worlds = pd.DataFrame(itertools.product(*choices), columns=keys)
+    worlds = worlds.assign(difference=-0.0123, low=-0.0456, high=0.0345, seeds=10, map="ESMM")
+
+    figure = world_maps(worlds)
+
+    figure.canvas.draw()
+    for axes in figure.axes[:6]:
+        cells = [patch.get_window_extent() for patch in axes.patches if not patch.get_hatch()]
+        texts = [text for text in axes.texts if "[" in text.get_text()]
+        for cell, text in zip(cells, texts, strict=True):
+            box = text.get_window_extent()
+            assert cell.x0 < box.x0 < box.x1 < cell.x1
+            assert cell.y0 < box.y0 < box.y1 < cell.y1
 
 
 @pytest.mark.slow

@@ -199,7 +199,7 @@ def world_maps(worlds: pd.DataFrame) -> Figure | None:
     noises, levels = (sorted(worlds[key].unique()) for key in ("noise", "relatedness"))
     most = max(worlds["difference"].abs().max(), 1e-9)
     scale = mpl.colors.Normalize(-most, most)
-    figure, grid = panels(len(rivals), len(tasks), height=0.45 * len(levels) + 0.5)
+    figure, grid = panels(len(rivals), len(tasks), height=0.5 * len(levels) + 0.5)
     for axes_of_row, rival in zip(grid, rivals, strict=True):
         row_title(axes_of_row[0], f"MTN minus {rival}", line=int(rival == rivals[0]))
         for axes, task in zip(axes_of_row, tasks, strict=True):
@@ -232,7 +232,7 @@ def _draw_map(axes: Axes, cells: pd.DataFrame, scale: mpl.colors.Normalize) -> N
             axes.add_patch(
                 Rectangle(corner, 1, 1, fill=False, hatch="/////", edgecolor="0.62", linewidth=0)
             )
-        interval = f"\n[{cell['low']:+.3f}, {cell['high']:+.3f}]" if cell["seeds"] > 1 else ""
+        interval = f"\n[{cell['low']:+.3f},\n{cell['high']:+.3f}]" if cell["seeds"] > 1 else ""
         # Neither black nor white: the page replaces these by its own colours.
         ink = "0.08" if np.dot(color[:3], _LUMINANCE) > 0.45 else "0.97"
         text = axes.text(
