@@ -19,11 +19,12 @@ from mtnrec.checks import InputError, check_integer, check_number
 from mtnrec.command.entry_point import entry_point
 from mtnrec.reporting.figure.catalogue import write_figures
 from mtnrec.reporting.page import ReportTables, write_page
-from mtnrec.reporting.resampling import Resampled, resample_runs
+from mtnrec.reporting.resampling import resample_runs
 from mtnrec.reporting.runs import read_runs, unfinished
 from mtnrec.reporting.table.ranks import rank_arms, rank_tables
 from mtnrec.reporting.table.render import write_tables
 from mtnrec.reporting.table.scores import (
+    choose_results,
     comparisons,
     difference_table,
     row_table,
@@ -52,20 +53,21 @@ def _report(cfg: DictConfig) -> None:
     left_out = [*runs.unreadable, *unfinished(root)]
     shown = {"metric": cfg.metric, "split": cfg.split}
 
-    def compare(results: pd.DataFrame, resampled: Resampled | None = None) -> pd.DataFrame:
-        return comparisons(results, **shown, margin=cfg.margin, resampled=resampled)
-
-    compare(runs.results)  # refuses a metric that no run has, before the resamples
+    choose_results(runs.results, **shown)  # refuses a metric that no run has, before the resamples
     resampled = resample_runs(
         runs,
         split=cfg.split,
         resamples=cfg.resamples if cfg.metric == "auc" else 0,
         track=partial(_track, "resampling"),
     )
-    compared = compare(runs.results, resampled)
+
+    def compare(results: pd.DataFrame) -> pd.DataFrame:
+        return comparisons(results, **shown, margin=cfg.margin, resampled=resampled)
+
+    compared = compare(runs.results)
     scores, differences, over_rows = [], [], []
     for title, part in split_by_table(runs.results).items():
-        cells = compare(part, resampled)
+        cells = compare(part)
         scores.append(score_table(cells, title))
         if (cells["pairs"] > 0).any():
             differences.append(difference_table(cells, f"{title}: differences"))

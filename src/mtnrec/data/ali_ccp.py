@@ -7,7 +7,6 @@ of common features, which describe the user and are shared by about 58 impressio
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,8 +26,8 @@ from mtnrec.data.raw.blocks import Block, map_in_order, read_blocks
 from mtnrec.data.raw.files import (
     check_disk_space,
     find_one,
-    identities,
     list_files,
+    raw_identity,
     require_raw_dir,
 )
 from mtnrec.data.raw.progress import ReadProgress
@@ -162,10 +161,11 @@ class AliCcp(DataModule):
     @property
     def parameters(self) -> dict[str, Any]:
         """Settings that determine the prepared data set, and the identity of the raw files."""
-        found: list[Path] = []
-        if self.raw_dir is not None:
-            with suppress(InputError):  # prepare reports missing files; training needs none
-                found = [path for split in _SPLITS for path in _find(Path(self.raw_dir), split)]
+        raw = raw_identity(
+            self.raw_dir,
+            lambda folder: [path for split in _SPLITS for path in _find(folder, split)],
+            self._checksum,
+        )
         return {
             "preset": self.preset,
             "fields": self._ids,
@@ -175,7 +175,7 @@ class AliCcp(DataModule):
             "first": self._first,
             "scaling": self._scaling,
             "on_error": self.on_error,
-        } | ({"raw": identities(found, self._checksum)} if found else {})
+        } | raw
 
     def _find_differing(self, found: dict[str, Any]) -> dict[str, Any]:
         is_chosen = self._ids or self._bags or self._values

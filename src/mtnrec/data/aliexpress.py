@@ -9,7 +9,7 @@ header.
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,8 +24,8 @@ from mtnrec.data.raw.blocks import Block, read_blocks
 from mtnrec.data.raw.files import (
     check_disk_space,
     find_one,
-    identities,
     list_files,
+    raw_identity,
     require_raw_dir,
 )
 from mtnrec.data.raw.progress import ReadProgress
@@ -77,11 +77,8 @@ class AliExpress(DataModule):
     def parameters(self) -> dict[str, Any]:
         """Settings that determine the prepared data set, and the identity of the raw files."""
         keys = ("conversion_without_click", "on_error")
-        found: list[Path] = []
-        if self.raw_dir is not None:
-            with suppress(InputError):  # prepare reports missing files; training needs none
-                found = _find(Path(self.raw_dir), self.country.lower()).paths
-        raw = {"raw": identities(found, self._checksum)} if found else {}
+        country = self.country.lower()
+        raw = raw_identity(self.raw_dir, lambda path: _find(path, country).paths, self._checksum)
         return {key: getattr(self, key) for key in keys} | raw
 
     def prepare(self) -> Manifest:

@@ -1,6 +1,5 @@
 """Census-Income (KDD) of UCI, the data of the MMoE paper: a survey of 1994 and 1995."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +8,7 @@ from mtnrec.checks import InputError, check_choice, check_integer
 from mtnrec.data.datamodule import DataModule
 from mtnrec.data.prepared.manifest import Manifest
 from mtnrec.data.raw.bad_rows import BadRows
-from mtnrec.data.raw.files import find_one, identities, list_files, require_raw_dir
+from mtnrec.data.raw.files import find_one, list_files, raw_identity, require_raw_dir
 
 _FILES = {"train": "census-income.data", "test": "census-income.test"}
 
@@ -56,11 +55,7 @@ class CensusIncome(DataModule):
     @property
     def parameters(self) -> dict[str, Any]:
         """Settings that determine the prepared data set, and the identity of the raw files."""
-        raw = {}
-        if self.raw_dir is not None:
-            with suppress(InputError):  # prepare reports missing files; training needs none
-                paths = list(_find(Path(self.raw_dir)).values())
-                raw = {"raw": identities(paths, self._checksum)}
+        raw = raw_identity(self.raw_dir, lambda path: list(_find(path).values()), self._checksum)
         return {key: getattr(self, key) for key in ("preset", "min_count", "on_error")} | raw
 
     def prepare(self) -> Manifest:

@@ -5,7 +5,6 @@ were drawn at random are the second test set, ``test_random``: on it a model is 
 selection of the recommender that its training rows come from.
 """
 
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
@@ -18,8 +17,8 @@ from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.files import (
     check_disk_space,
     find_one,
-    identities,
     list_files,
+    raw_identity,
     require_raw_dir,
 )
 from mtnrec.schema import Schema
@@ -99,12 +98,7 @@ class KuaiRand(DataModule):
         """Settings that determine the prepared data set, and the identity of the raw files."""
         keys = ["preset", "labels", "funnel", "test_days", "random_days", "exclude"]
         keys += ["min_count", "on_error"]
-        raw = {}
-        if self.raw_dir is not None:
-            with suppress(InputError):  # prepare reports missing files; training needs none
-                raw = {
-                    "raw": identities(_find(Path(self.raw_dir), self.preset).all, self._checksum)
-                }
+        raw = raw_identity(self.raw_dir, lambda path: _find(path, self.preset).all, self._checksum)
         return {key: getattr(self, key) for key in keys} | raw
 
     def prepare(self) -> Manifest:

@@ -119,7 +119,8 @@ def resample_runs(
         rows[run.name] = checksum = _checksum(kept)
         of_run = resample_aucs(kept, resamples)
         aucs |= {(run.name, task): values for task, values in of_run.items()}
-        groups[checksum] = len(_numbers(kept)[1])
+        if checksum not in groups:
+            groups[checksum] = len(_numbers(kept)[1])
     return Resampled(aucs, rows, groups)
 
 

@@ -234,8 +234,8 @@ class Runs(Sequence[Run]):
 
         ``better`` is the better direction, ``higher``, ``lower`` or ``one``; ``rows`` and
         ``positives`` count what the metric is computed on, and are missing for the mean of the
-        tasks, ``mean_auc``, whose ``task`` is ``all``. Timings are left out, so
-        that a sweep that was interrupted and resumed gives the same table.
+        tasks, ``mean_auc``, whose ``task`` is ``all``. Timings are left out, so that a sweep that
+        was interrupted and resumed gives the same table.
         """
         columns = [*_ARM, *_MTN_NUMBERS, *_MTN_TEXTS, *self.swept, "best_epoch"]
         return self._spread(columns, [list(_metrics(run.record, self.tasks)) for run in self])

@@ -46,8 +46,7 @@ class MultiTaskModule(L.LightningModule):
     ``train/loss_name`` of each loss and ``val/task_metric``; the test logs ``test/task_metric``,
     and the same of each further test set. ``results`` keeps the last values of each split in full
     precision, and ``calibration_curves`` the columns of each task's curve after a test, under
-    ``test/task``. Every checkpoint carries
-    ``metadata``, which describes the model.
+    ``test/task``. Every checkpoint carries ``metadata``, which describes the model.
 
     Checkpoints of weights that are not finite are refused.
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from mtnrec.arrays import BoolArray
 from mtnrec.data.raw.archives import open_plain
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.blocks import read_blocks
 from mtnrec.data.raw.files import identities
 from mtnrec.data.raw.progress import ReadProgress
-from mtnrec.data.raw.tabular import Chunk, Source, split_lines
+from mtnrec.data.raw.tabular import Chunk, RowRules, Source, split_lines
 
 _INCOME, _MARITAL, _EDUCATION = "income", "marital_stat", "education"
 _WEIGHT = "instance_weight"  # of the person in the population, no property of a person
@@ -106,7 +107,7 @@ class CensusFile(Source):
                 known = _known(chunk, bad_rows)
                 frame = _with_labels(frame.filter(known)).select(columns)
                 if frame.height:
-                    yield Chunk(frame, frame, self.path, "line", numbers[known.to_numpy()], first)
+                    yield Chunk(frame, frame, self.path, "line", numbers[known], first)
                 first += frame.height
 
 
@@ -117,17 +118,13 @@ def _cells(lines: pl.Series) -> pl.DataFrame:
     return cells.struct.unnest().with_columns(pl.when(text != "?").then(text).name.keep())
 
 
-def _known(chunk: Chunk, bad_rows: BadRows) -> pl.Series:
-    """Return the rows whose income, marital status and education are those of the survey."""
-    known = pl.repeat(value=True, n=chunk.frame.height, eager=True)
+def _known(chunk: Chunk, bad_rows: BadRows) -> BoolArray:
+    """Return which rows have an income, marital status and education of the survey, ``(rows,)``."""
+    rules = RowRules(chunk, bad_rows)
     for name, values in ((_INCOME, _INCOMES), (_MARITAL, _MARITALS), (_EDUCATION, _EDUCATIONS)):
-        column = chunk.frame[name]
-        holds = column.is_in(list(values)).fill_null(value=False)
-        for row in (known & ~holds).arg_true():
-            place = f"{chunk.place(row)}, column {name!r}"
-            bad_rows.add(place, "expected a value of the survey", repr(column[row]))
-        known &= holds
-    return known
+        holds = chunk.frame[name].is_in(list(values)).fill_null(value=False)
+        rules.require(name, holds.to_numpy(), "expected a value of the survey")
+    return ~rules.broken
 
 
 def _with_labels(frame: pl.DataFrame) -> pl.DataFrame:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from mtnrec.arrays import Int64Array
+from mtnrec.arrays import BoolArray, Int64Array
 from mtnrec.checks import InputError
 from mtnrec.data.raw.bad_rows import BadRows
 from mtnrec.data.raw.files import identities
-from mtnrec.data.raw.tabular import Chunk, FileSource, Source
+from mtnrec.data.raw.tabular import Chunk, FileSource, RowRules, Source
 
 SIGNALS = (
     *("is_click", "long_view", "is_like", "is_follow", "is_comment", "is_forward", "is_hate"),
@@ -152,7 +152,7 @@ class JoinedLog(Source):
             for chunk in log.chunks(self._read, bad_rows):
                 kept = self._keep(chunk, bad_rows)
                 frame = self._join(chunk.frame.filter(kept)).select(columns)
-                numbers = chunk.numbers[kept.to_numpy()]
+                numbers = chunk.numbers[kept]
                 if frame.height:
                     yield Chunk(frame, frame, chunk.path, chunk.unit, numbers, first)
                 first += frame.height
@@ -162,9 +162,9 @@ class JoinedLog(Source):
                 f"{self._days[1]}, got none. Download the files again."
             )
 
-    def _keep(self, chunk: Chunk, bad_rows: BadRows) -> pl.Series:
-        """Return which rows are valid and of the days."""
-        valid = pl.Series([True]).new_from_index(0, chunk.frame.height)
+    def _keep(self, chunk: Chunk, bad_rows: BadRows) -> BoolArray:
+        """Return which rows are valid and of the days, ``(rows,)``."""
+        days, rules = _days(chunk.frame), RowRules(chunk, bad_rows)
         for name, pattern, rule in (
             (USER, _ID, "an id must be a whole number"),
             (_VIDEO, _ID, "an id must be a whole number"),
@@ -173,12 +173,10 @@ class JoinedLog(Source):
         ):
             holds = _matches(chunk.frame[name], pattern)
             if name == "date":
-                holds &= _days(chunk.frame).is_not_null()
-            for row in (valid & ~holds).arg_true():
-                place = f"{chunk.place(row)}, column {name!r}"
-                bad_rows.add(place, rule, repr(chunk.frame[name][row]))
-            valid &= holds
-        return valid & _days(chunk.frame).is_between(*self._days).fill_null(value=False)
+                holds &= days.is_not_null()
+            rules.require(name, holds.to_numpy(), rule)
+        of_days: BoolArray = days.is_between(*self._days).fill_null(value=False).to_numpy()
+        return ~rules.broken & of_days
 
     def _join(self, frame: pl.DataFrame) -> pl.DataFrame:
         users, videos = (frame[name].cast(pl.Int64).to_numpy() for name in (USER, _VIDEO))

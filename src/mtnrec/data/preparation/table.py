@@ -36,7 +36,7 @@ from mtnrec.data.raw.column import (
     to_times,
     transformed,
 )
-from mtnrec.data.raw.tabular import Chunk, Source
+from mtnrec.data.raw.tabular import Chunk, RowRules, Source
 from mtnrec.schema import CategoricalField, Schema
 
 _logger = logging.getLogger(__name__)
@@ -540,21 +540,8 @@ class TablePreparation:
         return arrays, rules.read(name, read, f"expected {_TIMES[kind]}")
 
 
-class _Rules:
+class _Rules(RowRules):
     """Reads the columns of a chunk and marks the rows that break a rule."""
-
-    def __init__(self, chunk: Chunk, bad_rows: BadRows) -> None:
-        self._chunk = chunk
-        self._bad_rows = bad_rows
-        self.broken = np.zeros(chunk.frame.height, np.bool_)
-
-    def require(self, name: str, holds: BoolArray, rule: str) -> None:
-        broken = ~(holds | self.broken)
-        for row in np.flatnonzero(broken):
-            value = self._chunk.frame[name][int(row)]
-            got = "nothing" if value is None else repr(value)[:40]
-            self._bad_rows.add(f"{self._chunk.place(int(row))}, column {name!r}", rule, got)
-        self.broken |= broken
 
     def read(self, name: str, read: pl.Series, rule: str) -> npt.NDArray[Any]:
         """Return a column as an array after requiring that no cell is null."""

@@ -4,6 +4,7 @@ import gzip
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich import get_console
@@ -68,6 +69,27 @@ def find_one(files: dict[str, list[Path]], names: Sequence[str]) -> Path | None:
 def identities(files: Sequence[Path], checksum: Callable[[Path], str]) -> list[list[str | int]]:
     """Return name, size and SHA-256 of each file, as stored in the manifest."""
     return [[file.name, file.stat().st_size, checksum(file)] for file in files]
+
+
+def raw_identity(
+    raw_dir: str | Path | None,
+    find: Callable[[Path], Sequence[Path]],
+    checksum: Callable[[Path], str],
+) -> dict[str, list[list[str | int]]]:
+    """Return the entry ``raw`` of the parameters; empty without ``raw_dir`` or its files.
+
+    Preparing reports missing files; training needs none.
+
+    Args:
+        raw_dir: Folder of the raw files.
+        find: Finds them in the folder.
+        checksum: Returns the SHA-256 of a file.
+    """
+    found: Sequence[Path] = []
+    if raw_dir is not None:
+        with suppress(InputError):
+            found = find(Path(raw_dir))
+    return {"raw": identities(found, checksum)} if found else {}
 
 
 def text_bytes(path: Path) -> int:

@@ -79,6 +79,38 @@ class Chunk:
         return f"{self.path}, {self.unit} {self.numbers[row]}"
 
 
+class RowRules:
+    """Marks the rows of a chunk that break a rule.
+
+    Args:
+        chunk: The rows.
+        bad_rows: What becomes of a row that breaks a rule.
+    """
+
+    def __init__(self, chunk: Chunk, bad_rows: BadRows) -> None:
+        self._chunk = chunk
+        self._bad_rows = bad_rows
+        self.broken = np.zeros(chunk.frame.height, np.bool_)
+
+    def require(self, name: str, holds: BoolArray, rule: str) -> None:
+        """Refuse or count the rows whose cell of a column breaks a rule, each row once.
+
+        Args:
+            name: The column.
+            holds: Whether each row follows the rule, ``(rows,)``.
+            rule: The rule, for the message.
+
+        Raises:
+            InputError: If rows are refused.
+        """
+        broken = ~(holds | self.broken)
+        for row in np.flatnonzero(broken):
+            value = self._chunk.frame[name][int(row)]
+            got = "nothing" if value is None else repr(value)[:40]
+            self._bad_rows.add(f"{self._chunk.place(int(row))}, column {name!r}", rule, got)
+        self.broken |= broken
+
+
 class Dialect(NamedTuple):
     """Separator of the cells of a csv file, and decimal sign of its numbers."""
 

@@ -4,7 +4,7 @@
 ``difference_table`` lay them out; :mod:`mtnrec.reporting.table.render` writes them.
 """
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -123,13 +123,7 @@ def comparisons(
     Raises:
         InputError: If no run has the metric.
     """
-    chosen = results[(results["metric"] == metric) & (results["split"] == split)]
-    if chosen.empty:
-        found = sorted(
-            {f"{s}/{m}" for s, m in zip(results["split"], results["metric"], strict=True)}
-        )
-        choices = ", ".join(found)
-        raise InputError(f"no run has the metric {split}/{metric}. Choose one of {choices}.")
+    chosen = choose_results(results, metric=metric, split=split)
     blocks = chosen.groupby(["baseline", "task"], sort=False)
     rows = resampled if metric == "auc" else None
     cells = pd.DataFrame([row for _, block in blocks for row in _block_rows(block, margin, rows)])
@@ -142,6 +136,22 @@ def comparisons(
         pairs = cells[[f"{prefix}holm_p", f"{prefix}holm_equivalence_p"]]
         cells[f"{prefix}verdict"] = [verdict(*pair) for pair in pairs.itertuples(index=False)]
     return _sorted(cells, chosen)
+
+
+def choose_results(results: pd.DataFrame, *, metric: str, split: str) -> pd.DataFrame:
+    """Return the rows of a metric on a split.
+
+    Raises:
+        InputError: If no run has the metric.
+    """
+    chosen = results[(results["metric"] == metric) & (results["split"] == split)]
+    if chosen.empty:
+        found = sorted(
+            {f"{s}/{m}" for s, m in zip(results["split"], results["metric"], strict=True)}
+        )
+        choices = ", ".join(found)
+        raise InputError(f"no run has the metric {split}/{metric}. Choose one of {choices}.")
+    return chosen
 
 
 def _corrected(p_values: pd.Series) -> pd.Series:
@@ -199,15 +209,9 @@ def difference_table(cells: pd.DataFrame, title: str) -> Table:
         *(["equivalence p", "verdict"] if cells["equivalence_p"].notna().any() else []),
         "seeds for 0.001",
     )
-    headers = {(data, noise): (header, tasks) for data, noise, header, tasks in _groups(cells)}
-    rows = []
-    previous = None
-    for cell in cells[cells["pairs"] > 0].to_dict("records"):
-        group, tasks = headers[cell["data"], cell["noise"]]
-        header = cell["label"]
-        texts = (
-            group,
-            _task_name(cell["task"], tasks),
+
+    def texts(cell: dict[Hashable, Any]) -> list[str]:
+        return [
             f"{cell['pairs']:.0f}",
             f"{cell['baseline_mean']:.4f}",
             f"{cell['mean']:.4f}",
@@ -217,14 +221,13 @@ def difference_table(cells: pd.DataFrame, title: str) -> Table:
             *([p_text(cell["wilcoxon_p"])] if "Wilcoxon p" in columns else []),
             *(_equivalence_texts(cell, "") if "verdict" in columns else []),
             _seeds_text(cell["seeds_needed"]),
-        )
-        rows.append(Row(header, tuple(map(Cell, texts)), starts=header != previous))
-        previous = header
+        ]
+
     return Table(
         title=title,
         stub="Model",
         groups=(Group("", columns),),
-        rows=tuple(rows),
+        rows=_comparison_rows(cells, cells[cells["pairs"] > 0], texts),
         notes=(
             "Difference: arm minus baseline, the mean over pairs of runs with the same seed, with "
             "its t-interval; p: two-sided paired t-test; Holm p: corrected for all comparisons in "
@@ -252,25 +255,22 @@ def row_table(cells: pd.DataFrame, title: str) -> Table | None:
         *(["over both", "both p", "equivalence p", "verdict"] if has_both else []),
         *("over seeds", "over users", "users p"),
     )
-    headers = {(data, noise): (header, tasks) for data, noise, header, tasks in _groups(cells)}
-    rows = []
-    previous = None
-    for cell in shown.to_dict("records"):
-        group, tasks = headers[cell["data"], cell["noise"]]
-        texts = [
-            group,
-            _task_name(cell["task"], tasks),
+
+    def texts(cell: dict[Hashable, Any]) -> list[str]:
+        of_both = []
+        if has_both:
+            of_both = [_interval(cell["both_low"], cell["both_high"]), p_text(cell["both_p"])]
+            of_both += _equivalence_texts(cell, "both_")
+        return [
             f"{cell['pairs']:.0f}",
             f"{cell['groups']:,.0f}",
             f"{cell['difference']:+.4f}",
+            *of_both,
+            _interval(cell["low"], cell["high"]),
+            _interval(cell["rows_low"], cell["rows_high"]),
+            p_text(cell["rows_p"]),
         ]
-        if has_both:
-            texts += [_interval(cell["both_low"], cell["both_high"]), p_text(cell["both_p"])]
-            texts += _equivalence_texts(cell, "both_")
-        texts += [_interval(cell["low"], cell["high"])]
-        texts += [_interval(cell["rows_low"], cell["rows_high"]), p_text(cell["rows_p"])]
-        rows.append(Row(cell["label"], tuple(map(Cell, texts)), starts=cell["label"] != previous))
-        previous = cell["label"]
+
     missing = int((cells["pairs"] > 0).sum()) - len(shown)
     warnings = (
         f"{missing} comparisons are left out: a run kept no scores (keep_scores=true), other rows "
@@ -280,7 +280,7 @@ def row_table(cells: pd.DataFrame, title: str) -> Table | None:
         title=title,
         stub="Model",
         groups=(Group("", columns),),
-        rows=tuple(rows),
+        rows=_comparison_rows(cells, shown, texts),
         notes=(
             "95 % intervals of the difference, arm minus baseline. Over seeds: new trainings, on "
             "these test rows (t-interval). Over users: new test users, with these trained models "
@@ -291,6 +291,20 @@ def row_table(cells: pd.DataFrame, title: str) -> Table | None:
         ),
         warnings=warnings if missing else (),
     )
+
+
+def _comparison_rows(
+    cells: pd.DataFrame, shown: pd.DataFrame, texts: Callable[[dict[Hashable, Any]], list[str]]
+) -> tuple[Row, ...]:
+    """Return a row per shown comparison: data and task, then its texts, under the arm's name."""
+    headers = {(data, noise): (header, tasks) for data, noise, header, tasks in _groups(cells)}
+    rows, previous = [], None
+    for cell in shown.to_dict("records"):
+        group, tasks = headers[cell["data"], cell["noise"]]
+        line = [group, _task_name(cell["task"], tasks), *texts(cell)]
+        rows.append(Row(cell["label"], tuple(map(Cell, line)), starts=cell["label"] != previous))
+        previous = cell["label"]
+    return tuple(rows)
 
 
 def _equivalence_texts(cell: dict[Hashable, Any], prefix: str) -> list[str]:
