@@ -21,7 +21,7 @@ from mtnrec.command.job import (
 from mtnrec.run.folder import lock_run_folder, recording_failure
 from mtnrec.sweep.subprocess_job import run_in_subprocess
 from mtnrec.tracking.loggers import closing_wandb_run
-from mtnrec.training.fit import find_or_fit
+from mtnrec.training.fit import find_or_fit, leaving_process_group
 from mtnrec.training.recorder import RunRecorder
 
 
@@ -43,7 +43,8 @@ def main(cfg: DictConfig) -> float | None:
     quote_for_ranks(output_dir)
     hold = lock_run_folder if is_rank_zero() else recording_failure
     command = job_command(output_dir)
-    with hold(output_dir, job_overrides(), command, find_input_error), closing_wandb_run():
+    held = hold(output_dir, job_overrides(), command, find_input_error)
+    with leaving_process_group(), held, closing_wandb_run():
         recorder = RunRecorder(cfg.monitor)
         record = find_or_fit(cfg, make_datamodule(cfg.data, job_overrides()), recorder)
     return record.metrics[cfg.monitor]

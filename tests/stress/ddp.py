@@ -58,10 +58,11 @@ def settings(*, mtn: bool, option: str, devices: int) -> list[str]:
 
 
 def train(folder: Path, *arguments: str) -> None:
-    """Run the training command."""
+    """Run the training command; its output is shown if it fails."""
     place = f"hydra.run.dir={quote_value(str(folder))}"
     command = [sys.executable, "-m", "mtnrec.train", place, *arguments]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    done = subprocess.run(command, check=False, capture_output=True, timeout=300, text=True)
+    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
 class Comparison(NamedTuple):

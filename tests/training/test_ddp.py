@@ -14,6 +14,7 @@ from stress.ddp import train as train_apart
 
 from mtnrec.run.folder import State, run_state
 from mtnrec.system.files import read_json
+from mtnrec.training.fit import leaving_process_group
 
 FAILING_RANK = Path(__file__).with_name("failing_rank.py")
 TRUNCATED = ["loss=truncated", "loss.rate=0.3", "loss.window=20", "loss.warm_up=10"]
@@ -46,6 +47,17 @@ def test_two_processes_train_like_one_process_and_measure_it_exactly(
         for name in ("one", "two")
     ]
     assert files[0] == files[1]
+
+
+def test_a_run_leaves_its_process_group(tmp_path):
+    rendezvous = f"file://{tmp_path / 'rendezvous'}"
+
+    with leaving_process_group():
+        torch.distributed.init_process_group("gloo", rendezvous, rank=0, world_size=1)
+
+    assert not torch.distributed.is_initialized()
+    with leaving_process_group():  # a run of one process has none
+        pass
 
 
 @pytest.mark.slow

@@ -204,6 +204,19 @@ def fit(cfg: DictConfig, datamodule: DataModule, recorder: RunRecorder) -> RunRe
     return record
 
 
+@contextmanager
+def leaving_process_group() -> Iterator[None]:
+    """Leave torch's process group together after the block, if the block has joined one.
+
+    Lightning leaves gloo's open, and its threads may then abort a process that ends before another.
+    After an error the other ranks do not wait.
+    """
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def _print_results(folder: Path, schema: Schema, record: RunRecord) -> None:
     get_console().print(summary_tables(schema, record))
     warn_of_weak_scores(schema, record)
