@@ -1,6 +1,6 @@
 """Sweeper that tunes arms with equal budgets, in the only package where Hydra looks for plugins."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra_plugins.mtnrec_grid_sweeper import GridSweeper
@@ -13,6 +13,7 @@ class TunedSweeper(GridSweeper):
         params: Values of every arm, by key; ``a,b`` and ``range(…)`` sweep, ``choice(…)`` and
             ``interval(…)`` are searched.
         arms: Values of each arm, by name. The arm that comes first is the baseline.
+        only: Names of the arms to tune, a list or ``a,b``; None for all.
         trials: Trials of each arm, the same for all.
         batch: Trials of an arm that are asked at a time.
         sampler_seed: Seed of the sampler, the same for every arm.
@@ -24,6 +25,7 @@ class TunedSweeper(GridSweeper):
         self,
         params: Mapping[str, Any],
         arms: Mapping[str, Mapping[str, Any]],
+        only: str | Sequence[str] | None,
         trials: int,
         batch: int,
         sampler_seed: int,
@@ -31,6 +33,7 @@ class TunedSweeper(GridSweeper):
         seeds: Any,
     ) -> None:
         super().__init__(params, arms)
+        self.only = only
         self.seeds = seeds
         self.budget = {
             "trials": trials,
@@ -46,5 +49,7 @@ class TunedSweeper(GridSweeper):
         loader = self.hydra_context.config_loader
         budget = tune.make_budget(self.budget)
         seeds = tune.parse_seeds(self.seeds, budget.trial_seed, loader)
-        studies = tune.plan_studies(self.config, loader, self.params, self.grids, budget, arguments)
+        studies = tune.plan_studies(
+            self.config, loader, self.params, self.grids, budget, arguments, self.only
+        )
         tune.tune(studies, seeds, self.launcher, self.config)

@@ -18,9 +18,10 @@ from rich.progress import track
 from mtnrec.checks import InputError, check_integer, check_number
 from mtnrec.command.entry_point import entry_point
 from mtnrec.reporting.figure.catalogue import write_figures
+from mtnrec.reporting.leaderboard import copy_records, write_leaderboard
 from mtnrec.reporting.page import ReportTables, write_page
 from mtnrec.reporting.resampling import resample_runs
-from mtnrec.reporting.runs import read_runs, unfinished
+from mtnrec.reporting.runs import Runs, read_runs, unfinished
 from mtnrec.reporting.table.ranks import rank_arms, rank_tables
 from mtnrec.reporting.table.render import write_tables
 from mtnrec.reporting.table.scores import (
@@ -50,6 +51,9 @@ def _report(cfg: DictConfig) -> None:
         )
     root, out, console = Path(cfg.runs), Path(cfg.out), get_console()
     runs = read_runs(root, cfg.baseline)
+    if cfg.records is not None or cfg.leaderboard is not None:
+        _write_leaderboard(cfg, runs)
+        return
     left_out = [*runs.unreadable, *unfinished(root)]
     shown = {"metric": cfg.metric, "split": cfg.split}
 
@@ -95,6 +99,17 @@ def _report(cfg: DictConfig) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def _write_leaderboard(cfg: DictConfig, runs: Runs) -> None:
+    """Copy records for a leaderboard, or write the page of one, instead of the report."""
+    if cfg.records is not None:
+        count = copy_records(runs, Path(cfg.records))
+        message = f"the records of {count} runs are in {cfg.records}"
+    else:
+        count = write_leaderboard(runs, Path(cfg.leaderboard))
+        message = f"the leaderboard with {count} rows is in {cfg.leaderboard}"
+    get_console().print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -42,13 +42,13 @@ ARMS = {
 SEEDS = [1, 2]
 
 
-def make_studies(*arguments, arms=ARMS, params=PARAMS, trials=6, batch=1):
+def make_studies(*arguments, arms=ARMS, params=PARAMS, trials=6, batch=1, only=None):
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         lines = [*TINY, *arguments]
         config = loader.load_configuration("train", lines, RunMode.MULTIRUN)
         budget = Budget(trials, batch, sampler_seed=0, trial_seed=0)
-        return tune.plan_studies(config, loader, params, arms, budget, lines), config
+        return tune.plan_studies(config, loader, params, arms, budget, lines, only), config
 
 
 class Stub:
@@ -402,3 +402,19 @@ def test_a_tuned_sweep_killed_three_times_ends_with_the_same_tables(launcher, tm
     assert {state for path in folder.iterdir() if path.is_dir() for state in [run_state(path)]} == {
         State.FINISHED
     }
+
+
+@pytest.mark.parametrize("only", ["mtn", ["mtn"]])
+def test_only_the_named_arms_are_tuned_and_the_baseline_stays_the_first_of_all(only, tmp_path):
+    (alone,), _ = make_studies(f"hydra.sweep.dir={tmp_path}", only=only)
+    both, _ = make_studies(f"hydra.sweep.dir={tmp_path}", only="plain,mtn")
+
+    assert (alone.arm, alone.is_baseline) == ("mtn", False)
+    assert [study.is_baseline for study in both] == [True, False]
+    assert alone.ask()[0].folder == both[1].ask()[0].folder
+
+
+@pytest.mark.parametrize("only", ["mtnn", [], ["plain", "x"]])
+def test_an_arm_that_is_not_there_is_refused(only):
+    with pytest.raises(InputError, match=r"hydra\.sweeper\.only must be one of plain, mtn; got "):
+        make_studies(only=only)

@@ -176,6 +176,8 @@ class Report:
     baseline: str | None = None
     margin: float = MISSING
     resamples: int = MISSING
+    records: str | None = None
+    leaderboard: str | None = None
 
 
 @dataclass

@@ -99,15 +99,15 @@ def name_callbacks(argument: str) -> str:
 
 
 def name_sweeper_keys(argument: str) -> str:
-    """Return ``trials=`` and ``seeds=`` as keys of the sweeper, which Hydra would not sweep over.
+    """Return ``trials=``, ``seeds=`` and ``only=`` as keys of the sweeper, which Hydra would sweep.
 
     >>> name_sweeper_keys("trials=8"), name_sweeper_keys("seeds=range(1,4)")
     ('hydra.sweeper.trials=8', 'hydra.sweeper.seeds="range(1,4)"')
-    >>> name_sweeper_keys("seeds=[1,2]"), name_sweeper_keys("seed=0")
-    ('hydra.sweeper.seeds=[1,2]', 'seed=0')
+    >>> name_sweeper_keys("only=mmoe,esmm"), name_sweeper_keys("seed=0")
+    ('hydra.sweeper.only="mmoe,esmm"', 'seed=0')
     """
     key, _, value = argument.partition("=")
-    if key not in ("trials", "seeds"):
+    if key not in ("trials", "seeds", "only"):
         return argument
     is_plain = value.isdigit() or value[:1] in ("[", '"', "'")
     return f"hydra.sweeper.{key}={value if is_plain else quote_value(value)}"

@@ -53,6 +53,12 @@ def label_runs(records: Sequence[RunRecord]) -> list[Labels]:
     return [Labels(*part) for part in parts]
 
 
+def name_arm(record: RunRecord) -> str:
+    """Return the model and the treatments of a run without their settings: ``MMoE+LAF``."""
+    (model,), _ = _model_names([record])
+    return model + "".join(f"+{_treatment_title(name)}" for name in _treatments(record))
+
+
 def label_tuned(
     records: Sequence[RunRecord], arms: Sequence[TunedArm], sets: Callable[[str], bool]
 ) -> list[Labels]:
@@ -197,7 +203,11 @@ def _parts(
     for name, own in treatments.items():
         usual = PAPER_MTN if name == "mtn" or name in MTN_RELATIVES else {}
         named = {k: own[k] for k in sorted(varied[name] & own.keys()) if own[k] != usual.get(k)}
-        yield _label(f"+{_TREATMENT_NAMES.get(name, name.replace('_', ' '))}", named)
+        yield _label(f"+{_treatment_title(name)}", named)
+
+
+def _treatment_title(name: str) -> str:
+    return _TREATMENT_NAMES.get(name, name.replace("_", " "))
 
 
 def _labels(

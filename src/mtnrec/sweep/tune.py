@@ -21,7 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich import get_console
 
-from mtnrec.checks import InputError, check_integer
+from mtnrec.checks import InputError, check_choice, check_integer
 from mtnrec.command.config import naming_folders_after, override_key
 from mtnrec.run.folder import FAILURE_FILE, State, run_state
 from mtnrec.run.identity import RunIdentity
@@ -65,6 +65,7 @@ class Study:
         trials: Told trials.
         jobs: Their runs.
         better: Better direction of the monitor.
+        is_baseline: Whether the other arms of its place are compared with it.
     """
 
     arm: str
@@ -80,6 +81,7 @@ class Study:
     trials: list[Trial] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     better: str = "higher"
+    is_baseline: bool = False
 
     def __post_init__(self) -> None:
         budget = self.budget
@@ -137,6 +139,7 @@ def plan_studies(
     arms: Mapping[str, Mapping[str, Any]],
     budget: Budget,
     arguments: Sequence[str],
+    only: str | Sequence[str] | None = None,
 ) -> list[Study]:
     """Return the studies: each arm in each place.
 
@@ -150,9 +153,11 @@ def plan_studies(
         arms: Values of each arm, by key; they replace those of ``params``.
         budget: What each search may spend.
         arguments: Arguments of the command line, which replace keys in every arm.
+        only: Names of the arms to return studies of, a list or ``a,b``; None for all. The baseline
+            is the first of ``arms`` either way.
 
     Raises:
-        InputError: If a space is wrong.
+        InputError: If a space is wrong, or no arm has a name.
     """
     parser = OverridesParser.create(config_loader=loader)
     if not arms:
@@ -160,6 +165,7 @@ def plan_studies(
             "hydra.sweeper.arms must have an arm, got none. Give each its keys, as in "
             "conf/experiment/tuned.yaml."
         )
+    chosen = _parse_names(only, [*arms])
     shared = _by_key(_lines(params), parser)
     given = _by_key(arguments, parser)
     if own := [key for key in (*shared, *given) if key in _OWN_KEYS]:
@@ -181,6 +187,8 @@ def plan_studies(
         common = _fixed(shared | given) | place
         identity = _place_identity(composer, [*common.values()])
         for arm, parsed in own_keys.items():
+            if arm not in chosen:
+                continue
             _check_arm(arm, parsed)
             everything = {**shared, **parsed, **_given_to(arm, searched, given)}
             study = Study(
@@ -194,11 +202,26 @@ def plan_studies(
                 composer=composer,
                 named=[*swept, *parsed, *(k for k in everything if _is_searched(everything[k]))],
                 directory=Path(config.hydra.sweep.dir),
+                is_baseline=arm == next(iter(arms)),
             )
             _check_ends(study)
             studies.append(study)
     composer.report()
     return studies
+
+
+def _parse_names(only: str | Sequence[str] | None, arms: Sequence[str]) -> Sequence[str]:
+    """Return the names of the chosen arms.
+
+    Raises:
+        InputError: If there is no such arm.
+    """
+    if only is None:
+        return arms
+    names = only.split(",") if isinstance(only, str) else list(only)
+    for name in names or [""]:
+        check_choice("hydra.sweeper.only", name, arms)
+    return names
 
 
 def _lines(values: Mapping[str, Any]) -> list[str]:
@@ -425,29 +448,23 @@ def _write(
     directory: Path,
     config: DictConfig,
 ) -> None:
-    first: dict[str, str] = {}
-    for study in studies:
-        first.setdefault(study.place, study.arm)
     arms = [
         _tuned_arm(
             study,
             {str(seed): _name(job, directory) for seed, job in fresh.get(id(study), {}).items()},
-            is_baseline=first[study.place] == study.arm,
-            monitor=config.monitor,
+            config.monitor,
         )
         for study in studies
     ]
     Tuning.read(directory / TUNING_FILE).replace(arms).write(directory)
 
 
-def _tuned_arm(
-    study: Study, fresh: Mapping[str, str], *, is_baseline: bool, monitor: str
-) -> TunedArm:
+def _tuned_arm(study: Study, fresh: Mapping[str, str], monitor: str) -> TunedArm:
     is_done = len(study.trials) == study.budget.trials
     importance = study.search.importance() if is_done else {}
     return TunedArm(
         arm=study.arm,
-        is_baseline=is_baseline,
+        is_baseline=study.is_baseline,
         place=study.place,
         fixed=[study.lines[key] for key in study.own if key in study.lines],
         space={key.lstrip("+"): str(knob) for key, knob in study.space.items()},

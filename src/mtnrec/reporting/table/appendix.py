@@ -35,7 +35,7 @@ _MOST_VALUES = 12  # values of a setting shown in a cell
 _GIB = 2**30
 
 
-_OVERRIDES = Path(".hydra", "overrides.yaml")  # written by Hydra
+OVERRIDES_FILE = Path(".hydra", "overrides.yaml")  # written by Hydra
 _FILES = {"record": RECORD_FILE, "log": "train.log", "checkpoint": BEST_CHECKPOINT}
 
 
@@ -97,15 +97,20 @@ def runs_table(runs: Runs, folder: Path) -> RunList:
     return RunList(columns, rows)
 
 
-def command_of(run: Run) -> str:
-    """Return the command that makes a run again, in its folder; empty if it is not known."""
+def command_of(run: Run, folder: Path | None = None) -> str:
+    """Return the command that makes a run again; empty if it is not known.
+
+    Args:
+        run: Run.
+        folder: Folder of the new run; None: its own, where the new run replaces it.
+    """
     try:
-        overrides = yaml.safe_load((run.folder / _OVERRIDES).read_text(encoding="utf-8"))
+        overrides = yaml.safe_load((run.folder / OVERRIDES_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return ""
     if not isinstance(overrides, list):
         return ""
-    place = ["hydra.mode=RUN", f"hydra.run.dir={quote_value(str(run.folder))}"]
+    place = ["hydra.mode=RUN", f"hydra.run.dir={quote_value(str(folder or run.folder))}"]
     return shlex.join(["python", "-m", "mtnrec.train", *place, *map(str, overrides)])
 
 
