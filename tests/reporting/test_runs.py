@@ -307,6 +307,26 @@ def test_the_model_label_distinguishes_different_runs(tmp_path, write_run):
     }
 
 
+def test_a_label_names_a_class_and_of_its_settings_those_that_differ_within_it(tmp_path, write_run):
+    truncated = {"_target_": "mtnrec.objective.truncated.Truncated", "window": 10000}
+    for number, loss in enumerate(
+        (
+            {"_target_": "mtnrec.objective.loss.CrossEntropy"},
+            {"_target_": "mtnrec.objective.reweighted.Reweighted", "beta": 0.25, "normalise": True},
+            truncated | {"rate": 0.05},
+            truncated | {"rate": 0.1},
+        )
+    ):
+        write_run(tmp_path, str(number), loss=loss)
+
+    assert read_runs(tmp_path).settings["model"].tolist() == [
+        "MMoE",
+        "MMoE (loss=Reweighted)",
+        "MMoE (loss=Truncated, loss.rate=0.05)",
+        "MMoE (loss=Truncated, loss.rate=0.1)",
+    ]
+
+
 def test_data_sets_of_one_name_are_distinguished_by_their_parameters(tmp_path, write_run):
     write_run(tmp_path, "a", **{"data.rows": 5000})
     write_run(tmp_path, "b")

@@ -234,8 +234,21 @@ def _labels(
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the keys that differ; those of an object that its class determines are left out."""
     keys = {key for setting in settings for key in setting}
-    return {key for key in keys if len({text_or_none(setting, key) for setting in settings}) > 1}
+    found = {key for key in keys if len({text_or_none(setting, key) for setting in settings}) > 1}
+    return {key for key in found if not _follows_class(key, settings)}
+
+
+def _follows_class(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
+    class_key = f"{key.rpartition('.')[0]}{_CLASS}"
+    if key == class_key or not any(class_key in setting for setting in settings):
+        return False
+    values: dict[str | None, set[str | None]] = {}
+    for setting in settings:
+        own = values.setdefault(text_or_none(setting, class_key), set())
+        own.add(text_or_none(setting, key))
+    return all(len(own) == 1 for own in values.values())
 
 
 def _label(name: str, settings: Mapping[str, Any]) -> str:
