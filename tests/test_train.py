@@ -193,6 +193,7 @@ def test_the_best_epoch_has_the_largest_validation_auc(run):
             assert found == pytest.approx(values[record["best_epoch"]], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_best_epoch_has_the_largest_mean_auc_if_that_is_the_monitor(train):
     folder = train(*LOG, *OVERFIT, "monitor=val/mean_auc", "mtn.enabled=false")
 
@@ -601,6 +602,7 @@ def test_a_run_without_a_test_never_reads_the_test_rows(plain_run, train, tmp_pa
         train(*keys)
 
 
+@pytest.mark.slow
 def test_noise_of_the_test_rows_is_not_drawn_without_a_test(train):
     noise = ["noise.label_flip={click:0.2}", "noise.splits=[train,val,test]"]
 

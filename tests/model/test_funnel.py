@@ -125,7 +125,8 @@ def test_a_table_is_checked_stage_by_stage(shop):
         Table(train=shop, labels=list(STAGES), funnel=True).prepare_data()
 
 
-@pytest.mark.parametrize("model", ["esmm", pytest.param("mmoe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["esmm", "mmoe"])
 def test_models_train_on_four_stages_with_mtn(model, train, tmp_path):
     stages = "data.later_stages={cart:0.5,buy:0.6}"
     for mtn in ("false", "true"):

@@ -268,9 +268,8 @@ def test_the_checkpoint_loads_into_the_plain_model(fit, funnel_schema, tmp_path)
     assert any("alpha_logits" in s.get("weights", {}) for s in checkpoint["callbacks"].values())
 
 
-@pytest.mark.parametrize(
-    "build", [ESMM, *(pytest.param(b, marks=pytest.mark.slow) for b in (SharedBottom, MMoE))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [ESMM, SharedBottom, MMoE])
 def test_the_exported_graph_is_the_same(build, fit, funnel_schema, make_batch):
     class Scorer(nn.Module):
         def __init__(self, network):

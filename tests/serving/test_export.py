@@ -226,10 +226,8 @@ def exported(shop, export, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(
-    ("form", "suffix"),
-    [("onnx", ".onnx"), pytest.param("torch_export", ".pt2", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "suffix"), [("onnx", ".onnx"), ("torch_export", ".pt2")])
 def test_the_file_and_a_json_beside_it_describe_inputs_and_outputs(form, suffix, shop, exported):
     run, _, data = shop
     out = exported(form, suffix)

@@ -42,6 +42,7 @@ def compose_and_report(config, loader, override):
     composer.report()  # raises the error of a key that no run has
 
 
+@pytest.mark.slow
 def test_runs_are_composed_as_by_hydra(loader):
     config = compose_sweep(loader, "hydra.sweep.dir=runs", "model=mmoe")
     composer = Composer(config, loader)

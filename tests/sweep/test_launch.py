@@ -232,6 +232,7 @@ def test_the_weights_of_the_debiasing_experiment_narrow_and_leave_out_no_model(p
     assert [job.config["model"].get("clicked_weight") for job in jobs] == [0, 26, *[None] * 4]
 
 
+@pytest.mark.slow
 def test_planted_worlds_compare_two_grids_of_equal_size_with_one_baseline(plan):
     narrowed = ["data.relatedness=0,1", "noise.proportion=0", "mtn.lam=1e-3,1e-2"]
     decays = 'hydra.sweeper.grids.weight_decay={optimizer.weight_decay:"1e-4,1e-3"}'
@@ -457,6 +458,7 @@ def test_missing_data_are_reported_before_the_first_run(train, tmp_path, capsys)
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_runs_without_data_fail_and_the_others_are_made(train, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1 of 2 runs are not finished"):
         train("hydra.mode=MULTIRUN", *LOG, "data=aliexpress_nl,synthetic", folder=tmp_path)

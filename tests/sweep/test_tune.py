@@ -177,6 +177,7 @@ def test_every_arm_has_as_many_trials_and_fresh_seeds_as_any_other(search):
     assert fits == {(False, 0): 12, (True, 1): 2, (True, 2): 2}
 
 
+@pytest.mark.slow
 def test_each_place_has_the_same_arms_and_budget_and_a_baseline_of_its_own():
     studies, _ = make_studies("model=shared_bottom,esmm")
 
@@ -210,7 +211,7 @@ ANYWHERE = pytest.param(range(16), marks=pytest.mark.slow, id="anywhere")
 
 
 @pytest.mark.parametrize("killed", [pytest.param((1, 8, 14), id="thrice"), ANYWHERE])
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_search_killed_after_any_run_ends_with_the_same_tables(batch, killed, search):
     whole = search(Stub(), folder="whole", batch=batch)
     assert len(whole[1]) == 2 * (6 + 2)
@@ -287,6 +288,7 @@ def test_a_dry_run_lists_arms_trials_and_fits_and_runs_nothing(search, capsys, t
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_range_of_the_command_line_replaces_that_of_the_arms_that_search_the_key():
     narrow = ["mtn.lam=tag(log,interval(1e-3,1e-2))", "mtn.coupling=gradient"]
 

@@ -41,6 +41,7 @@ def test_mtn_on_the_towers_of_heac_is_refused_with_the_remedy(train, tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_an_unknown_personal_field_is_refused_before_training(train, tmp_path):
     with pytest.raises(
         SystemExit, match=r"^mtnrec: model\.personal_fields must name fields .*, got 'user_id'$"

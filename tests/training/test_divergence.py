@@ -37,7 +37,7 @@ def spoil(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize("mtn", ["false", "true"])
+@pytest.mark.parametrize("mtn", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_a_loss_that_is_not_finite_is_named_with_its_rows(mtn, train, spoil, tmp_path):
     spoil(1, 4)
 

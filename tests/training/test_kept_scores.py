@@ -74,6 +74,7 @@ def test_a_finished_run_without_scores_is_kept_with_a_warning(train):
     assert "1 finished run is kept without scores, made without keep_scores=true. Set" in log
 
 
+@pytest.mark.slow
 def test_a_sweep_warns_once_of_its_finished_runs_without_scores(train, capsys):
     sweep = [*LOG, "trainer.max_epochs=1", "hydra.mode=MULTIRUN", "seed=0,1"]
     folder = train(*sweep)
@@ -95,6 +96,7 @@ def test_a_killed_run_keeps_the_scores_of_an_uninterrupted_one(kept, train, kill
     assert record_of(tmp_path).scores == record_of(kept).scores
 
 
+@pytest.mark.slow
 def test_training_again_without_the_key_deletes_the_scores(train):
     folder = train(*LOG, "trainer.max_epochs=1", "keep_scores=true")
 

@@ -110,6 +110,7 @@ def test_each_test_set_is_logged_once(run):
         assert len([row for row in rows if row[name]]) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_at_the_test_resumes(run, keys, train, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunRecorder, "on_test_start", lambda *_: 1 // 0)
@@ -122,6 +123,7 @@ def test_a_run_that_was_interrupted_at_the_test_resumes(run, keys, train, tmp_pa
         assert read(tmp_path)[key] == read(run)[key]
 
 
+@pytest.mark.slow
 def test_the_commands_take_a_further_test_set(run, keys, predict, evaluate, report, tmp_path):
     data = [key for key in keys if key.startswith(("data=", "data.dir"))]
     split = "split=test_random"

@@ -91,6 +91,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_towers_that_start_equal_ends_with_the_same_bits(train, kill, tmp_path):
     run = [*LOG, "model.tower_init=equal", "mtn.enabled=true"]
     expected = train(*run)
@@ -317,6 +318,7 @@ def test_a_run_of_more_processes_does_not_resume_from_the_checkpoint_of_one(trai
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_or_schema_is_refused(train, interrupted):
     widths = refusal(train, interrupted, "model.tower_widths=[8]")
     assert "of another model or schema: network.towers." in widths

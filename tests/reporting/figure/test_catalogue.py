@@ -296,6 +296,7 @@ def test_the_arms_of_a_block_are_drawn_together_baseline_first(make_runs):
     ]
 
 
+@pytest.mark.slow
 def test_one_seed_of_independent_tasks_is_drawn_without_a_band(make_runs):
     auc = {"auc": {"visit": 0.6, "buy_now": 0.7}}
     runs = make_runs(*({"mtn": mtn, "noise": n, **auc} for mtn in (False, True) for n in (0, 0.1)))
@@ -398,6 +399,7 @@ def test_figures_of_an_earlier_report_are_removed(make_runs, tmp_path):
     assert [path.name for path in tmp_path.glob("*.*")] == ["note.txt"]
 
 
+@pytest.mark.slow
 def test_a_baseline_is_grey_and_an_arm_has_one_colour_in_every_figure(make_runs):
     arms = [{"mtn": m} for m in (False, True, {"target": "shared"})]
     runs = make_runs(*(arm | {"noise": n, "spectra": True} for arm in arms for n in (0, 0.1)))
