@@ -38,6 +38,7 @@ SECTIONS = {
         ["train.py", "--models", "mmoe", "--keys", "trainer.precision=bf16-mixed"],
     ),
     "models": ("Every model beside MMoE", ["models.py"]),
+    "busy": ("Training beside a busy process", ["busy.py"]),
     "step": ("What a training step is made of", ["step.py"]),
     "mtn": ("MTN", ["mtn.py"]),
     "large_vocabulary": ("Large vocabularies", ["large_vocabulary.py"]),

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from mtnrec.reporting.leaderboard import check_records, copy_records, write_lead
 from mtnrec.reporting.runs import read_runs
 from mtnrec.tuning.record import Budget, Trial, TunedArm, Tuning
 
+BOARD = Path(__file__).parents[2] / "leaderboard"
 ARMS = {"plain": (0.80, False), "mtn": (0.82, {"lam": 0.02})}
 
 
@@ -19,7 +21,7 @@ ARMS = {"plain": (0.80, False), "mtn": (0.82, {"lam": 0.02})}
 def write_sweep(write_run):
     """Write the folder of a tuned sweep whose runs have test AUCs around a value of each arm."""
 
-    def write(root, *, data="synthetic", arms=ARMS, budget=4, prefix="", rate=0.002):
+    def write(root, *, data="synthetic", arms=ARMS, budget=4, prefix="", rate=0.002, models=()):
         found = []
         for number, (name, (auc, mtn)) in enumerate(arms.items()):
             fresh = {}
@@ -28,6 +30,7 @@ def write_sweep(write_run):
                 folder = write_run(
                     *(root, f"{prefix}{name}-seed{seed}"),
                     **{"auc": values, "mtn": mtn, "seed": seed, "data": data},
+                    model=dict(models).get(name, "MMoE"),
                     metrics={"test/mean_auc": auc + seed / 1000},
                     **{"optimizer.lr": rate},
                 )
@@ -47,7 +50,7 @@ def write_sweep(write_run):
             trials = [Trial(f"trial{n}", {"optimizer.lr": rate}, 0.8) for n in range(budget)]
             found.append(
                 TunedArm(
-                    *(name, number == 0, "place", [f"mtn.enabled={bool(mtn)}"]),
+                    *(name, number == 0, "place", ["model=mmoe", f"mtn.enabled={bool(mtn)}"]),
                     *({"optimizer.lr": "interval(0,1)"}, Budget(budget, 1, 0, 0), "val/mean_auc"),
                     trials=trials,
                     fresh=fresh,
@@ -102,14 +105,37 @@ def test_the_page_has_means_with_intervals_in_the_order_of_their_mean(board, tmp
     rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if line[:2] == "| "]
     cells = [[re.sub(r"<.*?>", "", cell).strip() for cell in row] for row in rows]
     half = stats.sem([0.821, 0.822, 0.823]) * stats.t.ppf(0.975, 2)
-    header = "Arm|rank|CTR AUC|CVR AUC|CTCVR AUC|mean AUC|network|embeddings|s per epoch"
-    assert "|".join(cells[0]) == header
+    header = "Arm|rank|CTR AUC|CVR AUC|CTCVR AUC|mean AUC|parameters|s per epoch|minus MMoE"
+    assert "|".join(cells[0]) == f"{header}|minus the model alone"
     assert [row[0] for row in cells[2:]] == ["MMoE+MTN", "MMoE"]
     assert cells[2][1:6] == ["1", *[f"0.8220 ±{half:.4f}"] * 4]
-    assert cells[2][6:8] == ["1,234", "56,789"]
+    assert cells[2][6] == "58,023"
     pace = [json.loads(path.read_text()) for path in board.glob("synthetic/mtn/*/result.json")]
     seconds = np.mean([record["seconds"]["fit"] / len(record["history"]) for record in pace])
-    assert float(cells[2][8]) == pytest.approx(seconds, abs=0.005)
+    assert float(cells[2][7]) == pytest.approx(seconds, abs=0.005)
+
+
+def test_rows_are_compared_with_the_first_arm_and_with_their_model_alone(write_sweep, tmp_path):
+    noise = {"plain": [0, 0, 0], "mtn": [0.01, 0.012, 0.011], "wide": [0.001, -0.004, 0.002]}
+    arms = {name: (0.8, {"lam": 0.1} if name == "mtn" else False) for name in noise}
+    sweep = write_sweep(tmp_path / "runs", arms=arms, models={"wide": "ESMM"})
+    for name, values in noise.items():
+        for seed, value in enumerate(values, 1):
+            edit(sweep / f"{name}-seed{seed}", metrics={"test/mean_auc": 0.8 + value})
+    copy_records(read_runs(sweep), tmp_path / "board")
+
+    write_leaderboard(read_runs(tmp_path / "board"), tmp_path / "page.md")
+
+    rows = [line.split(" | ") for line in (tmp_path / "page.md").read_text().splitlines()]
+    found = {row[0]: row[-2:] for row in rows if len(row) == 10}
+    half = stats.sem(noise["mtn"]) * stats.t.ppf(0.975, 2)
+    p_value = stats.ttest_1samp(noise["mtn"], 0).pvalue
+    assert 0.001 < p_value < 0.005  # two stars, after Holm's correction of two tests as well
+    expected = rf"+0.0110 \[{0.011 - half:+.4f}, {0.011 + half:+.4f}\]<sup>\*\*</sup><sup>‡</sup>"
+    assert found["| MMoE+MTN"] == [expected, f"{expected} |"]
+    assert found["| ESMM"][0].startswith("-0.0003 ")
+    assert "sup" not in found["| ESMM"][0]
+    assert found["| ESMM"][1] == found["| MMoE"][1] == "— |"
 
 
 def test_each_row_has_its_command_and_folder(board, tmp_path):
@@ -218,3 +244,12 @@ def test_the_command_copies_records_and_writes_the_page(board, report, tmp_path,
     assert f"the records of 6 runs are in {copy}" in said
     assert f"the leaderboard with 2 rows is in {page}" in said
     assert not (tmp_path / "runs" / "report").exists()
+
+
+def test_the_records_of_the_project_match_and_its_page_is_theirs(tmp_path, monkeypatch):
+    monkeypatch.chdir(BOARD.parent)
+
+    write_leaderboard(read_runs("leaderboard"), tmp_path / "leaderboard.md")
+
+    page = BOARD.parent / "docs" / "leaderboard.md"
+    assert page.read_text() == (tmp_path / "leaderboard.md").read_text()

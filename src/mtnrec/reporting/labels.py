@@ -53,10 +53,17 @@ def label_runs(records: Sequence[RunRecord]) -> list[Labels]:
     return [Labels(*part) for part in parts]
 
 
+def name_model(record: RunRecord) -> str:
+    """Return the model of a run without its settings."""
+    (model,), _ = _model_names([record])
+    return model
+
+
 def name_arm(record: RunRecord) -> str:
     """Return the model and the treatments of a run without their settings: ``MMoE+LAF``."""
-    (model,), _ = _model_names([record])
-    return model + "".join(f"+{_treatment_title(name)}" for name in _treatments(record))
+    return name_model(record) + "".join(
+        f"+{_treatment_title(name)}" for name in _treatments(record)
+    )
 
 
 def label_tuned(

@@ -4,17 +4,20 @@ A leaderboard is a folder of such records. The runs of a data set that lie neare
 the terms: a record with another data checksum, protocol or version is refused.
 """
 
+import math
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mtnrec.checks import InputError
-from mtnrec.reporting.labels import name_arm
+from mtnrec.reporting.labels import name_arm, name_model
 from mtnrec.reporting.machines import describe_machines
 from mtnrec.reporting.runs import Run, Runs
-from mtnrec.reporting.significance import mean_interval
+from mtnrec.reporting.significance import PairedComparison, compare, holm, mean_interval, stars
 from mtnrec.reporting.table.appendix import OVERRIDES_FILE, command_of
 from mtnrec.reporting.table.published import task_title
 from mtnrec.reporting.table.ranks import rank_arms, rank_tables
@@ -25,6 +28,8 @@ from mtnrec.system.files import write_atomic
 from mtnrec.tuning.record import TunedArm, Tuning
 
 _METRIC = "mean_auc"  # ranks the rows
+_KEY = f"test/{_METRIC}"
+_EMPTY_CELL = Cell("—")
 _PATHS = ("logger", "output_dir", "data_root")  # keys of a config that name places of a machine
 _MOST_FAULTS = 10  # listed
 _INTRODUCTION = """\
@@ -32,8 +37,10 @@ Models and regularisers, each tuned with the same number of trials on the valida
 fresh seeds of the best setting were then tested once. `experiment=leaderboard` is the protocol. The
 sizes are reduced (embeddings of 16, layers of 64 and 32 units and less), so that these AUCs do not
 compare with published ones. A row is a mean over the seeds with its 95 % t-interval, after ±; the
-rows are in the order of the mean of the tasks' AUCs. Seconds per epoch include the validation, with
-two runs at a time on the machine below; they are not benchmarks.
+rows are in the order of the mean of the tasks' AUCs. Neighbours in this order often cannot be told
+apart: the last columns have the difference in that mean, paired by seed, from the first arm of the
+protocol and, for an arm with a regulariser, from the same model alone, with 95 % intervals.
+Seconds per epoch include the validation, measured beside other runs; they are not benchmarks.
 
 `leaderboard/README.md` says how to add a row. This page is written by `python -m mtnrec.report
 runs=leaderboard leaderboard=docs/leaderboard.md` from the records in `leaderboard/`."""
@@ -65,8 +72,12 @@ class Entry:
 
     def values(self, key: str) -> list[float]:
         """Return the metric of each seed that defines it."""
+        return [value for value in self.paired(key) if not math.isnan(value)]
+
+    def paired(self, key: str) -> list[float]:
+        """Return the metric of each seed; NaN where it is undefined."""
         found = (run.record.metrics.get(key) for run in self.runs.values())
-        return [value for value in found if value is not None]
+        return [math.nan if value is None else value for value in found]
 
 
 def copy_records(runs: Runs, out: Path) -> int:
@@ -119,7 +130,8 @@ def _entries(runs: Runs) -> list[Entry]:
     by_folder = {run.folder: run for run in runs}
     found = []
     for folder, arm in runs.tuned.arms:
-        own = {seed: by_folder.get(folder / name) for seed, name in arm.fresh.items()}
+        seeds = sorted(arm.fresh, key=int)
+        own = {seed: by_folder.get(folder / arm.fresh[seed]) for seed in seeds}
         if missing := [seed for seed, run in own.items() if run is None]:
             raise InputError(
                 f"{arm.title} in {folder} lacks the records of the seeds {', '.join(missing)}. "
@@ -212,7 +224,7 @@ def write_leaderboard(runs: Runs, path: Path) -> int:
         parts += ["## Ranks", *map(to_markdown, rank_tables(rankings))]
     for data in dict.fromkeys(entry.data for entry in entries):
         own = [entry for entry in entries if entry.data == data]
-        parts += [f"## {data}", _facts(own), to_markdown(_table(runs, own)), _commands(own)]
+        parts += [f"## {data}", _facts(runs, own), to_markdown(_table(runs, own)), _commands(own)]
     write_atomic(path, "\n\n".join(part.strip() for part in parts) + "\n")
     return len(entries)
 
@@ -237,29 +249,64 @@ def _named(runs: Runs, entries: Sequence[Entry]) -> Any:
 
 
 def _table(runs: Runs, entries: Sequence[Entry]) -> Table:
-    key = f"test/{_METRIC}"
+    names = _names(entries)
     tasks = [task for task in runs.tasks if f"test/{task}" in entries[0].first.counts]
-    ordered = sorted(
-        zip(_names(entries), entries, strict=True), key=lambda pair: -_mean(pair[1].values(key))
-    )
+    plain = {name_model(e.first): e for e in reversed(entries) if not _is_treated(e)}
+    others = [plain.get(name_model(e.first)) if _is_treated(e) else None for e in entries]
+    from_first = _differences(entries, [None, *[entries[0]] * (len(entries) - 1)])
+    from_plain = _differences(entries, others)
+    order = sorted(range(len(entries)), key=lambda n: -_mean(entries[n].values(_KEY)))
     rows = []
-    for rank, (name, entry) in enumerate(ordered, 1):
+    for rank, number in enumerate(order, 1):
+        entry = entries[number]
         aucs = [_cell(entry.values(f"test/{task}_auc")) for task in tasks]
-        size = entry.first.parameters
-        costs = (f"{size.get('network', 0):,}", f"{size.get('embeddings', 0):,}", _pace(entry))
-        cells = (Cell(str(rank)), *aucs, _cell(entry.values(key)), *map(Cell, costs))
-        rows.append(Row(name, cells))
+        costs = (f"{sum(entry.first.parameters.values()):,}", _pace(entry))
+        cells = [Cell(str(rank)), *aucs, _cell(entry.values(_KEY)), *map(Cell, costs)]
+        rows.append(Row(names[number], (*cells, from_first[number], from_plain[number])))
     columns = (
-        Group("", ("rank",)),
-        Group("", tuple(f"{task_title(task)} AUC" for task in tasks)),
-        Group("", ("mean AUC", "network", "embeddings", "s per epoch")),
+        *("rank", *(f"{task_title(task)} AUC" for task in tasks), "mean AUC"),
+        *("parameters", "s per epoch", f"minus {names[0]}", "minus the model alone"),
     )
-    return Table("Test AUC", "Arm", columns, tuple(rows))
+    notes = (
+        "* p < 0.05, ** p < 0.01 (two-sided paired t-test); † and ‡: the same after Holm's "
+        "correction for the column.",
+    )
+    return Table("Test AUC", "Arm", (Group("", columns),), tuple(rows), notes)
+
+
+def _is_treated(entry: Entry) -> bool:
+    return bool(entry.first.identity.treatments)
+
+
+def _differences(entries: Sequence[Entry], others: Sequence[Entry | None]) -> list[Cell]:
+    """Return the difference of each entry from another one, paired by seed."""
+    pairs = [
+        None if other is None else compare(*(np.array(e.paired(_KEY)) for e in (other, entry)))
+        for entry, other in zip(entries, others, strict=True)
+    ]
+    p_values = [math.nan if p is None or p.p_value is None else p.p_value for p in pairs]
+    tested = [number for number, p in enumerate(p_values) if not math.isnan(p)]
+    holms = holm([p_values[number] for number in tested]).tolist()
+    corrected = dict(zip(tested, holms, strict=True))
+    return [
+        _EMPTY_CELL
+        if pair is None
+        else Cell(
+            f"{pair.difference:+.4f}" + _interval(pair),
+            stars=stars(pair.p_value),
+            holm_stars=stars(corrected.get(number)),
+        )
+        for number, pair in enumerate(pairs)
+    ]
+
+
+def _interval(pair: PairedComparison) -> str:
+    return "" if pair.low is None else f" [{pair.low:+.4f}, {pair.high:+.4f}]"
 
 
 def _cell(values: Sequence[float]) -> Cell:
     if not values:
-        return Cell("—")
+        return _EMPTY_CELL
     mean, low, _ = mean_interval(values)
     return Cell(f"{mean:.4f}", spread=f"{mean - low:.4f}" if len(values) > 1 else "")
 
@@ -273,18 +320,18 @@ def _pace(entry: Entry) -> str:
     return f"{_mean([r.seconds['fit'] / max(len(r.history), 1) for r in records]):.2f}"
 
 
-def _facts(entries: Sequence[Entry]) -> str:
+def _facts(runs: Runs, entries: Sequence[Entry]) -> str:
     record, arm = entries[0].first, entries[0].arm
     rows = ", ".join(
         f"{record.data['rows'][split]:,} {name}"
         for split, name in (("train", "training"), ("val", "validation"), ("test", "test"))
     )
     positives = ", ".join(
-        f"{task_title(place.partition('/')[2])} {count['positives']:,} of {count['rows']:,}"
-        for place, count in record.counts.items()
-        if place.startswith("test/")
+        f"{task_title(task)} {count['positives']:,} of {count['rows']:,}"
+        for task in runs.tasks
+        if (count := record.counts.get(f"test/{task}")) is not None
     )
-    runs = Runs([run for entry in entries for run in entry.runs.values()])
+    own = Runs([run for entry in entries for run in entry.runs.values()])
     commit = record.commits.get("mtnrec", {}).get("commit")
     version = (
         f"mtnrec {record.versions.get('mtnrec')}{f', commit `{commit[:8]}`' if commit else ''}"
@@ -293,8 +340,8 @@ def _facts(entries: Sequence[Entry]) -> str:
         f"rows: {rows}",
         f"positives in the test rows: {positives}",
         f"checksum (SHA-256): `{record.data['checksum']}`",
-        f"{arm.budget.trials} trials an arm by `{arm.monitor}`; seeds {', '.join(arm.fresh)}",
-        f"{version}; {describe_machines(runs)}",
+        f"{arm.budget.trials} trials an arm by `{arm.monitor}`; seeds {', '.join(entries[0].runs)}",
+        f"{version}; {describe_machines(own)}",
     ]
     return "\n".join(f"- {line}" for line in lines)
 
