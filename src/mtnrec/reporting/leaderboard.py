@@ -38,9 +38,9 @@ fresh seeds of the best setting were then tested once. `experiment=leaderboard` 
 sizes are reduced (embeddings of 16, layers of 64 and 32 units and less), so that these AUCs do not
 compare with published ones. A row is a mean over the seeds with its 95 % t-interval, after ±; the
 rows are in the order of the mean of the tasks' AUCs. Neighbours in this order often cannot be told
-apart: the last columns have the difference in that mean, paired by seed, from the first arm of the
-protocol and, for an arm with a regulariser, from the same model alone, with 95 % intervals.
-Seconds per epoch include the validation, measured beside other runs; they are not benchmarks.
+apart: the second table compares each arm with the first of the protocol and, if it has a
+regulariser, with its model alone. Seconds per epoch include the validation, measured beside other
+runs; they are not benchmarks.
 
 `leaderboard/README.md` says how to add a row. This page is written by `python -m mtnrec.report
 runs=leaderboard leaderboard=docs/leaderboard.md` from the records in `leaderboard/`."""
@@ -224,7 +224,8 @@ def write_leaderboard(runs: Runs, path: Path) -> int:
         parts += ["## Ranks", *map(to_markdown, rank_tables(rankings))]
     for data in dict.fromkeys(entry.data for entry in entries):
         own = [entry for entry in entries if entry.data == data]
-        parts += [f"## {data}", _facts(runs, own), to_markdown(_table(runs, own)), _commands(own)]
+        tables = (_score_table(runs, own), _difference_table(own))
+        parts += [f"## {data}", _facts(runs, own), *map(to_markdown, tables), _commands(own)]
     write_atomic(path, "\n\n".join(part.strip() for part in parts) + "\n")
     return len(entries)
 
@@ -248,30 +249,48 @@ def _named(runs: Runs, entries: Sequence[Entry]) -> Any:
     return runs.results.assign(label=runs.results["run"].map(names).astype("string"))
 
 
-def _table(runs: Runs, entries: Sequence[Entry]) -> Table:
-    names = _names(entries)
+def _ordered(entries: Sequence[Entry]) -> list[tuple[str, Entry]]:
+    """Return the entries with their names, the best mean AUC first."""
+    pairs = zip(_names(entries), entries, strict=True)
+    return sorted(pairs, key=lambda pair: -_mean(pair[1].values(_KEY)))
+
+
+def _score_table(runs: Runs, entries: Sequence[Entry]) -> Table:
     tasks = [task for task in runs.tasks if f"test/{task}" in entries[0].first.counts]
-    plain = {name_model(e.first): e for e in reversed(entries) if not _is_treated(e)}
-    others = [plain.get(name_model(e.first)) if _is_treated(e) else None for e in entries]
-    from_first = _differences(entries, [None, *[entries[0]] * (len(entries) - 1)])
-    from_plain = _differences(entries, others)
-    order = sorted(range(len(entries)), key=lambda n: -_mean(entries[n].values(_KEY)))
+    keys = [*(f"test/{task}_auc" for task in tasks), _KEY]
     rows = []
-    for rank, number in enumerate(order, 1):
-        entry = entries[number]
-        aucs = [_cell(entry.values(f"test/{task}_auc")) for task in tasks]
+    for rank, (name, entry) in enumerate(_ordered(entries), 1):
         costs = (f"{sum(entry.first.parameters.values()):,}", _pace(entry))
-        cells = [Cell(str(rank)), *aucs, _cell(entry.values(_KEY)), *map(Cell, costs)]
-        rows.append(Row(names[number], (*cells, from_first[number], from_plain[number])))
-    columns = (
-        *("rank", *(f"{task_title(task)} AUC" for task in tasks), "mean AUC"),
-        *("parameters", "s per epoch", f"minus {names[0]}", "minus the model alone"),
+        aucs = [_cell(entry.values(key)) for key in keys]
+        rows.append(Row(name, (Cell(str(rank)), *aucs, *map(Cell, costs))))
+    aucs_of = tuple(f"{task_title(task)} AUC" for task in tasks)
+    columns = ("rank", *aucs_of, "mean AUC", "parameters", "s per epoch")
+    return Table("Test AUC", "Arm", (Group("", columns),), tuple(rows))
+
+
+def _difference_table(entries: Sequence[Entry]) -> Table:
+    ordered, first = _ordered(entries), entries[0]
+    plain = {name_model(e.first): e for e in reversed(entries) if not _is_treated(e)}
+    columns = {
+        f"minus {_names(entries)[0]}": [None if e is first else first for _, e in ordered],
+        "minus the model alone": [
+            plain.get(name_model(e.first)) if _is_treated(e) else None for _, e in ordered
+        ],
+    }
+    cells = [_differences([e for _, e in ordered], others) for others in columns.values()]
+    rows = [
+        Row(name, pair) for (name, _), pair in zip(ordered, zip(*cells, strict=True), strict=True)
+    ]
+    return Table(
+        "Differences of the mean test AUC",
+        "Arm",
+        (Group("", tuple(columns)),),
+        tuple(rows),
+        (
+            "Paired by seed, with 95 % t-intervals. * p < 0.05, ** p < 0.01 (two-sided paired "
+            "t-test); † and ‡: the same after Holm's correction for the column.",
+        ),
     )
-    notes = (
-        "* p < 0.05, ** p < 0.01 (two-sided paired t-test); † and ‡: the same after Holm's "
-        "correction for the column.",
-    )
-    return Table("Test AUC", "Arm", (Group("", columns),), tuple(rows), notes)
 
 
 def _is_treated(entry: Entry) -> bool:
