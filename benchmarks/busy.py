@@ -20,9 +20,9 @@ from statistics import median
 from typing import Any
 from unittest import mock
 
-from train import MODELS, measure_mtnrec
+from train import MODELS, measure_mtnrec, prepare_log
 
-GNU = "300000"  # of a thread that waits, if there are no more threads than cores
+GNU = "300000"  # spins of a waiting thread, with no more threads than cores
 LIMITS = {"ours": {}, "GNU's": {"GOMP_SPINCOUNT": GNU}}
 _BUSY = "while True: pass"
 
@@ -52,9 +52,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        data = ["data=synthetic", f"data.rows={arguments.rows}", f"data.dir={scratch / 'log'}"]
-        prepare = [sys.executable, "-m", "mtnrec.prepare", *data]
-        subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
+        data = prepare_log(arguments.rows, scratch / "log")
         for model in arguments.models:
             found: dict[tuple[bool, str], list[dict[str, Any]]] = {}
             for _ in range(arguments.pairs):

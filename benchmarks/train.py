@@ -53,6 +53,14 @@ def run_on_a_terminal(command: Sequence[str], cwd: Path | None = None) -> str:
     return text
 
 
+def prepare_log(rows: int, folder: Path) -> list[str]:
+    """Prepare a synthetic log; return the overrides that name it."""
+    data = ["data=synthetic", f"data.rows={rows}", f"data.dir={folder}"]
+    prepare = [sys.executable, "-m", "mtnrec.prepare", *data]
+    subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
+    return data
+
+
 def measure_literal(
     folder: Path, model: str, epochs: int, scratch: Path, *options: str
 ) -> dict[str, Any]:
@@ -101,9 +109,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         prepared = scratch / "log"
-        data = ["data=synthetic", f"data.rows={arguments.rows}", f"data.dir={prepared}"]
-        prepare = [sys.executable, "-m", "mtnrec.prepare", *data]
-        subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
+        data = prepare_log(arguments.rows, prepared)
         for model in arguments.models:
             pairs = [
                 (

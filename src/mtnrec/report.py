@@ -102,14 +102,15 @@ def _report(cfg: DictConfig) -> None:
 
 
 def _write_leaderboard(cfg: DictConfig, runs: Runs) -> None:
-    """Copy records for a leaderboard, or write the page of one, instead of the report."""
+    """Copy records for a leaderboard, write the page of one, or both, instead of the report."""
+    messages = []
     if cfg.records is not None:
         count = copy_records(runs, Path(cfg.records))
-        message = f"the records of {count} runs are in {cfg.records}"
-    else:
+        messages.append(f"the records of {count} runs are in {cfg.records}")
+    if cfg.leaderboard is not None:
         count = write_leaderboard(runs, Path(cfg.leaderboard))
-        message = f"the leaderboard with {count} rows is in {cfg.leaderboard}"
-    get_console().print(message, markup=False, highlight=False, soft_wrap=True)
+        messages.append(f"the leaderboard with {count} rows is in {cfg.leaderboard}")
+    get_console().print("\n".join(messages), markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

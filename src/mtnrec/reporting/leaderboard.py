@@ -4,14 +4,16 @@ A leaderboard is a folder of such records. The runs of a data set that lie neare
 the terms: a record with another data checksum, protocol or version is refused.
 """
 
+import itertools
 import math
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from mtnrec.checks import InputError
 from mtnrec.reporting.labels import name_arm, name_model
@@ -22,6 +24,7 @@ from mtnrec.reporting.table.appendix import OVERRIDES_FILE, command_of
 from mtnrec.reporting.table.published import task_title
 from mtnrec.reporting.table.ranks import rank_arms, rank_tables
 from mtnrec.reporting.table.render import Cell, Group, Row, Table, to_markdown
+from mtnrec.reporting.table.scores import interval_text
 from mtnrec.run.identity import flatten
 from mtnrec.run.record import RunRecord
 from mtnrec.system.files import write_atomic
@@ -218,74 +221,74 @@ def write_leaderboard(runs: Runs, path: Path) -> int:
         InputError: As :func:`check_records`.
     """
     entries = check_records(runs)
+    boards = {
+        data: _by_name([entry for entry in entries if entry.data == data])
+        for data in dict.fromkeys(entry.data for entry in entries)
+    }
     parts = ["# Leaderboard", _INTRODUCTION]
-    rankings = rank_arms(_named(runs, entries), metric=_METRIC)
-    if rankings:
+    labelled = _labelled(runs, itertools.chain.from_iterable(boards.values()))
+    if rankings := rank_arms(labelled, metric=_METRIC):
         parts += ["## Ranks", *map(to_markdown, rank_tables(rankings))]
-    for data in dict.fromkeys(entry.data for entry in entries):
-        own = [entry for entry in entries if entry.data == data]
-        tables = (_score_table(runs, own), _difference_table(own))
-        parts += [f"## {data}", _facts(runs, own), *map(to_markdown, tables), _commands(own)]
+    for data, rows in boards.items():
+        tables = (_score_table(runs, rows), _difference_table(rows))
+        facts = _facts(runs, [entry for _, entry in rows])
+        parts += [f"## {data}", facts, *map(to_markdown, tables), _commands(rows)]
     write_atomic(path, "\n\n".join(part.strip() for part in parts) + "\n")
     return len(entries)
 
 
-def _names(entries: Sequence[Entry]) -> list[str]:
-    """Return the names of the rows: models and treatments, with the arm's where these repeat."""
+def _by_name(entries: Sequence[Entry]) -> list[tuple[str, Entry]]:
+    """Return the entries of a data set with the names of their rows.
+
+    A name is the model and its treatments, with the arm's where these repeat.
+    """
     short = [name_arm(entry.first) for entry in entries]
     return [
-        f"{name} ({entry.arm.title})" if short.count(name) > 1 else name
+        (f"{name} ({entry.arm.title})" if short.count(name) > 1 else name, entry)
         for name, entry in zip(short, entries, strict=True)
     ]
 
 
-def _named(runs: Runs, entries: Sequence[Entry]) -> Any:
+def _labelled(runs: Runs, rows: Iterable[tuple[str, Entry]]) -> pd.DataFrame:
     """Return the results with the names of the rows as labels."""
-    names: dict[str, str] = {}
-    for data in {entry.data for entry in entries}:
-        own = [entry for entry in entries if entry.data == data]
-        for entry, name in zip(own, _names(own), strict=True):
-            names |= {run.name: name for run in entry.runs.values()}
+    names = {run.name: name for name, entry in rows for run in entry.runs.values()}
     return runs.results.assign(label=runs.results["run"].map(names).astype("string"))
 
 
-def _ordered(entries: Sequence[Entry]) -> list[tuple[str, Entry]]:
-    """Return the entries with their names, the best mean AUC first."""
-    pairs = zip(_names(entries), entries, strict=True)
-    return sorted(pairs, key=lambda pair: -_mean(pair[1].values(_KEY)))
+def _ordered(rows: Sequence[tuple[str, Entry]]) -> list[tuple[str, Entry]]:
+    """Return the rows, the best mean AUC first, undefined ones last."""
+    return sorted(rows, key=lambda row: -fmean(row[1].values(_KEY) or [-math.inf]))
 
 
-def _score_table(runs: Runs, entries: Sequence[Entry]) -> Table:
-    tasks = [task for task in runs.tasks if f"test/{task}" in entries[0].first.counts]
+def _score_table(runs: Runs, rows: Sequence[tuple[str, Entry]]) -> Table:
+    tasks = [task for task in runs.tasks if f"test/{task}" in rows[0][1].first.counts]
     keys = [*(f"test/{task}_auc" for task in tasks), _KEY]
-    rows = []
-    for rank, (name, entry) in enumerate(_ordered(entries), 1):
+    found = []
+    for rank, (name, entry) in enumerate(_ordered(rows), 1):
         costs = (f"{sum(entry.first.parameters.values()):,}", _pace(entry))
         aucs = [_cell(entry.values(key)) for key in keys]
-        rows.append(Row(name, (Cell(str(rank)), *aucs, *map(Cell, costs))))
+        found.append(Row(name, (Cell(str(rank)), *aucs, *map(Cell, costs))))
     aucs_of = tuple(f"{task_title(task)} AUC" for task in tasks)
     columns = ("rank", *aucs_of, "mean AUC", "parameters", "s per epoch")
-    return Table("Test AUC", "Arm", (Group("", columns),), tuple(rows))
+    return Table("Test AUC", "Arm", (Group("", columns),), tuple(found))
 
 
-def _difference_table(entries: Sequence[Entry]) -> Table:
-    ordered, first = _ordered(entries), entries[0]
-    plain = {name_model(e.first): e for e in reversed(entries) if not _is_treated(e)}
+def _difference_table(rows: Sequence[tuple[str, Entry]]) -> Table:
+    first_name, first = rows[0]
+    plain = {name_model(e.first): e for _, e in reversed(rows) if not _is_treated(e)}
+    names, entries = zip(*_ordered(rows), strict=True)
     columns = {
-        f"minus {_names(entries)[0]}": [None if e is first else first for _, e in ordered],
+        f"minus {first_name}": [None if e is first else first for e in entries],
         "minus the model alone": [
-            plain.get(name_model(e.first)) if _is_treated(e) else None for _, e in ordered
+            plain.get(name_model(e.first)) if _is_treated(e) else None for e in entries
         ],
     }
-    cells = [_differences([e for _, e in ordered], others) for others in columns.values()]
-    rows = [
-        Row(name, pair) for (name, _), pair in zip(ordered, zip(*cells, strict=True), strict=True)
-    ]
+    cells = [_differences(entries, others) for others in columns.values()]
     return Table(
         "Differences of the mean test AUC",
         "Arm",
         (Group("", tuple(columns)),),
-        tuple(rows),
+        tuple(map(Row, names, zip(*cells, strict=True))),
         (
             "Paired by seed, with 95 % t-intervals. * p < 0.05, ** p < 0.01 (two-sided paired "
             "t-test); † and ‡: the same after Holm's correction for the column.",
@@ -300,27 +303,21 @@ def _is_treated(entry: Entry) -> bool:
 def _differences(entries: Sequence[Entry], others: Sequence[Entry | None]) -> list[Cell]:
     """Return the difference of each entry from another one, paired by seed."""
     pairs = [
-        None if other is None else compare(*(np.array(e.paired(_KEY)) for e in (other, entry)))
+        None if other is None else compare(other.paired(_KEY), entry.paired(_KEY))
         for entry, other in zip(entries, others, strict=True)
     ]
-    p_values = [math.nan if p is None or p.p_value is None else p.p_value for p in pairs]
-    tested = [number for number, p in enumerate(p_values) if not math.isnan(p)]
-    holms = holm([p_values[number] for number in tested]).tolist()
-    corrected = dict(zip(tested, holms, strict=True))
+    corrected = holm([math.nan if p is None or p.p_value is None else p.p_value for p in pairs])
     return [
-        _EMPTY_CELL
-        if pair is None
-        else Cell(
-            f"{pair.difference:+.4f}" + _interval(pair),
-            stars=stars(pair.p_value),
-            holm_stars=stars(corrected.get(number)),
-        )
-        for number, pair in enumerate(pairs)
+        _EMPTY_CELL if pair is None else _difference(pair, holm_p)
+        for pair, holm_p in zip(pairs, corrected.tolist(), strict=True)
     ]
 
 
-def _interval(pair: PairedComparison) -> str:
-    return "" if pair.low is None else f" [{pair.low:+.4f}, {pair.high:+.4f}]"
+def _difference(pair: PairedComparison, holm_p: float) -> Cell:
+    text = f"{pair.difference:+.4f}"
+    if pair.low is not None and pair.high is not None:
+        text += f" {interval_text(pair.low, pair.high)}"
+    return Cell(text, stars=stars(pair.p_value), holm_stars=stars(holm_p))
 
 
 def _cell(values: Sequence[float]) -> Cell:
@@ -330,13 +327,9 @@ def _cell(values: Sequence[float]) -> Cell:
     return Cell(f"{mean:.4f}", spread=f"{mean - low:.4f}" if len(values) > 1 else "")
 
 
-def _mean(values: Collection[float]) -> float:
-    return sum(values) / len(values) if values else float("-inf")
-
-
 def _pace(entry: Entry) -> str:
     records = [run.record for run in entry.runs.values()]
-    return f"{_mean([r.seconds['fit'] / max(len(r.history), 1) for r in records]):.2f}"
+    return f"{fmean(r.seconds['fit'] / max(len(r.history), 1) for r in records):.2f}"
 
 
 def _facts(runs: Runs, entries: Sequence[Entry]) -> str:
@@ -365,9 +358,9 @@ def _facts(runs: Runs, entries: Sequence[Entry]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _commands(entries: Sequence[Entry]) -> str:
+def _commands(rows: Sequence[tuple[str, Entry]]) -> str:
     lines = []
-    for name, entry in zip(_names(entries), entries, strict=True):
+    for name, entry in rows:
         run = next(iter(entry.runs.values()))
         place = run.folder.parent
         lines += [f"# {name}: {place.as_posix()}", command_of(run, Path("runs", place.name)), ""]

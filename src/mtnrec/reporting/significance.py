@@ -285,13 +285,17 @@ def seeds_needed(
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     """Return Holm's (1979) adjusted p-values, in the order given.
 
+    NaN is a test that is undefined: it stays NaN and does not count.
+
     >>> holm([0.01, 0.04, 0.03]).tolist()
     [0.03, 0.06, 0.06]
+    >>> holm([0.01, math.nan, 0.04, 0.03]).tolist()
+    [0.03, nan, 0.06, 0.06]
     """
     values = np.asarray(p_values, np.float64)
-    order = np.argsort(values, kind="stable")
-    steps = np.arange(len(values), 0, -1) * values[order]
-    adjusted = np.empty_like(values)
+    order = np.argsort(values, kind="stable")[: np.count_nonzero(~np.isnan(values))]  # NaN is last
+    steps = np.arange(len(order), 0, -1) * values[order]
+    adjusted = np.full_like(values, np.nan)
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
     return adjusted
 

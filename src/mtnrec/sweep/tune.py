@@ -214,7 +214,7 @@ def _parse_names(only: str | Sequence[str] | None, arms: Sequence[str]) -> Seque
     """Return the names of the chosen arms.
 
     Raises:
-        InputError: If there is no such arm.
+        InputError: If a name is not that of an arm.
     """
     if only is None:
         return arms

@@ -131,8 +131,8 @@ def comparisons(
     cells["improved"] = info.improves(cells["mean"], cells["baseline_mean"])
     cells["margin"] = margin
     for prefix, p_value in (("", "p_value"), ("both_", "both_p")):
-        cells[f"{prefix}holm_p"] = _corrected(cells[p_value])
-        cells[f"{prefix}holm_equivalence_p"] = _corrected(cells[f"{prefix}equivalence_p"])
+        cells[f"{prefix}holm_p"] = holm(cells[p_value])
+        cells[f"{prefix}holm_equivalence_p"] = holm(cells[f"{prefix}equivalence_p"])
         pairs = cells[[f"{prefix}holm_p", f"{prefix}holm_equivalence_p"]]
         cells[f"{prefix}verdict"] = [verdict(*pair) for pair in pairs.itertuples(index=False)]
     return _sorted(cells, chosen)
@@ -152,12 +152,6 @@ def choose_results(results: pd.DataFrame, *, metric: str, split: str) -> pd.Data
         choices = ", ".join(found)
         raise InputError(f"no run has the metric {split}/{metric}. Choose one of {choices}.")
     return chosen
-
-
-def _corrected(p_values: pd.Series) -> pd.Series:
-    """Return Holm's correction of the p-values that are defined."""
-    tested = p_values.dropna()
-    return pd.Series(holm(tested), tested.index).reindex(p_values.index)
 
 
 def score_table(cells: pd.DataFrame, title: str) -> Table:
@@ -216,7 +210,7 @@ def difference_table(cells: pd.DataFrame, title: str) -> Table:
             f"{cell['baseline_mean']:.4f}",
             f"{cell['mean']:.4f}",
             f"{cell['difference']:+.4f}",
-            _interval(cell["low"], cell["high"]),
+            interval_text(cell["low"], cell["high"]),
             *(p_text(cell[key]) for key in ("p_value", "holm_p")),
             *([p_text(cell["wilcoxon_p"])] if "Wilcoxon p" in columns else []),
             *(_equivalence_texts(cell, "") if "verdict" in columns else []),
@@ -259,15 +253,15 @@ def row_table(cells: pd.DataFrame, title: str) -> Table | None:
     def texts(cell: dict[Hashable, Any]) -> list[str]:
         of_both = []
         if has_both:
-            of_both = [_interval(cell["both_low"], cell["both_high"]), p_text(cell["both_p"])]
+            of_both = [interval_text(cell["both_low"], cell["both_high"]), p_text(cell["both_p"])]
             of_both += _equivalence_texts(cell, "both_")
         return [
             f"{cell['pairs']:.0f}",
             f"{cell['groups']:,.0f}",
             f"{cell['difference']:+.4f}",
             *of_both,
-            _interval(cell["low"], cell["high"]),
-            _interval(cell["rows_low"], cell["rows_high"]),
+            interval_text(cell["low"], cell["high"]),
+            interval_text(cell["rows_low"], cell["rows_high"]),
             p_text(cell["rows_p"]),
         ]
 
@@ -320,7 +314,8 @@ def _equivalence_notes(cells: pd.DataFrame, p_value: str) -> list[str]:
     ]
 
 
-def _interval(low: float, high: float) -> str:
+def interval_text(low: float, high: float) -> str:
+    """Format an interval; NaN is one that is undefined."""
     return _EMPTY if np.isnan(low) else f"[{low:+.4f}, {high:+.4f}]"
 
 
