@@ -53,9 +53,11 @@ def configuration_page(conf: Path) -> str:
             parts += [_section(path, choice, f"{folder.replace('/', '.')}.", intro=_intro(path))]
     for folder, title in {"debug": "Debugging", "experiment": "Experiments"}.items():
         parts += [f"## {title}", f"`{folder}=NAME` is one of these files; each sets what it names."]
-        for path in sorted((conf / folder).glob("*.yaml")):
+        for path in _ordered(conf / folder):
             text = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n")
-            parts += [f"### `{folder}={path.stem}`", f"```yaml\n{text}```"]
+            is_choice = path.parent == conf / folder
+            choice = f"{folder}={path.stem}" if is_choice else f"_base/{path.stem}"
+            parts += [f"### `{choice}`", f"```yaml\n{text}```"]
     return "\n\n".join(parts) + "\n"
 
 
