@@ -3,6 +3,7 @@
 The pytest-xdist controller runs no tests, and its workers start sooner if it does not import torch.
 """
 
+import gc
 import os
 
 import pytest
@@ -15,6 +16,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if runs_tests:
         for module in ("shared_fixtures", "run_fixtures"):
             config.pluginmanager.import_plugin(module)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector from searching the imported modules and the tests again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

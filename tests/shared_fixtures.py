@@ -1,11 +1,13 @@
 """Fixtures for tiny data in the real formats, configs and commands."""
 
+import copy
 import dataclasses
 import functools
+import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -66,6 +68,19 @@ _SMALL_MODELS = {
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # a second thread costs more than it gains on tiny tensors
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _parsed_once() -> Iterator[None]:
+    """Parse equal YAML texts once: Hydra reads about thirty files again for each command."""
+    load = OmegaConf.load
+    parse = functools.cache(lambda text: load(io.StringIO(text)))
+
+    def load_copy(file: Any) -> Any:
+        return copy.deepcopy(parse(file.read())) if hasattr(file, "read") else load(file)
+
+    with mock.patch.object(OmegaConf, "load", load_copy):
+        yield
 
 
 @pytest.fixture(autouse=True)

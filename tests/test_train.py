@@ -233,10 +233,8 @@ def test_a_validation_every_other_epoch_is_recorded_under_its_epoch(train):
     assert record["metrics"]["val/cvr_auc"] == pytest.approx(max(aucs.values()), rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [pytest.param(m, marks=[] if m == "mmoe" else pytest.mark.slow) for m in (*QUICK, *SLOW)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [*QUICK, *SLOW])
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(model, train):
     random = ["mtn.enabled=true", "model.dropout=0.2", "noise.proportion=0.15"]
     first, second, other = (train(*LOG, *random, f"seed={seed}", model=model) for seed in (5, 5, 6))
@@ -287,6 +285,7 @@ def test_training_stops_when_patience_runs_out(train):
     assert read_record(folder)["best_epoch"] == 0
 
 
+@pytest.mark.slow
 def test_training_stops_after_patience_decreases_of_the_monitor_in_a_row(train):
     folder = train(*LOG, "optimizer.lr=0.03", "patience=2", "trainer.max_epochs=30")
 
@@ -580,6 +579,7 @@ def test_missing_data_ends_in_one_message_with_a_remedy(train, tmp_path, capsys)
     assert "Traceback" not in printed.err
 
 
+@pytest.mark.slow
 def test_a_run_without_a_test_never_reads_the_test_rows(plain_run, train, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(read_record(plain_run)["config"]["data"]["dir"], folder)

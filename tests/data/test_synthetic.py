@@ -269,10 +269,15 @@ def test_later_stages_leave_the_earlier_ones_unchanged(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"relatedness": 0.0, "task_correlation": 1.0},
         {"relatedness": 0.6, "task_correlation": 0.8},
-        {"relatedness": 1.0, "conversion_rate": 0.08},
-        {"hidden_units": 64, "interaction": 0.9, "conversion_spread": 3.0},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"relatedness": 0.0, "task_correlation": 1.0},
+                {"relatedness": 1.0, "conversion_rate": 0.08},
+                {"hidden_units": 64, "interaction": 0.9, "conversion_spread": 3.0},
+            )
+        ),
     ],
 )
 def test_bayes_aucs_are_those_of_labels_simulated_from_the_truth(tmp_path, changes):

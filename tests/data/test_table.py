@@ -136,7 +136,8 @@ def test_every_cell_is_that_of_the_table(prepared, directory, frame):
         np.testing.assert_array_equal(arrays[split]["labels"], rows[["click", "conversion"]])
 
 
-@pytest.mark.parametrize("rows_per_chunk", [64, pytest.param(1 << 16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows_per_chunk", [64, 1 << 16])
 def test_the_form_of_the_file_does_not_matter(tmp_path, frame, monkeypatch, rows_per_chunk):
     monkeypatch.setattr(tabular, "_ROWS_PER_CHUNK", rows_per_chunk)
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 40 * rows_per_chunk)

@@ -44,6 +44,7 @@ def test_the_printed_report_is_written_next_to_the_prepared_folder(describe, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["sets"]
 
 
+@pytest.mark.slow
 def test_the_report_says_how_related_the_tasks_of_a_synthetic_log_are(describe, tmp_path):
     settings = ["data.rows=20000", "data.hidden_units=8", "data.relatedness=0.8"]
     describe("data=synthetic", *settings, "data.task_correlation=1", f"data.dir={tmp_path / 'log'}")

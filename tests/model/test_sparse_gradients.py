@@ -158,14 +158,19 @@ def test_sparse_gradients_change_neither_the_output_nor_the_state_dict(make_batc
     assert list(dense.state_dict()) == list(sparse.state_dict())
 
 
-@pytest.mark.parametrize("coupling", [None, "gradient", "decoupled"])
+@pytest.mark.parametrize(
+    "coupling", [None, "gradient", pytest.param("decoupled", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     "clip",
     [
         pytest.param({}, marks=pytest.mark.slow),
         {"gradient_clip_val": 0.01},
-        {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"},
+        pytest.param(
+            {"gradient_clip_val": 0.001, "gradient_clip_algorithm": "value"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["no clip", "clip norm", "clip value"],
 )

@@ -137,6 +137,7 @@ def assert_is_nominal(p_values):
     assert low <= rejected <= high
 
 
+@pytest.mark.slow
 def test_equal_arms_differ_over_users_as_often_as_the_level():
     assert_is_nominal([reject(world, 1)[1] for world in range(250)])
 

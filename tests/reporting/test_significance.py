@@ -261,6 +261,7 @@ def test_the_equivalence_test_is_that_of_statsmodels(pairs, shift, margin):
     assert found.equivalence_p == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_arms_a_margin_apart_are_called_equivalent_as_often_as_the_level():
     margin, deviation, pairs, tables = 0.0005, 0.0003, 5, 1500
     rng = np.random.default_rng(0)
@@ -351,6 +352,7 @@ def test_an_auc_that_many_resamples_leave_undefined_has_no_interval():
     assert compare_over_rows([0, 0.1], many) == RowComparison()
 
 
+@pytest.mark.slow
 def test_over_both_equal_arms_differ_at_the_level_and_a_planted_difference_is_found():
     rng, tables, seeds, shift = np.random.default_rng(0), 1000, 5, 0.0025
     found = {

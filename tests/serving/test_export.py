@@ -70,16 +70,10 @@ def run_program(path, inputs):
 FORMS = [("onnx", ".onnx", run_onnx), ("torch_export", ".pt2", run_program)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "form", "suffix", "run_file"),
-    [
-        pytest.param(
-            model,
-            *form,
-            marks=[] if (model, form[0]) == ("esmm", "onnx") else [pytest.mark.slow],
-        )
-        for model, form in product([*MODELS, "heac"], FORMS)
-    ],
+    [(model, *form) for model, form in product([*MODELS, "heac"], FORMS)],
 )
 def test_the_file_gives_the_probabilities_of_the_checkpoint_whatever_the_rows(
     model, form, suffix, run_file, trained, export, tmp_path

@@ -336,6 +336,7 @@ def test_a_sweep_over_experiments_runs_the_grid_of_each(train, tmp_path, capsys)
     assert "noise.proportion=0.25" in out
 
 
+@pytest.mark.slow
 def test_a_dry_run_lists_the_runs_and_trains_nothing(train, tmp_path, capsys):
     keys = [*LOG, "hydra.mode=MULTIRUN", f"data_root={tmp_path / 'data'}"]
     train(*keys, "seed=1", folder=tmp_path / "runs")
@@ -396,6 +397,7 @@ def test_a_failing_run_does_not_end_a_sweep_and_its_command_is_printed(train, tm
 
 
 @pytest.mark.parametrize("name", [pytest.param("runs", marks=pytest.mark.slow), "a,b=é [c] 'd'"])
+@pytest.mark.slow
 def test_the_command_of_a_run_repeats_it_in_its_folder(name, train, tmp_path):
     experiment = tmp_path / "own conf" / "experiment" / "mine.yaml"
     experiment.parent.mkdir(parents=True)

@@ -225,12 +225,14 @@ def test_a_search_killed_after_any_run_ends_with_the_same_tables(batch, killed, 
         assert len(rest.made) == 16 - runs
 
 
+@pytest.mark.slow
 def test_the_order_in_which_trials_end_does_not_matter(search):
     one = search(Stub(), folder="one", batch=3)
 
     assert search(Stub(shuffled=True), folder="two", batch=3) == one
 
 
+@pytest.mark.slow
 def test_a_finished_search_runs_nothing_again_and_more_trials_continue_it(search):
     first, _ = search(Stub())
     again, more = Stub(), Stub()

@@ -129,6 +129,7 @@ def frame():
     return pd.DataFrame(columns | labels)
 
 
+@pytest.mark.slow
 def test_a_frame_is_prepared_once_trained_on_and_scored(frame, capsys):
     table = mtnrec.Table(train=frame, labels=["visit", "conversion"], funnel=True, batch_size=256)
     settings = {"model": WIDTHS, "mtn": mtnrec.MTN(lam=1e-5), "trainer": SHORT}

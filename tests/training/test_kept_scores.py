@@ -55,6 +55,7 @@ def test_the_rows_are_those_of_the_prepared_test_set_in_its_order(kept):
     np.testing.assert_array_equal(frame["group"], arrays["group"])
 
 
+@pytest.mark.slow
 def test_training_does_not_depend_on_whether_scores_are_kept(kept, train):
     without = train(*LOG)
 
@@ -65,6 +66,7 @@ def test_training_does_not_depend_on_whether_scores_are_kept(kept, train):
     assert not (without / "scores").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_scores_is_kept_with_a_warning(train):
     folder = train(*LOG, "trainer.max_epochs=1")
 

@@ -87,6 +87,7 @@ def test_a_further_test_set_is_measured_as_the_test_set_is(run, frames):
     assert sum(curves["ctr"]["rows"]) == 230
 
 
+@pytest.mark.slow
 def test_a_further_test_set_changes_nothing_else(run, keys, train, tmp_path):
     without = [key for key in keys if not key.startswith(("data.tests", "data.dir"))]
 

@@ -275,6 +275,7 @@ def refusal(train, folder, *overrides):
     return stop.value.code
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_and_kept(train, interrupted):
     last = interrupted / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-200])
