@@ -14,6 +14,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     runs_tests = hasattr(config, "workerinput") or not config.getoption("numprocesses", 0)
     if runs_tests:
+        gc.disable()  # until the tests are collected: what is imported stays
         for module in ("shared_fixtures", "run_fixtures"):
             config.pluginmanager.import_plugin(module)
 
@@ -23,6 +24,7 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
