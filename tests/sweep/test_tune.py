@@ -256,7 +256,7 @@ def test_a_failed_trial_counts_and_stays_failed_when_the_search_resumes(search, 
     lost = [trial for arm in whole[0].arms for trial in arm.trials if trial.value is None]
     assert lost
     assert {len(arm.trials) for arm in whole[0].arms} == {6}
-    for runs in (3, 11):
+    for runs in (5, 11):
         with pytest.raises(SystemExit):
             search(Stub(fails, kill_after=runs), folder=f"killed_{runs}")
         rest = Stub()  # nothing fails any more

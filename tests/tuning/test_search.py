@@ -3,6 +3,7 @@ import random
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from mtnrec.checks import InputError
 from mtnrec.tuning.record import Budget, Trial, TunedArm, Tuning
@@ -39,13 +40,15 @@ def replay(trials, *, batch=1, told=None):
     return search, asked
 
 
-def plain(trials, batch):
-    """Ask and tell as Optuna's documentation does, maximising, with its own distributions."""
+def plain(trials, batch, first):
+    """Ask and tell as Optuna's documentation does, maximising, after the trials ``first``."""
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=7), direction="maximize")
     asked = []
     while len(asked) < trials:
         opened = []
         for _ in range(min(batch, trials - len(asked))):
+            if len(study.trials) < len(first):
+                study.enqueue_trial(first[len(study.trials)])
             trial = study.ask()
             trial.suggest_float("optimizer.lr", 1e-5, 1e-1, log=True)
             trial.suggest_float("model.dropout", 0.0, 0.5)
@@ -64,8 +67,31 @@ def plain(trials, batch):
 def test_a_search_asks_what_a_plain_optuna_loop_with_the_same_seed_asks(batch):
     asked = replay(25, batch=batch)[1]
 
-    assert asked == plain(25, batch)
+    assert asked == plain(25, batch, asked[:10])
     assert len(asked) == 25
+
+
+def test_arms_that_search_a_key_draw_the_same_values_of_it():
+    wide = SPACE | {"mtn.lam": Range(1e-6, 1e-1, log=True)}
+
+    narrow, wider = (Search(space, trials=12, batch=12, seed=7).ask() for space in (SPACE, wide))
+
+    shared = [{key: setting[key] for key in SPACE} for setting in wider]
+    assert shared[:10] == narrow[:10]
+    assert shared[10:] != narrow[10:]
+    assert len({setting["mtn.lam"] for setting in wider}) == 12
+
+
+def test_random_trials_cover_each_range_evenly():
+    found = [Search(SPACE, trials=1, seed=seed).ask()[0] for seed in range(400)]
+
+    rates = (np.log10([setting["optimizer.lr"] for setting in found]) + 5) / 4
+    dropouts = np.array([setting["model.dropout"] for setting in found]) / 0.5
+    assert scipy.stats.kstest(rates, "uniform").pvalue > 0.01
+    assert scipy.stats.kstest(dropouts, "uniform").pvalue > 0.01
+    assert abs(scipy.stats.spearmanr(rates, dropouts).statistic) < 0.15
+    gradient = sum(setting["mtn.coupling"] == "gradient" for setting in found)
+    assert scipy.stats.binomtest(gradient, 400).pvalue > 0.01
 
 
 def test_a_search_that_is_told_the_same_again_asks_the_same_whenever_it_stopped():

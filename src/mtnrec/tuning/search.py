@@ -5,17 +5,23 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
 from mtnrec.checks import InputError
 from mtnrec.tuning.space import Range, Setting, Space
+
+_RANDOM_TRIALS = 10  # Optuna's default
 
 
 class Search:
     """Asks for the settings of an arm's trials and is told their losses.
 
-    The sampler is the tree-structured Parzen estimator with Optuna's defaults: ten random trials,
-    then those that the losses so far favour. What it asks depends on the seed and on the losses
-    told, in trial order, alone: told the same again, it asks the same again. So a search needs no
-    state on disk, and the order in which the trials of a batch end does not matter.
+    The first ten trials are random, each key's value drawn by the seed, the trial's number and the
+    key: arms that search a key try the same values of it, whatever else they search, so that two
+    arms do not differ by their luck. Optuna's tree-structured Parzen estimator asks the others,
+    those that the losses so far favour. What it asks depends on the seed and on the losses told, in
+    trial order, alone: told the same again, it asks the same again. So a search needs no state on
+    disk, and the order in which the trials of a batch end does not matter.
 
     Args:
         space: Ranges and choices by key.
@@ -29,9 +35,10 @@ class Search:
 
     def __init__(self, space: Space, *, trials: int, batch: int = 1, seed: int = 0) -> None:
         self._optuna = _import_optuna()
+        self._knobs = space
         self._space = {key: self._distribution(knob) for key, knob in space.items()}
-        self._trials, self._batch = trials, batch
-        sampler = self._optuna.samplers.TPESampler(seed=seed)
+        self._trials, self._batch, self._seed = trials, batch, seed
+        sampler = self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_TRIALS)
         self._study = self._optuna.create_study(sampler=sampler, direction="minimize")
         self._open: list[Any] = []
         self.version = str(self._optuna.__version__)
@@ -40,8 +47,20 @@ class Search:
         """Return the settings of the next batch until it is told; none at the end."""
         if not self._open:
             left = self._trials - len(self._study.trials)
-            self._open = [self._study.ask(self._space) for _ in range(min(self._batch, left))]
+            self._open = [self._ask() for _ in range(min(self._batch, left))]
         return [dict(trial.params) for trial in self._open]
+
+    def _ask(self) -> Any:
+        number = len(self._study.trials)
+        if number < _RANDOM_TRIALS:
+            self._study.enqueue_trial(self._draw(number))
+        return self._study.ask(self._space)
+
+    def _draw(self, number: int) -> dict[str, Any]:
+        """Return the setting of a random trial."""
+        seeds = {key: [self._seed, number, *key.encode()] for key in self._knobs}
+        draws = {key: np.random.default_rng(seed).random() for key, seed in seeds.items()}
+        return {key: knob.at(draws[key]) for key, knob in self._knobs.items()}
 
     def tell(self, losses: Sequence[float | None]) -> None:
         """Tell the losses of the batch in the order asked; None for a trial that failed."""

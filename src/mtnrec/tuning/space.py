@@ -41,6 +41,17 @@ class Range:
         """Both ends."""
         return self.low, self.high
 
+    def at(self, share: float) -> float:
+        """Return the value below which a share of the draws lies.
+
+        >>> Range(1.0, 4.0, log=True).at(0.5), Range(0.0, 0.5).at(0.5)
+        (2.0, 0.25)
+        """
+        if not self.log:
+            return self.low + share * (self.high - self.low)
+        value = math.exp(math.log(self.low) + share * math.log(self.high / self.low))
+        return min(max(value, self.low), self.high)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -66,6 +77,10 @@ class Choice:
     def ends(self) -> tuple[str, str]:
         """First and last value."""
         return self.values[0], self.values[-1]
+
+    def at(self, share: float) -> str:
+        """Return the value below or at which a share in [0, 1) of the draws lies."""
+        return self.values[int(share * len(self.values))]
 
 
 Space = Mapping[str, Range | Choice]
