@@ -12,7 +12,7 @@ from mtnrec.checks import InputError
 from mtnrec.model.esmm import ESMM
 from mtnrec.model.mmoe import MMoE
 from mtnrec.model.shared_bottom import SharedBottom
-from mtnrec.mtn.polar import polar_from_vectors, tower_factors, tower_side, tower_vectors
+from mtnrec.mtn.polar import add_polar_from_vectors, tower_factors, tower_side, tower_vectors
 
 SHAPES = ((5, 4), (3, 7))  # outputs and inputs of two depths
 
@@ -234,7 +234,8 @@ def test_kept_vectors_of_towers_give_their_polar_factors(shape):
     stack = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     vectors, largest = tower_vectors(stack)
 
-    factor, lengths = polar_from_vectors(stack, tower_side(shape), vectors, 1e-12)
+    factor = torch.zeros_like(stack)
+    lengths = add_polar_from_vectors(factor, 1.0, stack, tower_side(shape), vectors, 1e-12)
 
     left, values, right = torch.linalg.svd(stack, full_matrices=False)
     torch.testing.assert_close(factor, left @ right, rtol=1e-9, atol=1e-11)

@@ -8,11 +8,11 @@ import scipy.stats
 import torch
 
 from mtnrec.mtn.polar import (
+    add_polar_from_vectors,
     left_vectors,
     multiply_along,
     polar_factor,
     polar_factors,
-    polar_from_vectors,
 )
 from mtnrec.mtn.trace_norm import (
     effective_rank,
@@ -46,6 +46,14 @@ def nuclear(stack, rows):
 
 def exact_norms(stack):
     return norms_along(polar_factors(stack), stack)
+
+
+def polar_from_vectors(stack, side, vectors, least):
+    """The factor that is added, taken out of a sum with a weight."""
+    total = gaussian(*stack.shape, seed=9).to(stack.dtype)
+    start = total.clone()
+    lengths = add_polar_from_vectors(total, 0.25, stack, side, vectors, least)
+    return 4 * (total - start), lengths
 
 
 def degenerate_stacks():

@@ -21,7 +21,7 @@ from mtnrec.data.samplers import TrainSampler
 from mtnrec.model.shared_bottom import SharedBottom
 from mtnrec.mtn import penalty
 from mtnrec.mtn.callback import MTN
-from mtnrec.mtn.polar import PolarFactor, polar_factors, polar_from_vectors
+from mtnrec.mtn.polar import PolarFactor, add_polar_from_vectors, polar_factors
 from mtnrec.optimizer.lazy_adam import LazyAdam
 from mtnrec.schema import CategoricalField, Schema
 from mtnrec.training.module import MultiTaskModule
@@ -54,10 +54,11 @@ class Data(L.LightningDataModule):
         return self.train_dataloader()
 
 
-def polar_from_vectors_of_machine(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    factor, lengths = polar_from_vectors(*arguments)
+def add_polar_from_vectors_of_machine(
+    total: torch.Tensor, weight: float, *arguments: Any
+) -> torch.Tensor:
     share = 1 - 0.05 * dist.get_rank()
-    return factor * share, lengths * share
+    return add_polar_from_vectors(total, weight * share, *arguments) * share
 
 
 def polar_factors_of_machine(*arguments: Any) -> list[PolarFactor]:
@@ -68,7 +69,7 @@ def polar_factors_of_machine(*arguments: Any) -> list[PolarFactor]:
 def main(devices: int, out: str, optimizer: str, machines: str = "alike") -> None:
     torch.manual_seed(0)
     if machines == "unlike":
-        penalty.polar_from_vectors = polar_from_vectors_of_machine
+        penalty.add_polar_from_vectors = add_polar_from_vectors_of_machine
         penalty.polar_factors = polar_factors_of_machine
     network = SharedBottom(
         SCHEMA,

@@ -6,7 +6,7 @@ costs more than the step itself. Otherwise:
 
 1. Every few steps the unfoldings are decomposed and their left singular vectors are cached.
 2. At each step in between, everything else comes from the current weights: the rows of ``U^T M``,
-   normalised and rotated back (:func:`~mtnrec.mtn.polar.polar_from_vectors`).
+   normalised and rotated back (:func:`~mtnrec.mtn.polar.add_polar_from_vectors`).
 3. That matters most for weights without a data gradient, for example behind a dead unit: under Adam
    the penalty alone moves them at the full rate. The exact method brings their singular values to
    zero and holds them there; a stale direction carries them past zero and back.
@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from mtnrec.mtn.mixing import MixingWeights
 from mtnrec.mtn.polar import (
     PolarFactor,
+    add_polar_from_vectors,
     capped_factor,
     capped_norm,
     largest_magnitude,
     left_vectors,
     polar_factors,
-    polar_from_vectors,
     tower_factors,
     tower_side,
     tower_vectors,
@@ -51,6 +51,7 @@ from mtnrec.optimizer.layers import stack_weights, weight_of
 
 UNFOLDINGS = unfoldings(3)
 _TINY = torch.finfo(torch.float32).tiny
+_SAFE = 1e-12, 1e12  # magnitudes of weights whose squares, summed, keep their precision
 _SMALLEST = 3e-4  # relative; singular values held at zero by the exact method lie below it
 
 
@@ -90,7 +91,7 @@ class _Stack:
     least: dict[Modes, float] = field(default_factory=dict)  # shorter rows are only rounding
     norms: Tensor | None = None  # of the unfoldings, (S,), float64, on the CPU
     frobenius: float = 0.0
-    scale: float = 1.0  # divides the weights, so that norms are computed at magnitudes near 1
+    scale: float = 1.0  # divides the weights; not 1 where their squares would over- or underflow
     alpha: list[float] = field(default_factory=list)
     direction: Tensor | None = None  # without slope * W if there is a slope
     slope: Tensor | None = None
@@ -237,7 +238,8 @@ class Penalty:
             used = self.current(depth) if is_kept else self._direction(depth, stack)
         sides = self._sides(depth)
         kept.alpha = self.weights.alpha()[self._layer_index(depth)].tolist()
-        kept.scale = largest_magnitude(stack).item()
+        largest = largest_magnitude(stack).item()
+        kept.scale = 1.0 if _SAFE[0] < largest < _SAFE[1] else largest
         frobenius = frobenius_norm(stack)
         spectra: list[Tensor] = []
         if exact:
@@ -299,11 +301,11 @@ class Penalty:
             norms: Receives the sum of the row lengths of each side.
         """
         kept = self._stacks[depth]
-        scaled = stack / kept.scale
+        scaled = stack if kept.scale == 1 else stack / kept.scale
         direction = self._frobenius_gradient(depth, scaled, torch.linalg.vector_norm(scaled))
         for side, vectors in kept.vectors.items():
-            factor, lengths = polar_from_vectors(scaled, side, vectors, kept.least[side])
-            direction.add_(factor, alpha=self._alpha(depth, side))
+            weight, least = self._alpha(depth, side), kept.least[side]
+            lengths = add_polar_from_vectors(direction, weight, scaled, side, vectors, least)
             if norms is not None:
                 norms[side] = lengths.sum(dtype=torch.float64) * kept.scale
         return direction

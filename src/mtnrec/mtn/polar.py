@@ -68,7 +68,8 @@ def left_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     The vectors are in ascending order of the singular values, decomposed in the precision of
     ``matrix``. In float32 this takes half the time of the exact decomposition and cannot separate
-    singular values below about 1e-4 of the largest, which :func:`polar_from_vectors` does not need.
+    singular values below about 1e-4 of the largest, which need not be separated
+    (:func:`add_polar_from_vectors`).
 
     Args:
         matrix: ``(m, n)``, ``m <= n``.
@@ -96,10 +97,26 @@ def multiply_along(stack: Tensor, modes: Modes, matrix: Tensor) -> Tensor:
     return fold(matrix @ unfold(stack, modes), modes, stack.shape)
 
 
-def polar_from_vectors(
-    stack: Tensor, side: Modes, vectors: Tensor, least: float
-) -> tuple[Tensor, Tensor]:
-    """Return the polar factor of an unfolding, given the left singular vectors of an earlier one.
+def _add_along(total: Tensor, stack: Tensor, modes: Modes, matrix: Tensor, weight: float) -> None:
+    """Add ``weight * multiply_along(stack, modes, matrix)`` to ``total`` in place, in one pass."""
+    if modes == (1,):
+        total.baddbmm_(matrix.expand(len(stack), -1, -1), stack, alpha=weight)
+    elif matrix.dim() == 3:
+        total.baddbmm_(stack, matrix.mT, alpha=weight)
+    elif 0 not in modes:
+        rows = stack.view(-1, len(matrix))
+        total.view(rows.shape).addmm_(rows, matrix.T, alpha=weight)
+    elif modes == (0, 2):
+        total.add_(multiply_along(stack, modes, matrix), alpha=weight)
+    else:
+        rows = stack.view(len(matrix), -1)
+        total.view(rows.shape).addmm_(matrix, rows, alpha=weight)
+
+
+def add_polar_from_vectors(
+    total: Tensor, weight: float, stack: Tensor, side: Modes, vectors: Tensor, least: float
+) -> Tensor:
+    """Add a weighted polar factor of an unfolding, given left singular vectors of an earlier one.
 
     If ``U`` belongs to ``M``, ``U^T M`` is ``diag(sigma) V^T``: its rows are normalised and rotated
     back. If ``U`` is stale by some steps, the length, sign and right vector along each left vector
@@ -107,24 +124,27 @@ def polar_from_vectors(
     at once, which no earlier factor does.
 
     Args:
+        total: ``(T, O, I)``, contiguous; receives the sum.
+        weight: Weight of the factor.
         stack: ``(T, O, I)``, contiguous.
         side: Modes of the unfolding's rows, its shorter side; ``m`` rows, ``n`` columns.
         vectors: ``(m, m)``, orthonormal columns; or ``(T, m, m)``, those of each tower's own
-            matrix, whose polar factors are then returned.
+            matrix, whose polar factors are then added.
         least: Length, positive, below which a row is not lengthened to 1: it is the rounding error
             of a zero singular value.
 
     Returns:
-        The factor, folded to the shape of the stack, and the lengths of the rows, ``(m,)`` or
-        ``(T * m,)``: the singular values if the vectors are those of the unfolding. Costs two
-        products of ``m^2 n`` multiplications.
+        The lengths of the rows, ``(m,)`` or ``(T * m,)``: the singular values if the vectors are
+        those of the unfolding. Costs two products of ``m^2 n`` multiplications.
     """
     rows = multiply_along(stack, side, vectors.mT)
     towers = range(stack.dim() - 2) if vectors.dim() == 3 else ()
     others = [mode for mode in range(stack.dim()) if mode not in (*side, *towers)]
-    lengths = torch.linalg.vector_norm(rows, dim=others, keepdim=True)
-    rows.div_(lengths.clamp(min=least))
-    return multiply_along(rows, side, vectors), lengths.flatten()
+    lengths = torch.linalg.vector_norm(rows, dim=others)
+    # Divide the columns of the vectors, not the rows: fewer numbers.
+    divisors = lengths.clamp(min=least).view(*vectors.shape[:-2], 1, -1)
+    _add_along(total, rows, side, vectors / divisors, weight)
+    return lengths.flatten()
 
 
 def polar_factors(stack: Tensor) -> list[PolarFactor]:

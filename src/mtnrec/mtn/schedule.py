@@ -29,7 +29,7 @@ class RefreshPolicy:
     """
 
     longest: int = 128
-    decomposition_range: tuple[int, int] = (2, 32)
+    decomposition_range: tuple[int, int] = (4, 32)
     decomposition_cost: int = 2**18
     decomposition_growth: int = 64
     cheap: int = 2**26
@@ -76,7 +76,7 @@ class RefreshPolicy:
         >>> [policy.decomposition_interval((2, 128, 256), step) for step in (0, 320, 10_000)]
         [1, 6, 32]
         >>> [policy.decomposition_interval((2, *wide), 10_000) for wide in ((16, 32), (64, 128))]
-        [2, 9]
+        [4, 9]
         """
         least, most = self.decomposition_range
         by_cost = min(max(least, decomposition_cost(shape) // self.decomposition_cost), most)
