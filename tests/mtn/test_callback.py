@@ -432,7 +432,8 @@ def test_a_new_direction_is_the_exact_one(funnel_schema):
 
 
 def test_each_epoch_logs_the_mechanism(fit, funnel_schema, tmp_path):
-    model, trainer = fit(make_network(funnel_schema), make_mtn(), optimizer=ADAM)
+    mtn = make_mtn(spectra_every=1)
+    model, trainer = fit(make_network(funnel_schema), mtn, optimizer=ADAM)
 
     logged = trainer.callback_metrics
     depths = model.network.task_layers()
@@ -458,6 +459,25 @@ def test_each_epoch_logs_the_mechanism(fit, funnel_schema, tmp_path):
     assert logged["mtn/penalty"].item() == pytest.approx(penalty, rel=1e-4)
     assert logged["mtn/loss_share"].item() == pytest.approx(penalty / (loss + penalty), rel=1e-4)
     assert 0 <= logged["mtn/zero_gradient_share"].item() <= 1
+
+
+def test_between_exact_spectra_kept_vectors_give_them(fit, funnel_schema, tmp_path, monkeypatch):
+    exact = []
+    for name in ("measure", "refresh"):
+        method = getattr(Penalty, name)
+        monkeypatch.setattr(Penalty, name, lambda *a, n=name, m=method: [exact.append(n), m(*a)][1])
+    mtn = make_mtn(refresh_every=4, spectra_every=2)
+
+    model, _ = fit(make_network(funnel_schema), mtn, optimizer=ADAM, max_epochs=3)
+
+    assert exact == ["measure", "refresh", "measure", "refresh"]  # the first when training starts
+    for depth, layers in enumerate(model.network.task_layers()):
+        stack = torch.stack([layer.weight for layer in layers]).detach()
+        saved = np.load(tmp_path / "spectra" / "epoch_002.npz")
+        for mode, name in enumerate(("task", "output", "input")):
+            spectrum = torch.linalg.svdvals(stack.movedim(mode, 0).flatten(1)).numpy()
+            error = np.abs(saved[f"layer_{depth}/{name}"] - spectrum).max()
+            assert error < 0.02 * spectrum[0]
 
 
 def test_spectra_are_measured_without_mtn_too(fit, funnel_schema, tmp_path):

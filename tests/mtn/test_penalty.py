@@ -185,6 +185,50 @@ def test_a_direction_that_is_kept_fades_as_weights_without_a_gradient_come_to_re
     assert torch.equal(after[:, 1::2], before[:, 1::2])
 
 
+@pytest.mark.parametrize("shape", [(2, 24, 40), (3, 40, 10), (2, 1, 9)])
+def test_fresh_vectors_give_the_spectra_norms_and_directions_of_a_decomposition(shape):
+    penalty, layers = make_penalty(128, shape, dtype=torch.float64)
+    (exact,) = penalty.measure(10_000)
+    norms, direction = penalty.norms(), penalty.current(0).clone()
+
+    (found,) = penalty.refresh(10_000)
+
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(penalty.norms(), norms, rtol=1e-12, atol=0)
+    torch.testing.assert_close(penalty.current(0), direction, rtol=0, atol=1e-9)
+    spectra = [torch.linalg.svdvals(stack_of(layers).movedim(m, 0).flatten(1)) for m in range(3)]
+    for one, other in zip(found, spectra, strict=True):
+        torch.testing.assert_close(one[: len(other)], other[: len(one)], rtol=1e-9, atol=1e-9)
+
+
+def test_kept_vectors_give_spectra_near_those_of_the_moved_weights_and_never_too_low_a_norm():
+    penalty, layers = make_penalty(128, (2, 24, 40))
+    penalty.measure(10_000)
+    move(layers, lambda w: 0.02 * w.std() * torch.randn_like(w))
+
+    (found,) = penalty.refresh(10_005)
+    (exact,) = penalty.measure(10_005)
+
+    for one, other in zip(found, exact, strict=True):
+        assert 1 - 1e-6 < (one.sum() / other.sum()).item() < 1.01
+        assert (one - other).abs().max() < 0.02 * other[0]
+
+
+def test_the_last_deviation_is_reported_until_the_next_decomposition():
+    penalty, layers = make_penalty(128, (2, 24, 40))
+    penalty.measure(10_000)
+    move(layers, lambda w: 0.1 * w.std() * torch.randn_like(w))
+    penalty.measure(10_001)
+    first = penalty.pop_deviations()
+    penalty.refresh(10_002)
+
+    assert penalty.pop_deviations() == first
+    move(layers, lambda w: 0.01 * w.std() * torch.randn_like(w))
+    penalty.measure(10_003)
+    assert penalty.pop_deviations()[0].angle < 0.5 * first[0].angle
+
+
 def test_a_kept_direction_does_not_change_if_the_penalty_is_not_in_the_gradient():
     penalty, layers = kept_penalty(None)
     before = penalty.current(0).clone()
@@ -195,14 +239,16 @@ def test_a_kept_direction_does_not_change_if_the_penalty_is_not_in_the_gradient(
 
 
 @pytest.mark.slow
-def test_a_restored_slope_gives_the_same_bits():
+@pytest.mark.parametrize("method", ["measure", "refresh"])
+def test_a_restored_slope_gives_the_same_bits(method):
     whole, layers = kept_penalty(1e-5)
-    whole.measure(10_040)
+    getattr(whole, method)(10_040)
     state = copy.deepcopy(whole.state_dict())
     restored = Penalty({0: layers}, whole.weights, frobenius=True, policy=POLICY)
-    restored.load_state_dict(state)
-    restored.measure(10_040)
+    restored.load_state_dict(state, 10_040)
 
+    assert torch.equal(whole.norms(), restored.norms())
+    assert bool(state["vectors"]) == (method == "refresh")
     for step in (10_040, 10_050, 10_072, 10_073):
         move(layers, lambda w: 1e-3 * torch.randn_like(w))
         for penalty in (whole, restored):

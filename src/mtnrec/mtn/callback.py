@@ -17,7 +17,7 @@ from mtnrec.checks import InputError, check_choice, check_flag, check_integer, c
 from mtnrec.metric.catalogue import layer_key
 from mtnrec.mtn.mixing import LAYER_WEIGHTINGS, MixingWeights
 from mtnrec.mtn.penalty import Penalty, mean_distance
-from mtnrec.mtn.polar import polar_factors
+from mtnrec.mtn.polar import unfolding_spectra
 from mtnrec.mtn.schedule import RefreshPolicy
 from mtnrec.mtn.trace_norm import effective_rank
 from mtnrec.optimizer.layers import LayerChoice
@@ -87,6 +87,8 @@ class MTN(L.Callback):
             weight decay.
         refresh_every: Largest number of steps between two decompositions; 1 decomposes at every
             step, the exact method. See :mod:`mtnrec.mtn.penalty` for the steps in between.
+        spectra_every: Epochs between two exact decompositions for the logged norms, effective ranks
+            and spectra; in the others the kept singular vectors give them, within about 1 %.
         alpha_optimizer: Makes the optimiser of the learned alphas and layer weights.
 
     Raises:
@@ -109,6 +111,7 @@ class MTN(L.Callback):
         frobenius: bool = True,
         coupling: str = "gradient",
         refresh_every: int = 128,
+        spectra_every: int = 10,
         alpha_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = _ADAM,
     ) -> None:
         check_flag("mtn.enabled", enabled)
@@ -122,6 +125,7 @@ class MTN(L.Callback):
         check_flag("mtn.frobenius", frobenius)
         check_choice("mtn.coupling", coupling, COUPLINGS)
         check_integer("mtn.refresh_every", refresh_every, minimum=1)
+        check_integer("mtn.spectra_every", spectra_every, minimum=1)
         _check_norm(norm, alpha, subsets, refresh_every)
         self.enabled = enabled
         self.lam = lam
@@ -135,6 +139,7 @@ class MTN(L.Callback):
         self.frobenius = frobenius
         self.coupling = coupling
         self.refresh_every = refresh_every
+        self.spectra_every = spectra_every
         self.alpha_optimizer = alpha_optimizer
 
         self._penalty: Penalty | None = None
@@ -186,25 +191,26 @@ class MTN(L.Callback):
             weights.load_state_dict(self._restored["weights"])
             if self._optimizer is not None:
                 self._optimizer.load_state_dict(self._restored["optimizer"])
-            self._penalty.load_state_dict(self._restored["penalty"])
             shares = self._restored["zero_gradient_shares"]
             self._zero_gradient_shares = [share.to(pl_module.device) for share in shares]
             if "push" in self._restored:  # not in checkpoints of earlier versions
                 self._push.load_state_dict(self._restored["push"], pl_module.device)
-        # The uninterrupted run recomputed its factors at the checkpoint: the same bits.
-        self._measure(self._penalty, trainer.global_step)
+            self._penalty.load_state_dict(self._restored["penalty"], trainer.global_step)
+            self._measured_at = trainer.global_step
+        else:
+            self._measure(self._penalty, trainer.global_step)
 
-    def _measure(self, penalty: Penalty, step: int) -> list[list[Tensor]]:
+    def _measure(self, penalty: Penalty, step: int, *, exact: bool = True) -> list[list[Tensor]]:
         self._apply_deferred_steps(penalty)
         self._measured_at = step
-        return penalty.measure(step)
+        return penalty.measure(step) if exact else penalty.refresh(step)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # At the end of an epoch the factors are already fresh.
         if self._penalty is not None and self._measured_at != trainer.global_step:
-            self._measure(self._penalty, trainer.global_step)
+            self._measure(self._penalty, trainer.global_step, exact=self.refresh_every == 1)
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
@@ -266,7 +272,9 @@ class MTN(L.Callback):
         if self._penalty is None:
             _measure_without_penalty(trainer, pl_module)
             return
-        spectra = self._measure(self._penalty, trainer.global_step)
+        is_due = (trainer.current_epoch + 1) % self.spectra_every == 0
+        exact = is_due or self.refresh_every == 1
+        spectra = self._measure(self._penalty, trainer.global_step, exact=exact)
         norms = self._penalty.norms()
         layer_weights = self._penalty.weights.layer_weights(norms)
         alpha = self._penalty.weights.alpha()
@@ -367,8 +375,8 @@ def measure_spectra(network: Any) -> dict[str, np.ndarray]:
             stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
             if stack.isfinite().all():
                 names = (first, *UNFOLDINGS[1:])
-                for name, polar in zip(names, polar_factors(stack), strict=True):
-                    found[f"{place}_{depth}/{name}"] = polar.singular_values.numpy()
+                for name, spectrum in zip(names, unfolding_spectra(stack), strict=True):
+                    found[f"{place}_{depth}/{name}"] = spectrum.numpy()
     return found
 
 

@@ -14,7 +14,9 @@ costs more than the step itself. Otherwise:
    penalty outweighs the data gradient, the direction changes linearly with the weight, with the
    slope between the last two recomputations, so it fades as a weight comes to rest.
 5. Training moves the weights most at its start, so both intervals start at one step and grow.
-6. Each decomposition compares the direction that would have been used with the new one, dead
+6. At the end of an epoch the kept vectors give the norms and the spectra as well
+   (:meth:`Penalty.refresh`), and every so many epochs an exact decomposition does.
+7. Each decomposition compares the direction that would have been used with the new one, dead
    weights included: angle, length, and the relative error of ``R_i``. The largest are logged.
 
 With several processes, rank 0 broadcasts its directions, norms and penalty weights: computed on
@@ -43,6 +45,7 @@ from mtnrec.mtn.polar import (
     tower_factors,
     tower_side,
     tower_vectors,
+    unfolding_spectra,
 )
 from mtnrec.mtn.schedule import RefreshPolicy
 from mtnrec.mtn.trace_norm import frobenius_norm, layer_norms
@@ -136,20 +139,47 @@ class Penalty:
         self._stacks = {depth: _Stack() for depth in depths}
         self._layer_weights: list[float] = []
         self._largest: dict[int, Deviation] = {}
+        self._compared: set[int] = set()  # depths decomposed since the deviations were popped
+        self._is_exact = True  # whether measure(), not refresh(), was called last
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state to save after :meth:`measure`, which recomputes everything else."""
+        """Return the state to save after :meth:`measure` or :meth:`refresh`.
+
+        The one that was called last recomputes everything else; only :meth:`refresh` needs the
+        singular vectors.
+        """
+        kept = {} if self._is_exact else self._stacks
         return {
             "deviations": {depth: tuple(largest) for depth, largest in self._largest.items()},
+            "compared": sorted(self._compared),
             "slopes": {depth: kept.slope for depth, kept in self._stacks.items()},
+            "vectors": {depth: stack.vectors for depth, stack in kept.items()},
+            "scales": {depth: (stack.least, stack.scale) for depth, stack in kept.items()},
+            "decomposed": {depth: stack.decomposed for depth, stack in kept.items()},
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the state; call :meth:`measure` next."""
+    def load_state_dict(self, state_dict: Mapping[str, Any], step: int) -> None:
+        """Restore the state and recompute the rest, as at the checkpoint: to the same bits.
+
+        Args:
+            state_dict: State.
+            step: Optimiser steps so far.
+        """
         self._largest = {d: Deviation(*found) for d, found in state_dict["deviations"].items()}
+        # Checkpoints of earlier versions lack two keys.
+        self._compared = {*state_dict.get("compared", self._largest)}
+        vectors = state_dict.get("vectors", {})
         for depth, slope in state_dict["slopes"].items():
-            weight = self.depths[depth][0].weight
-            self._stacks[depth].slope = None if slope is None else slope.to(weight.device)
+            kept, device = self._stacks[depth], self.depths[depth][0].weight.device
+            kept.slope = None if slope is None else slope.to(device)
+            if vectors:
+                kept.vectors = {side: found.to(device) for side, found in vectors[depth].items()}
+                kept.least, kept.scale = state_dict["scales"][depth]
+                kept.decomposed = state_dict["decomposed"][depth]
+        if vectors:
+            self.refresh(step)
+        else:
+            self.measure(step)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the penalised parameters of the model, without frozen ones."""
@@ -206,12 +236,42 @@ class Penalty:
             stack = self.stack(depth)
             found = self._decompose(depth, stack, step, exact=True)
             if self._per_tower:
-                found = [polar.singular_values.cpu() for polar in polar_factors(stack)]
+                found = [spectrum.cpu() for spectrum in unfolding_spectra(stack)]
             spectra.append(found)
             kept.updated = step
             if self._update_interval(depth, step) > 1:
                 self._keep_slope(depth, stack, kept.slope)
         self._layer_weights = self.weights.layer_weights(self.norms()).tolist()
+        self._is_exact = True
+        return spectra
+
+    @torch.no_grad()
+    def refresh(self, step: int) -> list[list[Tensor]]:
+        """Recompute norms and directions with the kept singular vectors; return the spectra.
+
+        Costs one recomputation of each direction. ``benchmarks/mtn_accuracy.py`` compares the
+        spectra with those of :meth:`measure`.
+
+        Returns:
+            As :meth:`measure`; under ``per_tower`` exact, else lengths along the kept vectors.
+        """
+        spectra = []
+        for depth, kept in self._stacks.items():
+            stack, sides = self.stack(depth), self._sides(depth)
+            kept.alpha = self.weights.alpha()[self._layer_index(depth)].tolist()
+            lengths: dict[Modes, Tensor] = {}
+            kept.direction = self._direction(depth, stack, lengths)
+            self._keep_norms(kept, [lengths[side].sum() for side in sides], frobenius_norm(stack))
+            if self._per_tower:
+                spectra.append([spectrum.cpu() for spectrum in unfolding_spectra(stack)])
+            else:
+                found = {side: own.sort(descending=True).values for side, own in lengths.items()}
+                spectra.append([found[side].cpu() for side in sides])
+            kept.updated = step
+            if self._update_interval(depth, step) > 1:
+                self._keep_slope(depth, stack, kept.slope)
+        self._layer_weights = self.weights.layer_weights(self.norms()).tolist()
+        self._is_exact = False
         return spectra
 
     def _update_interval(self, depth: int, step: int) -> int:
@@ -231,45 +291,58 @@ class Penalty:
 
     def _decompose(self, depth: int, stack: Tensor, step: int, *, exact: bool) -> list[Tensor]:
         """Decompose a stack; return its spectra if ``exact``."""
-        kept = self._stacks[depth]
+        kept, sides = self._stacks[depth], self._sides(depth)
         used = None
         if kept.vectors and kept.updated < step and self._policy.longest > 1:
             is_kept = self._update_interval(depth, step) > 1
             used = self.current(depth) if is_kept else self._direction(depth, stack)
-        sides = self._sides(depth)
         kept.alpha = self.weights.alpha()[self._layer_index(depth)].tolist()
         largest = largest_magnitude(stack).item()
         kept.scale = 1.0 if _SAFE[0] < largest < _SAFE[1] else largest
-        frobenius = frobenius_norm(stack)
-        spectra: list[Tensor] = []
+        frobenius, spectra = frobenius_norm(stack), list[Tensor]()
         if exact:
-            factors = dict(zip(sides, self._factors(stack), strict=True))
-            for side, factor in factors.items():
-                self._cache_vectors(depth, side, factor.vectors, factor.singular_values[0])
-            spectra = [factors[side].singular_values.cpu() for side in sides]
-            norms = torch.stack([capped_norm(spectrum, self._cap) for spectrum in spectra])
-            kept.direction = self._frobenius_gradient(depth, stack, frobenius.to(stack.dtype))
-            for side, factor in factors.items():
-                gradient = factor.factor
-                if self._cap is not None:
-                    gradient = capped_factor(factor, side, self._cap)
-                kept.direction.add_(gradient, alpha=self._alpha(depth, side))
+            spectra = self._decompose_exactly(depth, stack, frobenius)
+            norms = [capped_norm(spectrum, self._cap) for spectrum in spectra]
         else:
             for side in dict.fromkeys(sides):
                 self._cache_vectors(depth, side, *self._left_vectors(stack, side))
             found: dict[Modes, Tensor] = {}
             kept.direction = self._direction(depth, stack, found)
-            norms = torch.stack([found[side] for side in sides]).cpu()
-        kept.norms = torch.cat([norms, frobenius.cpu()[None]])
-        self._follow_rank_0(kept.direction, kept.norms, *self.weights.parameters())
-        kept.frobenius = kept.norms[-1].item()
-        kept.norms = kept.norms[: self.weights.subsets]
+            norms = [found[side].sum() for side in sides]
+        self._keep_norms(kept, norms, frobenius)
         kept.decomposed = step
         if used is not None:
-            deviation = Deviation.of(used, kept.direction, stack)
-            before = self._largest.get(depth, deviation)
-            self._largest[depth] = Deviation(*map(max, zip(deviation, before, strict=True)))
+            self._compare(depth, used, stack)
         return spectra
+
+    def _decompose_exactly(self, depth: int, stack: Tensor, frobenius: Tensor) -> list[Tensor]:
+        """Cache the vectors and the direction of an exact decomposition; return its spectra."""
+        kept, sides = self._stacks[depth], self._sides(depth)
+        factors = dict(zip(sides, self._factors(stack), strict=True))
+        kept.direction = self._frobenius_gradient(depth, stack, frobenius.to(stack.dtype))
+        for side, factor in factors.items():
+            self._cache_vectors(depth, side, factor.vectors, factor.singular_values[0])
+            gradient = factor.factor
+            if self._cap is not None:
+                gradient = capped_factor(factor, side, self._cap)
+            kept.direction.add_(gradient, alpha=self._alpha(depth, side))
+        return [factors[side].singular_values.cpu() for side in sides]
+
+    def _compare(self, depth: int, used: Tensor, stack: Tensor) -> None:
+        """Note how far the direction that would have been used is from the new one."""
+        deviation = Deviation.of(used, _required(self._stacks[depth].direction), stack)
+        if depth in self._compared:
+            pairs = zip(deviation, self._largest[depth], strict=True)
+            deviation = Deviation(*map(max, pairs))
+        self._largest[depth] = deviation
+        self._compared.add(depth)
+
+    def _keep_norms(self, kept: _Stack, norms: Sequence[Tensor], frobenius: Tensor) -> None:
+        """Store the norms of the unfoldings, and follow rank 0 in what was computed with them."""
+        found = torch.stack([norm.cpu() for norm in (*norms, frobenius)])
+        self._follow_rank_0(_required(kept.direction), found, *self.weights.parameters())
+        kept.frobenius = found[-1].item()
+        kept.norms = found[: self.weights.subsets]
 
     def _sides(self, depth: int) -> tuple[Modes, ...]:
         """Return the side that each norm is computed from."""
@@ -291,23 +364,23 @@ class Penalty:
         kept.least[side] = max(_SMALLEST * largest.item() / kept.scale, _TINY)
 
     def _direction(
-        self, depth: int, stack: Tensor, norms: dict[Modes, Tensor] | None = None
+        self, depth: int, stack: Tensor, lengths: dict[Modes, Tensor] | None = None
     ) -> Tensor:
         """Return the direction at ``stack``, computed with the cached singular vectors.
 
         Args:
             depth: Depth of the stack.
             stack: ``(T, O, I)``.
-            norms: Receives the sum of the row lengths of each side.
+            lengths: Receives the row lengths of each side, float64.
         """
         kept = self._stacks[depth]
         scaled = stack if kept.scale == 1 else stack / kept.scale
         direction = self._frobenius_gradient(depth, scaled, torch.linalg.vector_norm(scaled))
         for side, vectors in kept.vectors.items():
             weight, least = self._alpha(depth, side), kept.least[side]
-            lengths = add_polar_from_vectors(direction, weight, scaled, side, vectors, least)
-            if norms is not None:
-                norms[side] = lengths.sum(dtype=torch.float64) * kept.scale
+            found = add_polar_from_vectors(direction, weight, scaled, side, vectors, least)
+            if lengths is not None:
+                lengths[side] = found.double() * kept.scale
         return direction
 
     def _alpha(self, depth: int, side: Modes) -> float:
@@ -393,16 +466,17 @@ class Penalty:
                 yield weight_of(layer), gradient, weight
 
     def pop_deviations(self) -> list[Deviation] | None:
-        """Return each depth's largest deviations since the last call; None if one has none.
+        """Return each depth's largest deviations since the last call.
 
-        All are zero under the exact method.
+        Those of its last decomposition if there was none since; None if a depth has none yet. All
+        are zero under the exact method.
         """
         if self._policy.longest == 1:
             return [Deviation(0.0, 0.0, 0.0)] * len(self.depths)
         if any(depth not in self._largest for depth in self.depths):
             return None
         found = [self._largest[depth] for depth in self.depths]
-        self._largest.clear()
+        self._compared.clear()
         return found
 
     def _follow_rank_0(self, *tensors: Tensor) -> None:

@@ -52,15 +52,25 @@ def polar_factor(matrix: Tensor) -> PolarFactor:
     if matrix.shape[0] > matrix.shape[1]:
         transposed = polar_factor(matrix.T)
         return transposed._replace(factor=transposed.factor.T)
-    scale = largest_magnitude(matrix.detach())
-    work = (matrix.detach() / scale).double()
+    work, scale = _scaled(matrix)
     eigenvalues, vectors = torch.linalg.eigh(work @ work.T)
-    rounding = max(matrix.shape) * torch.finfo(torch.float64).eps
-    in_range = eigenvalues > (eigenvalues[-1] * rounding).clamp(min=0)
+    in_range = _in_range(eigenvalues, matrix)
     inverse_roots = torch.where(in_range, eigenvalues.rsqrt(), 0)
     factor = ((vectors * inverse_roots) @ vectors.T) @ work
-    singular_values = torch.where(in_range, eigenvalues, 0).sqrt().flip(0) * scale.double()
+    singular_values = torch.where(in_range, eigenvalues, 0).sqrt().flip(0) * scale
     return PolarFactor(factor.to(matrix.dtype), singular_values, vectors.to(matrix.dtype))
+
+
+def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the matrix over its largest magnitude, and that, both in float64."""
+    scale = largest_magnitude(matrix.detach())
+    return (matrix.detach() / scale).double(), scale.double()
+
+
+def _in_range(eigenvalues: Tensor, matrix: Tensor) -> Tensor:
+    """Return which eigenvalues of the Gram matrix are above the rounding error of the largest."""
+    rounding = max(matrix.shape) * torch.finfo(torch.float64).eps
+    return eigenvalues > (eigenvalues[-1] * rounding).clamp(min=0)
 
 
 def left_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,6 +173,22 @@ def polar_factors(stack: Tensor) -> list[PolarFactor]:
         polar = polar_factor(unfold(stack, side))
         factors[side] = polar._replace(factor=fold(polar.factor, side, stack.shape).contiguous())
     return [factors[side] for side in sides]
+
+
+def unfolding_spectra(stack: Tensor) -> list[Tensor]:
+    """Return the singular values of the unfoldings alone, as :func:`polar_factors` does.
+
+    Without singular vectors and factors this takes about a third of the time.
+    """
+    sides = short_sides(tuple(stack.shape))
+    spectra = {side: _singular_values(unfold(stack, side)) for side in dict.fromkeys(sides)}
+    return [spectra[side] for side in sides]
+
+
+def _singular_values(matrix: Tensor) -> Tensor:
+    work, scale = _scaled(matrix)
+    eigenvalues = torch.linalg.eigvalsh(work @ work.T)
+    return torch.where(_in_range(eigenvalues, matrix), eigenvalues, 0).sqrt().flip(0) * scale
 
 
 def tower_side(shape: Sequence[int]) -> Modes:
