@@ -224,6 +224,15 @@ def test_an_added_row_is_held_to_the_terms_of_the_data_set(write_sweep, board, t
         check_records(read_runs(board))
 
 
+def test_two_rows_of_one_name_are_refused(write_sweep, board, tmp_path):
+    for name, lam in (("a", 0.1), ("b", 0.3)):
+        sweep = write_sweep(tmp_path / name, arms={"other": (0.9, {"lam": lam})})
+        copy_records(read_runs(sweep), board / "synthetic" / name)
+
+    with pytest.raises(InputError, match=r"other in .*/b: the name must be new, .*/a is the same"):
+        check_records(read_runs(board))
+
+
 def test_a_copy_is_refused_where_it_would_replace_or_mix(write_sweep, board, tmp_path):
     runs = read_runs(tmp_path / "runs")
     with pytest.raises(InputError, match="records must be a new folder"):

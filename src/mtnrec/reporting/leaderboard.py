@@ -157,9 +157,16 @@ def check_records(runs: Runs) -> list[Entry]:
     faults = [f"{run.name} belongs to no tuned arm" for run in runs if run.folder not in own]
     faults += [f"{run.name}: {run.reason}" for run in runs.unreadable]
     terms: dict[str, Entry] = {}
+    by_name: dict[tuple[str, str, str], Entry] = {}
     for entry in entries:
         first = terms.setdefault(entry.data, entry)
         faults += _faults_of_search(entry, first)
+        name = entry.data, name_arm(entry.first), entry.arm.title
+        if (other := by_name.setdefault(name, entry)) is not entry:
+            faults.append(
+                f"{entry.arm.title} in {entry.folder}: the name must be new, but that of an arm in "
+                f"{other.folder} is the same"
+            )
         for run in entry.runs.values():
             faults += [f"{run.name}: {fault}" for fault in _faults(run, entry, first, runs)]
     if faults:
